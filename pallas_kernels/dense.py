@@ -1,0 +1,108 @@
+"""Dense causal attention in O(S) memory: the XLA path of prefill and training."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
+
+LOGITS_BUDGET = 1 << 24
+"""Logits of one query chunk (elements); bounds temporaries, grows no loop below 4k."""
+
+
+def visible(
+    q_positions: Int[Array, "*lead T"],
+    k_positions: Int[Array, "*lead S"],
+    window: int | None = None,
+) -> Bool[Array, "*lead T S"]:
+    """Which keys each query may see: live, not later, and inside the window."""
+    q, k = q_positions[..., :, None], k_positions[..., None, :]
+    seen = (k >= 0) & (k <= q)
+    return seen if window is None else seen & (q - k < window)
+
+
+def query_chunk(tokens: int, logits_per_query: int) -> int:
+    """Queries per chunk so that one chunk's logits stay inside `LOGITS_BUDGET`."""
+    return int(min(tokens, max(16, LOGITS_BUDGET // max(logits_per_query, 1))))
+
+
+def map_query_chunks(fn, chunk: int, *arrays: Array) -> Partial:
+    """Run `fn` over slices of the query axis (axis 1 of every array) and rejoin.
+
+    Args:
+        fn: takes the slices, `[B, chunk, ...]` each, and returns a `Partial` with
+            `[..., chunk, D]` and `[..., chunk]`.
+        chunk: queries per slice; the last slice is padded with zeros (int: -1).
+        arrays: `[B, T, ...]`.
+
+    Each chunk is rematerialised in the backward pass, so training keeps O(S) too.
+    """
+    tokens = arrays[0].shape[1]
+    if chunk >= tokens:
+        return fn(*arrays)
+    count = -(-tokens // chunk)
+
+    def split(x: Array) -> Array:
+        fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
+        pad = [(0, 0), (0, count * chunk - tokens)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad, constant_values=fill)
+        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+
+    def step(_, slices):
+        return None, jax.checkpoint(fn)(*slices)
+
+    _, parts = jax.lax.scan(step, None, tuple(split(x) for x in arrays))
+    out = jnp.moveaxis(parts.out, 0, -3)
+    lse = jnp.moveaxis(parts.lse, 0, -2)
+    out = out.reshape(*out.shape[:-3], count * chunk, out.shape[-1])
+    lse = lse.reshape(*lse.shape[:-2], count * chunk)
+    return Partial(out[..., :tokens, :], lse[..., :tokens])
+
+
+def causal_attention(
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Partial:
+    """Softmax attention of queries over keys at their absolute positions.
+
+    Args:
+        q: queries after RoPE, `[B, H, T, D]`; `H` is a multiple of `K`.
+        k, v: keys and values, `[B, K, S, D]`.
+        q_positions, k_positions: absolute positions; -1 is padding.
+        scale: factor on `q . k`.
+        window: sliding window in tokens, or None.
+        softcap: logit soft cap, or None.
+
+    Returns:
+        `Partial(out [B, H, T, D] f32, lse [B, H, T] f32)`; padding queries give 0.
+
+    Cost: `O(T S)` work, temporaries linear in `S`.
+    """
+    (b, h, t, d), (kv_heads, s) = q.shape, k.shape[1:3]
+    groups = h // kv_heads
+    live = (k_positions >= 0)[:, None, :, None]
+    # Padding may hold NaN: clear it, since 0 * NaN in a product or a gradient is NaN.
+    k, v = jnp.where(live, k, 0), jnp.where(live, v, 0)
+    keys = jnp.swapaxes(k, -1, -2)
+
+    def attend(q_chunk: Array, positions: Array) -> Partial:
+        # [B, chunk, H, D] -> [B, K, G * chunk, D]: one GEMM per KV head.
+        n = q_chunk.shape[1]
+        queries = jnp.moveaxis(q_chunk, 1, 2).reshape(b, kv_heads, groups * n, d)
+        logits = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)
+        logits = cap(logits * scale, softcap).reshape(b, kv_heads, groups, n, s)
+        mask = visible(positions, k_positions, window)[:, None, None]
+        part = softmax_partial(logits, mask, v[:, :, None])
+        return Partial(part.out.reshape(b, h, n, d), part.lse.reshape(b, h, n))
+
+    chunk = query_chunk(t, b * h * s)
+    live_q = (q_positions >= 0)[:, None, :, None]
+    queries = jnp.moveaxis(jnp.where(live_q, q, 0), 2, 1)
+    return map_query_chunks(attend, chunk, queries, q_positions)

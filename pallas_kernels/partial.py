@@ -1,0 +1,65 @@
+"""Partial softmax attention and its exact merge, the currency of every attention op."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from kvjax.types import NEG_INF
+
+
+class Partial(NamedTuple):
+    """Attention over a part of the keys.
+
+    Attributes:
+        out: `[..., T, D]` f32, normalised over this part; 0 where nothing is visible.
+        lse: `[..., T]` f32, log-sum-exp of this part's logits; -inf where nothing is.
+    """
+
+    out: Float[Array, "*lead T D"]
+    lse: Float[Array, "*lead T"]
+
+
+def merge(parts: list[Partial]) -> Partial:
+    """Exact attention over the union of disjoint parts.
+
+    Order does not matter; parts in which a query sees nothing weigh exactly zero.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    lse = jnp.stack([part.lse for part in parts])
+    peak = jnp.max(lse, axis=0)
+    anchor = jnp.where(jnp.isneginf(peak), 0.0, peak)  # -inf - -inf is NaN
+    weight = jnp.exp(lse - anchor)
+    total = jnp.sum(weight, axis=0)
+    safe = jnp.where(total > 0, total, 1.0)
+    out = sum(w[..., None] * p.out for w, p in zip(weight, parts, strict=True))
+    merged = jnp.where(total > 0, anchor + jnp.log(safe), NEG_INF)
+    return Partial(jnp.asarray(out) / safe[..., None], merged)
+
+
+def softmax_partial(
+    logits: Float[Array, "*lead T S"],
+    mask: Bool[Array, "*lead_m T_m S"],
+    values: Float[Array, "*lead_v S D"],
+) -> Partial:
+    """Softmax over `S` where `mask`, times `values`; rows that see nothing give 0.
+
+    `values` must be finite (0 times NaN is NaN): callers clear masked slots first.
+    """
+    logits = jnp.where(mask, logits.astype(jnp.float32), NEG_INF)
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    anchor = jnp.where(jnp.isneginf(peak), 0.0, peak)
+    weight = jnp.exp(logits - anchor)
+    total = jnp.sum(weight, axis=-1)
+    safe = jnp.where(total > 0, total, 1.0)
+    out = jnp.matmul(
+        weight.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
+    lse = jnp.where(total > 0, anchor[..., 0] + jnp.log(safe), NEG_INF)
+    return Partial(out / safe[..., None], lse)
+
+
+def cap(logits: Array, softcap: float | None) -> Array:
+    """`softcap * tanh(logits / softcap)`, or the logits."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
