@@ -1,0 +1,126 @@
+"""`DecoderConfig`: every number of every family in one frozen, hashable record."""
+
+import dataclasses
+import functools
+
+from kvjax.rope import Rope
+from kvjax.types import LayerSpec, nearest
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What a decoder computes; families differ by these fields and by nothing else.
+
+    Attributes:
+        family: `model_type` of the checkpoint, a name of `models.families.FAMILIES`.
+        vocab_size: `V`.
+        hidden_size: `E`.
+        intermediate_size: width of the gated feed-forward block.
+        num_layers: `L`.
+        num_heads: query heads `H`.
+        num_kv_heads: key/value heads `K`; divides `H`.
+        head_dim: `D`.
+        rope: rotary embedding of full-attention layers.
+        local_rope: rotary embedding of sliding-window layers; None uses `rope`.
+        windows: sliding window of each layer (None: full); empty means all full.
+        max_positions: context length of the checkpoint.
+        norm_eps: epsilon of every RMSNorm.
+        norm_offset: norms multiply by `1 + weight` instead of `weight`.
+        activation: of the gate, one of `ACTIVATIONS`.
+        qkv_bias, o_bias, mlp_bias: biases of the projections.
+        qk_norm: RMSNorm over `D` on queries and keys, before RoPE.
+        post_norms: further norms on the output of attention and feed-forward.
+        tie_embeddings: the head is the embedding, transposed.
+        embedding_scale: factor on embeddings, rounded to their dtype.
+        attention_scale: factor on `q . k`; None is `1 / sqrt(D)`.
+        attention_softcap, final_softcap: `cap * tanh(x / cap)` on logits.
+        init_std: standard deviation of fresh weights.
+        bos_token, pad_token, eos_tokens: special tokens, where the checkpoint has them.
+    """
+
+    family: str = "llama"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope
+    local_rope: Rope | None = None
+    windows: tuple[int | None, ...] = ()
+    max_positions: int = 2048
+    norm_eps: float = 1e-6
+    norm_offset: bool = False
+    activation: str = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    tie_embeddings: bool = False
+    embedding_scale: float | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    init_std: float = 0.02
+    bos_token: int | None = None
+    pad_token: int | None = None
+    eos_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers"):
+            self._positive(name)
+        for name in ("num_heads", "num_kv_heads", "head_dim", "max_positions"):
+            self._positive(name)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"`num_kv_heads` must divide `num_heads`; got "
+                f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}."
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"Unknown activation {self.activation!r}; expected one of "
+                f"{list(ACTIVATIONS)}.{nearest(self.activation, ACTIVATIONS)}"
+            )
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(
+                f"`windows` needs one entry per layer; got {len(self.windows)} for "
+                f"num_layers={self.num_layers}. Leave it empty for full attention."
+            )
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"Windows must be at least 1; got {self.windows}.")
+        for rope in (self.rope, self.local_rope):
+            if rope is not None and rope.head_dim != self.head_dim:
+                raise ValueError(
+                    f"RoPE is for head_dim={rope.head_dim}, the model has "
+                    f"head_dim={self.head_dim}."
+                )
+
+    def _positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")
+
+    @functools.cached_property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """One `LayerSpec` per layer, in order."""
+        windows = self.windows or (None,) * self.num_layers
+        scale = self.attention_scale
+        local = self.local_rope or self.rope
+        return tuple(
+            LayerSpec(
+                index=index,
+                num_layers=self.num_layers,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                scale=self.head_dim**-0.5 if scale is None else scale,
+                rope=self.rope if window is None else local,
+                window=window,
+                softcap=self.attention_softcap,
+            )
+            for index, window in enumerate(windows)
+        )

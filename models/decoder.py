@@ -1,0 +1,216 @@
+"""The decoder: one NNX module for every family; attention is the caller's.
+
+`Decoder.__call__` walks the layers in order and hands each one's rotated queries and
+keys to a callback, so a dense pass, a prefill that fills a cache, a decode step that
+reads one, and training's parallel form are the same model with another callback.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kvjax.models.config import DecoderConfig
+from kvjax.types import LayerInputs, LayerSpec
+
+Attention = Callable[[LayerInputs], Array]
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, kernel `[in, out]`."""
+
+    def __init__(
+        self, n_in: int, n_out: int, *, bias: bool, std: float, dtype, rngs: nnx.Rngs
+    ):
+        noise = jax.random.normal(rngs.params(), (n_in, n_out), jnp.float32)
+        self.kernel = nnx.Param((noise * std).astype(dtype))
+        self.bias = nnx.Param(jnp.zeros((n_out,), dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "*shape in"]) -> Float[Array, "*shape out"]:
+        y = jnp.matmul(x, self.kernel[...])
+        return y if self.bias is None else y + _trailing(self.bias[...], y)
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * weight` in float32, back in the dtype of `x`."""
+
+    def __init__(self, size: int, *, eps: float, offset: bool, dtype):
+        self.eps = eps
+        self.offset = offset
+        self.weight = nnx.Param(jnp.full((size,), 0.0 if offset else 1.0, dtype))
+
+    def __call__(self, x: Float[Array, "*shape size"]) -> Float[Array, "*shape size"]:
+        wide = x.astype(jnp.float32)
+        square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        weight = self.weight[...].astype(jnp.float32) + (1.0 if self.offset else 0.0)
+        normed = wide * jax.lax.rsqrt(square + self.eps) * _trailing(weight, x)
+        return normed.astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    """Projections, q/k norm and RoPE around the attention callback."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        e, d = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_heads * d, config.num_kv_heads * d
+        std, bias = config.init_std, config.qkv_bias
+        self.q = Linear(e, heads, bias=bias, std=std, dtype=dtype, rngs=rngs)
+        self.k = Linear(e, kv_heads, bias=bias, std=std, dtype=dtype, rngs=rngs)
+        self.v = Linear(e, kv_heads, bias=bias, std=std, dtype=dtype, rngs=rngs)
+        self.o = Linear(heads, e, bias=config.o_bias, std=std, dtype=dtype, rngs=rngs)
+        self.q_norm = _norm(config, d, dtype) if config.qk_norm else None
+        self.k_norm = _norm(config, d, dtype) if config.qk_norm else None
+
+    def __call__(
+        self, x: Array, positions: Array, spec: LayerSpec, attention: Attention
+    ) -> Array:
+        b, t, e = x.shape
+        h, kv_heads, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        q = self.q(x).reshape(b, t, h, d)
+        k = self.k(x).reshape(b, t, kv_heads, d)
+        v = self.v(x).reshape(b, t, kv_heads, d)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        turn = jnp.maximum(positions, 0)[:, None, :]
+        inputs = LayerInputs(
+            q=spec.rope.rotate(q.transpose(0, 2, 1, 3), turn),
+            k=spec.rope.rotate(k.transpose(0, 2, 1, 3), turn),
+            v=v.transpose(0, 2, 1, 3),
+            positions=positions,
+            o_proj=self.o.kernel[...].reshape(h, d, e),
+            spec=spec,
+        )
+        out = attention(inputs).astype(x.dtype)
+        return self.o(out.transpose(0, 2, 1, 3).reshape(b, t, h * d))
+
+
+class FeedForward(nnx.Module):
+    """`down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        e, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        std = config.init_std
+        self.activation = config.activation
+        self.gate = Linear(e, f, bias=bias, std=std, dtype=dtype, rngs=rngs)
+        self.up = Linear(e, f, bias=bias, std=std, dtype=dtype, rngs=rngs)
+        self.down = Linear(f, e, bias=bias, std=std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(_ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+class Layer(nnx.Module):
+    """One pre-norm residual layer."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        e, post = config.hidden_size, config.post_norms
+        self.attention_norm = _norm(config, e, dtype)
+        self.attention = SelfAttention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_norm = _norm(config, e, dtype) if post else None
+        self.mlp_norm = _norm(config, e, dtype)
+        self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
+        self.post_mlp_norm = _norm(config, e, dtype) if post else None
+
+    def __call__(
+        self, x: Array, positions: Array, spec: LayerSpec, attention: Attention
+    ) -> Array:
+        y = self.attention(self.attention_norm(x), positions, spec, attention)
+        x = x + (y if self.post_attention_norm is None else self.post_attention_norm(y))
+        y = self.mlp(self.mlp_norm(x))
+        return x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))
+
+
+class Decoder(nnx.Module):
+    """A causal language model without an opinion on attention.
+
+    Args:
+        config: static; `config.layers` says what each layer's attention is.
+        dtype: of the parameters and of the matrix products.
+        rngs: fresh weights; stream `params`.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+        noise = jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.embedding = nnx.Param((noise * config.init_std).astype(dtype))
+        self.layers = nnx.List(
+            [Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
+        )
+        self.norm = _norm(config, config.hidden_size, dtype)
+        self.head = None
+        if not config.tie_embeddings:
+            e, v, std = config.hidden_size, config.vocab_size, config.init_std
+            self.head = Linear(e, v, bias=False, std=std, dtype=dtype, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the parameters, and of keys and values."""
+        return self.embedding[...].dtype
+
+    def embed(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape E"]:
+        """Scaled embeddings; ids out of range read the nearest valid row."""
+        x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
+        scale = self.config.embedding_scale
+        return x if scale is None else x * jnp.asarray(scale, x.dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attention: Attention,
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "B T E"]:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens: right-padded token ids.
+            positions: absolute positions, `EMPTY` at padding.
+            attention: called once per layer in order, `LayerInputs -> [B H T D]`.
+            remat: recompute each layer in the backward pass instead of storing it;
+                `attention` must then be pure.
+        """
+        x = self.embed(tokens)
+        for layer, spec in zip(self.layers, self.config.layers, strict=True):
+
+            def run(x, positions, layer=layer, spec=spec):
+                return layer(x, positions, spec, attention)
+
+            x = (jax.checkpoint(run) if remat else run)(x, positions)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "*shape E"]) -> Float[Array, "*shape V"]:
+        """Next-token logits in float32."""
+        if self.head is None:
+            rows = self.embedding[...]
+            contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+        else:
+            rows = self.head.kernel[...]
+            contract = (((hidden.ndim - 1,), (0,)), ((), ()))
+        out = jax.lax.dot_general(
+            hidden.astype(rows.dtype),
+            rows,
+            contract,
+            preferred_element_type=jnp.float32,
+        )
+        cap = self.config.final_softcap
+        return out if cap is None else cap * jnp.tanh(out / cap)
+
+
+def _norm(config: DecoderConfig, size: int, dtype) -> RMSNorm:
+    return RMSNorm(size, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
+
+
+def _trailing(weight: Array, x: Array) -> Array:
+    """`weight [n]` with the rank of `x`, so that nothing promotes ranks implicitly."""
+    return weight.reshape((1,) * (x.ndim - 1) + weight.shape)
