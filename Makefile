@@ -1,0 +1,44 @@
+# Everything runs through .venv/bin; nothing needs an activated environment.
+PY := .venv/bin/python
+LOCK := $(PY) -m uv pip compile pyproject.toml --extra dev --extra notebook \
+	--universal --python-version 3.12 --generate-hashes --no-header \
+	--no-emit-index-url --no-emit-find-links --no-annotate --quiet
+
+.PHONY: help setup demo test test-slow lint format bench lock build clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: ## make .venv from requirements.lock (does nothing when it is up to date)
+	@python3 tools/setup.py
+
+demo: setup ## the bundled model with and without a compressed cache
+	@.venv/bin/kvjax demo
+
+test: setup ## the tests, without those marked slow
+	@$(PY) -m pytest -m "not slow"
+
+test-slow: setup ## all the tests
+	@$(PY) -m pytest
+
+lint: setup ## ruff and pyright
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+format: setup ## let ruff rewrite what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: setup ## time the kernels and the decode step
+	@$(PY) benchmarks/run.py
+
+lock: setup ## resolve the dependencies again
+	echo 'jax==0.11.2' | UV_SYSTEM_CERTS=1 $(LOCK) --constraint - --upgrade -o requirements.lock
+
+build: setup ## wheel and sdist in dist/
+	$(PY) -m build --no-isolation --installer uv
+
+clean: ## remove what a build or a run leaves behind (.venv stays)
+	rm -rf build dist .cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,61 @@
+"""Shared fixtures, and the settings that every test runs under.
+
+The environment is set before JAX is imported: CPU only, and compiled programs kept
+in `.cache/jax`, so that a second run does not compile again.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+TOLERANCE = {
+    jnp.dtype("float32"): {"rtol": 1e-5, "atol": 1e-5},
+    jnp.dtype("bfloat16"): {"rtol": 2e-2, "atol": 2e-2},
+    jnp.dtype("float16"): {"rtol": 2e-3, "atol": 2e-3},
+}
+"""What two ways of computing one thing may differ by.
+
+Loosening an entry needs a line in CHANGELOG.md.
+"""
+
+
+@pytest.fixture(scope="session")
+def repo() -> pathlib.Path:
+    """Root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """Weights, text and evaluation sets beside the checkout, or a skip."""
+    path = pathlib.Path(os.environ.get("KVJAX_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip("no shared data: set KVJAX_DATA to a folder with models/ and lm/")
+    return path
+
+
+@pytest.fixture
+def getkey() -> Callable[[], jax.Array]:
+    """A function that gives a new PRNG key at each call, the same in every run."""
+    count = iter(range(1 << 30))
+    root = jax.random.key(20261121)
+    return lambda: jax.random.fold_in(root, next(count))
+
+
+@pytest.fixture(scope="session")
+def tolerance() -> Callable[[object], dict[str, float]]:
+    """`rtol` and `atol` for a dtype, for `numpy.testing.assert_allclose`."""
+    return lambda dtype: TOLERANCE[jnp.dtype(dtype)]
