@@ -36,6 +36,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((n_out,), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*shape in"]) -> Float[Array, "*shape out"]:
+        """`[..., in]` to `[..., out]`, in the dtype of the kernel."""
         y = jnp.matmul(x, self.kernel[...])
         return y if self.bias is None else y + _trailing(self.bias[...], y)
 
@@ -49,6 +50,7 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.full((size,), 0.0 if offset else 1.0, dtype))
 
     def __call__(self, x: Float[Array, "*shape size"]) -> Float[Array, "*shape size"]:
+        """`x` normed over its last axis."""
         wide = x.astype(jnp.float32)
         square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         weight = self.weight[...].astype(jnp.float32) + (1.0 if self.offset else 0.0)
@@ -73,6 +75,7 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: Array, positions: Array, spec: LayerSpec, attention: Attention
     ) -> Array:
+        """`[B T E]` to `[B T E]`; calls `attention` once."""
         b, t, e = x.shape
         h, kv_heads, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
         q = self.q(x).reshape(b, t, h, d)
@@ -105,6 +108,7 @@ class FeedForward(nnx.Module):
         self.down = Linear(f, e, bias=bias, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
+        """`[B T E]` to `[B T E]`."""
         return self.down(_ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
@@ -123,6 +127,7 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Array, positions: Array, spec: LayerSpec, attention: Attention
     ) -> Array:
+        """The residual stream after this layer."""
         y = self.attention(self.attention_norm(x), positions, spec, attention)
         x = x + (y if self.post_attention_norm is None else self.post_attention_norm(y))
         y = self.mlp(self.mlp_norm(x))

@@ -1,0 +1,288 @@
+"""What the families share: reading a config, writing one, naming the weights."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from kvjax.models.config import DecoderConfig
+from kvjax.models.families.rotary import read_rope, rope_settings, write_rope
+from kvjax.types import nearest
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
+
+# Settings of other architectures that change the numbers. A config that turns one on
+# is refused, unless its family reads it (`AbstractFamily.reads`).
+_REFUSED = (
+    "attention_chunk_size",
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "dual_chunk_attention_config",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "is_encoder_decoder",
+    "logit_scale",
+    "logits_scaling",
+    "n_routed_experts",
+    "no_rope_layers",
+    "num_experts",
+    "num_local_experts",
+    "quantization_config",
+    "residual_multiplier",
+    "text_config",
+    "use_bidirectional_attention",
+    "use_parallel_residual",
+    "vision_config",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weight:
+    """Where one checkpoint tensor lives in the decoder.
+
+    Attributes:
+        paths: decoder parameters that the tensor holds, stacked along its first axis.
+        transpose: the checkpoint stores `[out, in]`, the decoder `[in, out]`.
+    """
+
+    paths: tuple[str, ...]
+    transpose: bool = False
+
+
+class AbstractFamily(abc.ABC):
+    """One `model_type`: its `config.json` and its tensor names, both ways."""
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """What transformers assumes for keys that a config leaves out."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Keys of `_REFUSED` that this family understands."""
+    theta: ClassVar[float] = 10_000.0
+    partial_rotary: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def extras(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """`DecoderConfig` fields that are this family's own."""
+
+    @abc.abstractmethod
+    def write_extras(self, config: DecoderConfig) -> dict[str, Any]:
+        """`config.json` keys that are this family's own."""
+
+    def read(self, raw: Mapping[str, Any]) -> DecoderConfig:
+        """`DecoderConfig` of a `config.json`.
+
+        Raises:
+            ValueError: a required key is missing, or a setting that would change the
+                numbers is not supported.
+        """
+        config = {**self.defaults, **raw}
+        self._refuse(config)
+        heads = _integer(config, "num_attention_heads")
+        hidden = _integer(config, "hidden_size")
+        if config.get("head_dim") is None and hidden % heads:
+            raise ValueError(
+                f"`num_attention_heads` must divide `hidden_size` where `head_dim` is "
+                f"not given; got {heads} and {hidden}."
+            )
+        head_dim = config.get("head_dim") or hidden // heads
+        fields = {
+            "family": self.model_type,
+            "vocab_size": _integer(config, "vocab_size"),
+            "hidden_size": hidden,
+            "intermediate_size": _integer(config, "intermediate_size"),
+            "num_layers": _integer(config, "num_hidden_layers"),
+            "num_heads": heads,
+            "num_kv_heads": config.get("num_key_value_heads") or heads,
+            "head_dim": head_dim,
+            "max_positions": config.get("max_position_embeddings") or 2048,
+            "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+            "activation": read_activation(config.get("hidden_act", "silu")),
+            "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+            "init_std": float(config.get("initializer_range", 0.02)),
+            "bos_token": config.get("bos_token_id"),
+            "pad_token": config.get("pad_token_id"),
+            "eos_tokens": _tokens(config.get("eos_token_id")),
+        }
+        fields |= self.read_ropes(config, head_dim)
+        return DecoderConfig(**(fields | self.extras(config)))
+
+    def read_ropes(self, config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+        """`rope` (and `local_rope`) of a config."""
+        theta = float(config.get("rope_theta") or self.theta)
+        settings = rope_settings(config)
+        rope = read_rope(settings, config, head_dim=head_dim, theta=theta)
+        if rope.width != head_dim and not self.partial_rotary:
+            raise ValueError(
+                f"{self.model_type!r} rotates all channels; got partial rotation of "
+                f"{rope.width} in head_dim={head_dim}."
+            )
+        return {"rope": rope}
+
+    def write(self, config: DecoderConfig, dtype: str) -> dict[str, Any]:
+        """`config.json` that transformers 4 and 5 load."""
+        theta, scaling, _ = write_rope(config.rope)
+        eos = list(config.eos_tokens)
+        out = {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "max_position_embeddings": config.max_positions,
+            "rms_norm_eps": config.norm_eps,
+            "hidden_act": ACTIVATION_NAMES[config.activation],
+            "tie_word_embeddings": config.tie_embeddings,
+            "initializer_range": config.init_std,
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "bos_token_id": config.bos_token,
+            "pad_token_id": config.pad_token,
+            "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None,
+            "torch_dtype": dtype,
+        }
+        return out | self.write_extras(config)
+
+    def weights(self, config: DecoderConfig) -> dict[str, Weight]:
+        """Checkpoint tensor name to decoder parameters, in checkpoint order."""
+        out = {"model.embed_tokens.weight": Weight(paths=("embedding",))}
+        for index in range(config.num_layers):
+            for name, weight in self.layer_weights(config).items():
+                paths = tuple(f"layers.{index}.{path}" for path in weight.paths)
+                out[f"model.layers.{index}.{name}"] = dataclasses.replace(
+                    weight, paths=paths
+                )
+        out["model.norm.weight"] = Weight(paths=("norm.weight",))
+        if not config.tie_embeddings:
+            out["lm_head.weight"] = Weight(paths=("head.kernel",), transpose=True)
+        return out
+
+    def layer_weights(self, config: DecoderConfig) -> dict[str, Weight]:
+        """The tensors of one layer, both sides without the layer's prefix."""
+        out: dict[str, Weight] = {}
+        for name in "qkvo":
+            bias = config.o_bias if name == "o" else config.qkv_bias
+            out |= linear(f"self_attn.{name}_proj", f"attention.{name}", bias=bias)
+        if config.qk_norm:
+            out |= norm("self_attn.q_norm", "attention.q_norm")
+            out |= norm("self_attn.k_norm", "attention.k_norm")
+        for name in ("gate", "up", "down"):
+            out |= linear(f"mlp.{name}_proj", f"mlp.{name}", bias=config.mlp_bias)
+        out |= norm("input_layernorm", "attention_norm")
+        if config.post_norms:
+            out |= norm("post_attention_layernorm", "post_attention_norm")
+            out |= norm("pre_feedforward_layernorm", "mlp_norm")
+            return out | norm("post_feedforward_layernorm", "post_mlp_norm")
+        return out | norm("post_attention_layernorm", "mlp_norm")
+
+    def _refuse(self, config: Mapping[str, Any]) -> None:
+        active = [
+            name
+            for name in _REFUSED
+            if name not in self.reads and not _off(name, config.get(name))
+        ]
+        if active:
+            shown = {name: config[name] for name in active}
+            raise ValueError(
+                f"{self.model_type!r} does not support these settings: {shown}. They "
+                f"change the model's numbers; expected them absent or off."
+            )
+
+
+def _off(name: str, value: Any) -> bool:
+    neutral = name.endswith(("multiplier", "scale", "scaling")) and value == 1
+    return neutral or not value
+
+
+def linear(name: str, *paths: str, bias: bool) -> dict[str, Weight]:
+    """Kernel and bias of a projection; several `paths` are stored as one."""
+    kernels = tuple(f"{path}.kernel" for path in paths)
+    out = {f"{name}.weight": Weight(paths=kernels, transpose=True)}
+    if bias:
+        out[f"{name}.bias"] = Weight(paths=tuple(f"{path}.bias" for path in paths))
+    return out
+
+
+def norm(name: str, path: str) -> dict[str, Weight]:
+    """Weight of a norm."""
+    return {f"{name}.weight": Weight(paths=(f"{path}.weight",))}
+
+
+def read_layer_types(
+    types: list[str] | None, default: list[str], window: int | None
+) -> tuple[int | None, ...]:
+    """`windows` from `layer_types`, or from the family's rule where they are absent."""
+    types = default if types is None else types
+    unknown = sorted(set(types) - {FULL, SLIDING})
+    if unknown:
+        raise ValueError(
+            f"Layer types {unknown} are not supported; expected {FULL!r} or "
+            f"{SLIDING!r}.{nearest(unknown[0], (FULL, SLIDING))}"
+        )
+    if SLIDING in types and window is None:
+        raise ValueError(
+            "`layer_types` has sliding layers but `sliding_window` is off."
+        )
+    windows = tuple(window if kind == SLIDING else None for kind in types)
+    return windows if any(windows) else ()
+
+
+def write_layer_types(config: DecoderConfig) -> list[str]:
+    """`layer_types` of a config."""
+    return [FULL if spec.window is None else SLIDING for spec in config.layers]
+
+
+def one_window(config: DecoderConfig) -> int | None:
+    """The window that all sliding layers share, None without any."""
+    sizes = {window for window in config.windows if window is not None}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{config.family!r} checkpoints hold one window size; got {sorted(sizes)}."
+        )
+    return next(iter(sizes), None)
+
+
+def _integer(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"`config.json` needs `{name}` as a positive integer; got {value!r}."
+        )
+    return value
+
+
+def read_activation(name: Any) -> str:
+    """Our name of an activation."""
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"Activation {name!r} is not supported; expected one of "
+            f"{sorted(_ACTIVATIONS)}.{nearest(str(name), _ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _tokens(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)

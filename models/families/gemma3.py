@@ -1,0 +1,102 @@
+"""Gemma 3 text: alternating windows with their own RoPE, four norms, q/k norm."""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, final
+
+from kvjax.models.config import DecoderConfig
+from kvjax.models.families.base import (
+    ACTIVATION_NAMES,
+    FULL,
+    SLIDING,
+    AbstractFamily,
+    one_window,
+    read_activation,
+    read_layer_types,
+    write_layer_types,
+)
+from kvjax.models.families.rotary import read_rope, rope_settings
+
+
+@final
+class Gemma3(AbstractFamily):
+    """`Gemma3ForCausalLM`, the text model."""
+
+    model_type = "gemma3_text"
+    architecture = "Gemma3ForCausalLM"
+    defaults = MappingProxyType(
+        {
+            "head_dim": 256,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "max_position_embeddings": 131_072,
+        }
+    )
+    reads = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
+    theta = 1_000_000.0
+    local_theta = 10_000.0
+
+    def extras(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Norms, scales, caps and the window pattern."""
+        bias = bool(config.get("attention_bias", False))
+        layers = range(config["num_hidden_layers"])
+        every = config.get("sliding_window_pattern") or 6
+        rule = [FULL if (index + 1) % every == 0 else SLIDING for index in layers]
+        types, window = config.get("layer_types"), config.get("sliding_window")
+        name = config.get("hidden_activation") or "gelu_pytorch_tanh"
+        return {
+            "activation": read_activation(name),
+            "attention_scale": float(config["query_pre_attn_scalar"]) ** -0.5,
+            "attention_softcap": config.get("attn_logit_softcapping"),
+            "embedding_scale": math.sqrt(config["hidden_size"]),
+            "final_softcap": config.get("final_logit_softcapping"),
+            "norm_offset": True,
+            "o_bias": bias,
+            "post_norms": True,
+            "qk_norm": True,
+            "qkv_bias": bias,
+            "windows": read_layer_types(types, rule, window),
+        }
+
+    def read_ropes(self, config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+        """Full layers take the scaling; sliding layers have a base of their own."""
+        settings = rope_settings(config)
+        nested = {SLIDING, FULL} & set(settings)
+        wide = (settings.get(FULL) or {}) if nested else settings
+        local = (settings.get(SLIDING) or {}) if nested else {}
+        theta = float(config.get("rope_theta") or self.theta)
+        near = float(config.get("rope_local_base_freq") or self.local_theta)
+        return {
+            "rope": read_rope(wide, config, head_dim=head_dim, theta=theta),
+            "local_rope": read_rope(local, config, head_dim=head_dim, theta=near),
+        }
+
+    def write_extras(self, config: DecoderConfig) -> dict[str, Any]:
+        """Inverse of `extras` and `read_ropes`."""
+        local = config.local_rope or config.rope
+        if local.kind != "default":
+            raise ValueError(
+                f"'gemma3_text' has no RoPE scaling on sliding layers; got {local}."
+            )
+        scale = config.attention_scale or config.head_dim**-0.5
+        scalar, types = scale**-2, write_layer_types(config)
+        return {
+            "hidden_activation": ACTIVATION_NAMES[config.activation],
+            "query_pre_attn_scalar": round(scalar) if _whole(scalar) else scalar,
+            "attn_logit_softcapping": config.attention_softcap,
+            "final_logit_softcapping": config.final_softcap,
+            "attention_bias": config.qkv_bias,
+            "rope_local_base_freq": local.theta,
+            "sliding_window": one_window(config) or config.max_positions,
+            "layer_types": types,
+            "use_bidirectional_attention": False,
+        }
+
+
+def _whole(value: float) -> bool:
+    return abs(value - round(value)) < 1e-6

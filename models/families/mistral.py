@@ -1,0 +1,46 @@
+"""Mistral: Llama with a sliding window on every layer."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, final
+
+from kvjax.models.config import DecoderConfig
+from kvjax.models.families.base import AbstractFamily, one_window
+
+
+@final
+class Mistral(AbstractFamily):
+    """`MistralForCausalLM`."""
+
+    model_type = "mistral"
+    architecture = "MistralForCausalLM"
+    defaults = MappingProxyType(
+        {
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 4096,
+        }
+    )
+
+    def extras(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """`sliding_window` (null: none) holds for all layers."""
+        kinds = set(config.get("layer_types") or ())
+        if len(kinds) > 1:
+            raise ValueError(
+                f"'mistral' has one window for all layers; got `layer_types` {kinds}. "
+                f"Alternating layers are another architecture."
+            )
+        window = config.get("sliding_window")
+        return {"windows": () if window is None else (window,) * _layers(config)}
+
+    def write_extras(self, config: DecoderConfig) -> dict[str, Any]:
+        """Inverse of `extras`."""
+        if None in config.windows:
+            raise ValueError("'mistral' needs the same window on every layer.")
+        return {"sliding_window": one_window(config)}
+
+
+def _layers(config: Mapping[str, Any]) -> int:
+    return config["num_hidden_layers"]

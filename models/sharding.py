@@ -1,0 +1,119 @@
+"""One table from logical axes to mesh axes, for parameters and for caches."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+RULES: Mapping[str, str | None] = MappingProxyType(
+    {
+        "batch": "data",
+        "heads": "model",
+        "kv_heads": "model",
+        "mlp": "model",
+        "vocab": "model",
+        "slots": None,
+        "embed": None,
+        "head_dim": None,
+        "layers": None,
+    }
+)
+"""Logical axis to mesh axis; a mesh without that axis replicates."""
+
+# Parameter path suffix to logical axes. `[in, out]` kernels: q, k, v, gate and up are
+# split by columns, o and down by rows, so one layer needs two reductions.
+_PARAMETERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "embedding": ("vocab", "embed"),
+        "head.kernel": ("embed", "vocab"),
+        "attention.q.kernel": ("embed", "heads"),
+        "attention.k.kernel": ("embed", "kv_heads"),
+        "attention.v.kernel": ("embed", "kv_heads"),
+        "attention.o.kernel": ("heads", "embed"),
+        "attention.q.bias": ("heads",),
+        "attention.k.bias": ("kv_heads",),
+        "attention.v.bias": ("kv_heads",),
+        "mlp.gate.kernel": ("embed", "mlp"),
+        "mlp.up.kernel": ("embed", "mlp"),
+        "mlp.down.kernel": ("mlp", "embed"),
+        "mlp.gate.bias": ("mlp",),
+        "mlp.up.bias": ("mlp",),
+    }
+)
+
+
+def parameter_axes(path: str, rank: int) -> tuple[str | None, ...]:
+    """Logical axes of a decoder parameter, by its dotted path; norms replicate."""
+    for suffix, axes in _PARAMETERS.items():
+        if path == suffix or path.endswith("." + suffix):
+            return axes
+    return (None,) * rank
+
+
+def spec(
+    axes: tuple[str | None, ...],
+    mesh: Mesh,
+    rules: Mapping[str, str | None] = RULES,
+) -> PartitionSpec:
+    """`PartitionSpec` of logical `axes` on `mesh`."""
+    names = [rules.get(axis) if axis else None for axis in axes]
+    return PartitionSpec(*(n if n in mesh.axis_names else None for n in names))
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """`mesh` with every axis left to the partitioner.
+
+    `jax.make_mesh` makes explicit axes, under which each product over a sharded axis
+    would need its own annotation; the decoder is written for the partitioner.
+    """
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+
+def parameter_sharding(
+    path: str,
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    rules: Mapping[str, str | None] = RULES,
+) -> NamedSharding:
+    """Sharding of one decoder parameter.
+
+    Raises:
+        ValueError: an axis does not divide by the mesh axis it is split over.
+    """
+    axes = parameter_axes(path, len(shape))
+    placed = spec(axes, mesh, rules)
+    for size, logical, name in zip(shape, axes, placed, strict=True):
+        check_divides(f"{path} ({logical})", size, name, mesh)
+    return NamedSharding(mesh, placed)
+
+
+def check_divides(what: str, size: int, name: object, mesh: Mesh) -> None:
+    """Raise unless `size` divides over mesh axis `name` (None: not split)."""
+    ways = mesh.shape[name] if isinstance(name, str) else 1
+    if size % ways:
+        raise ValueError(
+            f"{what} of size {size} does not divide over mesh axis {name!r} of size "
+            f"{ways}. Use a smaller mesh axis or a rule that maps it to None."
+        )
+
+
+def check_heads(
+    num_heads: int,
+    num_kv_heads: int,
+    mesh: Mesh,
+    rules: Mapping[str, str | None] = RULES,
+) -> None:
+    """Raise unless whole heads fall on each device."""
+    for name, count in (("heads", num_heads), ("kv_heads", num_kv_heads)):
+        (placed,) = spec((name,), mesh, rules)
+        check_divides(name, count, placed, mesh)
+
+
+def place(array, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """A host array on its devices, after the transfer is done."""
+    if sharding is None:
+        return jax.block_until_ready(jax.device_put(array))
+    out = jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+    return jax.block_until_ready(out)

@@ -1,0 +1,170 @@
+"""Checkpoint files: which tensor is in which file, read in pieces, written in pieces.
+
+Nothing here holds more than one tensor. Files are opened per tensor, so that the
+mapped pages of what was read are given back.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from kvjax.types import nearest
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CHUNK_BYTES = 16 * 2**20
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_EXPONENT = {  # all ones in the exponent: Inf or NaN
+    "float32": (np.uint32, 0x7F80_0000),
+    "float16": (np.uint16, 0x7C00),
+    "bfloat16": (np.uint16, 0x7F80),
+}
+
+
+def finite(array: np.ndarray) -> bool:
+    """No NaN and no Inf; looks at the exponent bits, which is fast for bfloat16 too."""
+    integer, mask = _EXPONENT[array.dtype.name]
+    bits = np.ascontiguousarray(array).view(integer)
+    return not bool(np.any((bits & integer(mask)) == mask))
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object, or a `ValueError` that names the file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"Cannot read {path}: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(found).__name__}.")
+    return found
+
+
+class Shards:
+    """The tensors of a checkpoint directory.
+
+    Raises:
+        ValueError: no weights, a missing or damaged shard, or an index that names a
+            file outside the directory.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self.files = _locate(directory)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        for path in dict.fromkeys(self.files.values()):
+            self._scan(path)
+        lost = sorted(name for name in self.files if name not in self.shapes)
+        if lost:
+            path = self.files[lost[0]]
+            raise ValueError(f"The index places {lost[0]!r} in {path}, which lacks it.")
+
+    def _scan(self, path: pathlib.Path) -> None:
+        with _open(path) as handle:
+            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                view = handle.get_slice(name)
+                kind = view.get_dtype()
+                if kind not in DTYPES:
+                    raise ValueError(
+                        f"Tensor {name!r} in {path} is {kind}; expected one of "
+                        f"{sorted(DTYPES)}. Quantised checkpoints are not supported."
+                    )
+                self.files.setdefault(name, path)
+                self.shapes[name] = tuple(view.get_shape())
+                self.dtypes[name] = DTYPES[kind]
+
+    def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Rows `start:stop` of a tensor, a few megabytes at a time."""
+        shape = self.shapes[name]
+        width = int(np.prod(shape[1:])) * self.dtypes[name].itemsize
+        step = max(1, CHUNK_BYTES // max(width, 1))
+        with _open(self.files[name]) as handle:
+            view = handle.get_slice(name)
+            for first in range(start, stop, step):
+                yield view[first : min(first + step, stop)]
+
+
+def write_safetensors(
+    path: pathlib.Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], pieces
+) -> None:
+    """One safetensors file, written piece by piece.
+
+    Args:
+        path: the file.
+        tensors: name to shape and dtype, in file order.
+        pieces: `name -> Iterator[np.ndarray]`, the tensor's rows in order.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        begin, end = end, end + int(np.prod(shape)) * dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in tensors:
+            for piece in pieces(name):
+                file.write(np.ascontiguousarray(piece).view(np.uint8).data)
+        if file.tell() != 8 + len(text) + end:
+            raise AssertionError(f"{path}: pieces do not fill their tensors")
+
+
+def _open(path: pathlib.Path):
+    try:
+        return safetensors.safe_open(str(path), framework="np")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}). It may be cut off; "
+            f"download or copy it again."
+        ) from error
+
+
+def _locate(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    single, index = directory / SINGLE, directory / INDEX
+    if index.is_file():
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise ValueError(f"{index} has no `weight_map`.")
+        return {name: _inside(directory, file) for name, file in table.items()}
+    if single.is_file():
+        with _open(single) as handle:
+            return dict.fromkeys(handle.keys(), single)
+    found = sorted(p.name for p in directory.iterdir() if p.is_file())
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in found):
+        raise ValueError(
+            f"{directory} holds pickled weights ({found}), which can run code when "
+            f"loaded. Convert them to safetensors first."
+        )
+    hint = nearest(SINGLE, found)
+    raise ValueError(
+        f"{directory} has neither {SINGLE} nor {INDEX}; got {found}.{hint}"
+    )
+
+
+def _inside(directory: pathlib.Path, file: object) -> pathlib.Path:
+    if not isinstance(file, str) or pathlib.PurePath(file).name != file or "\\" in file:
+        raise ValueError(
+            f"{directory / INDEX} names {file!r}; shards must lie in the directory "
+            f"itself, without a path."
+        )
+    path = directory / file
+    if not path.is_file():
+        raise ValueError(
+            f"Shard {path} is missing; {INDEX} names it. Download the checkpoint again."
+        )
+    return path

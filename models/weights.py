@@ -1,0 +1,208 @@
+"""Weights between checkpoint tensors and decoder parameters, one at a time."""
+
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from kvjax.models import sharding
+from kvjax.models.config import DecoderConfig
+from kvjax.models.decoder import Decoder
+from kvjax.models.families import Weight, family
+from kvjax.models.shards import (
+    CHUNK_BYTES,
+    INDEX,
+    SINGLE,
+    Shards,
+    finite,
+    write_safetensors,
+)
+from kvjax.types import nearest
+
+SHARD_BYTES = 5 * 10**9
+# Buffers of old checkpoints that follow from the config.
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """`layers.0.mlp.up.kernel` of an NNX path."""
+    return ".".join(str(part) for part in path)
+
+
+def stream_parameters(
+    shards: Shards,
+    config: DecoderConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    mesh: Mesh | None,
+    rules: Mapping[str, str | None],
+) -> Iterator[tuple[str, jax.Array]]:
+    """Each parameter on its devices, in checkpoint order."""
+    weights = family(config.family).weights(config)
+    _check_names(shards, weights, config)
+    for name, weight in weights.items():
+        parts = [shapes[path] for path in weight.paths]
+        _check_shape(name, shards.shapes[name], parts, weight)
+    for name, weight in weights.items():
+        start = 0
+        for path in weight.paths:
+            shape = shapes[path]
+            stop = start + (shape[-1] if weight.transpose else shape[0])
+            host = _read(shards, name, (start, stop), shape, weight.transpose, dtype)
+            where = (
+                sharding.parameter_sharding(path, shape, mesh, rules) if mesh else None
+            )
+            start = stop
+            yield path, sharding.place(host, where)
+            del host
+    if config.tie_embeddings and "lm_head.weight" in shards.shapes:
+        _check_tied(shards)
+
+
+def _read(
+    shards: Shards,
+    name: str,
+    rows: tuple[int, int],
+    shape: tuple[int, ...],
+    transpose: bool,
+    dtype: np.dtype,
+) -> np.ndarray:
+    host = np.empty(shape, dtype)
+    target = host.T if transpose else host
+    done = 0
+    for piece in shards.rows(name, *rows):
+        if not finite(piece):
+            raise ValueError(
+                f"Tensor {name!r} in {shards.files[name]} holds NaN or Inf. The "
+                f"checkpoint is damaged or its training diverged."
+            )
+        with np.errstate(over="ignore"):
+            piece = piece.astype(dtype, copy=False)
+        if not finite(piece):
+            raise ValueError(
+                f"Tensor {name!r} overflows {dtype.name}; load it as 'bfloat16' or "
+                f"'float32'."
+            )
+        target[done : done + len(piece)] = piece
+        done += len(piece)
+    return host
+
+
+def _check_names(
+    shards: Shards, weights: Mapping[str, Weight], config: DecoderConfig
+) -> None:
+    missing = [name for name in weights if name not in shards.shapes]
+    if missing:
+        hint = nearest(missing[0], shards.shapes)
+        raise ValueError(
+            f"The checkpoint lacks {len(missing)} of {len(weights)} tensors, first "
+            f"{missing[:3]}.{hint}"
+        )
+    known = {*weights, *(["lm_head.weight"] if config.tie_embeddings else [])}
+    extra = [
+        name
+        for name in shards.shapes
+        if name not in known and not _DERIVED.fullmatch(name)
+    ]
+    if extra:
+        raise ValueError(
+            f"The checkpoint holds {len(extra)} tensors that {config.family!r} lacks, "
+            f"first {sorted(extra)[:3]}. Its config.json does not describe it."
+        )
+
+
+def _check_shape(
+    name: str,
+    got: tuple[int, ...],
+    parts: list[tuple[int, ...]],
+    weight: Weight,
+) -> None:
+    stored = [shape[::-1] if weight.transpose else shape for shape in parts]
+    expected = (sum(shape[0] for shape in stored), *stored[0][1:])
+    if got != expected:
+        raise ValueError(
+            f"Tensor {name!r} has shape {got}; config.json implies {expected}."
+        )
+
+
+def _check_tied(shards: Shards) -> None:
+    """A tied checkpoint may store its head too, if it is the embedding."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    shape = shards.shapes[names[0]]
+    same = shards.shapes[names[1]] == shape and all(
+        np.array_equal(a, b)
+        for a, b in zip(*(shards.rows(n, 0, shape[0]) for n in names), strict=True)
+    )
+    if not same:
+        raise ValueError(
+            "config.json ties the head to the embedding, but 'lm_head.weight' differs "
+            "from it. Set `tie_word_embeddings` to false."
+        )
+
+
+def write_weights(model: Decoder, folder: pathlib.Path) -> None:
+    """The model's weights as one safetensors file, or shards and their index."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    arrays = {dotted(path): leaf.get_value() for path, leaf in flat}
+    weights = family(model.config.family).weights(model.config)
+    tensors = {}
+    for name, weight in weights.items():
+        stored = [
+            arrays[p].shape[:: -1 if weight.transpose else 1] for p in weight.paths
+        ]
+        shape = (sum(part[0] for part in stored), *stored[0][1:])
+        tensors[name] = (shape, jnp.dtype(arrays[weight.paths[0]].dtype))
+
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        for path in weights[name].paths:
+            host = _host(arrays[path])
+            rows = host.T if weights[name].transpose else host
+            step = max(1, CHUNK_BYTES // max(rows[:1].nbytes, 1))
+            for first in range(0, len(rows), step):
+                yield rows[first : first + step]
+
+    groups = _group(tensors)
+    count = len(groups)
+    table = {}
+    for number, names in enumerate(groups, 1):
+        file = (
+            SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        )
+        write_safetensors(folder / file, {n: tensors[n] for n in names}, pieces)
+        table |= dict.fromkeys(names, file)
+    if count > 1:
+        total = sum(_size(*tensor) for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": table}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def _group(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, tensor in tensors.items():
+        size = _size(*tensor)
+        if groups[-1] and held + size > SHARD_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return int(np.prod(shape)) * dtype.itemsize
+
+
+def _host(array: jax.Array) -> np.ndarray:
+    """A host view or copy that goes away with its last user."""
+    on_host = all(device.platform == "cpu" for device in array.devices())
+    # A device array keeps the host copy it once made; a throwaway keeps it no longer.
+    return np.asarray(array if on_host else jnp.copy(array))
