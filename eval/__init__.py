@@ -1,0 +1,1 @@
+"""Tasks, harness, results and reports."""

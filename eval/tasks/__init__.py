@@ -1,0 +1,50 @@
+"""Generated tasks with known answers; one file per task."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from kvjax.eval.tasks.base import HELD_OUT as HELD_OUT
+from kvjax.eval.tasks.base import STOP as STOP
+from kvjax.eval.tasks.base import TRAIN as TRAIN
+from kvjax.eval.tasks.base import Episode as Episode
+from kvjax.eval.tasks.base import Item as Item
+from kvjax.eval.tasks.base import Task as Task
+from kvjax.eval.tasks.base import Turn as Turn
+from kvjax.eval.tasks.base import stream as stream
+from kvjax.eval.tasks.batch import Batch as Batch
+from kvjax.eval.tasks.chain import Chain as Chain
+from kvjax.eval.tasks.fact import Fact as Fact
+from kvjax.eval.tasks.induction import Induction as Induction
+from kvjax.eval.tasks.recall import Recall as Recall
+from kvjax.types import nearest
+
+TASKS: Mapping[str, type[Task]] = MappingProxyType(
+    {
+        "recall": Recall,
+        "chain": Chain,
+        "induction": Induction,
+        "batch": Batch,
+        "fact": Fact,
+    }
+)
+
+
+def make_task(name: str, **fields) -> Task:
+    """The task registered as `name`, with its fields set.
+
+    Raises:
+        ValueError: unknown task or field; the message names the nearest.
+    """
+    if name not in TASKS:
+        raise ValueError(
+            f"Unknown task {name!r}; expected one of {list(TASKS)}."
+            f"{nearest(name, TASKS)}"
+        )
+    known = TASKS[name].__dataclass_fields__
+    for field in fields:
+        if field not in known:
+            raise ValueError(
+                f"Task {name!r} has no field {field!r}; expected one of {list(known)}."
+                f"{nearest(field, known)}"
+            )
+    return TASKS[name](**fields)

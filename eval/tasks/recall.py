@@ -1,0 +1,92 @@
+"""Multi-key recall: which value was written beside this key?"""
+
+import dataclasses
+import random
+import string
+from typing import ClassVar, final
+
+from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
+from kvjax.eval.tasks.filler import scatter, sentences
+
+SIGILS = "=~^|"
+"""A record's sign. The reply starts with it, so the first token of an answer must be
+looked up too, and the value itself is always decoded from the compressed cache."""
+
+VALUE_LENGTHS = (1, 4, 16)
+_SYMBOLS = string.ascii_lowercase + string.digits
+_OPEN = "\n? ["
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recall(Task):
+    """Records `[KQ=ab3d]` in filler; the question asks the value of one key.
+
+    Attributes:
+        value_length: characters of a value; None draws 1, 4 or 16 per item.
+        keys: records per context; None lets records take `density` of the context.
+        density: share of the context taken by records when `keys` is None.
+        depth: place of the asked record as a fraction of the context (0 is its
+            start), or None for anywhere: the needle test.
+    """
+
+    name: ClassVar[str] = "recall"
+
+    value_length: int | None = None
+    keys: int | None = None
+    density: float = 0.3
+    depth: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.value_length is not None and self.value_length < 1:
+            raise ValueError(f"`value_length` must be >= 1; got {self.value_length}.")
+        if self.keys is not None and not 1 <= self.keys <= 26 * 26:
+            raise ValueError(f"`keys` must be in [1, 676]; got {self.keys}.")
+        if not 0.0 < self.density <= 1.0:
+            raise ValueError(f"`density` must be in (0, 1]; got {self.density}.")
+        if self.depth is not None and not 0.0 <= self.depth <= 1.0:
+            raise ValueError(f"`depth` must be in [0, 1]; got {self.depth}.")
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Sign, value, stop."""
+        return (self.value_length or max(VALUE_LENGTHS)) + 2
+
+    def episode(self, rng: random.Random, length: int, turns: int = 1) -> Episode:
+        """See `Task.episode`."""
+        width = self.value_length or rng.choice(VALUE_LENGTHS)
+        record_chars = 2 + 1 + width + 3  # "[KQ=value] "
+        turn_chars = len(_OPEN) + 2 + 1 + width + 1
+        turns = max(1, min(turns, length // (2 * turn_chars)))
+        budget = length - turns * turn_chars
+        keys = self.keys or max(1, int(self.density * budget / record_chars))
+        if keys * record_chars > budget:
+            raise too_short(self.name, length, turns * turn_chars + keys * record_chars)
+        keys = min(keys, 26 * 26)
+        names = rng.sample(range(26 * 26), keys)
+        letters = string.ascii_uppercase
+        pairs = [
+            (letters[name // 26] + letters[name % 26], self._value(rng, width))
+            for name in names
+        ]
+        asked = rng.sample(range(keys), min(turns, keys))
+        depths: list[float | None] = [None] * keys
+        depths[asked[0]] = self.depth
+        filler = sentences(rng, budget - keys * record_chars, self.redundancy)
+        records = [f"[{key}{value}] " for key, value in pairs]
+        return Episode(
+            context=scatter(rng, records, filler, depths),
+            turns=tuple(self._turn(*pairs[index], keys) for index in asked),
+        )
+
+    def score(self, item: Item, reply: str) -> float:
+        """1 for the exact value; the sign before it is not scored."""
+        return float(before_stop(reply)[1:] == item.meta["value"])
+
+    def _value(self, rng: random.Random, width: int) -> str:
+        return rng.choice(SIGILS) + "".join(rng.choices(_SYMBOLS, k=width))
+
+    def _turn(self, key: str, value: str, keys: int) -> Turn:
+        meta = {"key": key, "value": value[1:], "keys": keys, "depth": self.depth}
+        return Turn(question=_OPEN + key, answer=value + "]", meta=meta)

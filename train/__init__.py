@@ -1,0 +1,1 @@
+"""Training: a model, an objective and data, joined by one loop."""

@@ -1,0 +1,159 @@
+"""The recipe of a run: frozen dataclasses, decoded strictly from YAML."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cattrs
+import yaml
+from cattrs.gen import make_dict_structure_fn
+
+from kvjax.models.config import DecoderConfig
+from kvjax.types import nearest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """One task of the mixture: its name, its fields, its share of the rows."""
+
+    task: str
+    weight: float = 1.0
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """`steps` steps of `tokens_per_step`, in rows of one width.
+
+    Attributes:
+        steps: how many.
+        lengths: row widths to draw from, and their weights.
+        tokens_per_step: rows times width.
+    """
+
+    steps: int
+    lengths: dict[int, float]
+    tokens_per_step: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The mixture and how it is packed.
+
+    Attributes:
+        sources: the tasks.
+        context_weight: loss weight of tokens outside answers.
+        turns: questions per 128 tokens of row, at most, where a task allows several.
+    """
+
+    sources: tuple[Source, ...]
+    context_weight: float = 0.03
+    turns: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and schedule: warm-up, constant, linear decay to zero.
+
+    Attributes:
+        name: `muon` (matrices; AdamW for the rest) or `adamw`.
+        learning_rate: of the constant part. Muon's updates are scaled to the size of
+            AdamW's, so one rate serves both.
+        warmup, decay: steps at the beginning and at the end.
+        weight_decay: decoupled.
+        beta1, beta2: moments of AdamW.
+        clip: bound on the global gradient norm.
+    """
+
+    name: str = "muon"
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    decay: int = 300
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run.
+
+    Attributes:
+        seed: of the weights and of the data.
+        model: what is trained.
+        data: what it is trained on.
+        stages: row widths over time; their steps add up to the run's.
+        optimizer: how.
+        log_every, eval_every, save_every: in steps.
+        eval_items: held-out items per source and width of the running evaluation.
+    """
+
+    seed: int = 0
+    model: DecoderConfig
+    data: DataConfig
+    stages: tuple[Stage, ...]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    log_every: int = 10
+    eval_every: int = 100
+    save_every: int = 100
+    eval_items: int = 32
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return sum(stage.steps for stage in self.stages)
+
+
+def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A `TrainConfig` from a YAML file.
+
+    Args:
+        path: the file.
+        overrides: `dotted.path=value`, the value in YAML.
+
+    Raises:
+        ValueError: unknown key (the nearest is named) or a value of a wrong type.
+    """
+    tree = yaml.safe_load(pathlib.Path(path).read_text())
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign:
+            raise ValueError(f"Expected `path=value`; got {override!r}.")
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = yaml.safe_load(value)
+    return decode(tree, TrainConfig)
+
+
+def decode[C](tree: Any, cls: type[C]) -> C:
+    """`tree` as a dataclass, strictly: no unknown keys, no missing ones."""
+    converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=False)
+    converter.register_structure_hook_factory(
+        dataclasses.is_dataclass, lambda kind: _strict(kind, converter)
+    )
+    return converter.structure(tree, cls)
+
+
+def _strict(cls: type, converter: cattrs.Converter):
+    inner = make_dict_structure_fn(cls, converter)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+
+    def structure(tree: Any, _: Any):
+        if not isinstance(tree, Mapping):
+            raise ValueError(f"{cls.__name__} needs a mapping; got {tree!r}.")
+        for key in tree:
+            if key not in known:
+                raise ValueError(
+                    f"Unknown key {key!r} in {cls.__name__}; expected one of "
+                    f"{list(known)}.{nearest(str(key), known)}"
+                )
+        try:
+            return inner(tree, cls)
+        except KeyError as missing:
+            raise ValueError(f"{cls.__name__} needs the key {missing}.") from missing
+
+    return structure

@@ -1,0 +1,119 @@
+"""Training rows from the tasks: a weighted mixture, generated as it is needed.
+
+Batch `i` is a pure function of the seed and `i`, so a resumed run sees the same data.
+"""
+
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from kvjax.eval.tasks import TRAIN, Episode, Task, make_task, stream
+from kvjax.train.config import DataConfig, Stage
+from kvjax.train.objective import Batch
+from kvjax.train.tokenizer import BOS, EOS, PAD, encode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One episode as tokens, with the loss weight of each."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    answers: np.ndarray
+
+
+def row(episode: Episode, *, context_weight: float) -> Row:
+    """`<bos>` context, then question and answer of each turn, `<eos>`.
+
+    Answers weigh 1 each; the rest, mostly filler nobody can predict, `context_weight`.
+    """
+    texts = [(episode.context, False)]
+    for turn in episode.turns:
+        texts += [(turn.question, False), (turn.answer, True)]
+    pieces = [encode(text) for text, _ in texts]
+    tokens = np.concatenate([[BOS], *pieces, [EOS]]).astype(np.int32)
+    flags = [
+        np.full(len(piece), flag)
+        for piece, (_, flag) in zip(pieces, texts, strict=True)
+    ]
+    answers = np.concatenate([[False], *flags, [False]])
+    weights = np.where(answers, 1.0, context_weight).astype(np.float32)
+    return Row(tokens=tokens, weights=weights, answers=answers)
+
+
+def pack(rows: Sequence[Row], width: int) -> Batch:
+    """Right-padded `[B, width]` arrays; a row that is too long is an error."""
+    tokens = np.full((len(rows), width), PAD, np.int32)
+    weights = np.zeros((len(rows), width), np.float32)
+    answers = np.zeros((len(rows), width), bool)
+    for i, one in enumerate(rows):
+        n = len(one.tokens)
+        if n > width:
+            raise ValueError(
+                f"Row {i} has {n} tokens, the batch is {width} wide. Generate "
+                f"episodes of at most {width - 2} characters."
+            )
+        tokens[i, :n], weights[i, :n] = one.tokens, one.weights
+        answers[i, :n] = one.answers
+    return Batch(tokens=tokens, weights=weights, answers=answers)  # type: ignore
+
+
+class Mixture:
+    """Batches of a weighted mixture of tasks.
+
+    Args:
+        config: sources and their weights.
+        stages: how many rows of which width, when.
+        seed: of the training stream; held-out items never share it.
+    """
+
+    def __init__(self, config: DataConfig, stages: Sequence[Stage], seed: int):
+        self.config = config
+        self.stages = tuple(stages)
+        self.seed = seed
+        self.tasks: list[Task] = [
+            make_task(source.task, **source.fields) for source in config.sources
+        ]
+
+    def batch(self, step: int) -> Batch:
+        """The batch of one step; all its rows have one width."""
+        rng = stream(TRAIN, "mixture", self.seed, step)
+        stage = self._stage(step)
+        width = draw(rng, stage.lengths)
+        weights = dict(enumerate(source.weight for source in self.config.sources))
+        rows = []
+        for _ in range(max(1, stage.tokens_per_step // width)):
+            task = self.tasks[draw(rng, weights)]
+            rows.append(self._row(task, rng, width))
+        return pack(rows, width)
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """Batches `first .. last - 1`, the next one prepared in the background."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self.batch, first)
+            for step in range(first, last):
+                batch = ahead.result()
+                if step + 1 < last:
+                    ahead = pool.submit(self.batch, step + 1)
+                yield batch
+
+    def _row(self, task: Task, rng: random.Random, width: int) -> Row:
+        # Wide rows ask many questions: answers are what teaches.
+        most = max(1, self.config.turns * width // 128) if task.multi_turn else 1
+        episode = task.episode(rng, width - 2, turns=rng.randint(1, most))
+        return row(episode, context_weight=self.config.context_weight)
+
+    def _stage(self, step: int) -> Stage:
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
+
+
+def draw[K](rng: random.Random, weights: dict[K, float]) -> K:
+    """A key, with probability proportional to its weight."""
+    return rng.choices(list(weights), weights=list(weights.values()))[0]

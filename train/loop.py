@@ -1,0 +1,171 @@
+"""The loop: one jitted step, logs, checkpoints, a running evaluation."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from kvjax.models.decoder import Decoder
+from kvjax.train.objective import Batch, Objective
+from kvjax.types import pytree
+
+
+@pytree
+class TrainState:
+    """What a run carries from step to step; `params` is a plain nested dict."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0 from the weights of `model`, in float32."""
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params)
+    )
+
+
+def with_params(model: Decoder, params: Any) -> Decoder:
+    """A model like `model` with the weights of a plain dict."""
+    graph, state = nnx.split(model)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def make_step(
+    model: Decoder, objective: Objective, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, batch) -> (state, metrics)`, jitted, the state donated."""
+
+    def loss(params, batch):
+        return objective(with_params(model, params), batch)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Batch):
+        grad = jax.value_and_grad(loss, has_aux=True)
+        (value, metrics), grads = grad(state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": value, "norm": optax.global_norm(grads), **metrics}
+        state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+        return state, metrics
+
+    return step
+
+
+def make_eval(model: Decoder, objective: Objective):
+    """`evaluate(params, batch) -> metrics`, jitted."""
+
+    @jax.jit
+    def evaluate(params, batch: Batch):
+        value, metrics = objective(with_params(model, params), batch)
+        return {"loss": value, **metrics}
+
+    return evaluate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Log:
+    """A JSON line per event in a file, and a short one on the terminal."""
+
+    path: pathlib.Path
+
+    def __call__(self, **event: Any) -> None:
+        """Write one event."""
+        event = {
+            k: round(v, 5) if isinstance(v, float) else v for k, v in event.items()
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        print("  ".join(f"{k} {v}" for k, v in event.items()), flush=True)
+
+
+def save(directory: pathlib.Path, state: TrainState) -> None:
+    """Write `directory/step_N`."""
+    path = directory / f"step_{int(state.step)}"
+    ocp.save_pytree(path.absolute(), _leaves(state), overwrite=True)
+
+
+def restore(directory: pathlib.Path, state: TrainState) -> TrainState:
+    """The newest checkpoint of `directory` in the shape of `state`, or `state`."""
+    found = sorted(directory.glob("step_*"), key=lambda p: int(p.name.split("_")[1]))
+    if not found:
+        return state
+    loaded = ocp.load_pytree(found[-1].absolute(), _leaves(state))
+    leaves = [loaded[str(i)] for i in range(len(loaded))]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+def _leaves(state: TrainState) -> dict[str, jax.Array]:
+    # Optimizer states are nested tuples and masks: numbered leaves survive any of it.
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def train(
+    model: Decoder,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    batches: Callable[[int, int], Iterator[Batch]],
+    *,
+    steps: int,
+    directory: pathlib.Path,
+    held_out: Callable[[int], dict[str, Batch]] | None = None,
+    log_every: int = 10,
+    eval_every: int = 100,
+    save_every: int = 100,
+) -> TrainState:
+    """Train until `steps`, from the newest checkpoint of `directory` if there is one.
+
+    Args:
+        model: its weights are where a fresh run starts.
+        objective: `(model, batch) -> (loss, metrics)`.
+        optimizer: an optax transformation.
+        batches: `(first, last) ->` the batches of those steps.
+        steps: step number to stop at.
+        directory: for checkpoints and `log.jsonl`.
+        held_out: batches to evaluate on at a step, by name.
+        log_every: steps between two lines of the log.
+        eval_every: steps between two evaluations.
+        save_every: steps between two checkpoints.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    log = Log(path=directory / "log.jsonl")
+    state = restore(directory, init_state(model, optimizer))
+    step = make_step(model, objective, optimizer)
+    evaluate = make_eval(model, objective)
+    began = last = time.perf_counter()
+    first = int(state.step)
+    for number, batch in enumerate(batches(first, steps), first + 1):
+        state, metrics = step(state, batch)
+        if number % log_every == 0 or number == first + 1:
+            values = {k: float(v) for k, v in metrics.items()}
+            now = time.perf_counter()
+            done = log_every if number % log_every == 0 else 1
+            log(
+                step=number,
+                width=batch.tokens.shape[1],
+                **values,
+                seconds=round(now - began, 1),
+                step_ms=round((now - last) / done * 1e3),
+            )
+            last = now
+        if held_out and (number % eval_every == 0 or number == steps):
+            for name, one in held_out(number).items():
+                values = {k: float(v) for k, v in evaluate(state.params, one).items()}
+                log(step=number, held_out=name, **values)
+            last = time.perf_counter()
+        if number % save_every == 0 or number == steps:
+            save(directory, state)
+    return state

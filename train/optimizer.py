@@ -1,0 +1,55 @@
+"""Optimizers by name."""
+
+import jax
+import optax
+from optax import contrib
+
+from kvjax.train.config import OptimizerConfig
+from kvjax.types import nearest
+
+OPTIMIZERS = ("muon", "adamw")
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Warm-up, constant, linear decay to zero over the last `decay` steps."""
+    rate = config.learning_rate
+    parts = [
+        optax.linear_schedule(rate / max(config.warmup, 1), rate, config.warmup),
+        optax.constant_schedule(rate),
+        optax.linear_schedule(rate, 0.0, max(config.decay, 1)),
+    ]
+    ends = [config.warmup, max(config.warmup, steps - config.decay)]
+    return optax.join_schedules(parts, ends)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer `config` names, with clipping and its schedule."""
+    rate = schedule(config, steps)
+    if config.name == "muon":
+        inner = contrib.muon(
+            rate,
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        )
+    elif config.name == "adamw":
+        inner = optax.adamw(
+            rate, config.beta1, config.beta2, weight_decay=config.weight_decay
+        )
+    else:
+        raise ValueError(
+            f"Unknown optimizer {config.name!r}; expected one of {list(OPTIMIZERS)}."
+            f"{nearest(config.name, OPTIMIZERS)}"
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), inner)
+
+
+def _matrices(params):
+    # Embedding rows are looked up, not multiplied: they stay with AdamW.
+    def numbers(path, leaf):
+        table = any("embedding" in jax.tree_util.keystr((key,)) for key in path)
+        return None if table or leaf.ndim != 2 else contrib.MuonDimensionNumbers()
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
