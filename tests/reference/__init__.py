@@ -1,0 +1,71 @@
+"""Independent NumPy references of the compression methods; see README.md.
+
+They share no code with kvjax and favour clarity: float64, loops, one sequence.
+"""
+
+from .base import attention, kept, kept_mask, rotate
+from .codecs import int8_per_token, kivi_keys, kivi_values, low_rank_keys
+from .decoding import H2OTrace, h2o_decode
+from .reading import (
+    attend,
+    attend_decoupled,
+    attend_kept,
+    page_mask,
+    quest_bounds,
+    quest_pages,
+    vertical_slash_mask,
+)
+from .scorers import (
+    score_criticalkv,
+    score_cur,
+    score_expected_attention,
+    score_h2o,
+    score_keydiff,
+    score_knorm,
+    score_lagkv,
+    score_observed_attention,
+    score_snapkv,
+    score_streaming_llm,
+    score_tova,
+)
+from .selection import (
+    adakv_kept,
+    chunkkv_kept,
+    chunkkv_paper_kept,
+    pyramidkv_layer_budgets,
+)
+
+__all__ = [
+    "H2OTrace",
+    "adakv_kept",
+    "attend",
+    "attend_decoupled",
+    "attend_kept",
+    "attention",
+    "chunkkv_kept",
+    "chunkkv_paper_kept",
+    "h2o_decode",
+    "int8_per_token",
+    "kept",
+    "kept_mask",
+    "kivi_keys",
+    "kivi_values",
+    "low_rank_keys",
+    "page_mask",
+    "pyramidkv_layer_budgets",
+    "quest_bounds",
+    "quest_pages",
+    "rotate",
+    "score_criticalkv",
+    "score_cur",
+    "score_expected_attention",
+    "score_h2o",
+    "score_keydiff",
+    "score_knorm",
+    "score_lagkv",
+    "score_observed_attention",
+    "score_snapkv",
+    "score_streaming_llm",
+    "score_tova",
+    "vertical_slash_mask",
+]
