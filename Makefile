@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 LOCK := $(PY) -m uv pip compile pyproject.toml --extra dev --extra notebook \
 	--universal --python-version 3.12 --generate-hashes --no-header \
-	--no-emit-index-url --no-emit-find-links --no-annotate --quiet
+	--no-annotate --quiet
 
 .PHONY: help setup demo test test-slow lint format bench lock build clean
 
@@ -37,7 +37,7 @@ lock: setup ## resolve the dependencies again
 	echo 'jax==0.11.2' | UV_SYSTEM_CERTS=1 $(LOCK) --constraint - --upgrade -o requirements.lock
 
 build: setup ## wheel and sdist in dist/
-	$(PY) -m build --no-isolation --installer uv
+	$(PY) -m build --no-isolation
 
 clean: ## remove what a build or a run leaves behind (.venv stays)
 	rm -rf build dist .cache .pytest_cache .ruff_cache .hypothesis
