@@ -24,9 +24,14 @@ def prefix_attention(inputs: LayerInputs) -> Float[Array, "B H T D"]:
     for start in range(0, t, BLOCK):
         end = min(start + BLOCK, t)
         k, v = inputs.k[:, :, :end], inputs.v[:, :, :end]
-        logits = jnp.einsum("BKGTD,BKSD->BKGTS", q[:, :, :, start:end], k)
+        logits = jnp.einsum(
+            "BKGTD,BKSD->BKGTS",
+            q[:, :, :, start:end],
+            k,
+            preferred_element_type=jnp.float32,
+        )
         late = jnp.arange(end)[None, :] > jnp.arange(start, end)[:, None]
         late = late.reshape((1, 1, 1, *late.shape))
         weights = jax.nn.softmax(jnp.where(late, -1e30, logits * spec.scale), axis=-1)
-        blocks.append(jnp.einsum("BKGTS,BKSD->BKGTD", weights, v))
+        blocks.append(jnp.einsum("BKGTS,BKSD->BKGTD", weights.astype(v.dtype), v))
     return jnp.concatenate(blocks, axis=3).reshape(b, h, t, d)
