@@ -152,10 +152,7 @@ class Decoder(nnx.Module):
             [Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
         )
         self.norm = _norm(config, config.hidden_size, dtype)
-        self.head = None
-        if not config.tie_embeddings:
-            e, v, std = config.hidden_size, config.vocab_size, config.init_std
-            self.head = Linear(e, v, bias=False, std=std, dtype=dtype, rngs=rngs)
+        self.head = None if config.tie_embeddings else _head(config, dtype, rngs)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -214,6 +211,11 @@ class Decoder(nnx.Module):
 
 def _norm(config: DecoderConfig, size: int, dtype) -> RMSNorm:
     return RMSNorm(size, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
+
+
+def _head(config: DecoderConfig, dtype, rngs: nnx.Rngs) -> Linear:
+    e, v, std = config.hidden_size, config.vocab_size, config.init_std
+    return Linear(e, v, bias=False, std=std, dtype=dtype, rngs=rngs)
 
 
 def _trailing(weight: Array, x: Array) -> Array:

@@ -21,7 +21,11 @@ from kvjax.models.families.rotary import read_rope, rope_settings
 
 @final
 class Gemma3(AbstractFamily):
-    """`Gemma3ForCausalLM`, the text model."""
+    """`Gemma3ForCausalLM`, the text model.
+
+    `attn_logit_softcapping` is read by transformers and never applied; no published
+    checkpoint sets it. We follow the numbers, and leave it out when saving.
+    """
 
     model_type = "gemma3_text"
     architecture = "Gemma3ForCausalLM"
@@ -52,7 +56,6 @@ class Gemma3(AbstractFamily):
         return {
             "activation": read_activation(name),
             "attention_scale": float(config["query_pre_attn_scalar"]) ** -0.5,
-            "attention_softcap": config.get("attn_logit_softcapping"),
             "embedding_scale": math.sqrt(config["hidden_size"]),
             "final_softcap": config.get("final_logit_softcapping"),
             "norm_offset": True,
@@ -88,7 +91,6 @@ class Gemma3(AbstractFamily):
         return {
             "hidden_activation": ACTIVATION_NAMES[config.activation],
             "query_pre_attn_scalar": round(scalar) if _whole(scalar) else scalar,
-            "attn_logit_softcapping": config.attention_softcap,
             "final_logit_softcapping": config.final_softcap,
             "attention_bias": config.qkv_bias,
             "rope_local_base_freq": local.theta,
