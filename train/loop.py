@@ -56,9 +56,11 @@ def make_step(
     def step(state: TrainState, batch: Batch):
         grad = jax.value_and_grad(loss, has_aux=True)
         (value, metrics), grads = grad(state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        # optax divides by its integer step count, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, "norm": optax.global_norm(grads), **metrics}
+        metrics = {"loss": value, "norm": optax.tree.norm(grads), **metrics}
         state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
         return state, metrics
 
@@ -95,7 +97,7 @@ class Log:
 def save(directory: pathlib.Path, state: TrainState) -> None:
     """Write `directory/step_N`."""
     path = directory / f"step_{int(state.step)}"
-    ocp.save_pytree(path.absolute(), _leaves(state), overwrite=True)
+    ocp.save(path.absolute(), _leaves(state), overwrite=True)
 
 
 def restore(directory: pathlib.Path, state: TrainState) -> TrainState:
@@ -103,7 +105,7 @@ def restore(directory: pathlib.Path, state: TrainState) -> TrainState:
     found = sorted(directory.glob("step_*"), key=lambda p: int(p.name.split("_")[1]))
     if not found:
         return state
-    loaded = ocp.load_pytree(found[-1].absolute(), _leaves(state))
+    loaded = ocp.load(found[-1].absolute(), _leaves(state))
     leaves = [loaded[str(i)] for i in range(len(loaded))]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 

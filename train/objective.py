@@ -47,10 +47,10 @@ def next_token_loss(
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     answers = batch.answers[:, 1:]
     right = jnp.argmax(logits, axis=-1) == targets
-    count = jnp.maximum(answers.sum(), 1)
+    count = jnp.maximum(jnp.sum(answers, dtype=jnp.float32), 1.0)
     metrics = {
         "answer_loss": jnp.where(answers, loss, 0.0).sum() / count,
-        "answer_accuracy": (answers & right).sum() / count,
+        "answer_accuracy": jnp.sum(answers & right, dtype=jnp.float32) / count,
         "exact": (right | ~answers).all(axis=1).mean(),
     }
     total = (loss * weights).sum() / jnp.maximum(weights.sum(), 1e-6)

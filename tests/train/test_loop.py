@@ -1,0 +1,137 @@
+"""The loop: it learns, resumes where it stood, and refuses bad recipes."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kvjax.models.attention import causal_attention
+from kvjax.models.config import DecoderConfig
+from kvjax.models.decoder import Decoder
+from kvjax.rope import Rope
+from kvjax.train.__main__ import run
+from kvjax.train.config import (
+    DataConfig,
+    OptimizerConfig,
+    Source,
+    Stage,
+    TrainConfig,
+    load_config,
+)
+from kvjax.train.data import Mixture
+from kvjax.train.loop import init_state, make_step, restore, save
+from kvjax.train.objective import next_token_loss
+from kvjax.train.optimizer import make_optimizer, schedule
+
+RECIPE = "configs/train/kvjax_tiny.yaml"
+
+
+@pytest.fixture
+def config() -> TrainConfig:
+    return TrainConfig(
+        model=DecoderConfig(
+            vocab_size=100,
+            hidden_size=16,
+            intermediate_size=32,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=8,
+            rope=Rope(head_dim=8),
+            tie_embeddings=True,
+        ),
+        data=DataConfig(sources=(Source(task="recall"), Source(task="fact"))),
+        stages=(Stage(steps=4, lengths={64: 1.0, 96: 1.0}, tokens_per_step=192),),
+        log_every=1,
+        eval_every=4,
+        save_every=2,
+        eval_items=2,
+    )
+
+
+def losses(directory: pathlib.Path) -> dict[int, float]:
+    lines = (directory / "log.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    return {e["step"]: e["loss"] for e in events if "held_out" not in e}
+
+
+def test_resumed_run_repeats_the_uninterrupted_one(config, tmp_path):
+    whole = run(config, tmp_path / "whole")
+    run(dataclasses.replace(config, save_every=2), tmp_path / "part")
+    for late in (tmp_path / "part").glob("step_4"):
+        late.rename(tmp_path / "late")
+    again = run(config, tmp_path / "part")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "part")
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+
+
+def test_restore_of_an_empty_directory_is_a_fresh_start(config, tmp_path):
+    model = Decoder(config.model, rngs=nnx.Rngs(0))
+    state = init_state(model, make_optimizer(config.optimizer, 4))
+    assert restore(tmp_path, state) is state
+    save(tmp_path, state)
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, state), state)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_loss_falls_on_one_batch(config, name):
+    model = Decoder(config.model, rngs=nnx.Rngs(0))
+    fast = OptimizerConfig(name=name, learning_rate=0.01, warmup=1, decay=1)
+    optimizer = make_optimizer(fast, 100)
+    state = init_state(model, optimizer)
+    step = make_step(model, next_token_loss, optimizer)
+    batch = Mixture(config.data, config.stages, 0).batch(0)
+    state, first = step(state, batch)
+    for _ in range(10):
+        state, last = step(state, batch)
+    assert float(last["loss"]) < 0.9 * float(first["loss"])
+    assert step._cache_size() == 1
+
+
+def test_training_attention_is_causal_attention(config):
+    model = Decoder(config.model, rngs=nnx.Rngs(0))
+    batch = Mixture(config.data, config.stages, 0).batch(0)
+    got, _ = next_token_loss(model, batch)
+    want, _ = next_token_loss(model, batch, attention=causal_attention)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_batches_are_a_function_of_seed_and_step(config):
+    one, two = (Mixture(config.data, config.stages, 7) for _ in range(2))
+    other = Mixture(config.data, config.stages, 8)
+    ahead = list(one.batches(1, 4))
+    jax.tree.map(np.testing.assert_array_equal, ahead[2], two.batch(3))
+    assert not np.array_equal(ahead[0].tokens[:1, :40], other.batch(1).tokens[:1, :40])
+    for batch in ahead:
+        assert batch.tokens.shape[1] in (64, 96)
+        assert (batch.weights[batch.answers] == 1.0).all()
+        assert (batch.weights[np.asarray(batch.tokens) == 0] == 0.0).all()
+
+
+def test_schedule_warms_up_and_decays_to_zero():
+    rate = schedule(OptimizerConfig(learning_rate=1.0, warmup=10, decay=20), 100)
+    values = jnp.array([rate(i) for i in (0, 10, 79, 90, 100)])
+    np.testing.assert_allclose(values, [0.1, 1.0, 1.0, 0.5, 0.0], atol=1e-6)
+
+
+def test_recipe_loads_and_overrides(repo):
+    config = load_config(repo / RECIPE, ["seed=3", "optimizer.warmup=7"])
+    assert config.seed == 3 and config.optimizer.warmup == 7
+    assert config.model.num_layers >= 4 and config.model.num_kv_heads >= 4
+    assert config.model.max_positions >= 1024
+
+
+def test_unknown_keys_name_the_nearest(repo):
+    with pytest.raises(ValueError, match="'learning_rate'"):
+        load_config(repo / RECIPE, ["optimizer.learning_rat=1.0"])
+    with pytest.raises(ValueError, match="'num_layers'"):
+        load_config(repo / RECIPE, ["model.num_layer=2"])
+    with pytest.raises(ValueError, match="path=value"):
+        load_config(repo / RECIPE, ["seed"])
+    with pytest.raises(ValueError, match="'muon'"):
+        make_optimizer(OptimizerConfig(name="muo"), 10)
