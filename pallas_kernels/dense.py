@@ -1,10 +1,12 @@
 """Dense causal attention in O(S) memory: the XLA path of prefill and training."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
+from kvjax.pallas_kernels.partial import Partial, cap, softmax_weights
 
 LOGITS_BUDGET = 1 << 24
 """Logits of one query chunk (elements); bounds temporaries, grows no loop below 4k."""
@@ -26,12 +28,13 @@ def query_chunk(tokens: int, logits_per_query: int) -> int:
     return int(min(tokens, max(16, LOGITS_BUDGET // max(logits_per_query, 1))))
 
 
-def map_query_chunks(fn, chunk: int, *arrays: Array) -> Partial:
+def map_query_chunks(fn, chunk: int, *arrays: Array):
     """Run `fn` over slices of the query axis (axis 1 of every array) and rejoin.
 
     Args:
-        fn: takes the slices, `[B, chunk, ...]` each, and returns a `Partial` with
-            `[..., chunk, D]` and `[..., chunk]`.
+        fn: takes the slices, `[B, chunk, ...]` each, and returns `(part, total)`: a
+            `Partial` with `[..., chunk, D]` and `[..., chunk]`, and a pytree that is
+            summed over the chunks (`()` for none).
         chunk: queries per slice; the last slice is padded with zeros (int: -1).
         arrays: `[B, T, ...]`.
 
@@ -48,15 +51,20 @@ def map_query_chunks(fn, chunk: int, *arrays: Array) -> Partial:
         x = jnp.pad(x, pad, constant_values=fill)
         return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
-    def step(_, slices):
-        return None, jax.checkpoint(fn)(*slices)
+    slices = tuple(split(x) for x in arrays)
+    first = jax.tree.map(lambda x: x[0], slices)
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(fn, *first)[1])
 
-    _, parts = jax.lax.scan(step, None, tuple(split(x) for x in arrays))
+    def step(total, xs):
+        part, more = jax.checkpoint(fn)(*xs)
+        return jax.tree.map(jnp.add, total, more), part
+
+    total, parts = jax.lax.scan(step, zero, slices)
     out = jnp.moveaxis(parts.out, 0, -3)
     lse = jnp.moveaxis(parts.lse, 0, -2)
     out = out.reshape(*out.shape[:-3], count * chunk, out.shape[-1])
     lse = lse.reshape(*lse.shape[:-2], count * chunk)
-    return Partial(out[..., :tokens, :], lse[..., :tokens])
+    return Partial(out[..., :tokens, :], lse[..., :tokens]), total
 
 
 def causal_attention(
@@ -69,21 +77,58 @@ def causal_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    allowed: Callable[[Array, Array], Array] | None = None,
 ) -> Partial:
     """Softmax attention of queries over keys at their absolute positions.
 
     Args:
         q: queries after RoPE, `[B, H, T, D]`; `H` is a multiple of `K`.
-        k, v: keys and values, `[B, K, S, D]`.
-        q_positions, k_positions: absolute positions; -1 is padding.
+        k: keys, `[B, K, S, D]`.
+        v: values, `[B, K, S, D]`.
+        q_positions: absolute positions of the queries; -1 is padding.
+        k_positions: absolute positions of the keys; -1 is padding.
         scale: factor on `q . k`.
         window: sliding window in tokens, or None.
         softcap: logit soft cap, or None.
+        allowed: a sparse pattern on top, `(q_positions [B, t], k_positions [B, S])`
+            to a mask `[B, H, t, S]`.
 
     Returns:
         `Partial(out [B, H, T, D] f32, lse [B, H, T] f32)`; padding queries give 0.
 
     Cost: `O(T S)` work, temporaries linear in `S`.
+    """
+    return attention_with_mass(
+        q,
+        k,
+        v,
+        q_positions,
+        k_positions,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        allowed=allowed,
+        mass=False,
+    )[0]
+
+
+def attention_with_mass(
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    allowed: Callable[[Array, Array], Array] | None = None,
+    mass: bool = True,
+) -> tuple[Partial, Float[Array, "B H S"] | None]:
+    """`causal_attention`, and the softmax weight each key received over all queries.
+
+    The column sums come from the weights that the pass computes anyway: one more
+    matrix-vector product per chunk, and no S x S matrix.
     """
     (b, h, t, d), (kv_heads, s) = q.shape, k.shape[1:3]
     groups = h // kv_heads
@@ -92,17 +137,26 @@ def causal_attention(
     k, v = jnp.where(live, k, 0), jnp.where(live, v, 0)
     keys = jnp.swapaxes(k, -1, -2)
 
-    def attend(q_chunk: Array, positions: Array) -> Partial:
+    def attend(q_chunk: Array, positions: Array):
         # [B, chunk, H, D] -> [B, K, G * chunk, D]: one GEMM per KV head.
         n = q_chunk.shape[1]
         queries = jnp.moveaxis(q_chunk, 1, 2).reshape(b, kv_heads, groups * n, d)
         logits = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)
-        logits = cap(logits * scale, softcap).reshape(b, kv_heads, groups, n, s)
         mask = visible(positions, k_positions, window)[:, None, None]
-        part = softmax_partial(logits, mask, v[:, :, None])
-        return Partial(part.out.reshape(b, h, n, d), part.lse.reshape(b, h, n))
+        if allowed is not None:
+            pattern = allowed(positions, k_positions)
+            mask = mask & pattern.reshape(b, kv_heads, groups, n, s)
+        mask = jnp.broadcast_to(mask, (b, mask.shape[1], groups, n, s))
+        mask = mask.reshape(b, -1, groups * n, s)
+        part, weight, share = softmax_weights(cap(logits * scale, softcap), mask, v)
+        part = Partial(part.out.reshape(b, h, n, d), part.lse.reshape(b, h, n))
+        if not mass:
+            return part, ()
+        weight = weight.reshape(b, h, n, s)
+        return part, jnp.einsum("BHTS,BHT->BHS", weight, share.reshape(b, h, n))
 
     chunk = query_chunk(t, b * h * s)
     live_q = (q_positions >= 0)[:, None, :, None]
     queries = jnp.moveaxis(jnp.where(live_q, q, 0), 2, 1)
-    return map_query_chunks(attend, chunk, queries, q_positions)
+    part, total = map_query_chunks(attend, chunk, queries, q_positions)
+    return part, total if mass else None

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -47,8 +48,18 @@ def softmax_partial(
 
     `values` must be finite (0 times NaN is NaN): callers clear masked slots first.
     """
+    return softmax_weights(logits, mask, values)[0]
+
+
+def softmax_weights(
+    logits: Float[Array, "*lead T S"],
+    mask: Bool[Array, "*lead_m T_m S"],
+    values: Float[Array, "*lead_v S D"],
+) -> tuple[Partial, Array, Array]:
+    """`softmax_partial` with its weights: `softmax = weight * share[..., None]`."""
     logits = jnp.where(mask, logits.astype(jnp.float32), NEG_INF)
-    peak = jnp.max(logits, axis=-1, keepdims=True)
+    # The peak only keeps exp in range; without a gradient nothing is lost.
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     anchor = jnp.where(jnp.isneginf(peak), 0.0, peak)
     weight = jnp.exp(logits - anchor)
     total = jnp.sum(weight, axis=-1)
@@ -57,7 +68,8 @@ def softmax_partial(
         weight.astype(values.dtype), values, preferred_element_type=jnp.float32
     )
     lse = jnp.where(total > 0, anchor[..., 0] + jnp.log(safe), NEG_INF)
-    return Partial(out / safe[..., None], lse)
+    share = jnp.where(total > 0, 1.0 / safe, 0.0)
+    return Partial(out * share[..., None], lse), weight, share
 
 
 def cap(logits: Array, softcap: float | None) -> Array:

@@ -1,0 +1,33 @@
+"""AdaKV: the heads of a layer share its slots by their scores."""
+
+import dataclasses
+from typing import ClassVar, final
+
+from kvjax.budgets.base import AbstractBudget
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaKV(AbstractBudget):
+    """Every head keeps its best `safeguard` of the mean; the rest goes to the best
+    scores of the layer, whichever head they are in.
+
+    Attributes:
+        safeguard: fraction of the mean budget that each head surely gets.
+
+    Source: Ada-KV (2407.11550) algorithm 1; kvpress `AdaKVPress` (0.2).
+    Deviations: tokens are really dropped and their memory freed (`Ragged` layout),
+    where kvpress masks them.
+    """
+
+    safeguard: float = 0.2
+    per_head: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0.0 <= self.safeguard <= 1.0:
+            raise ValueError(f"`safeguard` must be in [0, 1]; got {self.safeguard}.")
+
+    def layer_counts(self, mean, lengths, spec):
+        del lengths, spec
+        return mean

@@ -1,0 +1,15 @@
+"""Cache state: parts in several layouts, the tail, and how a layer attends."""
+
+from kvjax.cache.pages import Pages as Pages
+from kvjax.cache.parts import AbstractPart as AbstractPart
+from kvjax.cache.parts import Growth as Growth
+from kvjax.cache.parts import KeysOnly as KeysOnly
+from kvjax.cache.parts import Ragged as Ragged
+from kvjax.cache.parts import Slots as Slots
+from kvjax.cache.parts import Tail as Tail
+from kvjax.cache.parts import empty_tail as empty_tail
+from kvjax.cache.state import KVCache as KVCache
+from kvjax.cache.state import LayerCache as LayerCache
+from kvjax.cache.state import Provenance as Provenance
+from kvjax.cache.tracking import AbstractTracker as AbstractTracker
+from kvjax.cache.tracking import Tracking as Tracking

@@ -1,0 +1,111 @@
+"""Retrieval at read time: pages with key bounds; a query reads the best ones only."""
+
+from typing import final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache.parts import AbstractPart, by_head, put_positions
+from kvjax.codecs import AbstractEncoded, PlainArray
+from kvjax.pallas_kernels.pages import page_bounds, page_scores
+from kvjax.pallas_kernels.slots import attend_block, slot_mask
+from kvjax.types import EMPTY, pytree, static
+
+
+@final
+@pytree
+class Pages(AbstractPart):
+    """All tokens, in pages of `page` slots with channel-wise key bounds.
+
+    Each query token reads, per KV head, the `budget [B]` pages with the highest
+    bound on `q . k` (the newest page always among them) and nothing else.
+
+    Source: Quest (2406.10774) section 3. Deviation: the heads of a GQA group read
+    the same pages, ranked by the largest bound in the group.
+    """
+
+    keys: AbstractEncoded
+    values: AbstractEncoded
+    positions: Int[Array, "B K S"]
+    low: Float[Array, "B K P D"]
+    high: Float[Array, "B K P D"]
+    budget: Int[Array, "B"]
+    filled: Int[Array, "B"]
+    page: int = static()
+    most: int = static()
+
+    def _selected(self, q: Array, q_positions: Array) -> tuple[Array, Array]:
+        """Page indices `[B, K, T, most]`, best first, and which of them to read."""
+        b, kv_heads, s = self.positions.shape
+        first = self.positions.reshape(b, kv_heads, s // self.page, self.page)
+        start = jnp.min(jnp.where(first >= 0, first, jnp.iinfo(jnp.int32).max), axis=-1)
+        score = page_scores(q, self.low, self.high)
+        seen = start[:, :, None] <= q_positions[:, None, :, None]
+        score = jnp.where(seen, score, -jnp.inf)
+        newest = jnp.argmax(jnp.where(seen, start[:, :, None], EMPTY), axis=-1)
+        pages = jnp.arange(s // self.page)
+        score = jnp.where(seen & (pages == newest[..., None]), jnp.inf, score)
+        best, index = jax.lax.top_k(score, self.most)
+        rank = jnp.arange(self.most)
+        read = (rank < self.budget[:, None, None, None]) & (best > -jnp.inf)
+        return index, read
+
+    def attend(self, q, q_positions, spec):
+        index, read = self._selected(q, q_positions)
+        if q.shape[2] > 1:
+            return self._attend_masked(q, q_positions, index, read, spec)
+        index, read = index[:, :, 0], read[:, :, 0]
+        b, kv_heads, s = self.positions.shape
+        paged = self.positions.reshape(b, kv_heads, -1, self.page)
+        here = jnp.take_along_axis(paged, index[..., None], axis=2)
+        here = jnp.where(read[..., None], here, EMPTY).reshape(b, kv_heads, -1)
+        return attend_block(
+            q,
+            self.keys.take_pages(index, self.page).decode(here, spec.rope),
+            self.values.take_pages(index, self.page).decode(here, spec.rope),
+            slot_mask(q_positions, here, spec.window),
+            scale=spec.scale,
+            softcap=spec.softcap,
+        )
+
+    def _attend_masked(self, q, q_positions, index, read, spec):
+        """Several query tokens, each with its own pages: masks instead of gathers."""
+        pages = self.low.shape[2]
+        chosen = jax.nn.one_hot(index, pages, dtype=jnp.bool_) & read[..., None]
+        chosen = jnp.repeat(jnp.any(chosen, axis=-2), self.page, axis=-1)
+        return attend_block(
+            q,
+            self.keys.decode(self.positions, spec.rope),
+            self.values.decode(self.positions, spec.rope),
+            slot_mask(q_positions, self.positions, spec.window) & chosen,
+            scale=spec.scale,
+            softcap=spec.softcap,
+        )
+
+    def live_positions(self):
+        return by_head(self.positions)
+
+    def grow(self, tail, rows, growth, spec):
+        live = tail.positions >= 0
+        encode = (live, tail.positions, spec.rope)
+        start = jnp.minimum(self.filled, self.positions.shape[-1] - growth.block)
+        low, high = page_bounds(tail.keys, live, self.page)
+        at = start // self.page
+        return Pages(
+            keys=self.keys.put(growth.keys.encode(tail.keys, *encode), start, rows),
+            values=self.values.put(
+                growth.values.encode(tail.values, *encode), start, rows
+            ),
+            positions=put_positions(self.positions, tail.positions, start, rows),
+            low=_put(self.low, low, at, rows),
+            high=_put(self.high, high, at, rows),
+            budget=self.budget,
+            filled=self.filled + jnp.where(rows, growth.block, 0),
+            page=self.page,
+            most=self.most,
+        )
+
+
+def _put(old: Array, new: Array, start: Array, rows: Array) -> Array:
+    return PlainArray(data=old).put(PlainArray(data=new), start, rows).data

@@ -1,0 +1,320 @@
+"""Parts of a layer's cache: each holds tokens in one layout and attends by itself."""
+
+import abc
+import dataclasses
+import math
+from typing import Self, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray
+from kvjax.pallas_kernels.partial import Partial, merge, softmax_partial
+from kvjax.pallas_kernels.slots import attend_block, slot_logits, slot_mask
+from kvjax.types import EMPTY, NEG_INF, LayerSpec, pytree
+
+BLOCK = 1024
+"""Slots decoded at a time; bounds a decode step's temporaries."""
+
+
+class AbstractPart(abc.ABC):
+    """Some of a layer's tokens. A pytree; `positions == EMPTY` marks a free slot.
+
+    Keys, values and positions of a part have the same number of slots, a multiple
+    of what its codecs group.
+    """
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        q: Float[Array, "B H T D"],
+        q_positions: Int[Array, "B T"],
+        spec: LayerSpec,
+    ) -> Partial:
+        """Attention over the live slots of this part; `out` and `lse` in float32."""
+
+    @abc.abstractmethod
+    def live_positions(self) -> list[list[np.ndarray]]:
+        """Original positions held, per row and KV head; on the host."""
+
+    def grow(
+        self, tail: "Tail", rows: Bool[Array, "B"], growth: "Growth", spec: LayerSpec
+    ) -> Self:
+        """Take up the full tail of the given rows as one encoded block."""
+        raise AssertionError(f"{type(self).__name__} does not grow")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Growth:
+    """How full tails move into the body: `block` tokens at a time, by these codecs."""
+
+    block: int
+    keys: AbstractCodec
+    values: AbstractCodec
+
+
+def put_positions(old: Array, new: Array, start: Array, rows: Array) -> Array:
+    """Write `new [B, K, R]` into `old [B, K, S]` from slot `start` on, where `rows`."""
+    return (
+        PlainArray(data=old[..., None])
+        .put(PlainArray(data=new[..., None]), start, rows)
+        .data[..., 0]
+    )
+
+
+def by_head(positions: Int[Array, "B K S"]) -> list[list[np.ndarray]]:
+    """Live entries of `[B, K, S]` positions as lists over rows and heads."""
+    return [[head[head >= 0] for head in row] for row in np.asarray(positions)]
+
+
+def attend_blocks(
+    q: Array,
+    q_positions: Array,
+    keys: AbstractEncoded,
+    values: AbstractEncoded,
+    positions: Int[Array, "B K S"],
+    spec: LayerSpec,
+) -> Partial:
+    """Attention over encoded slots, decoded block by block.
+
+    The dequantised keys and values of one block live at a time, so a decode step
+    never holds a plain copy of the cache.
+    """
+    slots = positions.shape[-1]
+    multiple = math.lcm(keys.block_multiple, values.block_multiple)
+    size = max(multiple, BLOCK // multiple * multiple)
+
+    def attend(start, width: int) -> Partial:
+        here = jax.lax.dynamic_slice_in_dim(positions, start, width, axis=-1)
+        return attend_block(
+            q,
+            keys.block(start, width).decode(here, spec.rope),
+            values.block(start, width).decode(here, spec.rope),
+            slot_mask(q_positions, here, spec.window),
+            scale=spec.scale,
+            softcap=spec.softcap,
+        )
+
+    if slots < 2 * size:
+        return attend(0, slots)
+
+    def step(carry, index):
+        return merge([carry, attend(index * size, size)]), None
+
+    b, h, t, d = q.shape
+    nothing = Partial(jnp.zeros((b, h, t, d)), jnp.full((b, h, t), NEG_INF))
+    done, _ = jax.lax.scan(step, nothing, jnp.arange(slots // size))
+    rest = slots % size
+    return merge([done, attend(slots - rest, rest)]) if rest else done
+
+
+@final
+@pytree
+class Slots(AbstractPart):
+    """The same capacity for every head: `[B, K, S, D]`.
+
+    Invariants:
+      * a slot is free iff `positions == EMPTY`, and may then hold anything;
+      * within one (row, head) live positions are distinct.
+
+    A part that takes up blocks of later tokens (`grow`) counts in `filled` the slots
+    that are taken; the next block starts there.
+    """
+
+    keys: AbstractEncoded
+    values: AbstractEncoded
+    positions: Int[Array, "B K S"]
+    filled: Int[Array, "B"] | None = None
+
+    def attend(self, q, q_positions, spec):
+        return attend_blocks(
+            q, q_positions, self.keys, self.values, self.positions, spec
+        )
+
+    def live_positions(self):
+        return by_head(self.positions)
+
+    def grow(self, tail, rows, growth, spec):
+        assert self.filled is not None
+        live = tail.positions >= 0
+        encode = (live, tail.positions, spec.rope)
+        start = jnp.minimum(self.filled, self.positions.shape[-1] - growth.block)
+        return Slots(
+            keys=self.keys.put(growth.keys.encode(tail.keys, *encode), start, rows),
+            values=self.values.put(
+                growth.values.encode(tail.values, *encode), start, rows
+            ),
+            positions=put_positions(self.positions, tail.positions, start, rows),
+            filled=self.filled + jnp.where(rows, growth.block, 0),
+        )
+
+
+@final
+@pytree
+class KeysOnly(AbstractPart):
+    """Tokens whose values were dropped: they weigh in the softmax, with one value.
+
+    `rest [B, K, D]` is the mean of the dropped values and stands for each of them.
+    """
+
+    keys: AbstractEncoded
+    rest: Float[Array, "B K D"]
+    positions: Int[Array, "B K S"]
+
+    def attend(self, q, q_positions, spec):
+        b, h, t, d = q.shape
+        kv_heads, s = self.positions.shape[1:]
+        live = (self.positions >= 0)[..., None]
+        decoded = self.keys.decode(self.positions, spec.rope)
+        logits = slot_logits(
+            q, jnp.where(live, decoded, 0), scale=spec.scale, softcap=spec.softcap
+        )
+        mask = slot_mask(q_positions, self.positions, spec.window)[:, :, None]
+        ones = jnp.ones((s, 1), jnp.float32)
+        lse = softmax_partial(logits, mask, ones).lse.reshape(b, h, t)
+        rest = jnp.repeat(self.rest.astype(jnp.float32), h // kv_heads, axis=1)
+        seen = (lse > NEG_INF)[..., None]
+        return Partial(jnp.where(seen, rest[:, :, None, :], 0.0), lse)
+
+    def live_positions(self):
+        return by_head(self.positions)
+
+
+@final
+@pytree
+class Ragged(AbstractPart):
+    """One flat buffer for all heads of a layer: `[B, N, D]`.
+
+    Head `k` owns the slots `offsets[b, k] .. offsets[b, k + 1]`. How many that is
+    depends on the data, but their sum does not: head-wise budgets free memory.
+    """
+
+    keys: AbstractEncoded
+    values: AbstractEncoded
+    positions: Int[Array, "B N"]
+    offsets: Int[Array, "B K+1"]
+
+    @property
+    def heads(self) -> Int[Array, "B N"]:
+        """KV head of every slot (slots past the last offset: the last head)."""
+        index = jnp.arange(self.positions.shape[-1])[None, :, None]
+        owner = jnp.sum(index >= self.offsets[:, None, 1:], axis=-1)
+        return jnp.minimum(owner, self.offsets.shape[-1] - 2)
+
+    def attend(self, q, q_positions, spec):
+        # All heads' queries against the flat buffer, masked to the owner: one GEMM
+        # per row. The buffer is read once; the extra products are cheap beside it.
+        kv_heads = self.offsets.shape[-1] - 1
+        own = self.heads[:, None, :] == jnp.arange(kv_heads)[None, :, None]
+        flat = jnp.where(own, self.positions[:, None, :], EMPTY)  # [B, K, N]
+        live = (self.positions >= 0)[..., None]
+        n = self.positions.shape[-1]
+        keys = jnp.where(live, self.keys.decode(self.positions, spec.rope), 0)
+        values = jnp.where(live, self.values.decode(self.positions, spec.rope), 0)
+        b, h, t, d = q.shape
+        rows = q.reshape(b, h * t, d).astype(keys.dtype)
+        logits = jnp.einsum("BXD,BND->BXN", rows, keys, preferred_element_type="f4")
+        logits = logits.reshape(b, kv_heads, -1, t, n) * spec.scale
+        if spec.softcap is not None:
+            logits = spec.softcap * jnp.tanh(logits / spec.softcap)
+        mask = slot_mask(q_positions, flat, spec.window)[:, :, None]
+        mask = jnp.broadcast_to(mask, logits.shape)
+        part = softmax_partial(
+            logits.reshape(b, h * t, n), mask.reshape(b, h * t, n), values
+        )
+        return Partial(part.out.reshape(b, h, t, d), part.lse.reshape(b, h, t))
+
+    def live_positions(self):
+        positions, offsets = np.asarray(self.positions), np.asarray(self.offsets)
+        rows = []
+        for held, edge in zip(positions, offsets, strict=True):
+            heads = [held[a:b] for a, b in zip(edge[:-1], edge[1:], strict=True)]
+            rows.append([head[head >= 0] for head in heads])
+        return rows
+
+
+@final
+@pytree
+class Tail(AbstractPart):
+    """Recent tokens, plain, in arrival order: `[B, K, R, D]`.
+
+    `used [B]` slots of a row are taken; the next token goes to slot `used`.
+    """
+
+    keys: Float[Array, "B K R D"]
+    values: Float[Array, "B K R D"]
+    positions: Int[Array, "B K R"]
+    used: Int[Array, "B"]
+
+    @property
+    def capacity(self) -> int:
+        """Slots `R`."""
+        return self.positions.shape[-1]
+
+    def attend(self, q, q_positions, spec):
+        return attend_block(
+            q,
+            self.keys,
+            self.values,
+            slot_mask(q_positions, self.positions, spec.window),
+            scale=spec.scale,
+            softcap=spec.softcap,
+        )
+
+    def live_positions(self):
+        return by_head(self.positions)
+
+    def append(self, k: Array, v: Array, positions: Int[Array, "B T"]) -> Self:
+        """Write tokens behind the used slots; padding (`EMPTY`) must come last.
+
+        Tokens that do not fit are not written; `overflow` tells.
+        """
+        b, kv_heads, t, _ = k.shape
+        fresh = jnp.sum(positions >= 0, axis=-1, dtype=jnp.int32)
+        if t == 1:
+            at = jnp.minimum(self.used, self.capacity - 1)
+            room = (self.used < self.capacity) & (fresh > 0)
+
+            def put(x, new, start, on):
+                old = jax.lax.dynamic_slice_in_dim(x, start, 1, axis=1)
+                new = jnp.where(on, new.astype(x.dtype), old)
+                return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1)
+
+            write = jax.vmap(put)
+            new_positions = jnp.broadcast_to(positions[:, None], (b, kv_heads, 1))
+            return dataclasses.replace(
+                self,
+                keys=write(self.keys, k, at, room),
+                values=write(self.values, v, at, room),
+                positions=write(self.positions, new_positions, at, room),
+                used=self.used + fresh,
+            )
+        slot = self.used[:, None] + jnp.arange(t)[None]
+        slot = jnp.where(positions >= 0, slot, self.capacity)  # dropped by the scatter
+        row = jnp.arange(b)[:, None]
+        return dataclasses.replace(
+            self,
+            keys=self.keys.at[row, :, slot].set(
+                jnp.moveaxis(k, 1, 2).astype(self.keys.dtype), mode="drop"
+            ),
+            values=self.values.at[row, :, slot].set(
+                jnp.moveaxis(v, 1, 2).astype(self.values.dtype), mode="drop"
+            ),
+            positions=self.positions.at[row, :, slot].set(
+                positions[:, :, None].astype(jnp.int32), mode="drop"
+            ),
+            used=self.used + fresh,
+        )
+
+
+def empty_tail(batch: int, kv_heads: int, capacity: int, head_dim: int, dtype) -> Tail:
+    """A tail with room for `capacity` tokens and none held."""
+    shape = (batch, kv_heads, capacity, head_dim)
+    return Tail(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        positions=jnp.full(shape[:3], EMPTY, jnp.int32),
+        used=jnp.zeros((batch,), jnp.int32),
+    )

@@ -1,0 +1,18 @@
+"""How keys and values are held: plain, quantised, low rank."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from kvjax.codecs._affine import Affine as Affine
+from kvjax.codecs._affine import AffineArray as AffineArray
+from kvjax.codecs._low_rank import LowRank as LowRank
+from kvjax.codecs._low_rank import LowRankArray as LowRankArray
+from kvjax.codecs._low_rank import needed_rank as needed_rank
+from kvjax.codecs._plain import Plain as Plain
+from kvjax.codecs._plain import PlainArray as PlainArray
+from kvjax.codecs.base import AbstractCodec as AbstractCodec
+from kvjax.codecs.base import AbstractEncoded as AbstractEncoded
+
+CODECS: Mapping[str, type[AbstractCodec]] = MappingProxyType(
+    {"plain": Plain, "affine": Affine, "low_rank": LowRank}
+)

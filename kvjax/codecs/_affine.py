@@ -1,0 +1,155 @@
+"""Grouped affine quantisation with bit packing (KIVI's quantiser, and int8)."""
+
+import dataclasses
+from typing import final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.codecs.base import AbstractCodec, AbstractEncoded
+from kvjax.pallas_kernels.quantize import dequantize, pack, quantize
+from kvjax.types import pytree, static
+
+AXES = ("channel", "token")
+
+
+@final
+@pytree
+class AffineArray(AbstractEncoded):
+    """Packed codes with one scale (and zero) per group.
+
+    `channel`: a group is `group` consecutive slots of one channel, so `scale` is
+    `[*lead, S / group, D]`. `token`: a group is `group` channels of one slot, so
+    `scale` is `[*lead, S, D / group]`. `zero` is None for symmetric codes.
+    """
+
+    codes: Int[Array, "*lead S D_packed"]
+    scale: Float[Array, "*lead A C"]
+    zero: Float[Array, "*lead A C"] | None
+    bits: int = static()
+    axis: str = static()
+    group: int = static()
+    dtype: str = static()
+
+    @property
+    def slots(self):
+        return self.codes.shape[-2]
+
+    @property
+    def block_multiple(self):
+        return self.group if self.axis == "channel" else 1
+
+    def decode(self, positions, rope):
+        del positions, rope
+        return dequantize(
+            self.codes, self.scale, self.zero, self.bits, self.axis, self.group
+        ).astype(self.dtype)
+
+    def block(self, start, size):
+        each = self.block_multiple
+
+        def cut(x: Array, unit: int) -> Array:
+            return jax.lax.dynamic_slice_in_dim(
+                x, start // unit, size // unit, axis=x.ndim - 2
+            )
+
+        return dataclasses.replace(
+            self,
+            codes=cut(self.codes, 1),
+            scale=cut(self.scale, each),
+            zero=None if self.zero is None else cut(self.zero, each),
+        )
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Affine(AbstractCodec):
+    """`x ~ code * scale + zero` with `bits` per element, scales in float16.
+
+    Attributes:
+        bits: 2, 4 or 8; codes are packed into bytes along the channels.
+        axis: `channel` groups consecutive slots of a channel (right for keys, whose
+            outliers live in channels), `token` groups channels of a slot (values).
+        group: elements per group; along channels it is cut to `D`. None is the
+            whole slot (`token` only).
+        symmetric: no zero point; codes are signed around 0.
+
+    Cost: `D * bits / 8` bytes per slot and head, plus 4 (symmetric: 2) per group.
+
+    Source: KIVI (2402.02750) section 3; asymmetric min/scale, round to nearest.
+    Deviations: scale and zero are rounded outwards to float16, so that every value
+    stays within half a step; a trailing partial group uses its live slots only.
+    """
+
+    bits: int = 4
+    axis: str = "token"
+    group: int | None = 32
+    symmetric: bool = False
+
+    def __post_init__(self):
+        if self.bits not in (2, 4, 8):
+            raise ValueError(f"`bits` must be 2, 4 or 8; got {self.bits}.")
+        if self.axis not in AXES:
+            raise ValueError(f"`axis` must be one of {list(AXES)}; got {self.axis!r}.")
+        if self.group is None and self.axis == "channel":
+            raise ValueError(
+                "`group` is needed with axis='channel': the slots that share a scale."
+            )
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"`group` must be at least 1; got {self.group}.")
+
+    def _group(self, head_dim: int) -> int:
+        if self.axis == "token":
+            return min(self.group or head_dim, head_dim)
+        assert self.group is not None
+        return self.group
+
+    def encode(self, x, live, positions, rope):
+        del positions, rope
+        group = self._group(x.shape[-1])
+        if self.axis == "channel" and x.shape[-2] % group:
+            raise ValueError(
+                f"per-channel groups need a multiple of {group} slots; got "
+                f"{x.shape[-2]}. Pad with free slots."
+            )
+        codes, scale, zero = quantize(
+            x, live, self.bits, self.axis, group, self.symmetric
+        )
+        return AffineArray(
+            codes=pack(codes, self.bits),
+            scale=scale,
+            zero=zero,
+            bits=self.bits,
+            axis=self.axis,
+            group=group,
+            dtype=str(x.dtype),
+        )
+
+    def slot_bytes(self, head_dim, itemsize):
+        del itemsize
+        group = self._group(head_dim)
+        return (
+            head_dim * self.bits / 8 + (2 if self.symmetric else 4) * head_dim / group
+        )
+
+    @property
+    def appendable(self):
+        return True
+
+    @property
+    def append_multiple(self):
+        return self._group(1) if self.axis == "channel" else 1
+
+    def validate(self, head_dim):
+        per_byte = 8 // self.bits
+        if head_dim % per_byte:
+            raise ValueError(
+                f"{self.bits}-bit codes pack {per_byte} channels into a byte; got "
+                f"head_dim={head_dim}. Use more bits."
+            )
+        if self.axis == "token" and head_dim % self._group(head_dim):
+            raise ValueError(
+                f"`group`={self.group} must divide head_dim={head_dim} with "
+                "axis='token'."
+            )

@@ -1,0 +1,122 @@
+"""Low-rank keys: a per-prompt basis shared by all heads, rotated on read."""
+
+import dataclasses
+import math
+from typing import final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kvjax.codecs.base import AbstractCodec, AbstractEncoded
+from kvjax.types import pytree, static
+
+
+@final
+@pytree
+class LowRankArray(AbstractEncoded):
+    """`x[b, k, s] = rotate(coefficients[b, s] @ basis[b, k])`, rank last.
+
+    `coefficients [B, S, R]` belong to a slot of all heads together; `basis
+    [B, K, R, D]`. Keys are held before RoPE; `decode` rotates them.
+    """
+
+    coefficients: Float[Array, "B S R"]
+    basis: Float[Array, "B K R D"]
+    rotated: bool = static()
+
+    @property
+    def slots(self):
+        return self.coefficients.shape[-2]
+
+    @property
+    def rank(self) -> int:
+        """Components held."""
+        return self.coefficients.shape[-1]
+
+    def decode(self, positions, rope):
+        x = jnp.einsum("BSR,BKRD->BKSD", self.coefficients, self.basis)
+        return rope.rotate(x, jnp.maximum(positions, 0)) if self.rotated else x
+
+    def block(self, start, size):
+        cut = jax.lax.dynamic_slice_in_dim(self.coefficients, start, size, axis=1)
+        return dataclasses.replace(self, coefficients=cut)
+
+    def trim(self, rank: int) -> "LowRankArray":
+        """The first `rank` components (the others must be zero)."""
+        return dataclasses.replace(
+            self,
+            coefficients=self.coefficients[..., :rank],
+            basis=self.basis[..., :rank, :],
+        )
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank(AbstractCodec):
+    """Leading singular components of the prompt's keys, by energy.
+
+    Keys are rotated back to before RoPE, where they are far closer to low rank,
+    and the heads of a layer are concatenated, so that rank goes to the heads that
+    need it. The basis is computed per sequence from its own tokens.
+
+    Attributes:
+        energy: share of the squared norm to keep, in (0, 1]; components beyond it
+            are dropped.
+        keep: at most this fraction of the `K * D` components, in (0, 1]; the static
+            capacity under `jit`. Outside of `jit` the arrays are cut to the rank
+            that `energy` needs (next multiple of 8), so the saving is real.
+        rotated: True for keys; values have no RoPE to undo.
+
+    Cost: `R` elements per slot for all heads together, plus `R * K * D` per prompt.
+
+    Source: ShadowKV (2410.21465) section 3 (joint SVD of pre-RoPE keys).
+    Deviations: rank by energy instead of a fixed 160; keys only by default; the
+    SVD is the eigendecomposition of the `K D x K D` Gram matrix in float32.
+    """
+
+    energy: float = 0.95
+    keep: float = 0.75
+    rotated: bool = True
+
+    def __post_init__(self):
+        for name in ("energy", "keep"):
+            value = getattr(self, name)
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"`{name}` must be in (0, 1]; got {value}.")
+
+    def encode(self, x, live, positions, rope):
+        if x.ndim != 4:
+            raise ValueError(
+                "low-rank storage needs the same number of slots in every head; got "
+                "a head-wise budget. Use a uniform or per-layer budget."
+            )
+        x = jnp.where(live[..., None], x, 0)
+        plain = rope.unrotate(x, jnp.maximum(positions, 0)) if self.rotated else x
+        b, k, s, d = x.shape
+        rows = jnp.moveaxis(plain, 1, 2).reshape(b, s, k * d).astype(jnp.float32)
+        gram = jnp.einsum("BSX,BSY->BXY", rows, rows)
+        values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(gram))
+        values, vectors = values[:, ::-1], vectors[:, :, ::-1]
+        rank = max(1, math.ceil(k * d * self.keep))
+        values = jnp.maximum(values, 0)
+        before = jnp.cumsum(values, axis=-1) - values
+        needed = before < self.energy * jnp.sum(values, axis=-1, keepdims=True)
+        if self.energy == 1.0:  # float sums end early on tiny tails
+            needed = jnp.ones_like(needed)
+        basis = jnp.where(needed[:, None, :], vectors, 0)[:, :, :rank]
+        coefficients = jnp.einsum("BSX,BXR->BSR", rows, basis).astype(x.dtype)
+        basis = jnp.moveaxis(basis.reshape(b, k, d, rank), 3, 2)
+        return LowRankArray(
+            coefficients=coefficients, basis=basis.astype(x.dtype), rotated=self.rotated
+        )
+
+    def slot_bytes(self, head_dim, itemsize):
+        return head_dim * itemsize * self.keep
+
+
+def needed_rank(array: LowRankArray, multiple: int = 8) -> int:
+    """Components that are not zero in some row, rounded up to `multiple`."""
+    used = jnp.any(array.basis != 0, axis=(1, 3))
+    rank = int(jnp.max(jnp.sum(used, axis=-1)))
+    return min(array.rank, max(multiple, -(-rank // multiple) * multiple))

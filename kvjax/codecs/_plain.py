@@ -1,0 +1,50 @@
+"""Uncompressed storage in the model's dtype."""
+
+import dataclasses
+from typing import final
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.codecs.base import AbstractCodec, AbstractEncoded
+from kvjax.types import pytree
+
+
+@final
+@pytree
+class PlainArray(AbstractEncoded):
+    """The array itself, `[*lead, S, D]`."""
+
+    data: jax.Array
+
+    @property
+    def slots(self):
+        return self.data.shape[-2]
+
+    def decode(self, positions, rope):
+        del positions, rope
+        return self.data
+
+    def block(self, start, size):
+        data = jax.lax.dynamic_slice_in_dim(self.data, start, size, axis=-2)
+        return PlainArray(data=data)
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plain(AbstractCodec):
+    """Keep keys or values as they are.
+
+    Cost: `D * itemsize` bytes per slot and head.
+    """
+
+    def encode(self, x, live, positions, rope):
+        del positions, rope
+        return PlainArray(data=jnp.where(live[..., None], x, 0))
+
+    def slot_bytes(self, head_dim, itemsize):
+        return float(head_dim * itemsize)
+
+    @property
+    def appendable(self):
+        return True

@@ -1,0 +1,113 @@
+"""Contract of codecs: how the keys or the values of a part are held."""
+
+import abc
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.rope import Rope
+
+
+class AbstractEncoded(abc.ABC):
+    """An encoded array: codes plus the side state that decodes them. A pytree.
+
+    Logical shape `[*lead, S, D]`: slots by channels. Leading axes are `B K` in a
+    `Slots` part and `B` in a `Ragged` one.
+    """
+
+    @property
+    @abc.abstractmethod
+    def slots(self) -> int:
+        """Logical slots `S` (capacity)."""
+
+    @abc.abstractmethod
+    def decode(
+        self, positions: Int[Array, "*lead S"], rope: Rope
+    ) -> Float[Array, "*lead S D"]:
+        """The array it stands for, keys rotated to `positions`."""
+
+    @abc.abstractmethod
+    def block(self, start: Any, size: int) -> "AbstractEncoded":
+        """Slots `start .. start + size` (`size` static), decodable by themselves."""
+
+    @property
+    def block_multiple(self) -> int:
+        """`start` and `size` of `block` must be multiples of this."""
+        return 1
+
+    def put(self, block: Self, start: Int[Array, "B"], rows: Bool[Array, "B"]) -> Self:
+        """Overwrite slots from `start` on with an encoded block, in the given rows.
+
+        Every leaf has its slots, or its groups of slots, on the second last axis.
+        Codes outside the block stay bit for bit what they were.
+        """
+
+        def write(old: Array, new: Array) -> Array:
+            unit = self.slots // old.shape[-2]
+            axis = old.ndim - 3  # without the batch
+
+            def one(old_row, new_row, at, on):
+                here = jax.lax.dynamic_slice_in_dim(
+                    old_row, at, new_row.shape[axis], axis
+                )
+                new_row = jnp.where(on, new_row.astype(old.dtype), here)
+                return jax.lax.dynamic_update_slice_in_dim(old_row, new_row, at, axis)
+
+            return jax.vmap(one)(old, new, start // unit, rows)
+
+        return jax.tree.map(write, self, block)
+
+    def take_pages(self, index: Int[Array, "B K P"], page: int) -> Self:
+        """The pages of `page` slots at `index`, one after the other."""
+
+        def take(x: Array) -> Array:
+            b, k, s, c = x.shape
+            unit = self.slots // s
+            paged = x.reshape(b, k, s * unit // page, page // unit, c)
+            out = jnp.take_along_axis(paged, index[..., None, None], axis=2)
+            return out.reshape(b, k, -1, c)
+
+        return jax.tree.map(take, self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbstractCodec(abc.ABC):
+    """Turns a plain array into an encoded one, once; holds hyper-parameters only."""
+
+    @abc.abstractmethod
+    def encode(
+        self,
+        x: Float[Array, "*lead S D"],
+        live: Bool[Array, "*lead S"],
+        positions: Int[Array, "*lead S"],
+        rope: Rope,
+    ) -> AbstractEncoded:
+        """Encode; slots that are not `live` are never read and may hold NaN.
+
+        Args:
+            x: keys after RoPE, or values.
+            live: which slots count.
+            positions: absolute positions, for codecs that undo the rotation.
+            rope: the layer's rotary embedding.
+        """
+
+    @abc.abstractmethod
+    def slot_bytes(self, head_dim: int, itemsize: int) -> float:
+        """Bytes per slot and head, side state that grows with the slots included."""
+
+    @property
+    def appendable(self) -> bool:
+        """Whether blocks of later tokens can be encoded by themselves."""
+        return False
+
+    @property
+    def append_multiple(self) -> int:
+        """Tokens in an appended block must be a multiple of this."""
+        return 1
+
+    def validate(self, head_dim: int) -> None:
+        """Raise `ValueError` if this codec cannot hold heads of `head_dim`."""
+        del head_dim

@@ -1,0 +1,318 @@
+"""One layer: what the pass leaves behind, and the cache that is built from it."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import Growth, KeysOnly, LayerCache, Pages, Ragged, Slots, Tracking
+from kvjax.cache.parts import AbstractPart, Tail, empty_tail
+from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray
+from kvjax.compress.config import Compression, Eviction, recency
+from kvjax.compress.select import Choice, choose, choose_flat, take, take_flat
+from kvjax.pallas_kernels.pages import page_bounds
+from kvjax.pallas_kernels.quantize import straight_through
+from kvjax.reads import Quest
+from kvjax.schedules import EveryTokens
+from kvjax.scorers import AbstractScoreTracker
+from kvjax.types import EMPTY, LayerInputs, Lengths, LayerSpec, Scores, pytree, static
+
+
+@pytree
+class Observed:
+    """What one layer's pass over the prompt leaves: enough for any budget.
+
+    Attributes:
+        k, v: `[B, K, S, D]`, keys after RoPE.
+        seen: the scorer's observation, or None.
+        seed: the tracker's observation, or None.
+        spec: the layer.
+    """
+
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S D"]
+    seen: Any
+    seed: Any
+    spec: LayerSpec = static()
+
+
+def eviction_of(c: Compression, spec: LayerSpec, tokens: int) -> Eviction | None:
+    """The layer's eviction; a window drops what it can no longer see by itself."""
+    if c.evict is None and spec.window is not None and spec.window < tokens:
+        return recency(spec.window)
+    return c.evict
+
+
+def tracker_of(c: Compression) -> AbstractScoreTracker | None:
+    """The decode-time form of the compression's score, or None."""
+    if not isinstance(c.schedule, EveryTokens):
+        return None
+    assert c.evict is not None
+    return c.evict.score.tracker(c.schedule.interval)
+
+
+def observe(
+    inputs: LayerInputs,
+    lengths: Lengths,
+    c: Compression,
+    column_mass: Float[Array, "B H S"] | None,
+) -> Observed:
+    """Look at a prompt's pass once; `build` then works for any budget of `c`."""
+    evict = eviction_of(c, inputs.spec, inputs.k.shape[2])
+    tracker = tracker_of(c)
+    seen = seed = None
+    if evict is not None:
+        seen = evict.score.observe(inputs, lengths, column_mass)
+    if tracker is not None:
+        seed = tracker.observe(inputs, lengths, seen)
+    return Observed(k=inputs.k, v=inputs.v, seen=seen, seed=seed, spec=inputs.spec)
+
+
+def build(
+    observed: Observed,
+    lengths: Lengths,
+    c: Compression,
+    *,
+    room: int,
+    priorities: Scores | None = None,
+    differentiable: bool = False,
+) -> tuple[LayerCache, Scores | None]:
+    """The layer's cache after the prompt.
+
+    Args:
+        observed: see `observe`.
+        lengths: tokens of each prompt.
+        c: what is done.
+        room: later tokens that must fit.
+        priorities: an earlier layer's, where its kept tokens are reused.
+        differentiable: hold decoded arrays with straight-through gradients instead of
+            codes (the parallel form).
+
+    Returns:
+        The cache, and the priorities that chose it.
+    """
+    builder = _Builder(observed, lengths, c, room, differentiable)
+    evict = eviction_of(c, observed.spec, builder.tokens)
+    if evict is None:
+        return builder.uniform(builder.everything(), lengths, builder.tokens), None
+    counts, slots = builder.counts(evict)
+    shared = observed.spec.index % evict.unit.reuse != 0
+    if priorities is None or not shared:
+        priorities = builder.priorities(evict, counts)
+    if evict.budget.per_head:
+        return builder.ragged(evict, priorities, counts, slots), priorities
+    if c.evict is not None and isinstance(c.schedule, EveryTokens):
+        return builder.bounded(evict, priorities, counts, slots), priorities
+    if evict.values is not None:
+        return builder.decoupled(evict, priorities, counts), priorities
+    choice = choose(priorities, counts, slots)
+    return builder.uniform(choice, counts, slots), priorities
+
+
+class _Builder:
+    """The steps of `build`, with what they share."""
+
+    def __init__(self, observed, lengths, c, room, differentiable):
+        self.k, self.v, self.spec = observed.k, observed.v, observed.spec
+        self.observed, self.lengths, self.c = observed, lengths, c
+        self.room, self.differentiable = room, differentiable
+        self.batch, self.kv_heads, self.tokens, self.head_dim = self.k.shape
+
+    def slot_bytes(self) -> float:
+        """Bytes of one slot of one head, its position included."""
+        size = self.k.dtype.itemsize
+        store = self.c.store
+        return 4 + sum(
+            codec.slot_bytes(self.head_dim, size)
+            for codec in (store.keys, store.values)
+        )
+
+    def counts(self, evict: Eviction) -> tuple[Int[Array, "B"], int]:
+        """Tokens per head of each row, and the slots that the longest row may need."""
+        table = evict.budget.table(self.tokens, self.spec, self.slot_bytes())
+        capacity = int(evict.unit.slots(table, np.arange(self.tokens + 1)).max())
+        return jnp.take(jnp.asarray(table), self.lengths), capacity
+
+    def priorities(self, evict: Eviction, counts: Int[Array, "B"]) -> Scores:
+        """Priorities of all prompt tokens; padding and dead tokens are `-inf`."""
+        scores = evict.score.rank(self.observed.seen, counts, self.lengths)
+        index = jnp.arange(self.tokens)
+        length = self.lengths[:, None, None]
+        usable = index < length
+        if self.spec.window is not None:
+            usable = usable & (index > length - 1 - self.spec.window)
+        scores = jnp.where(usable, scores.astype(jnp.float32), -jnp.inf)
+        return evict.unit.priorities(scores, self.lengths, counts)
+
+    def everything(self) -> Choice:
+        """All tokens of the prompt, in order."""
+        index = jnp.arange(self.tokens, dtype=jnp.int32)
+        shape = (self.batch, self.kv_heads, self.tokens)
+        live = index < self.lengths[:, None, None]
+        return Choice(jnp.broadcast_to(index, shape), jnp.broadcast_to(live, shape))
+
+    def encode(self, x, live, positions, codec: AbstractCodec) -> AbstractEncoded:
+        """Codes, or in the parallel form what they decode to."""
+        x = jnp.where(live[..., None], x, 0)
+        encoded = codec.encode(x, live, positions, self.spec.rope)
+        if not self.differentiable or isinstance(encoded, PlainArray):
+            return encoded
+        decoded = encoded.decode(positions, self.spec.rope)
+        return PlainArray(data=straight_through(x, decoded))
+
+    def part(self, choice: Choice, slots: int, filled=None) -> Slots:
+        """Chosen tokens in `slots` slots, padded to what the codecs group."""
+        store = self.c.store
+        multiple = math.lcm(store.keys.append_multiple, store.values.append_multiple)
+        choice = _fit(choice, -(-slots // multiple) * multiple)
+        positions = jnp.where(choice.live, choice.index, EMPTY)
+        return Slots(
+            keys=self.encode(take(self.k, choice), choice.live, positions, store.keys),
+            values=self.encode(
+                take(self.v, choice), choice.live, positions, store.values
+            ),
+            positions=positions,
+            filled=filled,
+        )
+
+    def layer(
+        self, parts: tuple[AbstractPart, ...], tail: Tail, **fields
+    ) -> LayerCache:
+        return LayerCache(parts=parts, tail=tail, spec=self.spec, **fields)
+
+    def tail(self, capacity: int) -> Tail:
+        return empty_tail(
+            self.batch, self.kv_heads, capacity, self.head_dim, self.k.dtype
+        )
+
+    def uniform(self, choice: Choice, counts: Array, slots: int) -> LayerCache:
+        """The same capacity for all heads, with or without blocks of later tokens."""
+        block = self.c.block(self.spec)
+        if not block:
+            return self.layer((self.part(choice, slots),), self.tail(self.room))
+        whole = counts // block * block  # tokens that are encoded now
+        capacity = max(1, (slots + self.room) // block) * block
+        index = jnp.arange(max(capacity, slots))
+        body = _fit(choice, index.shape[0])
+        body = Choice(body.index, body.live & (index < whole[:, None, None]))
+        part = self.part(_fit(body, capacity), capacity, filled=whole)
+        tail = self.rest(choice, whole, counts, block)
+        growth = Growth(block=block, keys=self.c.store.keys, values=self.c.store.values)
+        page = self.c.read.page_of(self.spec)
+        body_part = part if page is None else self.paged(part, page)
+        return self.layer((body_part,), tail, growth=growth)
+
+    def rest(self, choice: Choice, whole: Array, counts: Array, block: int) -> Tail:
+        """The chosen tokens behind the last whole block, plain."""
+        wide = _fit(choice, choice.index.shape[-1] + block)
+        at = whole[:, None, None] + jnp.arange(block)
+        at = jnp.broadcast_to(at, (self.batch, self.kv_heads, block))
+        index = jnp.take_along_axis(wide.index, at, axis=-1)
+        live = jnp.take_along_axis(wide.live, at, axis=-1)
+        picked = Choice(index, live)
+        return Tail(
+            keys=take(self.k, picked),
+            values=take(self.v, picked),
+            positions=jnp.where(live, index, EMPTY),
+            used=(counts - whole).astype(jnp.int32),
+        )
+
+    def paged(self, part: Slots, page: int) -> Pages:
+        """The same slots with key bounds, to be read page by page."""
+        read = self.c.read
+        assert isinstance(read, Quest) and part.filled is not None
+        pages = read.pages(self.tokens)
+        keys = part.keys.decode(part.positions, self.spec.rope)
+        low, high = page_bounds(keys, part.positions >= 0, page)
+        return Pages(
+            keys=part.keys,
+            values=part.values,
+            positions=part.positions,
+            low=low,
+            high=high,
+            budget=jnp.take(jnp.asarray(pages), self.lengths),
+            filled=part.filled,
+            page=page,
+            most=int(min(pages.max(), part.positions.shape[-1] // page)),
+        )
+
+    def ragged(self, evict, priorities, counts, slots) -> LayerCache:
+        """One flat buffer whose heads share the layer's slots."""
+        store = self.c.store
+        multiple = math.lcm(store.keys.append_multiple, store.values.append_multiple)
+        each = math.lcm(multiple, self.kv_heads) // self.kv_heads
+        slots = -(-slots // each) * each
+        flat = choose_flat(priorities, counts, slots, evict.budget.safeguard)
+        positions = jnp.where(flat.live, flat.index, EMPTY)
+        part = Ragged(
+            keys=self.encode(take_flat(self.k, flat), flat.live, positions, store.keys),
+            values=self.encode(
+                take_flat(self.v, flat), flat.live, positions, store.values
+            ),
+            positions=positions,
+            offsets=flat.offsets,
+        )
+        return self.layer((part,), self.tail(self.room))
+
+    def bounded(self, evict, priorities, counts, slots) -> LayerCache:
+        """A body that decode-time eviction keeps within its slots."""
+        tracker = tracker_of(self.c)
+        assert tracker is not None
+        limit = counts
+        if evict.budget.slots is not None:
+            slots = evict.budget.slots
+            limit = jnp.full_like(counts, slots)
+        choice = _fit(choose(priorities, counts, slots), slots)
+        state = tracker.start(self.observed.seed, choice.index, tracker.interval)
+        return self.layer(
+            (self.part(choice, slots),),
+            self.tail(tracker.interval),
+            tracking=Tracking(state=state, limit=limit),
+            tracker=tracker,
+        )
+
+    def decoupled(self, evict, priorities, counts) -> LayerCache:
+        """Tokens with key and value, and tokens whose key alone is kept."""
+        both = evict.values.table(self.tokens, self.spec, self.slot_bytes())
+        keys = np.maximum(
+            evict.budget.table(self.tokens, self.spec, self.slot_bytes()), both
+        )
+        n_both = jnp.take(jnp.asarray(both), self.lengths)
+        n_keys = jnp.take(jnp.asarray(keys), self.lengths)
+        full = choose(priorities, n_both, int(both.max()))
+        order = jnp.argsort(-priorities, axis=-1, stable=True)
+        rank = jnp.argsort(order, axis=-1)
+        second = jnp.where(rank < n_both[:, None, None], -jnp.inf, priorities)
+        capacity = int((keys - both).max())
+        part = self.part(full, int(both.max()))
+        if capacity == 0:
+            return self.layer((part,), self.tail(self.room))
+        return self.layer(
+            (part, self.keys_only(choose(second, n_keys - n_both, capacity), capacity)),
+            self.tail(self.room),
+        )
+
+    def keys_only(self, choice: Choice, capacity: int) -> KeysOnly:
+        multiple = self.c.store.keys.append_multiple
+        choice = _fit(choice, -(-capacity // multiple) * multiple)
+        positions = jnp.where(choice.live, choice.index, EMPTY)
+        values = take(self.v, choice).astype(jnp.float32)
+        held = jnp.maximum(jnp.sum(choice.live, axis=-1), 1)
+        mean = jnp.sum(values, axis=2) / held[..., None]
+        keys = take(self.k, choice)
+        return KeysOnly(
+            keys=self.encode(keys, choice.live, positions, self.c.store.keys),
+            rest=mean.astype(self.v.dtype),
+            positions=positions,
+        )
+
+
+def _fit(choice: Choice, slots: int) -> Choice:
+    """Padded with free slots, or cut, to `slots`."""
+    short = slots - choice.index.shape[-1]
+    if short <= 0:
+        return Choice(choice.index[..., :slots], choice.live[..., :slots])
+    pad = [(0, 0), (0, 0), (0, short)]
+    return Choice(jnp.pad(choice.index, pad), jnp.pad(choice.live, pad))

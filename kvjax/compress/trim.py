@@ -1,0 +1,23 @@
+"""Cut arrays whose used size depends on the data, outside of `jit`."""
+
+import dataclasses
+
+from kvjax.cache import LayerCache, Slots
+from kvjax.codecs import LowRankArray, needed_rank
+
+
+def trim_layer(layer: LayerCache) -> LayerCache:
+    """Low-rank parts cut to the rank that their rows need."""
+    parts = tuple(
+        _trim(part) if isinstance(part, Slots) else part for part in layer.parts
+    )
+    return dataclasses.replace(layer, parts=parts)
+
+
+def _trim(part: Slots) -> Slots:
+    fields = {}
+    for name in ("keys", "values"):
+        held = getattr(part, name)
+        if isinstance(held, LowRankArray):
+            fields[name] = held.trim(needed_rank(held))
+    return dataclasses.replace(part, **fields) if fields else part

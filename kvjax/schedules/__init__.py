@@ -1,0 +1,41 @@
+"""When is the cache compressed?"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import final
+
+from kvjax.scorers.base import positive_int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbstractSchedule(abc.ABC):
+    """When eviction happens."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AfterPrefill(AbstractSchedule):
+    """Once, when the prompt has been seen; later tokens stay."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EveryTokens(AbstractSchedule):
+    """After the prompt and again every `interval` decoded tokens: a bounded cache.
+
+    Attributes:
+        interval: decoded tokens between evictions; the cache holds at most the budget
+            and this many more.
+    """
+
+    interval: int = 1
+
+    def __post_init__(self):
+        positive_int("interval", self.interval)
+
+
+SCHEDULES: Mapping[str, type[AbstractSchedule]] = MappingProxyType(
+    {"after_prefill": AfterPrefill, "every_tokens": EveryTokens}
+)

@@ -1,0 +1,34 @@
+"""How valuable is a token? One scorer per published idea."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from kvjax.scorers._attention import H2O as H2O
+from kvjax.scorers._attention import TOVA as TOVA
+from kvjax.scorers._attention import SnapKV as SnapKV
+from kvjax.scorers._expected_attention import ExpectedAttention as ExpectedAttention
+from kvjax.scorers._keys import KeyDiff as KeyDiff
+from kvjax.scorers._keys import KNorm as KNorm
+from kvjax.scorers._lagkv import LagKV as LagKV
+from kvjax.scorers._positional import Random as Random
+from kvjax.scorers._positional import StreamingLLM as StreamingLLM
+from kvjax.scorers._values import CUR as CUR
+from kvjax.scorers._values import CriticalKV as CriticalKV
+from kvjax.scorers.base import AbstractScorer as AbstractScorer
+from kvjax.scorers.base import AbstractScoreTracker as AbstractScoreTracker
+
+SCORERS: Mapping[str, type[AbstractScorer]] = MappingProxyType(
+    {
+        "random": Random,
+        "streaming_llm": StreamingLLM,
+        "knorm": KNorm,
+        "keydiff": KeyDiff,
+        "snapkv": SnapKV,
+        "tova": TOVA,
+        "h2o": H2O,
+        "expected_attention": ExpectedAttention,
+        "critical_kv": CriticalKV,
+        "lagkv": LagKV,
+        "cur": CUR,
+    }
+)

@@ -1,0 +1,78 @@
+"""LagKV: tokens that stand out against the block that follows them."""
+
+import dataclasses
+from typing import final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kvjax.scorers.base import AbstractScorer, positive_int
+from kvjax.types import Scores
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LagKV(AbstractScorer):
+    """Spread of keys and values after normalisation by the next block.
+
+    Tokens behind the sinks go in blocks of `lag`. Each block is scaled by the
+    per-channel range of the next one; the standard deviation over channels, softmaxed
+    over the block, is averaged between keys and values and replaced by its rank.
+    The last full block, the remainder and the sinks rank above everything.
+
+    Attributes:
+        n_sink: first tokens that are always kept.
+        lag: tokens per block.
+
+    Source: LagKV (2504.04704); kvpress `LagKVPress` (4, 128, rank inside blocks).
+    Deviations: channels whose range is zero are divided by a tiny number instead of
+    by 0; the protected blocks prefer newer tokens where the budget cannot hold them.
+    """
+
+    n_sink: int = 4
+    lag: int = 128
+
+    def __post_init__(self):
+        positive_int("n_sink", self.n_sink, 0)
+        positive_int("lag", self.lag, 2)
+
+    @property
+    def protected(self):
+        return self.n_sink
+
+    def observe(self, inputs, lengths, column_mass):
+        del column_mass
+        s = inputs.k.shape[2]
+        index = jnp.arange(s)
+        recency = (index / s).astype(jnp.float32)
+        blocks = (s - self.n_sink) // self.lag
+        full = (lengths - self.n_sink) // self.lag  # full blocks of each row
+        scores = jnp.broadcast_to(1.0 + recency, inputs.k.shape[:3])
+        if blocks >= 2:
+            both = 0.5 * (
+                self._spread(inputs.k, blocks) + self._spread(inputs.v, blocks)
+            )
+            order = jnp.argsort(both, axis=-1)
+            rank = jnp.argsort(order, axis=-1).astype(jnp.float32) / self.lag
+            ranked = rank.reshape(*rank.shape[:2], -1)
+            stop = self.n_sink + ranked.shape[-1]
+            lagged = scores.at[..., self.n_sink : stop].set(ranked)
+            block = (index - self.n_sink) // self.lag
+            scores = jnp.where(block < (full - 1)[:, None, None], lagged, scores)
+        # Too short to have a reference block: keep the newest.
+        short = (lengths < self.n_sink + 2 * self.lag)[:, None, None]
+        scores = jnp.where(short, recency, scores)
+        return jnp.where(index < self.n_sink, jnp.inf, scores)
+
+    def _spread(self, x: Float[Array, "B K S D"], blocks: int) -> Scores:
+        """`[B, K, blocks - 1, lag]` softmaxed deviations."""
+        b, k, _, d = x.shape
+        stop = self.n_sink + blocks * self.lag
+        x = x[:, :, self.n_sink : stop].astype(jnp.float32)
+        x = x.reshape(b, k, blocks, self.lag, d)
+        low = jnp.min(x[:, :, 1:], axis=3, keepdims=True)
+        high = jnp.max(x[:, :, 1:], axis=3, keepdims=True)
+        scaled: Array = (x[:, :, :-1] - low) / jnp.maximum(high - low, 1e-12)
+        deviation = jnp.std(scaled, axis=-1, ddof=1)
+        return jax.nn.softmax(deviation, axis=-1)

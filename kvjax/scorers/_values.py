@@ -1,0 +1,142 @@
+"""Scores that look at values too: CriticalKV and CUR."""
+
+import dataclasses
+from typing import final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kvjax.pallas_kernels.dense import LOGITS_BUDGET
+from kvjax.scorers.base import (
+    AbstractScorer,
+    live_tokens,
+    positive_int,
+    protect_first,
+)
+from kvjax.types import LayerInputs, Scores, pytree
+
+
+@pytree
+class _CriticalObserved:
+    base: object
+    norm: Float[Array, "B K S"]
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CriticalKV(AbstractScorer):
+    """Another score, weighted by what the value adds to the layer's output.
+
+    The first `first_stage` of the budget goes to the highest base scores; the rest
+    is ranked by `(base + epsilon) * ||W_O v||_1`.
+
+    Attributes:
+        base: the score that is wrapped.
+        epsilon: added to the base score in the second stage.
+        first_stage: fraction of the budget that the base score decides alone.
+
+    Source: CriticalKV (2502.03805) algorithm 1; kvpress `CriticalKVPress`.
+    Deviations: tokens that the base protects stay protected in both stages.
+    """
+
+    base: AbstractScorer
+    epsilon: float = 1e-4
+    first_stage: float = 0.5
+
+    def __post_init__(self):
+        if not 0.0 <= self.first_stage <= 1.0:
+            raise ValueError(
+                f"`first_stage` must be in [0, 1]; got {self.first_stage}."
+            )
+
+    @property
+    def needs_column_mass(self):  # type: ignore[override]
+        return self.base.needs_column_mass
+
+    @property
+    def protected(self):
+        return self.base.protected
+
+    def observe(self, inputs, lengths, column_mass):
+        base = self.base.observe(inputs, lengths, column_mass)
+        return _CriticalObserved(base=base, norm=projected_norm(inputs))
+
+    def rank(self, observed, counts, lengths):
+        base = self.base.rank(observed.base, counts, lengths)
+        s = base.shape[-1]
+        base = jnp.where(live_tokens(lengths, s), base, -jnp.inf)
+        order = jnp.argsort(-base, axis=-1, stable=True)
+        rank = jnp.argsort(order, axis=-1)
+        first = jnp.floor(counts.astype(jnp.float32) * self.first_stage + 1e-4)
+        first = jnp.maximum(first, 1)
+        chosen = (rank < first[:, None, None]) | jnp.isposinf(base)
+        finite = jnp.where(jnp.isfinite(base), base, 0.0)
+        return jnp.where(chosen, jnp.inf, (finite + self.epsilon) * observed.norm)
+
+
+def projected_norm(inputs: LayerInputs) -> Scores:
+    """`||W_O^h v||_1` of every token, averaged over the query heads of a KV head.
+
+    Works through the sequence in chunks: the projected values are `E` wide.
+    """
+    b, kv_heads, s, _ = inputs.v.shape
+    h, d, e = inputs.o_proj.shape
+    weights = inputs.o_proj.reshape(kv_heads, h // kv_heads, d, e).astype(jnp.float32)
+    chunk = int(max(1, min(s, LOGITS_BUDGET // (b * h * e))))
+    count = -(-s // chunk)
+    v = jnp.pad(inputs.v, [(0, 0), (0, 0), (0, count * chunk - s), (0, 0)])
+    v = jnp.moveaxis(v.reshape(b, kv_heads, count, chunk, d), 2, 0)
+
+    def norm(values: Array) -> Array:
+        out = jnp.einsum("BKSD,KGDE->BKGSE", values.astype(jnp.float32), weights)
+        return jnp.mean(jnp.sum(jnp.abs(out), axis=-1), axis=2)
+
+    norms = norm(v[0])[None] if count == 1 else jax.lax.map(norm, v)
+    return jnp.moveaxis(norms, 0, 2).reshape(b, kv_heads, -1)[..., :s]
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CUR(AbstractScorer):
+    """Product of key and value leverage, each relative to its neighbourhood.
+
+    `||k||^2 ||v||^2`, both divided by their sum over blocks of `block` tokens.
+
+    Attributes:
+        n_sink: first tokens that are always kept.
+        block: tokens that share a normalisation.
+
+    Source: CurDKV (2509.15038); kvpress `CURPress` (`kv_product`, window 16).
+    """
+
+    n_sink: int = 4
+    block: int = 16
+
+    def __post_init__(self):
+        positive_int("n_sink", self.n_sink, 0)
+        positive_int("block", self.block)
+
+    @property
+    def protected(self):
+        return self.n_sink
+
+    def observe(self, inputs, lengths, column_mass):
+        del column_mass
+        s = inputs.k.shape[2]
+        live = live_tokens(lengths, s)
+        scores = jnp.ones(())
+        for x in (inputs.k, inputs.v):
+            energy = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
+            energy = jnp.where(live, energy, 0.0)
+            scores = scores * energy / block_sums(energy, self.block)
+        return protect_first(scores, self.n_sink)
+
+
+def block_sums(x: Float[Array, "B K S"], block: int) -> Float[Array, "B K S"]:
+    """Sum over each token's block of `block` tokens (at least a tiny number)."""
+    *lead, s = x.shape
+    padded = jnp.pad(x, [(0, 0), (0, 0), (0, -s % block)])
+    total = jnp.sum(padded.reshape(*lead, -1, block), axis=-1)
+    spread = jnp.repeat(total, block, axis=-1)[..., :s]
+    return jnp.maximum(spread, 1e-20)

@@ -1,0 +1,135 @@
+"""What is kept or dropped as one? Units turn token scores into an order of tokens."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import final
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax.types import Lengths, Scores
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbstractUnit(abc.ABC):
+    """Turns scores into priorities: the tokens with the highest ones are kept.
+
+    Attributes:
+        reuse: layers that share one set of kept tokens: the first of every `reuse`
+            layers chooses for all of them.
+    """
+
+    reuse: int = 1
+
+    def __post_init__(self):
+        if self.reuse < 1:
+            raise ValueError(f"`reuse` must be at least 1; got {self.reuse}.")
+
+    @abc.abstractmethod
+    def priorities(
+        self, scores: Scores, lengths: Lengths, counts: Int[Array, "B"]
+    ) -> Scores:
+        """Priorities; `+inf` is kept first, `-inf` never.
+
+        Args:
+            scores: token scores; `+inf` protects, `-inf` forbids (and is padding).
+            lengths: live tokens per row.
+            counts: tokens per head that the budget allows.
+        """
+
+    def slots(self, counts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Slots that budgets of `counts` tokens need, for rows of `lengths`."""
+        del lengths
+        return counts
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Token(AbstractUnit):
+    """Every token by itself."""
+
+    def priorities(self, scores, lengths, counts):
+        del lengths, counts
+        return scores
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk(AbstractUnit):
+    """Runs of consecutive tokens.
+
+    Attributes:
+        size: tokens per chunk; the last one of a row may be shorter.
+        reduce: chunk score, `sum` or `mean` of its tokens' scores.
+        share_heads: sum scores over KV heads, so that all heads keep the same chunks.
+        whole: keep whole chunks only, `max(1, floor(chunks * keep))` of them, and
+            treat a chunk with a protected token as protected. Otherwise the budget
+            is met exactly: protected tokens first, then chunks by score, the last
+            one trimmed.
+
+    Source: ChunkKV (2502.00299) algorithm 1 (`sum`, size 10, trimmed, reuse 2);
+    kvpress `ChunkKVPress` (`mean`, size 20, shared heads, whole).
+    """
+
+    size: int = 10
+    reduce: str = "sum"
+    share_heads: bool = False
+    whole: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.size < 1:
+            raise ValueError(f"`size` must be at least 1; got {self.size}.")
+        if self.reduce not in ("sum", "mean"):
+            raise ValueError(f"`reduce` must be 'sum' or 'mean'; got {self.reduce!r}.")
+
+    def priorities(self, scores, lengths, counts):
+        s = scores.shape[-1]
+        protected, forbidden = jnp.isposinf(scores), jnp.isneginf(scores)
+        rank = self._chunk_ranks(scores, lengths)
+        chunk = jnp.arange(s) // self.size
+        order = jnp.take(rank, chunk, axis=-1) * self.size + jnp.arange(s) % self.size
+        priority = -order.astype(jnp.float32)
+        if self.whole:
+            chunks = -(-lengths // self.size)
+            kept = jnp.maximum(1, chunks * counts // jnp.maximum(lengths, 1))
+            out = jnp.take(rank, chunk, axis=-1) >= kept[:, None, None]
+            priority = jnp.where(out, -jnp.inf, priority)
+        else:
+            priority = jnp.where(protected, jnp.inf, priority)
+        return jnp.where(forbidden, -jnp.inf, priority)
+
+    def _chunk_ranks(self, scores: Scores, lengths: Lengths) -> Float[Array, "B K C"]:
+        """0 for the best chunk of each head; ties go to the earlier chunk."""
+        b, k, s = scores.shape
+        protected = jnp.isposinf(scores)
+        finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
+        pad = [(0, 0), (0, 0), (0, -s % self.size)]
+        total = jnp.pad(finite, pad).reshape(b, k, -1, self.size).sum(-1)
+        held = jnp.pad(protected, pad).reshape(b, k, -1, self.size).any(-1)
+        if self.share_heads:
+            total = jnp.broadcast_to(total.sum(1, keepdims=True), total.shape)
+        start = jnp.arange(total.shape[-1]) * self.size
+        if self.reduce == "mean":
+            live = jnp.clip(lengths[:, None, None] - start, 1, self.size)
+            total = total / live
+        if self.whole:
+            total = jnp.where(held, jnp.inf, total)
+        total = jnp.where(start < lengths[:, None, None], total, -jnp.inf)
+        order = jnp.argsort(-total, axis=-1, stable=True)
+        return jnp.argsort(order, axis=-1)
+
+    def slots(self, counts, lengths):
+        if not self.whole:
+            return counts
+        chunks = -(-lengths // self.size)
+        kept = np.maximum(1, chunks * counts // np.maximum(lengths, 1))
+        return np.minimum(kept * self.size, lengths)
+
+
+UNITS: Mapping[str, type[AbstractUnit]] = MappingProxyType(
+    {"token": Token, "chunk": Chunk}
+)

@@ -1,0 +1,190 @@
+"""Checks at the boundary of inference: wrong input is named before any compute."""
+
+import functools
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.cache import KVCache, Provenance
+from kvjax.compress.config import Compression
+from kvjax.compress.presets import canonical
+from kvjax.models.config import DecoderConfig
+from kvjax.schedules import EveryTokens
+
+
+def _concrete(x: jax.Array) -> np.ndarray | None:
+    """The values, unless they are traced."""
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+def count(name: str, value: int, least: int = 0) -> None:
+    """`value` is an integer of at least `least`."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(f"`{name}` must be an integer >= {least}; got {value!r}.")
+
+
+def _token_array(config: DecoderConfig, tokens) -> jax.Array:
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"`tokens` must be integers of shape [B, T]; got {tokens.dtype} "
+            f"{tokens.shape}. A single prompt is `tokens[None]`."
+        )
+    if 0 in tokens.shape:
+        raise ValueError(
+            f"`tokens` must hold at least one row and one token; got {tokens.shape}."
+        )
+    values = _concrete(tokens)
+    if values is not None and (values.min() < 0 or values.max() >= config.vocab_size):
+        raise ValueError(
+            f"`tokens` must be in [0, {config.vocab_size}), the model's vocabulary; "
+            f"got {int(values.min())} .. {int(values.max())}. Pad with any valid id."
+        )
+    return tokens.astype(jnp.int32)
+
+
+def _row_lengths(tokens: jax.Array, lengths, least: int) -> jax.Array:
+    if lengths is None:
+        return jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != tokens.shape[:1] or not jnp.issubdtype(
+        lengths.dtype, jnp.integer
+    ):
+        raise ValueError(
+            f"`lengths` must be integers of shape [B] = [{tokens.shape[0]}]; got "
+            f"{lengths.dtype} {lengths.shape}."
+        )
+    values = _concrete(lengths)
+    if values is not None and (values.min() < least or values.max() > tokens.shape[1]):
+        row = int(np.argmax((values < least) | (values > tokens.shape[1])))
+        raise ValueError(
+            f"`lengths` must be in [{least}, {tokens.shape[1]}]; row {row} has "
+            f"{int(values[row])}. "
+            + ("Leave empty prompts out of the batch." if values[row] < least else "")
+        )
+    return lengths.astype(jnp.int32)
+
+
+def prompt(config: DecoderConfig, tokens, lengths) -> tuple[jax.Array, jax.Array]:
+    """Tokens and lengths of a prompt, as int32."""
+    tokens = _token_array(config, tokens)
+    lengths = _row_lengths(tokens, lengths, 1)
+    values = _concrete(lengths)
+    longest = tokens.shape[1] if values is None else int(values.max())
+    if longest > config.max_positions:
+        raise ValueError(
+            f"the prompt has {longest} tokens, the model's range is "
+            f"{config.max_positions}. Cut the prompt, or load the model with a RoPE "
+            "scaling and a larger max_position_embeddings."
+        )
+    return tokens, lengths
+
+
+def generation(config: DecoderConfig, lengths: jax.Array, new_tokens: int) -> None:
+    """Prompt and generation together stay in the model's range."""
+    values = _concrete(lengths)
+    if values is None:
+        return
+    total = int(values.max()) + new_tokens
+    if total > config.max_positions:
+        raise ValueError(
+            f"{int(values.max())} prompt tokens and {new_tokens} new ones make {total}, "
+            f"the model's range is {config.max_positions}. Lower `max_new_tokens` or "
+            "cut the prompt."
+        )
+
+
+def extension(
+    config: DecoderConfig, cache: KVCache, tokens, lengths
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens and lengths that extend a cache, as int32."""
+    tokens = _token_array(config, tokens)
+    if tokens.shape[0] != cache.length.shape[0]:
+        raise ValueError(
+            f"`tokens` must have one row per row of the cache, "
+            f"{cache.length.shape[0]}; got {tokens.shape[0]}."
+        )
+    lengths = _row_lengths(tokens, lengths, 0)
+    new = _concrete(lengths)
+    room(config, cache, tokens.shape[1] if new is None else int(new.max()))
+    return tokens, lengths
+
+
+def room(config: DecoderConfig, cache: KVCache, new_tokens: int) -> None:
+    """The cache is this model's and takes `new_tokens` more."""
+    if cache.provenance is not None and cache.provenance.model != fingerprint(config):
+        raise ValueError(
+            "the cache was made by another model. Prefill again with this one."
+        )
+    if _concrete(cache.length) is None:
+        return
+    generation(config, cache.length, new_tokens)
+    left = cache.room
+    if left is not None and new_tokens > left:
+        raise ValueError(
+            f"{new_tokens} new tokens do not fit: the cache has room for {left}. "
+            "Prefill with a larger `max_new_tokens`."
+        )
+
+
+def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> None:
+    """The compression fits the model and these prompts."""
+    if not isinstance(c, Compression):
+        raise ValueError(
+            f"`c` must be a kvjax.Compression; got {c!r}. Names become one by "
+            'kvjax.compression("snapkv").'
+        )
+    for codec in (c.store.keys, c.store.values):
+        codec.validate(config.head_dim)
+    if c.evict is None:
+        return
+    values = _concrete(lengths)
+    if values is None:
+        return
+    for spec in config.layers:
+        _protected(c, spec, values)
+
+
+def _protected(c: Compression, spec, lengths: np.ndarray) -> None:
+    """Every row's budget holds what the score protects."""
+    assert c.evict is not None
+    needed = c.evict.score.protected
+    budgets = [("evict.budget", c.evict.budget)]
+    if c.evict.values is not None:
+        budgets.append(("evict.values", c.evict.values))
+    for name, budget in budgets:
+        table = budget.table(int(lengths.max()), spec, slot_bytes=4.0)
+        if budget.bytes is not None:
+            continue  # depends on the stored width; checked by its own table
+        slots = table[lengths]
+        wanted = np.minimum(needed, lengths)
+        if isinstance(c.schedule, EveryTokens) and budget.slots is not None:
+            slots = np.full_like(slots, budget.slots)
+            wanted = np.full_like(wanted, needed)
+        row = int(np.argmax(wanted - slots))
+        if slots[row] < wanted[row]:
+            raise ValueError(
+                f"{name} gives layer {spec.index} {int(slots[row])} slots per head for "
+                f"the {int(lengths[row])} tokens of row {row}, but "
+                f"{type(c.evict.score).__name__} protects {int(wanted[row])}. Raise the "
+                "budget or lower the score's window (evict.score.window)."
+            )
+
+
+@functools.lru_cache(maxsize=256)
+def fingerprint(config: DecoderConfig) -> str:
+    """Digest of a configuration."""
+    return hashlib.sha256(repr(config).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1024)
+def provenance(config: DecoderConfig, c: Compression) -> Provenance:
+    """Where a cache of this model and compression comes from."""
+    return Provenance(
+        model=fingerprint(config),
+        compression=canonical(c),
+        query_aware=c.visibility == "query_aware",
+    )

@@ -1,0 +1,263 @@
+"""Generation: one compiled loop from the first token to the last."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache import KVCache, LayerCache
+from kvjax.compress.config import Compression
+from kvjax.models import checks
+from kvjax.models.decoder import Decoder
+from kvjax.models.inference import NONE, is_traced, prefill, step
+from kvjax.models.sampling import Sampling
+from kvjax.types import EMPTY, Lengths, Tokens, pytree
+
+Callback = Callable[[np.ndarray, np.ndarray], None]
+
+
+class Generation(NamedTuple):
+    """What `generate` returns.
+
+    Attributes:
+        tokens: `[B, N]` new tokens; the pad token behind a row's length.
+        lengths: `[B]` new tokens of each row, the stop token included.
+        cache: the cache after all of them but the last one, which nobody has read.
+    """
+
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, "B"]
+    cache: KVCache
+
+
+@pytree
+class _State:
+    """What the loop carries besides the cache."""
+
+    tokens: Int[Array, "B N"]
+    count: Int[Array, ""]
+    length: Int[Array, "B"]
+    made: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    key: Array
+
+
+def _record(state: _State, token: Array, stops: Array) -> _State:
+    """Append one token to the rows that still run."""
+    pads = jnp.take(state.tokens, state.count, axis=1)
+    tokens = state.tokens.at[:, state.count].set(jnp.where(state.done, pads, token))
+    stopped = jnp.any(token[:, None] == stops[None], axis=-1)
+    return dataclasses.replace(
+        state,
+        tokens=tokens,
+        count=state.count + 1,
+        made=state.made + ~state.done,
+        done=state.done | stopped,
+    )
+
+
+def _run(
+    graph,
+    params,
+    layers: tuple[LayerCache, ...],
+    state: _State,
+    limit: Int[Array, ""],
+    stops: Int[Array, "S"],
+    sampling: Sampling,
+) -> tuple[tuple[LayerCache, ...], _State]:
+    """Decode until `limit` tokens are made or every row has stopped."""
+    model = nnx.merge(graph, params)
+
+    def go_on(carry):
+        _, state = carry
+        return (state.count < limit) & ~jnp.all(state.done)
+
+    def body(carry):
+        layers, state = carry
+        last = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
+        positions = jnp.where(state.done, EMPTY, state.length)[:, None]
+        logits, layers = step(model, layers, last, positions)
+        key, now = jax.random.split(state.key)
+        token = sampling(logits[:, 0], now)
+        length = state.length + ~state.done
+        state = dataclasses.replace(state, length=length, key=key)
+        return layers, _record(state, token, stops)
+
+    return jax.lax.while_loop(go_on, body, (layers, state))
+
+
+@functools.partial(jax.jit, static_argnames=("sampling", "room"))
+def _first(logits, length, key, stops, pad, sampling: Sampling, room: int) -> _State:
+    """The state after the token that the prompt's own logits give."""
+    batch = logits.shape[0]
+    key, now = jax.random.split(key)
+    state = _State(
+        tokens=jnp.full((batch, room), pad, jnp.int32),
+        count=jnp.zeros((), jnp.int32),
+        length=length,
+        made=jnp.zeros((batch,), jnp.int32),
+        done=jnp.zeros((batch,), jnp.bool_),
+        key=key,
+    )
+    return _record(state, sampling(logits, now), stops)
+
+
+_static = ("graph", "sampling")
+_decode = jax.jit(_run, static_argnames=_static)
+# The loop's own cache may be overwritten; a caller's may not (caches are values).
+_decode_donating = jax.jit(
+    _run, static_argnames=_static, donate_argnames=("layers", "state")
+)
+
+
+def generate(
+    model: Decoder,
+    tokens: Tokens,
+    lengths: Lengths | None = None,
+    c: Compression = NONE,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Sequence[int] = (),
+    key: Array | None = None,
+    callback: Callback | None = None,
+) -> Generation:
+    """Prefill, compress and decode a batch of prompts.
+
+    Args:
+        model: a decoder.
+        tokens: `[B, T]` right-padded prompts.
+        lengths: `[B]` tokens per prompt; None: all of them.
+        c: what is done to the cache.
+        max_new_tokens: tokens to make at most, at least 1.
+        temperature: 0 is greedy.
+        top_k: only the `k` most likely tokens.
+        top_p: only the most likely tokens up to this probability.
+        stop_tokens: ids that end a row; the model's own end tokens are not implied.
+        key: random key, needed unless greedy; the key is consumed.
+        callback: called with `(tokens [B, n], lengths [B])` as tokens are made.
+
+    Returns:
+        Tokens, lengths and the cache.
+
+    Raises:
+        ValueError: see `prefill`; a generation beyond the model's range; a missing key.
+    """
+    checks.count("max_new_tokens", max_new_tokens, 1)
+    tokens, lengths = checks.prompt(model.config, tokens, lengths)
+    checks.generation(model.config, lengths, max_new_tokens)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    key = _key(sampling, key)
+    logits, cache = prefill(model, tokens, lengths, c, max_new_tokens=max_new_tokens)
+    return _loop(
+        model,
+        cache,
+        logits,
+        max_new_tokens,
+        sampling,
+        stop_tokens,
+        key,
+        callback,
+        donate=not is_traced(tokens, lengths),
+    )
+
+
+def generate_from(
+    model: Decoder,
+    cache: KVCache,
+    logits: Float[Array, "B V"],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Sequence[int] = (),
+    key: Array | None = None,
+    callback: Callback | None = None,
+) -> Generation:
+    """Decode on from a cache, which stays as it is.
+
+    Args:
+        model: the decoder that made the cache.
+        cache: with room for `max_new_tokens - 1` more tokens.
+        logits: `[B, V]` of each row's last token.
+        max_new_tokens: tokens to make at most, at least 1.
+        temperature: 0 is greedy.
+        top_k: only the `k` most likely tokens.
+        top_p: only the most likely tokens up to this probability.
+        stop_tokens: ids that end a row.
+        key: random key, needed unless greedy; the key is consumed.
+        callback: called with `(tokens [B, n], lengths [B])` as tokens are made.
+
+    Raises:
+        ValueError: a cache of another model or without the room, a missing key.
+    """
+    checks.count("max_new_tokens", max_new_tokens, 1)
+    checks.room(model.config, cache, max_new_tokens - 1)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    key = _key(sampling, key)
+    return _loop(
+        model,
+        cache,
+        logits,
+        max_new_tokens,
+        sampling,
+        stop_tokens,
+        key,
+        callback,
+        donate=False,
+    )
+
+
+def _key(sampling: Sampling, key: Array | None) -> Array:
+    if key is None and not sampling.greedy:
+        raise ValueError(
+            f"temperature={sampling.temperature} draws tokens and needs a random key; "
+            "pass key=jax.random.key(0), or temperature=0."
+        )
+    return jax.random.key(0) if key is None else key
+
+
+def _loop(
+    model: Decoder,
+    cache: KVCache,
+    logits: Array,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_tokens: Sequence[int],
+    key: Array,
+    callback: Callback | None,
+    donate: bool,
+) -> Generation:
+    graph, params = nnx.split(model)
+    # -1 is no token: one program for any number of stop tokens up to four.
+    stops = [*stop_tokens, *[-1] * max(0, 4 - len(stop_tokens))]
+    stops = jnp.asarray(stops, jnp.int32)
+    pad = model.config.pad_token or 0
+    state = _first(logits, cache.length, key, stops, pad, sampling, max_new_tokens)
+    decode = _decode_donating if donate else _decode
+    layers, made = cache.layers, 1
+    ends = range(made, max_new_tokens) if callback else [max_new_tokens]
+    if callback:
+        callback(np.asarray(state.tokens[:, :1]), np.asarray(state.made))
+    for end in ends:
+        limit = jnp.asarray(end + 1 if callback else end, jnp.int32)
+        layers, state = decode(
+            graph, params, layers, state, limit, stops, sampling=sampling
+        )
+        decode = _decode_donating if not is_traced(state.length) else _decode
+        if callback:
+            made = int(state.count)
+            callback(np.asarray(state.tokens[:, :made]), np.asarray(state.made))
+            if bool(jnp.all(state.done)):
+                break
+    after = KVCache(layers=layers, length=state.length, provenance=cache.provenance)
+    return Generation(tokens=state.tokens, lengths=state.made, cache=after)

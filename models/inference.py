@@ -1,0 +1,198 @@
+"""Prefill, extend, generate: pure functions over a model and a cache.
+
+A model is split once per call into a static graph and its parameters; a step is one
+`jax.jit` over (parameters, cache, tokens), a whole generation one `while_loop`.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import KVCache, LayerCache
+from kvjax.compress.config import Compression
+from kvjax.compress.layer import Observed, build, observe
+from kvjax.compress.trim import trim_layer
+from kvjax.models import checks
+from kvjax.models.decoder import Decoder
+from kvjax.types import EMPTY, LayerInputs, Lengths, Tokens, padded_positions
+
+NONE = Compression()
+
+
+def bucket(tokens: int) -> int:
+    """Width that a sequence of `tokens` is padded to: four sizes per octave.
+
+    Bounds the number of compilations under any mix of lengths; multiples of 16.
+    """
+    step = max(16, 1 << max(0, (tokens - 1).bit_length() - 3))
+    return -(-tokens // step) * step
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether any value is a tracer, so that it cannot be looked at."""
+    return any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def pad_tokens(tokens: Tokens, width: int) -> Tokens:
+    """Right-pad with token 0."""
+    return jnp.pad(tokens, [(0, 0), (0, width - tokens.shape[1])])
+
+
+def observe_prompt(
+    model: Decoder, tokens: Tokens, lengths: Lengths, c: Compression
+) -> tuple[Float[Array, "B V"], tuple[Observed, ...]]:
+    """The pass over a prompt: logits of each row's last token, and what it leaves.
+
+    What is left serves every budget of `c` (`Compression.with_keep`).
+    """
+    wants_mass = c.evict is not None and c.evict.score.needs_column_mass
+    seen: list[Observed] = []
+
+    def attention(inputs: LayerInputs) -> Array:
+        out, mass = c.prefill.attend(inputs, lengths, wants_mass)
+        seen.append(observe(inputs, lengths, c, mass))
+        return out
+
+    hidden = model(tokens, padded_positions(lengths, tokens.shape[1]), attention)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    final = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    return model.logits(final), tuple(seen)
+
+
+def build_cache(
+    seen: Sequence[Observed], lengths: Lengths, c: Compression, room: int
+) -> tuple[LayerCache, ...]:
+    """The layers of the cache after a prompt, compressed."""
+    layers, priorities = [], None
+    for observed in seen:
+        layer, priorities = build(
+            observed, lengths, c, room=room, priorities=priorities
+        )
+        layers.append(layer)
+    return tuple(layers)
+
+
+def step(
+    model: Decoder,
+    layers: Sequence[LayerCache],
+    tokens: Tokens,
+    positions: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T V"], tuple[LayerCache, ...]]:
+    """New tokens through the model and the cache; padding has position `EMPTY`."""
+    after: list[LayerCache] = []
+
+    def attention(inputs: LayerInputs) -> Array:
+        out, layer = layers[inputs.spec.index].attend(inputs)
+        after.append(layer)
+        return out
+
+    hidden = model(tokens, positions, attention)
+    logits = model.logits(hidden)
+    over = functools.reduce(jnp.logical_or, [layer.overflow for layer in after])
+    # Under `jit` nobody can be told that a token did not fit, so the row says so.
+    return jnp.where(over[:, None, None], jnp.nan, logits), tuple(after)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "c", "room"))
+def _prefill(graph, params, tokens, lengths, c: Compression, room: int):
+    model = nnx.merge(graph, params)
+    logits, seen = observe_prompt(model, tokens, lengths, c)
+    return logits, build_cache(seen, lengths, c, room)
+
+
+@functools.partial(jax.jit, static_argnames=("graph",))
+def _extend(graph, params, layers, tokens, positions):
+    return step(nnx.merge(graph, params), layers, tokens, positions)
+
+
+def prefill(
+    model: Decoder,
+    tokens: Tokens,
+    lengths: Lengths | None = None,
+    c: Compression = NONE,
+    *,
+    max_new_tokens: int = 64,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Logits of each row's last token, and the cache of the prompt, compressed.
+
+    The logits are those of the uncompressed prompt: the first token of an answer
+    never sees the compression.
+
+    Args:
+        model: a decoder.
+        tokens: `[B, T]` right-padded token ids.
+        lengths: `[B]` tokens per row; None: all of them.
+        c: what is done to the cache; nothing by default.
+        max_new_tokens: later tokens that must fit into the cache.
+
+    Returns:
+        `logits [B, V]` float32 and the cache.
+
+    Raises:
+        ValueError: wrong shapes, empty rows, tokens outside the vocabulary, a prompt
+            beyond the model's range, a budget below what the method protects.
+    """
+    tokens, lengths = checks.prompt(model.config, tokens, lengths)
+    checks.compression(model.config, c, lengths)
+    checks.count("max_new_tokens", max_new_tokens)
+    width = tokens.shape[1]
+    if not is_traced(tokens, lengths):
+        tokens = pad_tokens(tokens, bucket(width))
+    graph, params = nnx.split(model)
+    logits, layers = _prefill(graph, params, tokens, lengths, c, max_new_tokens)
+    cache = KVCache(
+        layers=layers, length=lengths, provenance=checks.provenance(model.config, c)
+    )
+    return logits, trim(cache)
+
+
+def trim(cache: KVCache) -> KVCache:
+    """Cut low-rank parts to the rank that their energy target needs.
+
+    A no-op under `jit`, where shapes cannot depend on data.
+    """
+    if is_traced(cache.length):
+        return cache
+    layers = tuple(trim_layer(layer) for layer in cache.layers)
+    return KVCache(layers=layers, length=cache.length, provenance=cache.provenance)
+
+
+def extend(
+    model: Decoder,
+    cache: KVCache,
+    tokens: Tokens,
+    lengths: Lengths | None = None,
+) -> tuple[Float[Array, "B T V"], KVCache]:
+    """Logits of new tokens, and the cache that has seen them; `cache` stays as it is.
+
+    Args:
+        model: the decoder that made the cache.
+        cache: the cache.
+        tokens: `[B, T]` right-padded; one token per row is a decode step.
+        lengths: `[B]` tokens per row; None: all of them.
+
+    Returns:
+        `logits [B, T, V]` float32 (anything behind a row's length) and the cache.
+
+    Raises:
+        ValueError: wrong shapes, tokens outside the vocabulary, a cache of another
+            model, more tokens than fit. Under `jit`, where that cannot be seen, rows
+            that overflow give NaN.
+    """
+    tokens, lengths = checks.extension(model.config, cache, tokens, lengths)
+    width = tokens.shape[1]
+    if width > 1 and not is_traced(tokens, lengths):
+        tokens = pad_tokens(tokens, bucket(width))
+    offset = padded_positions(lengths, tokens.shape[1])
+    positions = jnp.where(offset >= 0, offset + cache.length[:, None], EMPTY)
+    graph, params = nnx.split(model)
+    logits, layers = _extend(graph, params, cache.layers, tokens, positions)
+    cache = KVCache(
+        layers=layers, length=cache.length + lengths, provenance=cache.provenance
+    )
+    return logits[:, :width], cache

@@ -1,0 +1,58 @@
+"""From logits to a token: greedy, temperature, top-k, top-p."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.types import NEG_INF
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: 0 takes the most likely token; otherwise logits are divided by it.
+        top_k: only the `k` most likely tokens, or None.
+        top_p: only the most likely tokens that together reach this probability (the
+            one that crosses it included), or None.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"`temperature` must be >= 0; got {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1; got {self.top_k}.")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"`top_p` must be in (0, 1]; got {self.top_p}.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no key is needed."""
+        return self.temperature == 0.0
+
+    def __call__(self, logits: Float[Array, "B V"], key: Array) -> Int[Array, "B"]:
+        """One token per row; the key is consumed."""
+        if self.greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            edge = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
+            logits = jnp.where(logits >= edge, logits, NEG_INF)
+        if self.top_p is not None and self.top_p < 1.0:
+            logits = self._nucleus(logits)
+        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+    def _nucleus(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        ordered = jnp.sort(logits, axis=-1)[..., ::-1]
+        weight = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(weight, axis=-1) - weight
+        inside = before < self.top_p
+        edge = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits >= edge, logits, NEG_INF)

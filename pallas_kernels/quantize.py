@@ -1,0 +1,114 @@
+"""Grouped affine quantisation and bit packing: the plain XLA path.
+
+Layout: codes of one slot are packed along the channels so that byte `j` holds
+channels `j, j + D/n, j + 2 D/n, ...` (`n` codes per byte). Unpacking is then a
+concatenation of shifted copies, which vectorises, instead of an interleave.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+SCALE_DTYPE = jnp.float16
+# One float16 ulp is at most 2^-10 of the value: enough to round outwards.
+_ULP = 2.0**-10
+
+
+def quantize(
+    x: Float[Array, "*lead S D"],
+    live: Bool[Array, "*lead S"],
+    bits: int,
+    axis: str,
+    group: int,
+    symmetric: bool,
+) -> tuple[Array, Array, Array | None]:
+    """Codes `[*lead, S, D]` uint8 with their scales and zeros in float16.
+
+    Groups lie along the slots (`axis="channel"`) or the channels (`"token"`).
+    Statistics come from live slots only; dead slots get code 0. Rounding is
+    straight-through, so gradients pass to `x` as through the identity.
+    """
+    *lead, s, d = x.shape
+    wide = jnp.where(live[..., None], x, 0).astype(jnp.float32)
+    mask = jnp.broadcast_to(live[..., None], x.shape)
+    if axis == "channel":
+        shape, along = (*lead, s // group, group, d), -2
+    else:
+        shape, along = (*lead, s, d // group, group), -1
+    grouped, mask = wide.reshape(shape), mask.reshape(shape)
+    top = 2**bits - 1
+    if symmetric:
+        half = top // 2
+        reach = jnp.max(jnp.where(mask, jnp.abs(grouped), 0), axis=along, keepdims=True)
+        scale = _outwards(reach / half)
+        code = jnp.round(grouped / scale) + half
+        zero = None
+    else:
+        low = jnp.min(jnp.where(mask, grouped, jnp.inf), axis=along, keepdims=True)
+        high = jnp.max(jnp.where(mask, grouped, -jnp.inf), axis=along, keepdims=True)
+        empty = low > high  # no live slot in this group
+        low, high = jnp.where(empty, 0, low), jnp.where(empty, 0, high)
+        floor = (low - jnp.abs(low) * _ULP).astype(SCALE_DTYPE)
+        scale = _outwards((high - floor.astype(jnp.float32)) / top)
+        code = jnp.round((grouped - floor.astype(jnp.float32)) / scale)
+        zero = jnp.squeeze(floor, along)
+    code = jnp.where(mask, jnp.clip(code, 0, top), 0).astype(jnp.uint8)
+    scale = jnp.squeeze(scale, along).astype(SCALE_DTYPE)
+    return code.reshape(x.shape), scale, zero
+
+
+def _outwards(scale: Array) -> Array:
+    """A float16 value (held in f32) not below `scale`; 1 where a group is constant."""
+    raised = (scale * (1 + _ULP)).astype(SCALE_DTYPE).astype(jnp.float32)
+    return jnp.where(raised > 0, raised, 1.0)
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """`[..., D]` codes below `2**bits` into `[..., D * bits / 8]` bytes."""
+    if bits == 8:
+        return codes
+    parts = jnp.split(codes, 8 // bits, axis=-1)
+    packed = parts[0]
+    for i, part in enumerate(parts[1:], start=1):
+        packed = packed | (part << (bits * i))
+    return packed
+
+
+def unpack(packed: Array, bits: int) -> Array:
+    """Inverse of `pack`, uint8."""
+    if bits == 8:
+        return packed
+    mask = jnp.uint8(2**bits - 1)
+    parts = [(packed >> jnp.uint8(bits * i)) & mask for i in range(8 // bits)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def dequantize(
+    packed: Array,
+    scale: Array,
+    zero: Array | None,
+    bits: int,
+    axis: str,
+    group: int,
+) -> Float[Array, "*lead S D"]:
+    """The float32 array that `quantize` and `pack` stand for."""
+    codes = unpack(packed, bits).astype(jnp.float32)
+    *lead, s, d = codes.shape
+    along = -2 if axis == "channel" else -1
+    shape = (
+        (*lead, s // group, group, d)
+        if axis == "channel"
+        else (*lead, s, d // group, group)
+    )
+    step = jnp.expand_dims(scale.astype(jnp.float32), along)
+    grouped = codes.reshape(shape)
+    if zero is None:
+        out = (grouped - (2**bits - 1) // 2) * step
+    else:
+        out = grouped * step + jnp.expand_dims(zero.astype(jnp.float32), along)
+    return out.reshape(*lead, s, d)
+
+
+def straight_through(exact: Array, rounded: Array) -> Array:
+    """Value of `rounded`, gradient of `exact`."""
+    return exact + jax.lax.stop_gradient(rounded - exact)
