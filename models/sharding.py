@@ -85,17 +85,18 @@ def parameter_sharding(
     axes = parameter_axes(path, len(shape))
     placed = spec(axes, mesh, rules)
     for size, logical, name in zip(shape, axes, placed, strict=True):
-        check_divides(f"{path} ({logical})", size, name, mesh)
+        check_divides(logical or path, size, name, mesh)
     return NamedSharding(mesh, placed)
 
 
-def check_divides(what: str, size: int, name: object, mesh: Mesh) -> None:
+def check_divides(logical: str, size: int, name: object, mesh: Mesh) -> None:
     """Raise unless `size` divides over mesh axis `name` (None: not split)."""
     ways = mesh.shape[name] if isinstance(name, str) else 1
     if size % ways:
         raise ValueError(
-            f"{what} of size {size} does not divide over mesh axis {name!r} of size "
-            f"{ways}. Use a smaller mesh axis or a rule that maps it to None."
+            f"{logical!r} of size {size} does not divide over mesh axis {name!r} of "
+            f"size {ways}. Use a smaller mesh axis, or pass "
+            f"`rules=RULES | {{{logical!r}: None}}` to replicate it."
         )
 
 

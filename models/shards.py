@@ -1,7 +1,7 @@
 """Checkpoint files: which tensor is in which file, read in pieces, written in pieces.
 
-Nothing here holds more than one tensor. Files are opened per tensor, so that the
-mapped pages of what was read are given back.
+Nothing here holds more than a few megabytes. Files are opened for every piece, so that
+the mapped pages of what was read are given back.
 """
 
 import json
@@ -17,7 +17,7 @@ from kvjax.types import nearest
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 4 * 2**20
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -79,19 +79,20 @@ class Shards:
                         f"Tensor {name!r} in {path} is {kind}; expected one of "
                         f"{sorted(DTYPES)}. Quantised checkpoints are not supported."
                     )
-                self.files.setdefault(name, path)
+                if self.files.setdefault(name, path) != path:
+                    continue  # the index takes it from another shard
                 self.shapes[name] = tuple(view.get_shape())
                 self.dtypes[name] = DTYPES[kind]
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Rows `start:stop` of a tensor, a few megabytes at a time."""
+        """Rows `start:stop` of a tensor, `CHUNK_BYTES` at a time."""
         shape = self.shapes[name]
         width = int(np.prod(shape[1:])) * self.dtypes[name].itemsize
         step = max(1, CHUNK_BYTES // max(width, 1))
-        with _open(self.files[name]) as handle:
-            view = handle.get_slice(name)
-            for first in range(start, stop, step):
-                yield view[first : min(first + step, stop)]
+        for first in range(start, stop, step):
+            with _open(self.files[name]) as handle:
+                piece = handle.get_slice(name)[first : min(first + step, stop)]
+            yield piece
 
 
 def write_safetensors(
@@ -136,7 +137,7 @@ def _open(path: pathlib.Path):
 
 def _locate(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     single, index = directory / SINGLE, directory / INDEX
-    if index.is_file():
+    if index.is_file() and not single.is_file():
         table = read_json(index).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise ValueError(f"{index} has no `weight_map`.")

@@ -20,7 +20,7 @@ def load_tokenizer(directory: pathlib.Path) -> Any:
             f"`tokenizer=False` to load the weights alone."
         )
     try:
-        if found == ["tokenizer.json"]:
+        if "tokenizer.json" in found and "tokenizer_config.json" not in found:
             return _bare(directory)
         from transformers import AutoTokenizer
 

@@ -27,6 +27,7 @@ from kvjax.models.shards import (
 from kvjax.types import nearest
 
 SHARD_BYTES = 5 * 10**9
+_ALIGNMENT = 64
 # Buffers of old checkpoints that follow from the config.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -74,7 +75,7 @@ def _read(
     transpose: bool,
     dtype: np.dtype,
 ) -> np.ndarray:
-    host = np.empty(shape, dtype)
+    host = _aligned(shape, dtype)
     target = host.T if transpose else host
     done = 0
     for piece in shards.rows(name, *rows):
@@ -93,6 +94,14 @@ def _read(
         target[done : done + len(piece)] = piece
         done += len(piece)
     return host
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory that JAX on a CPU takes over without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _check_names(

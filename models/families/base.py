@@ -244,6 +244,11 @@ def read_layer_types(
         raise ValueError(
             "`layer_types` has sliding layers but `sliding_window` is off."
         )
+    if len(types) != len(default):
+        raise ValueError(
+            f"`layer_types` needs one entry per layer; got {len(types)} for "
+            f"{len(default)} layers."
+        )
     windows = tuple(window if kind == SLIDING else None for kind in types)
     return windows if any(windows) else ()
 
