@@ -17,7 +17,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+from jax.typing import DTypeLike  # noqa: E402
+
+import tests.typecheck  # noqa: E402, F401
+
+# KVJAX_TYPECHECK=1 checks shapes and types at each call; this has to come before any
+# module of kvjax is imported.
+if os.environ.get("KVJAX_TYPECHECK", "0") != "0":
+    jaxtyping.install_import_hook("kvjax", "tests.typecheck.checked")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -56,6 +65,6 @@ def getkey() -> Callable[[], jax.Array]:
 
 
 @pytest.fixture(scope="session")
-def tolerance() -> Callable[[object], dict[str, float]]:
+def tolerance() -> Callable[[DTypeLike], dict[str, float]]:
     """`rtol` and `atol` for a dtype, for `numpy.testing.assert_allclose`."""
     return lambda dtype: TOLERANCE[jnp.dtype(dtype)]

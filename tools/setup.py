@@ -25,7 +25,6 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LOCK = ROOT / "requirements.lock"
 STAMP = VENV / ".kvjax-setup"
-OLDEST = (3, 12)
 MINORS = ("3.12", "3.13", "3.14")  # what the lock has wheels for; 3.12 is tested most
 PREFIXES = (
     "/usr/local/bin",
@@ -66,6 +65,11 @@ def version(executable):
         return int(out[0]), int(out[1])
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
         return None
+
+
+def usable(found):
+    """Whether the lock serves this `(major, minor)`; None is what was not found."""
+    return found is not None and "%d.%d" % found in MINORS
 
 
 def uv_find(minor):
@@ -132,7 +136,7 @@ def find_python():
         if executable in tried:
             continue
         got = version(executable)
-        if got is not None and OLDEST <= got <= (3, int(MINORS[-1].split(".")[1])):
+        if usable(got):
             return executable
         found = "not found or not usable" if got is None else "Python %d.%d" % got
         tried[executable] = "  %-16s %s: %s" % (where, executable, found)
@@ -201,7 +205,7 @@ def main():
     if PYTHON.exists() and STAMP.exists() and STAMP.read_text() == want:
         return
     start = time.time()
-    if version(str(PYTHON)) is None or version(str(PYTHON)) < OLDEST:
+    if not usable(version(str(PYTHON))):
         executable = find_python()
         print("setup: .venv with %s" % executable, flush=True)
         if not run(executable, "-m", "venv", "--clear", VENV):
