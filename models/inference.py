@@ -18,8 +18,17 @@ from kvjax.compress.config import Compression
 from kvjax.compress.layer import Observed, build, observe
 from kvjax.compress.trim import trim_layer
 from kvjax.models import checks
+from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
-from kvjax.types import EMPTY, LayerInputs, Lengths, Tokens, padded_positions
+from kvjax.types import (
+    EMPTY,
+    LayerInputs,
+    Lengths,
+    Tokens,
+    padded_positions,
+    pytree,
+    static,
+)
 
 NONE = Compression()
 
@@ -149,6 +158,72 @@ def prefill(
         layers=layers, length=lengths, provenance=checks.provenance(model.config, c)
     )
     return logits, trim(cache)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "c"))
+def _observe(graph, params, tokens, lengths, c: Compression):
+    return observe_prompt(nnx.merge(graph, params), tokens, lengths, c)
+
+
+_build = jax.jit(build_cache, static_argnames=("c", "room"))
+
+
+@pytree
+class Prompt:
+    """A prompt that was read once and can be compressed to any budget.
+
+    Attributes:
+        logits: `[B, V]` of each row's last token.
+        lengths: `[B]` tokens per row.
+        seen: what the pass left, per layer; keys and values of all tokens included.
+        config: of the model.
+        method: the compression whose scores were computed, its budget aside.
+    """
+
+    logits: Float[Array, "B V"]
+    lengths: Lengths
+    seen: tuple[Observed, ...]
+    config: DecoderConfig = static()
+    method: Compression = static()
+
+    def compress(self, c: Compression, *, max_new_tokens: int = 64) -> KVCache:
+        """The cache that `prefill` with `c` gives; `c` may differ in its budget only."""
+        if method_of(c) != self.method:
+            raise ValueError(
+                "this prompt was read for another method; only the budget may change. "
+                "Read it again with `read_prompt(model, tokens, lengths, c)`."
+            )
+        checks.compression(self.config, c, self.lengths)
+        checks.count("max_new_tokens", max_new_tokens)
+        layers = _build(self.seen, self.lengths, c, max_new_tokens)
+        provenance = checks.provenance(self.config, c)
+        cache = KVCache(layers=layers, length=self.lengths, provenance=provenance)
+        return trim(cache)
+
+
+def method_of(c: Compression) -> Compression:
+    """`c` without its budget."""
+    return c.with_keep(1.0) if c.has_budget else c
+
+
+def read_prompt(
+    model: Decoder,
+    tokens: Tokens,
+    lengths: Lengths | None = None,
+    c: Compression = NONE,
+) -> Prompt:
+    """Prefill once, compress later: one pass (and one compilation) for many budgets.
+
+    Arguments and errors are those of `prefill`.
+    """
+    tokens, lengths = checks.prompt(model.config, tokens, lengths)
+    tokens = pad_tokens(tokens, bucket(tokens.shape[1]))
+    method = method_of(c)
+    graph, params = nnx.split(model)
+    logits, seen = _observe(graph, params, tokens, lengths, method)
+    return Prompt(
+        logits=logits, lengths=lengths, seen=seen, config=model.config, method=method
+    )
 
 
 def trim(cache: KVCache) -> KVCache:
