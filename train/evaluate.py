@@ -90,6 +90,19 @@ def evaluate(
     return out
 
 
+def table(result: dict[str, dict[str, float]]) -> str:
+    """Accuracies in percent as a Markdown table, one column per length."""
+    lengths = sorted({length for row in result.values() for length in row}, key=int)
+    lines = [
+        "| task | " + " | ".join(f"{length} tokens" for length in lengths) + " |",
+        "|---|" + "---:|" * len(lengths),
+    ]
+    for label, values in result.items():
+        cells = [f"{100 * values[n]:.1f}" if n in values else "" for n in lengths]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Parse the command line and evaluate."""
     parser = argparse.ArgumentParser(
@@ -109,6 +122,7 @@ def main() -> None:
         seed=args.seed,
         detail=args.detail,
     )
+    print(table(result))
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 

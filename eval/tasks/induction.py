@@ -14,14 +14,15 @@ MAX_SHOTS = 8
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Induction(Task):
-    r"""Shots `[ABCD>qzwe]\n`, each letter enciphered by one rule of this item.
+    r"""Shots `[Aq Bz Cw De]\n`, each letter beside its image under this item's rule.
 
-    The rule is a random letter-to-letter mapping; every letter of the question occurs
-    in some shot. One shot per line: a newline delimits shots.
+    The rule is a random letter-to-letter mapping; the question `[CADB>` asks for a new
+    word, `wqez]`, every letter of which occurs in some shot. One shot per line: a
+    newline delimits shots.
 
     Attributes:
         shots: worked examples; None draws 1 to 8 per item.
-        width: letters of a word.
+        width: letters of a shot and of the word asked.
         letters: letters the item uses at most (fewer if the shots show fewer).
     """
 
@@ -48,7 +49,7 @@ class Induction(Task):
 
     def episode(self, rng: random.Random, length: int, turns: int = 1) -> Episode:
         """See `Task.episode`."""
-        shot_chars = 2 * self.width + 4
+        shot_chars = 3 * self.width + 2
         turn_chars = 2 * self.width + 6
         fit = (length - turn_chars) // shot_chars
         shots = self.shots or rng.randint(1, max(1, min(MAX_SHOTS, fit)))
@@ -60,10 +61,11 @@ class Induction(Task):
         rule = dict(zip(plain, rng.sample(string.ascii_lowercase, size), strict=True))
         seen = plain + rng.choices(plain, k=self.width * shots - size)
         rng.shuffle(seen)
-        words = [
-            "".join(seen[i : i + self.width]) for i in range(0, len(seen), self.width)
+        pairs = [letter + rule[letter] for letter in seen]
+        records = [
+            f"[{' '.join(pairs[i : i + self.width])}]\n"
+            for i in range(0, len(pairs), self.width)
         ]
-        records = [f"[{word}>{encipher(rule, word)}]\n" for word in words]
         spare = length - shots * shot_chars - turns * turn_chars
         filler = sentences(rng, spare, self.redundancy)
         asked = ["".join(rng.choices(plain, k=self.width)) for _ in range(turns)]
