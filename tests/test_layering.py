@@ -12,7 +12,7 @@ import pytest
 from tests.tree import ROOT, tracked
 
 LADDER = (
-    ("types", "rope"),
+    ("types", "rope", "config"),
     ("pallas_kernels",),
     ("codecs", "cache"),
     ("scorers", "budgets", "units", "prefills", "reads", "schedules"),
