@@ -114,7 +114,7 @@ CASES = {
             "sliding_window": WINDOW,
             "query_pre_attn_scalar": 10,
             "attn_logit_softcapping": 20.0,
-            "final_logit_softcapping": 15.0,
+            "final_logit_softcapping": 0.5,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "rope_parameters": {
                 "full_attention": {
@@ -148,7 +148,9 @@ def make(folder: pathlib.Path, name: str, seed: int) -> pathlib.Path:
     with torch.no_grad():
         for path, weight in model.named_parameters():
             # Everything random: a norm or bias at its initial value hides mistakes.
-            weight.normal_(0.0, 0.2 if weight.ndim > 1 else 0.3)
+            # Small tied embeddings: with large ones a model repeats its last token.
+            tied = config.tie_word_embeddings and "embed" in path
+            weight.normal_(0.0, (0.04 if tied else 0.2) if weight.ndim > 1 else 0.3)
             if path.endswith("norm.weight") and kind != "Gemma3Text":
                 weight.add_(1.0)
     directory = folder / name
