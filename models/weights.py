@@ -212,6 +212,11 @@ def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 def _host(array: jax.Array) -> np.ndarray:
     """A host view or copy that goes away with its last user."""
+    if not array.is_fully_addressable:
+        raise ValueError(
+            "`save` needs every shard of the parameters in this process; gather them "
+            "first, for instance with `jax.experimental.multihost_utils`."
+        )
     on_host = all(device.platform == "cpu" for device in array.devices())
     # A device array keeps the host copy it once made; a throwaway keeps it no longer.
     return np.asarray(array if on_host else jnp.copy(array))

@@ -30,6 +30,7 @@ ACTIVATION_NAMES = {
 # Settings of other architectures that change the numbers. A config that turns one on
 # is refused, unless its family reads it (`AbstractFamily.reads`).
 _REFUSED = (
+    "alibi",
     "attention_chunk_size",
     "attention_multiplier",
     "attn_logit_softcapping",
@@ -44,11 +45,14 @@ _REFUSED = (
     "no_rope_layers",
     "num_experts",
     "num_local_experts",
+    "qk_layernorm",
     "quantization_config",
     "residual_multiplier",
     "text_config",
     "use_bidirectional_attention",
+    "use_mrope",
     "use_parallel_residual",
+    "use_qk_norm",
     "vision_config",
 )
 

@@ -77,6 +77,18 @@ def test_rows_are_independent():
     np.testing.assert_allclose(both[1, :4], alone[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "llama"])
+def test_one_token_equals_the_same_token_among_others(family):
+    # One 16-bit row takes another path on a CPU.
+    model = sample(family, jnp.bfloat16)
+    tokens = jnp.full((4, 1), 7, jnp.int32)
+    positions = jnp.zeros((4, 1), jnp.int32)
+    many = model.logits(model(tokens, positions, causal_attention))
+    one = model.logits(model(tokens[:1], positions[:1], causal_attention))
+    assert one.shape == (1, 1, 40)
+    np.testing.assert_allclose(one[0], many[0], rtol=2e-2, atol=2e-3)
+
+
 def test_parameters_set_the_dtype_and_logits_are_float32():
     model = sample("gemma3_text", jnp.bfloat16)
     hidden = model(TOKENS, POSITIONS, causal_attention)
