@@ -8,7 +8,7 @@ from typing import ClassVar, final
 from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
 from kvjax.eval.tasks.filler import scatter, sentences
 
-SIGILS = "=~^|"
+SIGILS = "=~^|#@&%$!"
 """A record's sign. The reply starts with it, so the first token of an answer must be
 looked up too, and the value itself is always decoded from the compressed cache."""
 
