@@ -1,0 +1,222 @@
+"""Fidelity on any text: how far do the compressed cache's predictions move?
+
+A context is read and compressed; the text that follows goes through the real cache,
+teacher-forced, in one call or several. Its logits are compared with those that the
+uncompressed cache gives.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import KVCache
+from kvjax.compress.config import Compression
+from kvjax.eval.groups import AbstractGroup, Answers
+from kvjax.eval.text import Codec
+from kvjax.eval.timing import timed
+from kvjax.models.decoder import Decoder
+from kvjax.models.inference import extend, read_prompt
+from kvjax.types import Tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """How a compressed cache predicts a continuation, per row.
+
+    Attributes:
+        nll: mean negative log-likelihood of the next token, in nats.
+        kl: mean KL divergence of the compressed cache's predictions from the full
+            one's, `KL(full || compressed)`, in nats.
+        agreement: share of positions whose most likely token is the full cache's.
+        resident_bytes: bytes of the cache per row, before the continuation.
+    """
+
+    nll: np.ndarray
+    kl: np.ndarray
+    agreement: np.ndarray
+    resident_bytes: float
+
+    @property
+    def ppl(self) -> np.ndarray:
+        """Perplexity per row."""
+        return np.exp(self.nll)
+
+
+def fidelity(
+    model: Decoder, tokens: Tokens, context: int, c: Compression, *, calls: int = 1
+) -> Fidelity:
+    """Compare `c` with the uncompressed cache on rows of text.
+
+    The first token behind the context is fed, not predicted: its logits are the
+    uncompressed prompt's. So `T - context - 1` tokens are predicted.
+
+    Args:
+        model: a decoder.
+        tokens: `[B, T]`, no padding.
+        context: tokens read before compression, in `[1, T - 2]`.
+        c: the compression.
+        calls: the continuation is fed in this many calls, nearly equal.
+
+    Raises:
+        ValueError: see `kvjax.prefill`; a context that leaves nothing to predict.
+    """
+    tokens = jnp.asarray(tokens)
+    check_split(context, tokens.shape[1] - context, calls)
+    follow = tokens[:, context:]
+    room = follow.shape[1]
+    full, held, resident = None, None, 0.0
+    for one in (Compression(), c):
+        prompt = read_prompt(model, tokens[:, :context], None, one)
+        cache = prompt.compress(one, max_new_tokens=room)
+        full, held = held, feed(model, cache, follow, calls)
+        resident = cache.nbytes / tokens.shape[0]
+    assert full is not None and held is not None
+    nll, kl, agreement = map(np.asarray, compare(full, held, follow[:, 1:]))
+    return Fidelity(nll=nll, kl=kl, agreement=agreement, resident_bytes=resident)
+
+
+def feed(
+    model: Decoder, cache: KVCache, follow: Int[Array, "B N"], calls: int
+) -> Float[Array, "B M V"]:
+    """Logits of all but the last token of `follow`, fed through the cache."""
+    ends = np.linspace(0, follow.shape[1] - 1, calls + 1).round().astype(int)
+    logits = []
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        some, cache = extend(model, cache, follow[:, start:end])
+        logits.append(some)
+    return jnp.concatenate(logits, axis=1)
+
+
+@jax.jit
+def compare(
+    full: Float[Array, "B M V"],
+    held: Float[Array, "B M V"],
+    targets: Int[Array, "B M"],
+) -> tuple[Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
+    """Mean NLL, KL and top-1 agreement of each row."""
+    p, q = jax.nn.log_softmax(full), jax.nn.log_softmax(held)
+    nll = -jnp.take_along_axis(q, targets[..., None], axis=-1)[..., 0]
+    kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    same = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
+    return nll.mean(1), kl.mean(1), same.astype(jnp.float32).mean(1)
+
+
+def check_split(context: int, continuation: int, calls: int) -> None:
+    """There is something to read and something to predict."""
+    for name, value, least in (
+        ("context", context, 1),
+        ("continuation", continuation, 2),
+        ("calls", calls, 1),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"`{name}` must be an integer >= {least}; got {value!r}.")
+    if calls > continuation - 1:
+        raise ValueError(
+            f"{continuation - 1} tokens cannot be fed in {calls} calls. Lower `calls`."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextTask:
+    """The fields of task `text`.
+
+    Attributes:
+        path: a text file, UTF-8.
+        context: tokens read before compression.
+        continuation: tokens behind it; all but the first are predicted.
+        calls: see `fidelity`.
+    """
+
+    path: str
+    context: int = 256
+    continuation: int = 128
+    calls: int = 1
+
+    def __post_init__(self):
+        check_split(self.context, self.continuation, self.calls)
+
+    def windows(self, codec: Codec, count: int) -> np.ndarray:
+        """`[count, context + continuation]` tokens, spread evenly over the file.
+
+        Raises:
+            ValueError: no such file, not UTF-8, or too short for `count` windows.
+        """
+        path = pathlib.Path(self.path)
+        if not path.is_file():
+            raise ValueError(f"task 'text': no file at {path}.")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as wrong:
+            raise ValueError(f"task 'text': {path} is not UTF-8 ({wrong}).") from None
+        codec.check(f"task 'text' ({path})", [text])
+        tokens = codec.encode(text)
+        own = self.context + self.continuation - len(codec.prefix)
+        if own < 2 or len(tokens) < count * own:
+            raise ValueError(
+                f"task 'text': {path} has {len(tokens)} tokens; {count} windows of "
+                f"{own} need {count * own}. Lower `items`, or give a longer file."
+            )
+        stride = len(tokens) // count
+        rows = [tokens[i * stride : i * stride + own] for i in range(count)]
+        return np.array([[*codec.prefix, *row] for row in rows], np.int32)
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextGroup(AbstractGroup):
+    """Windows of a text.
+
+    Attributes:
+        text: the task's fields.
+        follow: `[N, continuation]` tokens behind each context.
+    """
+
+    text: TextTask
+    follow: np.ndarray
+    _reference: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+
+    @property
+    def room(self):
+        return self.text.continuation
+
+    @property
+    def seed(self):
+        return None
+
+    def shown(self, item):
+        return self.codec.decode(self.prompts[item]), ""
+
+    def answer(self, model, cache, prompt, index):
+        del prompt
+        follow = jnp.asarray(self.follow[index])
+        full = self._full(model, index, follow)
+        fed = timed(lambda: feed(model, cache, follow, self.text.calls))
+        columns = map(np.asarray, compare(full, fed.value, follow[:, 1:]))
+        rows: Sequence[Any] = list(zip(*columns, strict=True))[: self.scored(index)]
+        return Answers(
+            items=tuple(
+                {"nll": float(nll), "kl": float(kl), "agrees": float(agreement)}
+                for nll, kl, agreement in rows
+            ),
+            decode_s=0.0,  # teacher-forced in large steps: no time per token
+            steps=0,
+            compile_s=fed.compile_s,
+        )
+
+    def _full(self, model: Decoder, index: np.ndarray, follow: jax.Array) -> jax.Array:
+        """The uncompressed cache's logits; those of one batch are held at a time."""
+        first = int(index[0])
+        if first not in self._reference:
+            tokens, lengths = self.read(index)
+            cache = read_prompt(model, tokens, lengths).compress(
+                Compression(), max_new_tokens=self.room
+            )
+            self._reference.clear()
+            self._reference[first] = feed(model, cache, follow, self.text.calls)
+        return self._reference[first]

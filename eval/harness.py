@@ -1,0 +1,230 @@
+"""Runs an evaluation, cell by cell.
+
+Each prompt is read once per method and compressed to every budget; replies are decoded
+from the compressed cache and scored. Uncompressed replies come first in every group:
+agreement is counted against them.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvjax.cache import KVCache
+from kvjax.eval.config import EvalConfig
+from kvjax.eval.groups import AbstractGroup
+from kvjax.eval.methods import NONE, Method
+from kvjax.eval.plan import Cell, Plan, plan
+from kvjax.eval.record import averages, describe, header, provenance
+from kvjax.eval.results import Run, open_run
+from kvjax.eval.timing import timed
+from kvjax.models.decoder import Decoder
+from kvjax.models.inference import read_prompt
+
+MAP_TOKENS = 8192
+"""Longest prompt whose kept positions are written: a map lists all of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What the callback is told after each cell.
+
+    Attributes:
+        done: cells finished.
+        total: cells of the run.
+        cell: the cell's name.
+        row: its row.
+        resumed: whether it was finished by an earlier call.
+    """
+
+    done: int
+    total: int
+    cell: str
+    row: Mapping[str, Any]
+    resumed: bool
+
+
+Callback = Callable[[Progress], None]
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What the batches of one method at one budget add up to."""
+
+    items: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    resident: list[float] = dataclasses.field(default_factory=list)
+    compress_s: list[float] = dataclasses.field(default_factory=list)
+    decode_s: float = 0.0
+    steps: int = 0
+    compile_s: float = 0.0
+    maps: dict[int, list[list[list[int]]]] = dataclasses.field(default_factory=dict)
+
+
+def run(
+    model: Decoder,
+    tokenizer: Any,
+    config: EvalConfig,
+    run_dir: str | os.PathLike[str],
+    *,
+    progress: Callback | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate, cell by cell, into a run directory.
+
+    A directory with some cells of the same evaluation goes on where it stopped.
+
+    Args:
+        model: what is evaluated.
+        tokenizer: a Hugging Face tokenizer.
+        config: what is run. `config.model` is a label here.
+        run_dir: see `kvjax.eval.results`.
+        progress: called after each cell; what it raises ends the run.
+
+    Returns:
+        The rows of all cells, in the order they run.
+
+    Raises:
+        ValueError: anything wrong with any cell, before the first compute; a
+            directory of another run.
+        OSError: a result cannot be written; finished cells are kept.
+    """
+    made = plan(model.config, tokenizer, config)
+    runner = _Runner(model, made, open_run(run_dir, header(model, config)), progress)
+    for group in made.groups:
+        for method in made.methods:
+            runner.method(group, method)
+    return runner.rows
+
+
+class _Runner:
+    """The loop of `run`, with what its steps share."""
+
+    def __init__(self, model: Decoder, made: Plan, store: Run, progress):
+        self.model, self.made, self.store = model, made, store
+        self.progress: Callback | None = progress
+        self.rows: list[dict[str, Any]] = []
+        self.total = len(made.all_cells())
+        self.full: dict[float | None, dict[str, Any]] = {}  # rows of `none`, by depth
+        self.replies: list[str | None] = []  # of `none`, by item
+
+    def method(self, group: AbstractGroup, method: Method) -> None:
+        """All cells of one method on one group; finished ones are taken over."""
+        cells = self.made.cells(group, method)
+        old = {cell.name: self.store.row(cell.name) for cell in cells}
+        todo = [keep for keep in method.keeps(self.made.config.keeps)]
+        todo = [k for k in todo if any(not old[c.name] for c in cells if c.keep == k)]
+        prefill_ms, compile_s, tallies = self._measure(group, method, todo)
+        if method.name == NONE:
+            self._refer(cells, tallies)
+        for cell in cells:
+            row = old[cell.name]
+            if row is None:
+                row = self._finish(cell, tallies[cell.keep], prefill_ms, compile_s)
+                compile_s = 0.0  # reading counts once, in the first cell
+            self.rows.append(row)
+            if method.name == NONE:
+                self.full[cell.depth] = row
+            self._tell(cell, row, resumed=old[cell.name] is not None)
+
+    def _measure(
+        self, group: AbstractGroup, method: Method, keeps: Sequence[float | None]
+    ) -> tuple[float, float, dict[float | None, _Tally]]:
+        """Read each batch once, compress it to every budget, and answer."""
+        tallies = {keep: _Tally() for keep in keeps}
+        prefill_s, compile_s = [], 0.0
+        for index in group.batches() if keeps else ():
+            tokens, lengths = group.read(index)
+            first = method.at(keeps[0], group.visibility)
+            read = timed(lambda t=(tokens, lengths), c=first: self._read(*t, c))
+            prefill_s.append(read.run_s)
+            compile_s += read.compile_s
+            for keep, tally in tallies.items():
+                c = method.at(keep, group.visibility)
+                packed = timed(
+                    lambda c=c, p=read.value: p.compress(c, max_new_tokens=group.room)
+                )
+                answers = group.answer(self.model, packed.value, read.value, index)
+                tally.items += map(dict, answers.items)
+                tally.resident.append(packed.value.nbytes / len(index))
+                tally.compress_s.append(packed.run_s)
+                tally.decode_s += answers.decode_s
+                tally.steps += answers.steps
+                tally.compile_s += packed.compile_s + answers.compile_s
+                self._map(group, packed.value, index, tally)
+        return 1e3 * float(np.mean(prefill_s or [0.0])), compile_s, tallies
+
+    def _read(self, tokens, lengths, c):
+        return read_prompt(self.model, tokens, lengths, c)
+
+    def _map(self, group: AbstractGroup, cache: KVCache, index, tally: _Tally) -> None:
+        """Kept positions of the first item of each depth."""
+        wanted = [
+            (row, int(item))
+            for row, item in enumerate(index[: group.scored(index)])
+            if item % group.per_depth == 0
+        ]
+        if not wanted or group.width > MAP_TOKENS:
+            return
+        held = [cache.kept_positions(layer) for layer in range(len(cache.layers))]
+        for row, item in wanted:
+            tally.maps[item] = [
+                [head.tolist() for head in layer[row]] for layer in held
+            ]
+
+    def _refer(self, cells: Sequence[Cell], tallies: Mapping[Any, _Tally]) -> None:
+        """Remember the uncompressed replies, computed now or earlier."""
+        self.full = {}
+        if None in tallies:
+            items = tallies[None].items
+        else:
+            items = [item for cell in cells for item in self.store.items(cell.name)]
+        self.replies = [item.get("reply") for item in items]
+
+    def _finish(self, cell: Cell, tally: _Tally, prefill_ms: float, compile_s: float):
+        """Score and write one cell."""
+        group = cell.group
+        start = group.depths.index(cell.depth) * group.per_depth
+        items = []
+        for i in range(group.per_depth):
+            item = tally.items[start + i]
+            if "reply" in item:
+                item["agrees"] = float(item["reply"] == self.replies[start + i])
+            items.append({"item": i, **item})
+        resident = float(np.mean(tally.resident))
+        full = self.full.get(cell.depth, {}).get("resident_bytes", resident)
+        row = {
+            **describe(cell, self.made.config),
+            **averages(items),
+            "resident_bytes": resident,
+            "full_bytes": full,
+            "prefill_ms": prefill_ms,
+            "compress_ms": 1e3 * float(np.mean(tally.compress_s)),
+            "ms_per_token": 1e3 * tally.decode_s / tally.steps if tally.steps else None,
+            "compile_s": compile_s + tally.compile_s,
+            **provenance(),
+        }
+        tally.compile_s = 0.0  # depths of one needle grid share their programs
+        self.store.write(cell.name, row, items, _kept(cell, tally, start))
+        return row
+
+    def _tell(self, cell: Cell, row: Mapping[str, Any], *, resumed: bool) -> None:
+        if self.progress is not None:
+            done = len(self.rows)
+            self.progress(Progress(done, self.total, cell.name, row, resumed))
+
+
+def _kept(cell: Cell, tally: _Tally, item: int) -> dict[str, Any] | None:
+    if item not in tally.maps:
+        return None
+    group = cell.group
+    text, question = group.shown(item)
+    return {
+        "text": text,
+        "question": question,
+        "compression": cell.method.name,
+        "keep": cell.keep,
+        "task": group.title,
+        "tokens": [group.codec.piece(token) for token in group.prompts[item]],
+        "kept": tally.maps[item],
+    }

@@ -1,0 +1,116 @@
+"""The compressions of an evaluation: presets with its overrides applied."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from kvjax.compress.config import Compression
+from kvjax.compress.presets import compression
+from kvjax.eval.config import EvalConfig
+from kvjax.types import nearest
+
+NONE = "none"
+RANDOM = "random"
+
+_WINDOWS = ("evict.score.window", "evict.score.base.window", "evict.budget.window")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One compression of an evaluation, at any budget.
+
+    Attributes:
+        name: what rows call it.
+        base: the compression at its own budget.
+        overrides: what was changed about the preset.
+    """
+
+    name: str
+    base: Compression
+    overrides: Mapping[str, Any]
+
+    @property
+    def overrides_json(self) -> str:
+        """The overrides as the rows hold them."""
+        return json.dumps(dict(self.overrides), sort_keys=True)
+
+    def keeps(self, keeps: tuple[float, ...]) -> tuple[float | None, ...]:
+        """The budgets to run: one cell without a budget if there is no such knob."""
+        return keeps if self.base.has_budget else (None,)
+
+    def at(self, keep: float | None, visibility: str) -> Compression:
+        """The compression of one cell."""
+        c = dataclasses.replace(self.base, visibility=visibility)
+        return c if keep is None else c.with_keep(keep)
+
+
+def has(c: Compression, path: str) -> bool:
+    """Whether the dotted path is a field of `c`."""
+    held: Any = c
+    for name in path.split("."):
+        if not dataclasses.is_dataclass(held) or name not in {
+            field.name for field in dataclasses.fields(held)
+        }:
+            return False
+        held = getattr(held, name)
+    return True
+
+
+def methods(config: EvalConfig) -> tuple[Method, ...]:
+    """All methods of an evaluation; `none` first, then `random`.
+
+    Raises:
+        ValueError: unknown compressions or fields, two of one name.
+    """
+    listed = {_label(name): name for name in config.compressions}
+    if len(listed) != len(config.compressions):
+        raise ValueError(
+            "two compressions have one name: "
+            f"{sorted(map(_label, config.compressions))}. Rename a file."
+        )
+    for name in config.overrides:
+        if name not in listed and name != RANDOM:
+            raise ValueError(
+                f"`overrides` are for {name!r}, which is not evaluated; expected one "
+                f"of {sorted(listed)}.{nearest(name, listed)}"
+            )
+    order = {NONE: NONE, RANDOM: RANDOM} | listed
+    return tuple(
+        _method(label, name, config, listed=label in listed)
+        for label, name in order.items()
+    )
+
+
+def _label(name: str) -> str:
+    path = pathlib.Path(name)
+    return path.stem if path.suffix in (".yaml", ".yml") else name
+
+
+def _method(label: str, name: str, config: EvalConfig, *, listed: bool) -> Method:
+    if label == NONE:
+        if config.overrides.get(NONE) or name != NONE:
+            raise ValueError(
+                "`none` is the reference and cannot be changed; give the compression "
+                "another name."
+            )
+        return Method(name=NONE, base=compression(NONE), overrides={})
+    base = compression(name)
+    changed: dict[str, Any] = {}
+    if config.window is not None:
+        for path in _WINDOWS:
+            if has(base, path) and _get(base, path) > config.window:
+                changed[path] = config.window
+    changed |= {path: v for path, v in config.defaults.items() if has(base, path)}
+    if listed:
+        changed |= config.everywhere
+    changed |= config.overrides.get(label, {})
+    return Method(name=label, base=compression(name, **changed), overrides=changed)
+
+
+def _get(c: Compression, path: str) -> Any:
+    held: Any = c
+    for name in path.split("."):
+        held = getattr(held, name)
+    return held

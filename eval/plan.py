@@ -1,0 +1,227 @@
+"""Everything an evaluation will run, checked before the first compute."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from kvjax.config import decode
+from kvjax.eval.config import NEEDLE, TEXT, EvalConfig, TaskEntry
+from kvjax.eval.fidelity import TextGroup, TextTask
+from kvjax.eval.groups import AbstractGroup, Questions
+from kvjax.eval.methods import Method, methods
+from kvjax.eval.tasks import TASKS, Item, Task, make_task
+from kvjax.eval.text import Codec
+from kvjax.models import checks
+from kvjax.models.config import DecoderConfig
+from kvjax.models.inference import bucket
+from kvjax.types import nearest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One row to be.
+
+    Attributes:
+        group: its prompts.
+        method: its compression.
+        keep: its budget, or None.
+        depth: place of the needle, or None.
+    """
+
+    group: AbstractGroup
+    method: Method
+    keep: float | None
+    depth: float | None
+
+    @property
+    def name(self) -> str:
+        """File name of its row."""
+        group = self.group
+        parts = [group.title, str(group.length), group.visibility, self.method.name]
+        if self.keep is not None:
+            parts.append(f"keep{self.keep:g}")
+        if self.depth is not None:
+            parts.append(f"depth{self.depth:g}")
+        return "-".join(parts).replace("/", "_")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The groups and methods of an evaluation, and the cells they make."""
+
+    config: EvalConfig
+    groups: tuple[AbstractGroup, ...]
+    methods: tuple[Method, ...]
+
+    def cells(self, group: AbstractGroup, method: Method) -> list[Cell]:
+        """The cells of one method on one group, budget by budget."""
+        return [
+            Cell(group=group, method=method, keep=keep, depth=depth)
+            for keep in method.keeps(self.config.keeps)
+            for depth in group.depths
+        ]
+
+    def all_cells(self) -> list[Cell]:
+        """All cells, in the order they run."""
+        return [
+            cell
+            for group in self.groups
+            for method in self.methods
+            for cell in self.cells(group, method)
+        ]
+
+
+def plan(model: DecoderConfig, tokenizer: Any, config: EvalConfig) -> Plan:
+    """All cells of an evaluation of `model`.
+
+    Raises:
+        ValueError: unknown tasks, compressions or fields; lengths that do not fit the
+            task or the model; budgets below what a method protects; characters that
+            the tokenizer does not know; a file that is missing or too short.
+    """
+    codec = Codec(tokenizer, model.vocab_size)
+    chosen = methods(config)
+    groups: list[AbstractGroup] = []
+    for entry in config.tasks:
+        if entry.name == TEXT:
+            groups.append(_text_group(entry, config, codec))
+        else:
+            groups += _question_groups(entry, config, codec)
+    made = Plan(config=config, groups=tuple(_one_width(groups)), methods=chosen)
+    for group in made.groups:
+        _check_range(model, group)
+        for method in chosen:
+            _check_budgets(model, group, method, config)
+    names = [cell.name for cell in made.all_cells()]
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"two cells have one name: {twice}. Give tasks other labels.")
+    return made
+
+
+def _text_group(entry: TaskEntry, config: EvalConfig, codec: Codec) -> TextGroup:
+    if entry.lengths or entry.visibility:
+        raise ValueError(
+            f"task {entry.title!r} takes no `lengths` and no `visibility`; "
+            "set `context` and `continuation`."
+        )
+    text = decode(dict(entry.fields), TextTask)
+    count = entry.items or config.items
+    rows = text.windows(codec, count)
+    return TextGroup(
+        title=entry.title,
+        length=text.context + text.continuation,
+        visibility="query_agnostic",  # no question is asked
+        depths=(None,),
+        prompts=tuple(tuple(row[: text.context].tolist()) for row in rows),
+        batch=min(config.batch, count),
+        width=bucket(text.context),
+        codec=codec,
+        text=text,
+        follow=rows[:, text.context :],
+    )
+
+
+def _question_groups(
+    entry: TaskEntry, config: EvalConfig, codec: Codec
+) -> Iterator[Questions]:
+    depths = config.depths if entry.name == NEEDLE else (None,)
+    makers = [_task(entry, depth) for depth in depths]
+    count = entry.items or config.items
+    for length in entry.lengths or config.lengths:
+        items = [
+            item
+            for task in makers
+            for item in task.generate(
+                config.seed, count, max(1, length - len(codec.prefix))
+            )
+        ]
+        texts = [item.prompt + item.answer for item in items]
+        codec.check(f"task {entry.title!r}", texts)
+        for visibility in entry.visibility or config.visibility:
+            yield _questions(
+                entry, config, codec, makers[0], items, length, visibility, depths
+            )
+
+
+def _questions(
+    entry: TaskEntry,
+    config: EvalConfig,
+    codec: Codec,
+    task: Task,
+    items: Sequence[Item],
+    length: int,
+    visibility: str,
+    depths: tuple[float | None, ...],
+) -> Questions:
+    contexts = [(*codec.prefix, *codec.encode(item.context)) for item in items]
+    questions = [tuple(codec.encode(item.question)) for item in items]
+    if visibility == "query_aware":
+        contexts = [a + b for a, b in zip(contexts, questions, strict=True)]
+        questions = [() for _ in items]
+    return Questions(
+        title=entry.title,
+        length=length,
+        visibility=visibility,
+        depths=depths,
+        prompts=tuple(contexts),
+        batch=min(config.batch, len(items)),
+        width=bucket(max(map(len, contexts))),
+        codec=codec,
+        task=task,
+        items=tuple(items),
+        questions=tuple(questions),
+        item_seed=config.seed,
+        reply_tokens=config.reply_tokens,
+    )
+
+
+def _task(entry: TaskEntry, depth: float | None) -> Task:
+    if entry.name == NEEDLE:
+        fields = {"value_length": 4, **entry.fields}
+        if "depth" in fields:
+            raise ValueError("task 'needle' takes its depths from `depths`.")
+        return make_task("recall", **fields, depth=depth)
+    known = [*TASKS, NEEDLE, TEXT]
+    if entry.name not in known:
+        raise ValueError(
+            f"Unknown task {entry.name!r}; expected one of {known}."
+            f"{nearest(entry.name, known)}"
+        )
+    return make_task(entry.name, **entry.fields)
+
+
+def _one_width(groups: Sequence[AbstractGroup]) -> Iterator[AbstractGroup]:
+    """Prompts of one length are padded alike, so that tasks share their programs."""
+    widths: dict[int, int] = {}
+    for group in groups:
+        widths[group.length] = max(widths.get(group.length, 0), group.width)
+    for group in groups:
+        yield dataclasses.replace(group, width=widths[group.length])
+
+
+def _check_range(model: DecoderConfig, group: AbstractGroup) -> None:
+    total = int(group.lengths.max()) + group.room
+    if total > model.max_positions:
+        raise ValueError(
+            f"task {group.title!r} at length {group.length} needs {total} positions "
+            f"({group.room} of them for question and reply), the model's range is "
+            f"{model.max_positions}. Lower `lengths`, or use another model."
+        )
+
+
+def _check_budgets(
+    model: DecoderConfig, group: AbstractGroup, method: Method, config: EvalConfig
+) -> None:
+    for keep in method.keeps(config.keeps):
+        try:
+            c = method.at(keep, group.visibility)
+            checks.compression(model, c, jnp.asarray(group.lengths))
+        except ValueError as wrong:
+            raise ValueError(
+                f"{method.name} at keep={keep} cannot run on task {group.title!r} at "
+                f"length {group.length}: {wrong} In an evaluation, `window` cuts all "
+                "observation windows."
+            ) from None

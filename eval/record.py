@@ -1,0 +1,111 @@
+"""What a row says besides its measurements: the cell, the model, the versions."""
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from kvjax.eval.config import EvalConfig
+from kvjax.eval.plan import Cell
+from kvjax.eval.results import SCHEMA
+from kvjax.models import checks
+from kvjax.models.decoder import Decoder
+
+
+def describe(cell: Cell, config: EvalConfig) -> dict[str, Any]:
+    """The columns that say which cell this is."""
+    group = cell.group
+    return {
+        "cell": cell.name,
+        "model": config.model,
+        "task": group.title,
+        "length": group.length,
+        "depth": cell.depth,
+        "compression": cell.method.name,
+        "overrides": cell.method.overrides_json,
+        "keep": cell.keep,
+        "visibility": group.visibility,
+        "seed": group.seed,
+        "batch": group.batch,
+    }
+
+
+def averages(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over items and their standard errors; None where there is nothing."""
+    score, score_se = mean(items, "score")
+    agreement, agreement_se = mean(items, "agrees")
+    return {
+        "items": len(items),
+        "score": score,
+        "score_se": score_se,
+        "agreement": agreement,
+        "agreement_se": agreement_se,
+        "nll": mean(items, "nll")[0],
+        "kl": mean(items, "kl")[0],
+    }
+
+
+def mean(
+    items: Sequence[Mapping[str, Any]], name: str
+) -> tuple[float | None, float | None]:
+    """Mean of a column and its standard error, which one item does not have."""
+    held = [item[name] for item in items if item.get(name) is not None]
+    if not held:
+        return None, None
+    values = np.array(held, np.float64)
+    if len(values) == 1:
+        return float(values[0]), None
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def provenance() -> dict[str, Any]:
+    """The columns that say what computed a row, and when."""
+    return {
+        "schema": SCHEMA,
+        "versions": json.dumps(versions()),
+        "device": jax.devices()[0].device_kind,
+        "date": now(),
+    }
+
+
+def header(model: Decoder, config: EvalConfig) -> dict[str, Any]:
+    """What `run.json` says."""
+    return {
+        "schema": SCHEMA,
+        **versions(),
+        "device": jax.devices()[0].device_kind,
+        "date": now(),
+        "model": config.model,
+        "model_fingerprint": fingerprint(model),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def fingerprint(model: Decoder) -> str:
+    """Digest of a model: its configuration, and samples of every weight."""
+    digest = hashlib.sha256(checks.fingerprint(model.config).encode())
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        flat = leaf.get_value().reshape(-1)
+        some = np.asarray(flat[:: max(1, flat.size // 1024)])
+        digest.update(f"{path}{flat.shape}{flat.dtype}".encode() + some.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Of this package, of what computes, and of Python."""
+    names = ("kvjax", "jax", "flax")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return found | {"python": platform.python_version()}
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
