@@ -1,8 +1,8 @@
 """kvjax: research on the KV cache of long-context language models, in JAX.
 
-    model, tokenizer = kvjax.load("path/to/checkpoint")
-    c = kvjax.compression("snapkv", **{"evict.budget.keep": 0.25})
-    out = kvjax.generate(model, tokens, lengths, c, max_new_tokens=64)
+model, tokenizer = kvjax.load("path/to/checkpoint")
+c = kvjax.compression("snapkv", **{"evict.budget.keep": 0.25})
+out = kvjax.generate(model, tokens, lengths, c, max_new_tokens=64)
 """
 
 from kvjax.cache import KVCache as KVCache
@@ -18,5 +18,6 @@ from kvjax.models.inference import extend as extend
 from kvjax.models.inference import prefill as prefill
 from kvjax.models.io import load as load
 from kvjax.models.io import save as save
+from kvjax.models.simulate import simulate as simulate
 
 __version__ = "0.1.0"

@@ -117,19 +117,19 @@ class Rope:
         return inv / self.factor * ramp + inv * (1 - ramp)
 
     def cos_sin(self, positions: Int[Array, "*shape"]) -> tuple[Array, Array]:
-        """cos and sin `[*shape, width / 2]` in float32, `magnitude` not applied."""
+        """`(cos, sin)`, `[*shape, width / 2]` in float32, `magnitude` not applied."""
         angle = positions[..., None].astype(jnp.float32) * self.frequencies()
         return jnp.cos(angle), jnp.sin(angle)
 
     def rotate(
-        self, x: Float[Array, "*shape D"], positions: Int[Array, "*shape"]
+        self, x: Float[Array, "*shape D"], positions: Int[Array, "*#shape"]
     ) -> Float[Array, "*shape D"]:
         """`x` turned to its absolute positions, in float32, back in its dtype."""
         cos, sin = self.cos_sin(positions)
         return self._turn(x, cos * self.magnitude, sin * self.magnitude)
 
     def unrotate(
-        self, x: Float[Array, "*shape D"], positions: Int[Array, "*shape"]
+        self, x: Float[Array, "*shape D"], positions: Int[Array, "*#shape"]
     ) -> Float[Array, "*shape D"]:
         """Inverse of `rotate`."""
         cos, sin = self.cos_sin(positions)

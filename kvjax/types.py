@@ -7,8 +7,9 @@ context length, `D` head dim, `E` model dim, `P` pages, `V` vocabulary.
 
 import dataclasses
 import difflib
-import functools
+import typing
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,19 @@ EMPTY = -1
 
 NEG_INF = float("-inf")
 
-static = functools.partial(dataclasses.field, metadata={"static": True})
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that is part of the tree structure, not a leaf."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
+@typing.dataclass_transform(
+    frozen_default=True,
+    kw_only_default=True,
+    field_specifiers=(dataclasses.field, static),
+)
 def pytree[T](cls: type[T]) -> type[T]:
-    """Frozen keyword-only dataclass registered as a pytree (`static()` fields aside)."""
+    """Make a frozen keyword-only dataclass that is a pytree; `static()` fields aside."""
     return jax.tree_util.register_dataclass(
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     )

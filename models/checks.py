@@ -2,10 +2,12 @@
 
 import functools
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from kvjax.cache import KVCache, Provenance
 from kvjax.compress.config import Compression
@@ -14,9 +16,14 @@ from kvjax.models.config import DecoderConfig
 from kvjax.schedules import EveryTokens
 
 
+def is_traced(*values: Any) -> bool:
+    """Whether any value is a tracer, so that it cannot be looked at."""
+    return any(isinstance(value, Tracer) for value in values)
+
+
 def _concrete(x: jax.Array) -> np.ndarray | None:
     """The values, unless they are traced."""
-    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+    return None if is_traced(x) else np.asarray(x)
 
 
 def count(name: str, value: int, least: int = 0) -> None:
@@ -83,6 +90,26 @@ def prompt(config: DecoderConfig, tokens, lengths) -> tuple[jax.Array, jax.Array
     return tokens, lengths
 
 
+def prompt_lengths(inner, lengths: jax.Array) -> jax.Array:
+    """Compression points, as int32: at least 1 and inside each row."""
+    inner = jnp.asarray(inner)
+    if inner.shape != lengths.shape or not jnp.issubdtype(inner.dtype, jnp.integer):
+        raise ValueError(
+            f"`prompt_lengths` must be integers of shape {lengths.shape}; got "
+            f"{inner.dtype} {inner.shape}."
+        )
+    values, rows = _concrete(inner), _concrete(lengths)
+    if values is not None and (values.min() < 1):
+        raise ValueError(f"`prompt_lengths` must be at least 1; got {values.min()}.")
+    if values is not None and rows is not None and (values > rows).any():
+        row = int(np.argmax(values > rows))
+        raise ValueError(
+            f"`prompt_lengths` must not be above `lengths`; row {row} has "
+            f"{int(values[row])} of {int(rows[row])}."
+        )
+    return inner.astype(jnp.int32)
+
+
 def generation(config: DecoderConfig, lengths: jax.Array, new_tokens: int) -> None:
     """Prompt and generation together stay in the model's range."""
     values = _concrete(lengths)
@@ -91,7 +118,7 @@ def generation(config: DecoderConfig, lengths: jax.Array, new_tokens: int) -> No
     total = int(values.max()) + new_tokens
     if total > config.max_positions:
         raise ValueError(
-            f"{int(values.max())} prompt tokens and {new_tokens} new ones make {total}, "
+            f"{int(values.max())} prompt tokens and {new_tokens} new ones are {total}, "
             f"the model's range is {config.max_positions}. Lower `max_new_tokens` or "
             "cut the prompt."
         )
@@ -169,8 +196,8 @@ def _protected(c: Compression, spec, lengths: np.ndarray) -> None:
             raise ValueError(
                 f"{name} gives layer {spec.index} {int(slots[row])} slots per head for "
                 f"the {int(lengths[row])} tokens of row {row}, but "
-                f"{type(c.evict.score).__name__} protects {int(wanted[row])}. Raise the "
-                "budget or lower the score's window (evict.score.window)."
+                f"{type(c.evict.score).__name__} protects {int(wanted[row])}. Raise "
+                "the budget or lower the score's window (evict.score.window)."
             )
 
 

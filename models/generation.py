@@ -15,7 +15,7 @@ from kvjax.cache import KVCache, LayerCache
 from kvjax.compress.config import Compression
 from kvjax.models import checks
 from kvjax.models.decoder import Decoder
-from kvjax.models.inference import NONE, is_traced, prefill, step
+from kvjax.models.inference import NONE, prefill, step
 from kvjax.models.sampling import Sampling
 from kvjax.types import EMPTY, Lengths, Tokens, pytree
 
@@ -57,7 +57,7 @@ def _record(state: _State, token: Array, stops: Array) -> _State:
         state,
         tokens=tokens,
         count=state.count + 1,
-        made=state.made + ~state.done,
+        made=state.made + (~state.done).astype(jnp.int32),
         done=state.done | stopped,
     )
 
@@ -85,7 +85,7 @@ def _run(
         logits, layers = step(model, layers, last, positions)
         key, now = jax.random.split(state.key)
         token = sampling(logits[:, 0], now)
-        length = state.length + ~state.done
+        length = state.length + (~state.done).astype(jnp.int32)
         state = dataclasses.replace(state, length=length, key=key)
         return layers, _record(state, token, stops)
 
@@ -166,7 +166,7 @@ def generate(
         stop_tokens,
         key,
         callback,
-        donate=not is_traced(tokens, lengths),
+        donate=not checks.is_traced(tokens, lengths),
     )
 
 
@@ -253,7 +253,7 @@ def _loop(
         layers, state = decode(
             graph, params, layers, state, limit, stops, sampling=sampling
         )
-        decode = _decode_donating if not is_traced(state.length) else _decode
+        decode = _decode_donating if not checks.is_traced(state.length) else _decode
         if callback:
             made = int(state.count)
             callback(np.asarray(state.tokens[:, :made]), np.asarray(state.made))

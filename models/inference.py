@@ -6,7 +6,6 @@ A model is split once per call into a static graph and its parameters; a step is
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +39,6 @@ def bucket(tokens: int) -> int:
     """
     step = max(16, 1 << max(0, (tokens - 1).bit_length() - 3))
     return -(-tokens // step) * step
-
-
-def is_traced(*values: Any) -> bool:
-    """Whether any value is a tracer, so that it cannot be looked at."""
-    return any(isinstance(value, jax.core.Tracer) for value in values)
 
 
 def pad_tokens(tokens: Tokens, width: int) -> Tokens:
@@ -150,7 +144,7 @@ def prefill(
     checks.compression(model.config, c, lengths)
     checks.count("max_new_tokens", max_new_tokens)
     width = tokens.shape[1]
-    if not is_traced(tokens, lengths):
+    if not checks.is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width))
     graph, params = nnx.split(model)
     logits, layers = _prefill(graph, params, tokens, lengths, c, max_new_tokens)
@@ -187,7 +181,7 @@ class Prompt:
     method: Compression = static()
 
     def compress(self, c: Compression, *, max_new_tokens: int = 64) -> KVCache:
-        """The cache that `prefill` with `c` gives; `c` may differ in its budget only."""
+        """The cache that `prefill` with `c` gives; only the budget may differ."""
         if method_of(c) != self.method:
             raise ValueError(
                 "this prompt was read for another method; only the budget may change. "
@@ -231,7 +225,7 @@ def trim(cache: KVCache) -> KVCache:
 
     A no-op under `jit`, where shapes cannot depend on data.
     """
-    if is_traced(cache.length):
+    if checks.is_traced(cache.length):
         return cache
     layers = tuple(trim_layer(layer) for layer in cache.layers)
     return KVCache(layers=layers, length=cache.length, provenance=cache.provenance)
@@ -261,7 +255,7 @@ def extend(
     """
     tokens, lengths = checks.extension(model.config, cache, tokens, lengths)
     width = tokens.shape[1]
-    if width > 1 and not is_traced(tokens, lengths):
+    if width > 1 and not checks.is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width))
     offset = padded_positions(lengths, tokens.shape[1])
     positions = jnp.where(offset >= 0, offset + cache.length[:, None], EMPTY)

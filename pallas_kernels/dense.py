@@ -1,6 +1,7 @@
 """Dense causal attention in O(S) memory: the XLA path of prefill and training."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ def query_chunk(tokens: int, logits_per_query: int) -> int:
     return int(min(tokens, max(16, LOGITS_BUDGET // max(logits_per_query, 1))))
 
 
-def map_query_chunks(fn, chunk: int, *arrays: Array):
+def map_query_chunks(
+    fn: Callable[..., tuple[Partial, Any]], chunk: int, *arrays: Array
+) -> tuple[Partial, Any]:
     """Run `fn` over slices of the query axis (axis 1 of every array) and rejoin.
 
     Args:
@@ -137,7 +140,7 @@ def attention_with_mass(
     k, v = jnp.where(live, k, 0), jnp.where(live, v, 0)
     keys = jnp.swapaxes(k, -1, -2)
 
-    def attend(q_chunk: Array, positions: Array):
+    def attend(q_chunk: Array, positions: Array) -> tuple[Partial, Any]:
         # [B, chunk, H, D] -> [B, K, G * chunk, D]: one GEMM per KV head.
         n = q_chunk.shape[1]
         queries = jnp.moveaxis(q_chunk, 1, 2).reshape(b, kv_heads, groups * n, d)
@@ -153,7 +156,8 @@ def attention_with_mass(
         if not mass:
             return part, ()
         weight = weight.reshape(b, h, n, s)
-        return part, jnp.einsum("BHTS,BHT->BHS", weight, share.reshape(b, h, n))
+        share = share.reshape(b, h, n)
+        return part, jnp.einsum("BHTS,BHT->BHS", weight, share)
 
     chunk = query_chunk(t, b * h * s)
     live_q = (q_positions >= 0)[:, None, :, None]

@@ -29,7 +29,7 @@ def merge(parts: list[Partial]) -> Partial:
     if len(parts) == 1:
         return parts[0]
     lse = jnp.stack([part.lse for part in parts])
-    peak = jnp.max(lse, axis=0)
+    peak = jax.lax.stop_gradient(jnp.max(lse, axis=0))
     anchor = jnp.where(jnp.isneginf(peak), 0.0, peak)  # -inf - -inf is NaN
     weight = jnp.exp(lse - anchor)
     total = jnp.sum(weight, axis=0)

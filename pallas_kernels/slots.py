@@ -45,7 +45,8 @@ def attend_block(
 
     Args:
         q: queries after RoPE, `[B, H, T, D]`.
-        keys, values: `[B, K, S, D]`; what masked slots hold is never used.
+        keys: `[B, K, S, D]`; what masked slots hold is never used.
+        values: `[B, K, S, D]`, likewise.
         mask: `[B, K, T, S]`, see `slot_mask`.
         scale: factor on `q . k`.
         softcap: logit soft cap, or None.

@@ -9,8 +9,10 @@ from kvjax.budgets.base import AbstractBudget
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaKV(AbstractBudget):
-    """Every head keeps its best `safeguard` of the mean; the rest goes to the best
-    scores of the layer, whichever head they are in.
+    """Every head keeps its own best tokens; the rest goes to the best of the layer.
+
+    Each head surely gets `safeguard` of the mean budget; the other slots go to the
+    highest scores of all heads together, so that heads end with different budgets.
 
     Attributes:
         safeguard: fraction of the mean budget that each head surely gets.

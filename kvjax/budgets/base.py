@@ -49,7 +49,7 @@ class AbstractBudget(abc.ABC):
         }
         if len(given) != 1:
             raise ValueError(
-                f"set exactly one of `keep`, `slots` and `bytes`; got {given or 'none'}."
+                f"set one of `keep`, `slots` and `bytes`; got {given or 'none'}."
             )
         if self.keep is not None and not 0.0 < self.keep <= 1.0:
             raise ValueError(
@@ -62,7 +62,9 @@ class AbstractBudget(abc.ABC):
                 raise ValueError(f"`{name}` must be an integer >= 1; got {value!r}.")
 
     @abc.abstractmethod
-    def layer_counts(self, mean: np.ndarray, lengths: np.ndarray, spec: LayerSpec):
+    def layer_counts(
+        self, mean: np.ndarray, lengths: np.ndarray, spec: LayerSpec
+    ) -> np.ndarray:
         """Slots per head of one layer, `int64` like `lengths`.
 
         Args:

@@ -35,13 +35,18 @@ class Pages(AbstractPart):
     page: int = static()
     most: int = static()
 
-    def _selected(self, q: Array, q_positions: Array) -> tuple[Array, Array]:
+    def _selected(
+        self, q: Array, q_positions: Array, limit: Array | None
+    ) -> tuple[Array, Array]:
         """Page indices `[B, K, T, most]`, best first, and which of them to read."""
         b, kv_heads, s = self.positions.shape
         first = self.positions.reshape(b, kv_heads, s // self.page, self.page)
         start = jnp.min(jnp.where(first >= 0, first, jnp.iinfo(jnp.int32).max), axis=-1)
         score = page_scores(q, self.low, self.high)
         seen = start[:, :, None] <= q_positions[:, None, :, None]
+        if limit is not None:
+            end = (jnp.arange(s // self.page) + 1) * self.page
+            seen = seen & (end <= limit[:, None, :, None])
         score = jnp.where(seen, score, -jnp.inf)
         newest = jnp.argmax(jnp.where(seen, start[:, :, None], EMPTY), axis=-1)
         pages = jnp.arange(s // self.page)
@@ -51,8 +56,12 @@ class Pages(AbstractPart):
         read = (rank < self.budget[:, None, None, None]) & (best > -jnp.inf)
         return index, read
 
-    def attend(self, q, q_positions, spec):
-        index, read = self._selected(q, q_positions)
+    @property
+    def free(self):
+        return self.positions.shape[-1] - self.filled
+
+    def attend(self, q, q_positions, spec, limit=None):
+        index, read = self._selected(q, q_positions, limit)
         if q.shape[2] > 1:
             return self._attend_masked(q, q_positions, index, read, spec)
         index, read = index[:, :, 0], read[:, :, 0]

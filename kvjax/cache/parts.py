@@ -26,14 +26,30 @@ class AbstractPart(abc.ABC):
     of what its codecs group.
     """
 
+    positions: Int[Array, "*lead S"]
+
     @abc.abstractmethod
     def attend(
         self,
         q: Float[Array, "B H T D"],
         q_positions: Int[Array, "B T"],
         spec: LayerSpec,
+        limit: Int[Array, "B T"] | None = None,
     ) -> Partial:
-        """Attention over the live slots of this part; `out` and `lse` in float32."""
+        """Attention over the live slots of this part; `out` and `lse` in float32.
+
+        Args:
+            q: queries after RoPE.
+            q_positions: their absolute positions; -1 sees nothing.
+            spec: the layer.
+            limit: slots that each query may see, from the first; None: all. Only
+                parts that grow heed it (the parallel form holds their later blocks).
+        """
+
+    @property
+    def free(self) -> Int[Array, "B"] | None:
+        """Slots that are left for later blocks; None for parts that do not grow."""
+        return None
 
     @abc.abstractmethod
     def live_positions(self) -> list[list[np.ndarray]]:
@@ -76,6 +92,7 @@ def attend_blocks(
     values: AbstractEncoded,
     positions: Int[Array, "B K S"],
     spec: LayerSpec,
+    limit: Int[Array, "B T"] | None = None,
 ) -> Partial:
     """Attention over encoded slots, decoded block by block.
 
@@ -88,11 +105,14 @@ def attend_blocks(
 
     def attend(start, width: int) -> Partial:
         here = jax.lax.dynamic_slice_in_dim(positions, start, width, axis=-1)
+        mask = slot_mask(q_positions, here, spec.window)
+        if limit is not None:
+            mask = mask & (start + jnp.arange(width) < limit[:, None, :, None])
         return attend_block(
             q,
             keys.block(start, width).decode(here, spec.rope),
             values.block(start, width).decode(here, spec.rope),
-            slot_mask(q_positions, here, spec.window),
+            mask,
             scale=spec.scale,
             softcap=spec.softcap,
         )
@@ -128,10 +148,14 @@ class Slots(AbstractPart):
     positions: Int[Array, "B K S"]
     filled: Int[Array, "B"] | None = None
 
-    def attend(self, q, q_positions, spec):
+    def attend(self, q, q_positions, spec, limit=None):
         return attend_blocks(
-            q, q_positions, self.keys, self.values, self.positions, spec
+            q, q_positions, self.keys, self.values, self.positions, spec, limit
         )
+
+    @property
+    def free(self):
+        return None if self.filled is None else self.positions.shape[-1] - self.filled
 
     def live_positions(self):
         return by_head(self.positions)
@@ -163,7 +187,8 @@ class KeysOnly(AbstractPart):
     rest: Float[Array, "B K D"]
     positions: Int[Array, "B K S"]
 
-    def attend(self, q, q_positions, spec):
+    def attend(self, q, q_positions, spec, limit=None):
+        del limit
         b, h, t, d = q.shape
         kv_heads, s = self.positions.shape[1:]
         live = (self.positions >= 0)[..., None]
@@ -203,7 +228,8 @@ class Ragged(AbstractPart):
         owner = jnp.sum(index >= self.offsets[:, None, 1:], axis=-1)
         return jnp.minimum(owner, self.offsets.shape[-1] - 2)
 
-    def attend(self, q, q_positions, spec):
+    def attend(self, q, q_positions, spec, limit=None):
+        del limit
         # All heads' queries against the flat buffer, masked to the owner: one GEMM
         # per row. The buffer is read once; the extra products are cheap beside it.
         kv_heads = self.offsets.shape[-1] - 1
@@ -253,7 +279,8 @@ class Tail(AbstractPart):
         """Slots `R`."""
         return self.positions.shape[-1]
 
-    def attend(self, q, q_positions, spec):
+    def attend(self, q, q_positions, spec, limit=None):
+        del limit
         return attend_block(
             q,
             self.keys,

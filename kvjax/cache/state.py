@@ -119,12 +119,21 @@ class LayerCache:
     def overflow(self) -> Bool[Array, "B"]:
         """Rows that were given more tokens than fit; their results are wrong."""
         over = self.tail.used > self.tail.capacity
-        filled = getattr(self.parts[0], "filled", None) if self.parts else None
-        if filled is None:
-            return over
-        body = self.parts[0]
-        assert isinstance(body, Slots) or hasattr(body, "positions")
-        return over | (filled > body.positions.shape[-1])  # type: ignore[attr-defined]
+        free = self.parts[0].free if self.parts else None
+        return over if free is None else over | (free < 0)
+
+    @property
+    def room(self) -> Int[Array, "B"] | None:
+        """Tokens that still fit into each row, or None if the layer is bounded."""
+        if self.tracker is not None:
+            return None
+        left = self.tail.capacity - self.tail.used
+        free = self.parts[0].free if self.parts else None
+        if self.growth is None or free is None:
+            return left
+        # A tail is moved as soon as it is full: the last slot must stay free unless
+        # the body takes another block.
+        return left - 1 + free // self.growth.block * self.growth.block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,8 +176,8 @@ class KVCache:
 
         Reads the device; not for use under `jit`.
         """
-        rooms = [_room(layer) for layer in self.layers]
-        known = [room for room in rooms if room is not None]
+        rooms = [layer.room for layer in self.layers]
+        known = [int(jnp.min(room)) for room in rooms if room is not None]
         return min(known) if known else None
 
     def kept_positions(self, layer: int) -> list[list[np.ndarray]]:
@@ -180,16 +189,3 @@ class KVCache:
             heads = [np.sort(np.concatenate(head)) for head in zip(*row, strict=True)]
             rows.append(heads)
         return rows
-
-
-def _room(layer: LayerCache) -> int | None:
-    if layer.tracker is not None:
-        return None
-    tail = layer.tail.capacity - int(np.max(np.asarray(layer.tail.used)))
-    if layer.growth is None:
-        return tail
-    filled = np.asarray(layer.parts[0].filled)  # type: ignore[attr-defined]
-    body = layer.parts[0].positions.shape[-1] - int(np.max(filled))  # type: ignore[attr-defined]
-    # The tail flushes when it is full, which needs a block of room in the body.
-    blocks = body // layer.growth.block
-    return tail - 1 + blocks * layer.growth.block

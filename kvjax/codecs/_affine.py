@@ -4,7 +4,6 @@ import dataclasses
 from typing import final
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded

@@ -45,13 +45,13 @@ class Eviction:
             keys, values = getattr(self.budget, name), getattr(self.values, name)
             if (keys is None) != (values is None):
                 raise ValueError(
-                    f"budgets of keys and values must be given in the same unit; got "
+                    f"budgets of keys and values must be in the same unit; got "
                     f"{name}={keys} for keys and {values} for values."
                 )
             if keys is not None and values > keys:
                 raise ValueError(
-                    f"values are kept only where keys are: evict.values.{name}={values} "
-                    f"must not be above evict.budget.{name}={keys}."
+                    f"values are kept only with their keys: evict.values.{name}="
+                    f"{values} must not be above evict.budget.{name}={keys}."
                 )
 
 

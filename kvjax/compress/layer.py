@@ -17,7 +17,7 @@ from kvjax.pallas_kernels.quantize import straight_through
 from kvjax.reads import Quest
 from kvjax.schedules import EveryTokens
 from kvjax.scorers import AbstractScoreTracker
-from kvjax.types import EMPTY, LayerInputs, Lengths, LayerSpec, Scores, pytree, static
+from kvjax.types import EMPTY, LayerInputs, LayerSpec, Lengths, Scores, pytree, static
 
 
 @pytree
@@ -300,7 +300,7 @@ class _Builder:
         positions = jnp.where(choice.live, choice.index, EMPTY)
         values = take(self.v, choice).astype(jnp.float32)
         held = jnp.maximum(jnp.sum(choice.live, axis=-1), 1)
-        mean = jnp.sum(values, axis=2) / held[..., None]
+        mean = jnp.sum(values, axis=2) / held[..., None].astype(jnp.float32)
         keys = take(self.k, choice)
         return KeysOnly(
             keys=self.encode(keys, choice.live, positions, self.c.store.keys),

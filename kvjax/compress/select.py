@@ -73,7 +73,7 @@ def choose_flat(
     rank = jnp.argsort(order, axis=-1)
     # 1e-4: 0.2 * 35 is 6.9999 in float32.
     safe = jnp.floor(counts.astype(jnp.float32) * safeguard + 1e-4)
-    safe = jnp.maximum(safe, 1)[:, None, None]
+    safe = jnp.maximum(safe.astype(jnp.int32), 1)[:, None, None]
     guarded = jnp.where((rank < safe) & (priorities > NEG_INF), jnp.inf, priorities)
     index, live = top(guarded.reshape(b, -1), counts * kv_heads, capacity * kv_heads)
     head = index // s

@@ -10,7 +10,7 @@ from kvjax.scorers.base import positive_int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AbstractSchedule(abc.ABC):
+class AbstractSchedule(abc.ABC):  # noqa: B024 (a closed set, told apart by type)
     """When eviction happens."""
 
 

@@ -133,7 +133,7 @@ class H2O(AbstractScorer):
         if self.normalize:
             index = jnp.arange(scores.shape[-1])
             seen_by = jnp.maximum(lengths[:, None, None] - index, 1)
-            scores = scores / seen_by
+            scores = scores / seen_by.astype(jnp.float32)
         return scores
 
     def rank(self, observed, counts, lengths):

@@ -21,7 +21,7 @@ from kvjax.types import NEG_INF
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(AbstractScorer):
-    """Softmax of the expected logit of a Gaussian query at future positions, times ||v||.
+    """Attention a Gaussian query is expected to pay at future positions, times ||v||.
 
     Attributes:
         n_future: future positions whose rotation is averaged.

@@ -41,7 +41,8 @@ class KeyDiff(AbstractScorer):
         live = live_tokens(lengths, keys.shape[2])[..., None]
         keys = jnp.where(live, keys, 0)
         unit = keys / jnp.maximum(_norm(keys), 1e-12)
-        anchor = jnp.sum(unit, axis=2, keepdims=True) / lengths[:, None, None, None]
+        anchor = jnp.sum(unit, axis=2, keepdims=True)
+        anchor = anchor / lengths[:, None, None, None].astype(jnp.float32)
         return -jnp.sum(unit * anchor / jnp.maximum(_norm(anchor), 1e-12), axis=-1)
 
 

@@ -35,7 +35,10 @@ class Random(AbstractScorer):
         kv_heads, tokens = inputs.k.shape[1:3]
 
         def one(key):
-            draw = lambda p: jax.random.uniform(jax.random.fold_in(key, p), (kv_heads,))
+            def draw(position):
+                at = jax.random.fold_in(key, position)
+                return jax.random.uniform(at, (kv_heads,))
+
             return jax.vmap(draw, out_axes=1)(jnp.arange(tokens))
 
         return jax.vmap(one)(row_keys(self.seed, inputs.spec.index, lengths))

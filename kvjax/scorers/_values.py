@@ -69,7 +69,7 @@ class CriticalKV(AbstractScorer):
         order = jnp.argsort(-base, axis=-1, stable=True)
         rank = jnp.argsort(order, axis=-1)
         first = jnp.floor(counts.astype(jnp.float32) * self.first_stage + 1e-4)
-        first = jnp.maximum(first, 1)
+        first = jnp.maximum(first.astype(jnp.int32), 1)
         chosen = (rank < first[:, None, None]) | jnp.isposinf(base)
         finite = jnp.where(jnp.isfinite(base), base, 0.0)
         return jnp.where(chosen, jnp.inf, (finite + self.epsilon) * observed.norm)

@@ -62,7 +62,7 @@ class AbstractScorer(abc.ABC):
         del interval
         raise ValueError(
             f"{type(self).__name__} has no decode-time form. Use a scorer that has "
-            "one (snapkv, h2o, tova, knorm, streaming_llm) or an after-prefill schedule."
+            "one (snapkv, h2o, tova, knorm, streaming_llm) or after_prefill."
         )
 
 
@@ -151,4 +151,5 @@ def average_pool(x: Array, kernel: int) -> Array:
     left = (kernel - 1) // 2
     pad = [(0, 0)] * (x.ndim - 1) + [(left, kernel - 1 - left)]
     padded, width = jnp.pad(x, pad), x.shape[-1]
-    return sum(padded[..., i : i + width] for i in range(kernel)) / kernel
+    shifted = [padded[..., i : i + width] for i in range(kernel)]
+    return jnp.asarray(sum(shifted)) / kernel

@@ -115,7 +115,7 @@ class Chunk(AbstractUnit):
         start = jnp.arange(total.shape[-1]) * self.size
         if self.reduce == "mean":
             live = jnp.clip(lengths[:, None, None] - start, 1, self.size)
-            total = total / live
+            total = total / live.astype(total.dtype)
         if self.whole:
             total = jnp.where(held, jnp.inf, total)
         total = jnp.where(start < lengths[:, None, None], total, -jnp.inf)

@@ -1,0 +1,227 @@
+"""The parallel form: one pass over a whole sequence that means what the cache means.
+
+Tokens behind a row's compression point attend to what `build` keeps of the prompt,
+decoded with straight-through gradients, and to each other; tokens before it attend as
+in prefill. Nothing here knows a method: the recurrent form's own parts do the work.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import LayerCache, Pages, Slots
+from kvjax.cache.parts import AbstractPart
+from kvjax.codecs import PlainArray
+from kvjax.compress.config import Compression
+from kvjax.compress.layer import build, observe
+from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
+from kvjax.pallas_kernels.pages import page_bounds
+from kvjax.pallas_kernels.partial import Partial, merge
+from kvjax.pallas_kernels.quantize import straight_through
+from kvjax.pallas_kernels.slots import attend_block, slot_mask
+from kvjax.schedules import AfterPrefill
+from kvjax.types import EMPTY, LayerInputs, Lengths, Scores, padded_positions
+
+
+def check(c: Compression) -> None:
+    """Raise `ValueError` unless `c` has a parallel form."""
+    if not isinstance(c.schedule, AfterPrefill):
+        raise ValueError(
+            f"schedule {type(c.schedule).__name__} evicts while decoding and has no "
+            "parallel form yet. Use schedule after_prefill, or the real cache "
+            "(kvjax.prefill and kvjax.extend)."
+        )
+
+
+def attend(
+    inputs: LayerInputs,
+    prompt_lengths: Lengths,
+    c: Compression,
+    priorities: Scores | None,
+) -> tuple[Float[Array, "B H T D"], Scores | None]:
+    """One layer of the parallel form.
+
+    Args:
+        inputs: the layer's queries, keys and values of the whole sequence.
+        prompt_lengths: `[B]` compression points.
+        c: what is done to the prompt.
+        priorities: those of the layer before, for index reuse.
+
+    Returns:
+        The attention output, and the priorities that this layer used.
+    """
+    tokens = inputs.k.shape[2]
+    inside = padded_positions(prompt_lengths, tokens)
+    prompt = dataclasses.replace(inputs, positions=inside)
+    wants_mass = c.evict is not None and c.evict.score.needs_column_mass
+    before, mass = c.prefill.attend(prompt, prompt_lengths, wants_mass)
+    observed = observe(prompt, prompt_lengths, c, mass)
+    layer, priorities = build(
+        observed,
+        prompt_lengths,
+        c,
+        room=tokens,
+        priorities=priorities,
+        differentiable=True,
+    )
+    behind = _behind(inputs, prompt_lengths, layer)
+    answer = (inside == EMPTY)[:, None, :, None]
+    return jnp.where(answer, behind, before), priorities
+
+
+def _behind(
+    inputs: LayerInputs, prompt_lengths: Lengths, layer: LayerCache
+) -> Float[Array, "B H T D"]:
+    """Attention of the tokens behind the compression point."""
+    (b, h, tokens, _), spec = inputs.q.shape, layer.spec
+    index = jnp.arange(tokens)
+    later = (index >= prompt_lengths[:, None]) & (inputs.positions >= 0)
+    positions = jnp.where(later, inputs.positions, EMPTY)
+    if layer.growth is None:
+        body, plain = layer.parts, _plain(inputs, positions)
+        edges = jnp.zeros_like(positions)
+    else:
+        grown, plain, edges = _grown(inputs, positions, prompt_lengths, layer)
+        body = (grown,)
+    slot = jnp.arange(plain.positions.shape[-1])
+
+    def read(q: Array, at: Array, edge: Array) -> tuple[Partial, tuple[()]]:
+        q = jnp.moveaxis(q, 2, 1)
+        limit = None if layer.growth is None else edge
+        held = [part.attend(q, at, spec, limit) for part in body]
+        # A token is read plain until its block has moved into the body.
+        waiting = slot >= edge[:, None, :, None]
+        recent = attend_block(
+            q,
+            plain.keys.decode(plain.positions, spec.rope),
+            plain.values.decode(plain.positions, spec.rope),
+            slot_mask(at, plain.positions, spec.window) & waiting,
+            scale=spec.scale,
+            softcap=spec.softcap,
+        )
+        return merge([*held, recent]), ()
+
+    slots = nslots(body) + slot.shape[0]
+    chunk = query_chunk(tokens, b * h * slots)
+    queries = jnp.moveaxis(inputs.q, 1, 2)
+    return map_query_chunks(read, chunk, queries, positions, edges)[0].out
+
+
+def nslots(parts: tuple[AbstractPart, ...]) -> int:
+    """Slots of all parts, for sizing chunks."""
+    return sum(int(part.positions.shape[-1]) for part in parts)
+
+
+def _plain(inputs: LayerInputs, positions: Int[Array, "B T"]) -> Slots:
+    """The later tokens themselves."""
+    b, k, t, _ = inputs.k.shape
+    live = (positions >= 0)[:, None, :, None]
+    return Slots(
+        keys=PlainArray(data=jnp.where(live, inputs.k, 0)),
+        values=PlainArray(data=jnp.where(live, inputs.v, 0)),
+        positions=jnp.broadcast_to(positions[:, None], (b, k, t)),
+    )
+
+
+def _grown(
+    inputs: LayerInputs,
+    positions: Int[Array, "B T"],
+    prompt_lengths: Lengths,
+    layer: LayerCache,
+) -> tuple[Slots | Pages, Slots, Int[Array, "B T"]]:
+    """A body that takes up blocks of later tokens, at its final size.
+
+    Returns:
+        The body with every block encoded; the same slots plain, from the prompt's
+        remainder on; and per query how many slots had been encoded by then.
+    """
+    body, tail, growth = layer.parts[0], layer.tail, layer.growth
+    assert isinstance(body, Slots | Pages) and growth is not None
+    assert body.filled is not None
+    tokens, block = inputs.k.shape[2], growth.block
+    slots = -(-(body.positions.shape[-1] + block + tokens) // block) * block
+    slot = jnp.arange(slots)
+    wait = slot - body.filled[:, None]  # place in line behind the encoded prompt
+    source = prompt_lengths[:, None] + wait - tail.used[:, None]
+    plain = _line(inputs, positions, tail, wait, source)
+    edge = tail.used[:, None] + jnp.arange(tokens) - prompt_lengths[:, None]
+    edges = body.filled[:, None] + edge // block * block
+    encoded = _encode_line(plain, layer)
+    start = (wait < 0)[:, None, :]
+
+    def joined(first, rest):
+        pad = [(0, 0)] * first.ndim
+        pad[2] = (0, slots - first.shape[2])
+        mask = start if first.ndim == 3 else start[..., None]
+        return jnp.where(mask, jnp.pad(first, pad), rest)
+
+    rope = layer.spec.rope
+    fields = {
+        "keys": PlainArray(
+            data=joined(
+                body.keys.decode(body.positions, rope),
+                encoded.keys.decode(encoded.positions, rope),
+            )
+        ),
+        "values": PlainArray(
+            data=joined(
+                body.values.decode(body.positions, rope),
+                encoded.values.decode(encoded.positions, rope),
+            )
+        ),
+        "positions": joined(body.positions, encoded.positions),
+    }
+    if isinstance(body, Slots):
+        return Slots(**fields), plain, edges
+    live = fields["positions"] >= 0
+    low, high = page_bounds(fields["keys"].data, live, body.page)
+    return dataclasses.replace(body, **fields, low=low, high=high), plain, edges
+
+
+def _line(inputs, positions, tail, wait, source) -> Slots:
+    """Tokens that wait to be encoded, by slot: the prompt's rest, then later ones."""
+    b, k, tokens, _ = inputs.k.shape
+    in_tail = (wait >= 0) & (wait < tail.used[:, None])
+    later = (wait >= tail.used[:, None]) & (source < tokens)
+    from_tail = jnp.clip(wait, 0, tail.capacity - 1)[:, None]
+    from_later = jnp.clip(source, 0, tokens - 1)[:, None]
+
+    def pick(old, new, empty):
+        rank = (1,) * (new.ndim - 3)
+        shape = (b, k, from_tail.shape[-1])
+        index = [jnp.broadcast_to(i, shape) for i in (from_tail, from_later)]
+        index = [i.reshape(*shape, *rank) for i in index]
+        masks = [m[:, None].reshape(b, 1, -1, *rank) for m in (in_tail, later)]
+        value = jnp.where(masks[1], jnp.take_along_axis(new, index[1], axis=2), empty)
+        return jnp.where(masks[0], jnp.take_along_axis(old, index[0], axis=2), value)
+
+    zero = jnp.zeros((), inputs.k.dtype)
+    at = jnp.broadcast_to(positions[:, None], (b, k, tokens))
+    held = pick(tail.positions, at, EMPTY)
+    live = (held >= 0)[..., None]
+    return Slots(
+        keys=PlainArray(data=jnp.where(live, pick(tail.keys, inputs.k, zero), 0)),
+        values=PlainArray(data=jnp.where(live, pick(tail.values, inputs.v, zero), 0)),
+        positions=held,
+    )
+
+
+def _encode_line(plain: Slots, layer: LayerCache) -> Slots:
+    """What the waiting tokens become once their block is encoded."""
+    growth, rope = layer.growth, layer.spec.rope
+    assert growth is not None
+    live = plain.positions >= 0
+
+    def through(held, codec):
+        x = held.decode(plain.positions, rope)
+        decoded = codec.encode(x, live, plain.positions, rope).decode(
+            plain.positions, rope
+        )
+        return PlainArray(data=straight_through(x, decoded))
+
+    return Slots(
+        keys=through(plain.keys, growth.keys),
+        values=through(plain.values, growth.values),
+        positions=plain.positions,
+    )

@@ -1,0 +1,259 @@
+"""What holds for every preset (docs/architecture.md), driven by the registry."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import kvjax
+from kvjax.codecs import LowRankArray, PlainArray
+from kvjax.models import generation, inference
+from kvjax.types import EMPTY
+from tests.small import (
+    BUDGETED,
+    LATER,
+    LENGTHS,
+    PARALLEL,
+    PRESETS,
+    ROWS,
+    batch,
+    preset,
+    small_model,
+)
+
+EVERY = pytest.mark.parametrize("name", PRESETS)
+TOLERANCE = 1e-4
+
+
+@functools.lru_cache
+def prefilled(name: str):
+    """Logits and cache of the ragged prompts; a cache is a value, tests share it."""
+    prompt, _, _ = batch()
+    return kvjax.prefill(
+        small_model(), prompt, LENGTHS, preset(name), max_new_tokens=64
+    )
+
+
+@functools.lru_cache
+def extended(name: str):
+    """Teacher-forced logits of the continuations, through the real cache."""
+    _, later, _ = batch()
+    logits, cache = kvjax.extend(small_model(), prefilled(name)[1], later, LATER)
+    return np.asarray(logits), cache
+
+
+def rows(logits: np.ndarray) -> list[np.ndarray]:
+    return [logits[row, : LATER[row]] for row in range(ROWS)]
+
+
+@EVERY
+def test_rows_are_what_they_are_alone(name):
+    prompt, later, _ = batch()
+    _, cache = prefilled(name)
+    together = rows(extended(name)[0])
+    for row in (1,):
+        n, m = LENGTHS[row], LATER[row]
+        _, alone = kvjax.prefill(
+            small_model(), prompt[row : row + 1, :n], None, preset(name)
+        )
+        for layer in range(len(cache.layers)):
+            for ours, theirs in zip(
+                cache.kept_positions(layer)[row],
+                alone.kept_positions(layer)[0],
+                strict=True,
+            ):
+                np.testing.assert_array_equal(ours, theirs)
+        logits, _ = kvjax.extend(small_model(), alone, later[row : row + 1, :m])
+        np.testing.assert_allclose(together[row], logits[0], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_two_forms_agree(name):
+    _, _, whole = batch()
+    total = LENGTHS + LATER
+    logits = np.asarray(
+        kvjax.simulate(small_model(), whole, total, LENGTHS, preset(name))
+    )
+    first = np.asarray(prefilled(name)[0])
+    for row, real in enumerate(rows(extended(name)[0])):
+        n = LENGTHS[row]
+        np.testing.assert_allclose(logits[row, n - 1], first[row], atol=TOLERANCE)
+        np.testing.assert_allclose(logits[row, n : total[row]], real, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_compression_changes_something(name):
+    """The tolerance of the tests around this one is far below what they compare."""
+    full, ours = extended("none")[0], extended(name)[0]
+    kept = [len(h) for r in prefilled(name)[1].kept_positions(0) for h in r]
+    dropped = sum(kept) < 2 * LENGTHS.sum()
+    if dropped:
+        assert np.abs(full - ours).max() > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_keeping_all_is_no_compression(name):
+    c = preset(name).with_keep(1.0)
+    if c.evict is not None and c.evict.values is not None:
+        c = dataclasses.replace(
+            c, evict=dataclasses.replace(c.evict, values=c.evict.budget)
+        )
+    prompt, later, _ = batch()
+    _, cache = kvjax.prefill(small_model(), prompt, LENGTHS, c, max_new_tokens=64)
+    for row, n in enumerate(LENGTHS):
+        for layer in range(len(cache.layers)):
+            for kept in cache.kept_positions(layer)[row]:
+                np.testing.assert_array_equal(kept, np.arange(n))
+    if c.store != kvjax.Storage():
+        return  # codecs change the numbers, whatever the budget
+    logits, _ = kvjax.extend(small_model(), cache, later, LATER)
+    want = rows(extended("none")[0])
+    for ours, full in zip(rows(np.asarray(logits)), want, strict=True):
+        np.testing.assert_allclose(ours, full, atol=TOLERANCE)
+        np.testing.assert_array_equal(ours.argmax(-1), full.argmax(-1))
+
+
+@EVERY
+def test_one_token_at_a_time_is_all_at_once(name):
+    _, later, _ = batch()
+    _, cache = prefilled(name)
+    steps = 6
+    for t in range(steps):
+        logits, cache = kvjax.extend(small_model(), cache, later[:, t : t + 1])
+        np.testing.assert_allclose(
+            logits[:, 0], extended(name)[0][:, t], atol=TOLERANCE
+        )
+
+
+@EVERY
+def test_bytes_are_those_of_the_leaves(name):
+    _, cache = prefilled(name)
+    assert cache.nbytes == sum(x.nbytes for x in jax.tree.leaves(cache))
+
+
+@EVERY
+def test_free_slots_have_no_weight(name):
+    """NaN in free slots changes nothing, in the answer and in its gradient."""
+    _, cache = prefilled(name)
+    poisoned = poison(cache)
+    token = np.ones((ROWS, 1), np.int32)
+    clean, _ = kvjax.extend(small_model(), cache, token)
+    dirty, _ = kvjax.extend(small_model(), poisoned, token)
+    np.testing.assert_array_equal(clean, dirty)
+
+
+def poison(cache: kvjax.KVCache) -> kvjax.KVCache:
+    """The cache with NaN in every free slot that can hold one."""
+
+    def ruin(part):
+        free = part.positions == EMPTY
+        fields = {}
+        for name in ("keys", "values"):
+            held = getattr(part, name, None)
+            if isinstance(held, PlainArray):
+                bad = jnp.where(free[..., None], jnp.nan, held.data)
+                fields[name] = PlainArray(data=bad)
+            elif isinstance(held, jax.Array):
+                fields[name] = jnp.where(free[..., None], jnp.nan, held)
+        return dataclasses.replace(part, **fields)
+
+    layers = tuple(
+        dataclasses.replace(
+            layer,
+            parts=tuple(ruin(part) for part in layer.parts),
+            tail=ruin(layer.tail),
+        )
+        for layer in cache.layers
+    )
+    return dataclasses.replace(cache, layers=layers)
+
+
+@EVERY
+def test_answering_twice_gives_the_same(name):
+    """A cache is a value: decoding from it leaves it as it was."""
+    logits, cache = prefilled(name)
+    before = [np.asarray(leaf).copy() for leaf in jax.tree.leaves(cache)]
+    first, second = (
+        kvjax.generate_from(small_model(), cache, logits, max_new_tokens=12)
+        for _ in range(2)
+    )
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+    for old, new in zip(before, jax.tree.leaves(cache), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@EVERY
+def test_a_generation_compiles_once(name):
+    """Decode-time compression included; other prompts of the bucket reuse it."""
+    prompt, _, _ = batch()
+    run = functools.partial(kvjax.generate, c=preset(name), max_new_tokens=20)
+    run(small_model(), prompt, LENGTHS)
+    prefills = inference._prefill
+    before = generation._decode_donating._cache_size(), prefills._cache_size()
+    out = run(small_model(), prompt[:, :100], np.minimum(LENGTHS, 100) - 7)
+    assert (np.asarray(out.lengths) == 20).all()
+    assert prefills._cache_size() == before[1]
+    if not data_sized(out.cache):
+        assert generation._decode_donating._cache_size() == before[0]
+
+
+def data_sized(cache: kvjax.KVCache) -> bool:
+    """Whether some part is cut to what the data needs (to a multiple, so bounded)."""
+    return any(
+        isinstance(held, LowRankArray)
+        for layer in cache.layers
+        for part in layer.parts
+        for held in (getattr(part, "keys", None), getattr(part, "values", None))
+    )
+
+
+@EVERY
+def test_structure_never_drifts(name):
+    """A step returns the tree, shapes and dtypes it was given."""
+    _, cache = prefilled(name)
+    _, after = kvjax.extend(small_model(), cache, np.ones((ROWS, 1), np.int32))
+
+    def spec(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    assert spec(cache) == spec(after)
+    assert jax.tree.structure(cache) == jax.tree.structure(after)
+
+
+@EVERY
+def test_all_of_it_works_under_jit(name):
+    prompt, later, _ = batch()
+    model = small_model()
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    def run(params, tokens, lengths, more):
+        model = nnx.merge(graph, params)
+        _, cache = kvjax.prefill(
+            model, tokens, lengths, preset(name), max_new_tokens=64
+        )
+        return kvjax.extend(model, cache, more)[0]
+
+    logits = run(params, prompt, LENGTHS, later[:, :1])
+    np.testing.assert_allclose(logits[:, 0], extended(name)[0][:, 0], atol=TOLERANCE)
+
+
+@EVERY
+def test_bfloat16(name):
+    """Runs in bf16, holds bf16, and stays near the f32 answer."""
+    prompt, _, _ = batch()
+    model = small_model("bfloat16")
+    logits, cache = kvjax.prefill(model, prompt, LENGTHS, preset(name))
+    assert all(
+        leaf.dtype != jnp.float32
+        for layer in cache.layers
+        for leaf in jax.tree.leaves((layer.parts, layer.tail))
+    )
+    token = np.ones((ROWS, 1), np.int32)
+    out, _ = kvjax.extend(model, cache, token)
+    assert np.isfinite(np.asarray(out)).all()
+    np.testing.assert_allclose(logits, prefilled(name)[0], atol=0.15)

@@ -1,0 +1,102 @@
+"""A small decoder, and every preset at sizes that fit it; no preset is named here."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import kvjax
+from kvjax.compress.config import Compression
+from kvjax.models import Decoder, DecoderConfig
+from kvjax.rope import Rope
+from kvjax.schedules import AfterPrefill
+
+VOCAB = 61
+HEAD_DIM = 32
+
+SHORT: dict[str, Any] = {
+    "window": 8,
+    "residual": 32,
+    "dense_layers": 1,
+    "beta": 2.0,
+    "vertical": 12,
+    "slash": 16,
+    "first": 2,
+    "local": 8,
+    "last_q": 8,
+    "lag": 16,
+    "n_future": 32,
+    "slots": 24,
+    "recent": 8,
+    "interval": 4,
+}
+"""Largest value of each hyper-parameter in these tests, by field name."""
+
+
+def shorten(value: Any) -> Any:
+    """The same component with windows, blocks and counts cut to `SHORT`."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = {}
+    for field in dataclasses.fields(value):
+        held = getattr(value, field.name)
+        if field.name in SHORT and isinstance(held, int | float):
+            held = type(held)(min(held, SHORT[field.name]))
+        fields[field.name] = shorten(held)
+    return dataclasses.replace(value, **fields)
+
+
+@functools.lru_cache
+def preset(name: str) -> Compression:
+    """A preset at test size."""
+    return shorten(kvjax.compression(name))
+
+
+PRESETS = kvjax.compressions()
+PARALLEL = tuple(
+    name for name in PRESETS if isinstance(preset(name).schedule, AfterPrefill)
+)
+BUDGETED = tuple(
+    name
+    for name in PARALLEL
+    if preset(name).evict is not None or preset(name).keep is not None
+)
+
+
+@functools.lru_cache
+def small_model(dtype: str = "float32", std: float = 0.08, layers: int = 2) -> Decoder:
+    """Random weights, grouped queries, and logits that compression really changes."""
+    config = DecoderConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=HEAD_DIM,
+        rope=Rope(head_dim=HEAD_DIM),
+        max_positions=1024,
+        init_std=std,
+    )
+    return Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+
+
+ROWS, WIDTH = 3, 112
+LENGTHS = np.array([112, 75, 97], np.int32)
+LATER = np.array([41, 50, 36], np.int32)
+
+
+@functools.lru_cache
+def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ragged prompts `[B, T]`, their continuations `[B, N]`, and both in one row."""
+    rng = np.random.default_rng(0)
+    width = int((LENGTHS + LATER).max())
+    whole = rng.integers(0, VOCAB, (ROWS, width)).astype(np.int32)
+    prompt, later = whole[:, :WIDTH].copy(), np.zeros((ROWS, LATER.max()), np.int32)
+    for row in range(ROWS):
+        prompt[row, LENGTHS[row] :] = 0
+        later[row, : LATER[row]] = whole[row, LENGTHS[row] :][: LATER[row]]
+    return prompt, later, whole
