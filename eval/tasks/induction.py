@@ -1,8 +1,9 @@
-"""Few-shot rule induction: apply a letter cipher known from worked shots only."""
+"""Few-shot rule induction: apply a code known from worked shots only."""
 
 import dataclasses
 import random
 import string
+from collections.abc import Sequence
 from typing import ClassVar, final
 
 from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
@@ -14,78 +15,78 @@ MAX_SHOTS = 8
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Induction(Task):
-    r"""Shots `[Aq Bz Cw De]\n`, each letter beside its image under this item's rule.
+    r"""Shots `[3:k 7:b 1:x]\n`, each digit with its letter under this item's rule.
 
-    The rule is a random letter-to-letter mapping; the question `[CADB>` asks for a new
-    word, `wqez]`, every letter of which occurs in some shot. One shot per line: a
-    newline delimits shots.
+    The rule is a random digit-to-letter code. The question `[7:? 3:? 7:?]` asks for
+    the code of digits that occur in some shot; the reply writes `7:b 3:k 7:b]`. One
+    shot per line: a newline delimits shots.
 
     Attributes:
         shots: worked examples; None draws 1 to 8 per item.
-        width: letters of a shot and of the word asked.
-        letters: letters the item uses at most (fewer if the shots show fewer).
+        width: digits of a shot, and of the question.
+        symbols: different digits the item uses at most (fewer if the shots show fewer).
     """
 
     name: ClassVar[str] = "induction"
 
     shots: int | None = None
-    width: int = 4
-    letters: int = 12
+    width: int = 3
+    symbols: int = 8
 
     def __post_init__(self):
         super().__post_init__()
         if self.shots is not None and self.shots < 1:
             raise ValueError(f"`shots` must be >= 1; got {self.shots}.")
-        if not 1 <= self.letters <= 26 or self.width < 1:
+        if not 1 <= self.symbols <= 10 or self.width < 1:
             raise ValueError(
-                "`letters` must be in [1, 26] and `width` >= 1; got "
-                f"letters={self.letters}, width={self.width}."
+                "`symbols` must be in [1, 10] and `width` >= 1; got "
+                f"symbols={self.symbols}, width={self.width}."
             )
 
     @property
     def max_new_tokens(self) -> int:
-        """Word and stop."""
-        return self.width + 1
+        """Pairs and stop."""
+        return 4 * self.width
 
     def episode(self, rng: random.Random, length: int, turns: int = 1) -> Episode:
         """See `Task.episode`."""
-        shot_chars = 3 * self.width + 2
-        turn_chars = 2 * self.width + 6
+        shot_chars = 4 * self.width + 2
+        turn_chars = 8 * self.width + 8
         fit = (length - turn_chars) // shot_chars
         shots = self.shots or rng.randint(1, max(1, min(MAX_SHOTS, fit)))
         if shots > fit:
             raise too_short(self.name, length, turn_chars + shots * shot_chars)
         turns = max(1, min(turns, (length - shots * shot_chars) // turn_chars))
-        size = min(self.letters, self.width * shots)
-        plain = rng.sample(string.ascii_uppercase, size)
+        size = min(self.symbols, self.width * shots)
+        plain = rng.sample(string.digits, size)
         rule = dict(zip(plain, rng.sample(string.ascii_lowercase, size), strict=True))
         seen = plain + rng.choices(plain, k=self.width * shots - size)
         rng.shuffle(seen)
-        pairs = [letter + rule[letter] for letter in seen]
         records = [
-            f"[{' '.join(pairs[i : i + self.width])}]\n"
-            for i in range(0, len(pairs), self.width)
+            f"[{written(rule, seen[i : i + self.width])}]\n"
+            for i in range(0, len(seen), self.width)
         ]
         spare = length - shots * shot_chars - turns * turn_chars
         filler = sentences(rng, spare, self.redundancy)
-        asked = ["".join(rng.choices(plain, k=self.width)) for _ in range(turns)]
+        unknown = dict.fromkeys(plain, "?")
+        asked = [rng.choices(plain, k=self.width) for _ in range(turns)]
         return Episode(
             context=scatter(rng, records, filler),
             turns=tuple(
                 Turn(
-                    question=f"\n? [{word}>",
-                    answer=encipher(rule, word) + "]",
-                    meta={"value": encipher(rule, word), "shots": shots},
+                    question=f"\n? [{written(unknown, digits)}]\n= [",
+                    answer=written(rule, digits) + "]",
+                    meta={"value": written(rule, digits), "shots": shots},
                 )
-                for word in asked
+                for digits in asked
             ),
         )
 
     def score(self, item: Item, reply: str) -> float:
-        """1 for the whole word."""
+        """1 if every digit has its letter."""
         return float(before_stop(reply) == item.meta["value"])
 
 
-def encipher(rule: dict[str, str], word: str) -> str:
-    """`word` with every letter replaced by the rule."""
-    return "".join(rule[letter] for letter in word)
+def written(rule: dict[str, str], digits: Sequence[str]) -> str:
+    """`7:b 3:k`: each digit with its letter."""
+    return " ".join(f"{digit}:{rule[digit]}" for digit in digits)

@@ -8,19 +8,20 @@ from typing import ClassVar, final
 from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
 from kvjax.eval.tasks.filler import scatter, sentences
 
-SIGILS = "=~^|#@&%$!"
-"""A record's sign. The reply starts with it, so the first token of an answer must be
-looked up too, and the value itself is always decoded from the compressed cache."""
-
 VALUE_LENGTHS = (1, 4, 16)
 _SYMBOLS = string.ascii_lowercase + string.digits
 _OPEN = "\n? ["
+MAX_KEYS = 100
 
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recall(Task):
-    """Records `[KQ=ab3d]` in filler; the question asks the value of one key.
+    """Records `[47:ab3d]` in filler; the question asks the value of one key.
+
+    The question ends before the colon, so the first token of an answer, which comes
+    from the uncompressed prompt, is known anyway and the whole value is decoded from
+    the compressed cache.
 
     Attributes:
         value_length: characters of a value; None draws 1, 4 or 16 per item.
@@ -28,6 +29,9 @@ class Recall(Task):
         density: share of the context taken by records when `keys` is None.
         depth: place of the asked record as a fraction of the context (0 is its
             start), or None for anywhere: the needle test.
+        leak: the question ends with the colon: its last token has to find the record
+            already, which query-aware scores can see, and the first character of the
+            value comes from the uncompressed prompt.
     """
 
     name: ClassVar[str] = "recall"
@@ -36,13 +40,17 @@ class Recall(Task):
     keys: int | None = None
     density: float = 0.3
     depth: float | None = None
+    leak: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         if self.value_length is not None and self.value_length < 1:
             raise ValueError(f"`value_length` must be >= 1; got {self.value_length}.")
-        if self.keys is not None and not 1 <= self.keys <= 26 * 26:
-            raise ValueError(f"`keys` must be in [1, 676]; got {self.keys}.")
+        if self.keys is not None and not 1 <= self.keys <= MAX_KEYS:
+            raise ValueError(
+                f"`keys` must be in [1, {MAX_KEYS}]; got {self.keys}: keys have two "
+                "digits."
+            )
         if not 0.0 < self.density <= 1.0:
             raise ValueError(f"`density` must be in (0, 1]; got {self.density}.")
         if self.depth is not None and not 0.0 <= self.depth <= 1.0:
@@ -50,43 +58,40 @@ class Recall(Task):
 
     @property
     def max_new_tokens(self) -> int:
-        """Sign, value, stop."""
+        """Colon, value, stop."""
         return (self.value_length or max(VALUE_LENGTHS)) + 2
 
     def episode(self, rng: random.Random, length: int, turns: int = 1) -> Episode:
         """See `Task.episode`."""
         width = self.value_length or rng.choice(VALUE_LENGTHS)
-        record_chars = 2 + 1 + width + 3  # "[KQ=value] "
+        record_chars = 2 + 1 + width + 3  # "[47:value] "
         turn_chars = len(_OPEN) + 2 + 1 + width + 1
         turns = max(1, min(turns, length // (2 * turn_chars)))
         budget = length - turns * turn_chars
         keys = self.keys or max(1, int(self.density * budget / record_chars))
+        keys = min(keys, MAX_KEYS)
         if keys * record_chars > budget:
             raise too_short(self.name, length, turns * turn_chars + keys * record_chars)
-        keys = min(keys, 26 * 26)
-        names = rng.sample(range(26 * 26), keys)
-        letters = string.ascii_uppercase
-        pairs = [
-            (letters[name // 26] + letters[name % 26], self._value(rng, width))
-            for name in names
-        ]
+        names = [f"{name:02d}" for name in rng.sample(range(MAX_KEYS), keys)]
+        values = ["".join(rng.choices(_SYMBOLS, k=width)) for _ in names]
+        pairs = list(zip(names, values, strict=True))
         asked = rng.sample(range(keys), min(turns, keys))
         depths: list[float | None] = [None] * keys
         depths[asked[0]] = self.depth
         filler = sentences(rng, budget - keys * record_chars, self.redundancy)
-        records = [f"[{key}{value}] " for key, value in pairs]
+        records = [f"[{key}:{value}] " for key, value in pairs]
         return Episode(
             context=scatter(rng, records, filler, depths),
             turns=tuple(self._turn(*pairs[index], keys) for index in asked),
         )
 
     def score(self, item: Item, reply: str) -> float:
-        """1 for the exact value; the sign before it is not scored."""
-        return float(before_stop(reply)[1:] == item.meta["value"])
-
-    def _value(self, rng: random.Random, width: int) -> str:
-        return rng.choice(SIGILS) + "".join(rng.choices(_SYMBOLS, k=width))
+        """1 for the exact value."""
+        return float(before_stop(reply).removeprefix(":") == item.meta["value"])
 
     def _turn(self, key: str, value: str, keys: int) -> Turn:
-        meta = {"key": key, "value": value[1:], "keys": keys, "depth": self.depth}
-        return Turn(question=_OPEN + key, answer=value + "]", meta=meta)
+        meta = {"key": key, "value": value, "keys": keys, "depth": self.depth}
+        answer = f":{value}]"
+        if self.leak:
+            return Turn(question=f"{_OPEN}{key}:", answer=answer[1:], meta=meta)
+        return Turn(question=_OPEN + key, answer=answer, meta=meta)

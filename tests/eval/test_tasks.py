@@ -121,13 +121,13 @@ def test_chain_reply_follows_its_records(seed, steps):
 @settings(max_examples=40, deadline=None)
 def test_induction_rule_is_in_the_shots(seed, shots):
     (item,) = Induction(shots=shots).generate(seed, 1, 400)
-    lines = re.findall(r"\[((?:[A-Z][a-z] ?){4})\]\n", item.context)
+    lines = re.findall(r"\[((?:\d:[a-z] ?){3})\]\n", item.context)
     assert len(lines) == shots
     rule = {}
-    for letter, image in (pair for line in lines for pair in line.split()):
-        assert rule.setdefault(letter, image) == image
-    word = item.question.removeprefix("\n? [").removesuffix(">")
-    assert item.answer == "".join(rule[letter] for letter in word) + STOP
+    for digit, letter in (pair.split(":") for line in lines for pair in line.split()):
+        assert rule.setdefault(digit, letter) == letter
+    asked = re.findall(r"(\d):\?", item.question)
+    assert item.answer == " ".join(f"{d}:{rule[d]}" for d in asked) + STOP
 
 
 def test_batch_score_is_the_share_of_right_problems():

@@ -1,0 +1,209 @@
+"""The harness: what rows say, and what they cost."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import kvjax
+from kvjax.eval import harness
+from kvjax.eval.plan import plan
+from kvjax.eval.record import fingerprint, mean
+from kvjax.eval.results import ITEMS, ROWS, load_rows, read_header
+from kvjax.eval.timing import timed, union
+from tests.eval import tiny
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def both(model, tokenizer, tmp_path_factory):
+    """A finished run with both arms of visibility."""
+    config = tiny.config(
+        visibility=["query_agnostic", "query_aware"],
+        compressions=["snapkv", "int8"],
+        items=4,
+    )
+    path = tmp_path_factory.mktemp("runs") / "both"
+    return config, path, harness.run(model, tokenizer, config, path)
+
+
+def replies(path, cell):
+    table = pq.ParquetFile(path / "items" / f"{cell}.parquet").read()
+    assert table.schema.equals(ITEMS)
+    return table.column("reply").to_pylist()
+
+
+def test_every_cell_has_a_row_items_and_a_map(both):
+    config, path, rows = both
+    # none, random x2, snapkv x2, int8, in both arms.
+    assert len(rows) == 2 * (1 + 2 + 2 + 1)
+    table = load_rows(path)
+    assert table.schema.equals(ROWS)
+    assert sorted(table.column("cell").to_pylist()) == sorted(r["cell"] for r in rows)
+    for row in rows:
+        assert set(row) == set(ROWS.names)
+        assert len(replies(path, row["cell"])) == config.items
+        kept = json.loads((path / "maps" / f"{row['cell']}.json").read_text())
+        assert set(kept) >= {"text", "question", "compression", "keep", "task", "kept"}
+        assert len(kept["kept"]) == 2 and len(kept["kept"][0]) == 2
+        held = {len(head) for layer in kept["kept"] for head in layer}
+        if row["keep"] is not None:
+            assert held == {-(-len(kept["tokens"]) * int(row["keep"] * 100) // 100)}
+        assert "".join(kept["tokens"][1:]) == kept["text"]
+        assert bool(kept["question"]) == (row["visibility"] == "query_agnostic")
+
+
+def test_none_and_random_always_run(both):
+    _, _, rows = both
+    ran = {(r["compression"], r["keep"], r["visibility"]) for r in rows}
+    for visibility in ("query_agnostic", "query_aware"):
+        assert ("none", None, visibility) in ran
+        assert ("random", 0.5, visibility) in ran
+        assert ("random", 0.25, visibility) in ran
+        assert ("int8", None, visibility) in ran
+
+
+def test_rows_of_none_are_the_reference(both):
+    _, _, rows = both
+    for row in rows:
+        full = next(
+            r
+            for r in rows
+            if r["compression"] == "none" and r["visibility"] == row["visibility"]
+        )
+        assert row["full_bytes"] == full["resident_bytes"]
+        if row is full:
+            assert row["agreement"] == 1.0 and row["agreement_se"] == 0.0
+        else:
+            assert row["resident_bytes"] < row["full_bytes"]
+
+
+def test_bytes_are_those_of_the_cache(both, model, tokenizer):
+    config, _, rows = both
+    made = plan(model.config, tokenizer, config)
+    by_cell = {row["cell"]: row for row in rows}
+    for cell in made.all_cells():
+        tokens, lengths = cell.group.read(next(cell.group.batches()))
+        c = cell.method.at(cell.keep, cell.group.visibility)
+        prompt = harness.read_prompt(model, tokens, lengths, c)
+        cache = prompt.compress(c, max_new_tokens=cell.group.room)
+        assert by_cell[cell.name]["resident_bytes"] == cache.nbytes / config.batch
+
+
+def test_replies_are_those_of_each_prompt_alone(both, model, tokenizer):
+    config, path, _ = both
+    made = plan(model.config, tokenizer, config)
+    for cell in made.all_cells():
+        if cell.keep == 0.25 or cell.method.name in ("none", "random"):
+            continue
+        c = cell.method.at(cell.keep, cell.group.visibility)
+        tokens = jnp.array([cell.group.prompts[3]])
+        logits, cache = kvjax.prefill(model, tokens, None, c, max_new_tokens=32)
+        if cell.group.questions[3]:
+            question = jnp.array([cell.group.questions[3]])
+            logits, cache = kvjax.extend(model, cache, question)
+            logits = logits[:, -1]
+        out = kvjax.generate_from(model, cache, logits, max_new_tokens=3)
+        text = tokenizer.decode(np.asarray(out.tokens[0]), skip_special_tokens=True)
+        stop = text.find("]") + 1 or len(text)
+        assert replies(path, cell.name)[3] == text[:stop]
+
+
+def test_batch_size_changes_nothing(both, model, tokenizer, tmp_path):
+    config, path, rows = both
+    small = tiny.config(
+        compressions=list(config.compressions),
+        visibility=["query_agnostic"],
+        items=4,
+        batch=4,
+    )
+    again = harness.run(model, tokenizer, small, tmp_path / "run")
+    for row in again:
+        old = next(r for r in rows if r["cell"] == row["cell"])
+        assert (row["score"], row["agreement"]) == (old["score"], old["agreement"])
+        assert replies(path, row["cell"]) == replies(tmp_path / "run", row["cell"])
+
+
+def test_prompts_are_read_once_for_all_budgets(model, tokenizer, tmp_path, monkeypatch):
+    calls = []
+    read = harness.read_prompt
+
+    def counted(model, tokens, lengths, c):
+        calls.append(c)
+        return read(model, tokens, lengths, c)
+
+    monkeypatch.setattr(harness, "read_prompt", counted)
+    harness.run(model, tokenizer, tiny.config(), tmp_path / "a")
+    assert len(calls) == 3 * 2  # none, random, snapkv; two batches
+    rows = harness.run(model, tokenizer, tiny.config(seed=9), tmp_path / "b")
+    assert all(row["compile_s"] == 0.0 for row in rows)  # every shape was there
+
+
+def test_compiling_is_not_running(both):
+    for row in both[2]:
+        assert row["prefill_ms"] > 0 and row["compress_ms"] > 0
+        assert row["ms_per_token"] is None or row["ms_per_token"] > 0
+    program = jax.jit(lambda x: jnp.cumsum(jnp.sort(x) @ x))
+    x = jnp.ones((8, 8))
+    first, second = timed(lambda: program(x)), timed(lambda: program(x))
+    assert first.compile_s > first.run_s
+    assert second.compile_s == 0.0 < second.run_s
+
+
+def test_union_counts_nested_spans_once():
+    assert union([]) == 0.0
+    assert union([(0.0, 4.0), (1.0, 2.0), (3.0, 6.0), (8.0, 9.0)]) == 7.0
+
+
+def test_mean_and_standard_error():
+    items = [{"score": 1.0}, {"score": 0.0}, {"score": 1.0}, {"score": 1.0}]
+    value, error = mean(items, "score")
+    assert value == 0.75
+    assert error == pytest.approx((0.75 * 0.25 / 3) ** 0.5)  # binomial, unbiased
+    assert mean(items[:1], "score") == (1.0, None)
+    assert mean(items, "nll") == (None, None)
+
+
+def test_needle_rows_have_depths(model, tokenizer, tmp_path):
+    config = tiny.config(
+        tasks=[{"name": "needle", "items": 2}], depths=[0.0, 1.0], keeps=[0.5]
+    )
+    rows = harness.run(model, tokenizer, config, tmp_path / "run")
+    assert [row["depth"] for row in rows] == [0.0, 1.0] * 3
+    assert {row["items"] for row in rows} == {2}
+    assert rows[0]["agreement"] == rows[1]["agreement"] == 1.0
+    texts = [
+        json.loads((tmp_path / "run" / "maps" / f"{row['cell']}.json").read_text())
+        for row in rows[:2]
+    ]
+    assert texts[0]["text"] != texts[1]["text"]
+
+
+def test_the_header_says_what_ran(both, model):
+    config, path, _ = both
+    header = read_header(path)
+    assert header["model_fingerprint"] == fingerprint(model)
+    assert header["config"]["items"] == config.items
+    assert fingerprint(tiny.model(norm_eps=1e-5)) != fingerprint(model)
+
+
+def test_progress_is_told_after_every_cell(model, tokenizer, tmp_path):
+    told = []
+    config = tiny.config(items=2, batch=2)
+    for _ in range(2):
+        harness.run(model, tokenizer, config, tmp_path / "r", progress=told.append)
+    assert [state.done for state in told] == [1, 2, 3, 4, 5] * 2
+    assert [state.resumed for state in told] == [False] * 5 + [True] * 5
+    assert all(state.total == 5 for state in told)
