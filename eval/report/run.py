@@ -1,0 +1,95 @@
+"""A run directory as the report sees it, and what its figures group by."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kvjax.eval.results import load_rows, read_header
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a finished or interrupted evaluation left behind.
+
+    Attributes:
+        path: the directory.
+        about: contents of `run.json`.
+        rows: one mapping per finished cell.
+        maps: which positions the first item of a cell kept.
+    """
+
+    path: pathlib.Path
+    about: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    maps: tuple[Mapping[str, Any], ...]
+
+
+def load_run(directory: str | pathlib.Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        ValueError: it is no run directory, holds no finished cell, was written by
+            another version, or a file of it is cut off.
+    """
+    path = pathlib.Path(directory)
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is not a directory; expected one that `kvjax eval` wrote."
+        )
+    about = read_header(path)
+    rows = load_rows(path).to_pylist()
+    if not rows:
+        raise ValueError(
+            f"{path} holds no finished cell (rows/*.parquet). Run the same evaluation "
+            "into it again: it goes on where it stopped."
+        )
+    maps = tuple(_map(file) for file in sorted((path / "maps").glob("*.json")))
+    return Run(path=path, about=about, rows=tuple(rows), maps=maps)
+
+
+def _map(file: pathlib.Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as wrong:
+        raise ValueError(
+            f"{file} is cut off or not JSON ({wrong}). Delete it; the report does "
+            "without."
+        ) from None
+    lacking = {"text", "compression", "task", "kept"} - set(found)
+    if lacking:
+        raise ValueError(f"{file} lacks {sorted(lacking)}: not of this version.")
+    return found
+
+
+def methods(rows: Iterable[Row]) -> list[str]:
+    """Method names in the order of the figures: reference, methods, floor."""
+    names = dict.fromkeys(row["compression"] for row in rows)
+    ends = {"none": -1, "random": 1}
+    return sorted(names, key=lambda name: (ends.get(name, 0), name))
+
+
+def group(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
+    """Rows by the values of some columns, in sorted order."""
+    out: dict[tuple, list[Row]] = {}
+    for row in rows:
+        out.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    order = sorted(
+        out, key=lambda key: [(v is None, str(type(v)), v or 0) for v in key]
+    )
+    return {key: out[key] for key in order}
+
+
+def mean(rows: Iterable[Row], name: str) -> float | None:
+    """Mean of a column over the rows that have it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def mean_se(rows: Iterable[Row], name: str) -> float:
+    """Standard error of the mean of independent rows, from each row's own."""
+    values = [row.get(name) or 0.0 for row in rows]
+    return sum(value**2 for value in values) ** 0.5 / len(values)
