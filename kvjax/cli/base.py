@@ -1,0 +1,175 @@
+"""What all commands share: options, output, models, where compiled programs go."""
+
+import abc
+import contextlib
+import dataclasses
+import importlib.resources
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+from rich.console import Console
+
+from kvjax.compress import compression, compressions
+from kvjax.compress.config import Compression
+from kvjax.compress.presets import describe
+from kvjax.config import parse_assignments
+
+BUNDLED = "kvjax-tiny"
+
+
+def _option(metavar: str) -> Any:
+    """An option that may be left out: no `{None}|STR`, no `(default: None)`."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+Assignments = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH=VALUE")
+]
+Model = Annotated[str, tyro.conf.arg(metavar="DIR|ID")]
+Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], tyro.conf.arg()]
+Text = Annotated[str | None, _option("TEXT")]
+Names = Annotated[str | None, _option("A,B,C")]
+Count = Annotated[int | None, _option("N")]
+Fraction = Annotated[float | None, _option("FRACTION")]
+File = Annotated[pathlib.Path | None, _option("FILE")]
+Folder = Annotated[pathlib.Path | None, _option("DIR")]
+OptionalModel = Annotated[str | None, _option("DIR|ID")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What is printed."""
+
+    json: Flag = False
+    """Print the result as JSON on stdout, and nothing else there."""
+    progress: Flag = False
+    """Show progress on stderr even where it is not a terminal."""
+    debug: Flag = False
+    """Show the traceback of an error."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(abc.ABC):
+    """One subcommand; its fields are its options."""
+
+    summary: ClassVar[str]
+    examples: ClassVar[str]
+    presets: ClassVar[bool] = True
+    output: Output
+
+    @abc.abstractmethod
+    def run(self, ui: "UI") -> Mapping[str, Any]:
+        """Do it; the result is what `--json` prints."""
+
+    @abc.abstractmethod
+    def show(self, result: Mapping[str, Any], console: Console) -> None:
+        """Print the result for people."""
+
+    @classmethod
+    def description(cls) -> str:
+        """Text at the head of `--help`."""
+        parts = [cls.summary, "examples:\n" + cls.examples.rstrip()]
+        if cls.presets:
+            wide = max(map(len, compressions()))
+            lines = [f"  {n:{wide}}  {headline(n)}" for n in compressions()]
+            parts.append("compressions:\n" + "\n".join(lines))
+        return "\n\n".join(parts)
+
+
+def headline(name: str) -> str:
+    """The first line of a preset's description."""
+    return describe(name).partition("\n")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class UI:
+    """Where a command may write while it runs."""
+
+    err: Console
+    json: bool
+    bars: bool
+
+    @contextlib.contextmanager
+    def status(self, text: str) -> Iterator[None]:
+        """A line that is there while something goes on."""
+        if not self.bars:
+            yield
+            return
+        with self.err.status(text):
+            yield
+
+
+def model_directory(name: str) -> str:
+    """Path of a bundled model, or `name` as it is.
+
+    Raises:
+        ValueError: the bundled model is asked for and not installed.
+    """
+    if name != BUNDLED or pathlib.Path(name).is_dir():
+        return name
+    folder = importlib.resources.files("kvjax") / "configs" / "model" / name
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"the bundled model {name!r} is not part of this installation. Pass "
+            "`--model` with a checkpoint directory or a hub id."
+        )
+    return str(folder)
+
+
+def load_model(name: str, dtype: str, ui: UI) -> tuple[Any, Any]:
+    """Model and tokenizer, with compiled programs cached on disk."""
+    from kvjax.models.io import load
+
+    compile_cache()
+    path = model_directory(name)
+    if dtype == "auto":
+        # Small enough to be held twice as large, and several times faster on a CPU.
+        dtype = "float32" if name == BUNDLED else "bfloat16"
+    with ui.status(f"loading {name}"):
+        return load(path, dtype)
+
+
+def compile_cache() -> None:
+    """Keep compiled programs between runs; JAX creates the folder when it writes.
+
+    `JAX_COMPILATION_CACHE_DIR` wins, then `KVJAX_CACHE_DIR`, then the user's cache.
+    """
+    import jax
+
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    own = os.environ.get("KVJAX_CACHE_DIR") or os.path.join(base, "kvjax")
+    folder = pathlib.Path(own).expanduser() / "jax"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pick(name: str, keep: float | None, assignments: tuple[str, ...]) -> Compression:
+    """A compression from what the command line says of it."""
+    c = compression(name, **parse_assignments(assignments))
+    return c if keep is None else c.with_keep(keep)
+
+
+def split(text: str) -> tuple[str, ...]:
+    """`a,b, c` as its parts."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(option: str, text: str, kind: type) -> tuple[Any, ...]:
+    """`0.5,0.25` as numbers.
+
+    Raises:
+        ValueError: names the option.
+    """
+    try:
+        return tuple(kind(part) for part in split(text))
+    except ValueError:
+        raise ValueError(
+            f"{option} needs numbers with commas between; got {text!r}."
+        ) from None

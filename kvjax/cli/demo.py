@@ -1,0 +1,76 @@
+"""`kvjax demo`."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any, ClassVar, final
+
+from rich.console import Console
+
+from kvjax.cli.base import UI, Command, Count, Output
+from kvjax.cli.evaluate import evaluate
+from kvjax.cli.tables import print_scores
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo(Command):
+    """A small evaluation of the bundled model, and its report."""
+
+    summary: ClassVar[str] = "See what compression costs: a small evaluation, a report."
+    presets: ClassVar[bool] = False
+    examples: ClassVar[str] = (
+        "  kvjax demo                 a few minutes on two CPU cores, then kept\n"
+        "  kvjax demo --items 8       quicker and rougher\n"
+        "\n"
+        "Runs the bundled model kvjax-tiny on six tasks with eight compressions at\n"
+        "three budgets. Prints the scores, and writes a page that opens in any browser."
+    )
+
+    items: Count = None
+    """Questions per task and compression; more are slower and more certain."""
+    out: pathlib.Path = pathlib.Path("results/demo")
+    """Run directory; delete it to measure again."""
+    output: Output = Output()
+
+    def run(self, ui: UI) -> Mapping[str, Any]:
+        """See `Command.run`."""
+        from kvjax.eval.config import load_config
+        from kvjax.eval.report import write_report
+
+        start = time.perf_counter()
+        config = load_config("demo")
+        if self.items is not None:
+            tasks = tuple(
+                dataclasses.replace(task, items=min(task.items, self.items))
+                if task.items
+                else task
+                for task in config.tasks
+            )
+            config = dataclasses.replace(config, items=self.items, tasks=tasks)
+        rows, resumed = evaluate(config, self.out, "auto", ui)
+        with ui.status("drawing the report"):
+            page = write_report(self.out)
+        return {
+            "run": str(self.out),
+            "report": str(page),
+            "seconds": round(time.perf_counter() - start, 1),
+            "resumed_cells": resumed,
+            "rows": rows,
+        }
+
+    def show(self, result: Mapping[str, Any], console: Console) -> None:
+        """See `Command.show`."""
+        print_scores(console, result["rows"])
+        print(
+            "agree: replies equal to the uncompressed model's, in %. KiB: what the "
+            "cache of one\nprompt holds. Start at `none` (the ceiling) and "
+            "`random` (the floor)."
+        )
+        if result["resumed_cells"]:
+            print(
+                f"{result['resumed_cells']} of {len(result['rows'])} rows are of an "
+                f"earlier call; delete {result['run']} to measure again."
+            )
+        print(f"\nreport: {result['report']}  ({result['seconds']:.0f} s)")

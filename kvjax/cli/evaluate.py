@@ -1,0 +1,177 @@
+"""`kvjax eval`."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, final
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from kvjax.cli.base import (
+    BUNDLED,
+    UI,
+    Assignments,
+    Command,
+    Count,
+    Dtype,
+    Folder,
+    Names,
+    OptionalModel,
+    Output,
+    load_model,
+    numbers,
+    split,
+)
+from kvjax.cli.tables import print_scores
+from kvjax.config import parse_assignments
+
+_BUDGET = "evict.budget.keep"
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval(Command):
+    """Score compressions on tasks with known answers."""
+
+    summary: ClassVar[str] = "Score compressions on tasks; write a run directory."
+    examples: ClassVar[str] = (
+        "  kvjax eval --compression snapkv,h2o --keep 0.5,0.1 --tasks recall,chain\n"
+        "  kvjax eval --config my.yaml --model DIR --out results/mine\n"
+        "  kvjax eval --compression snapkv --compression.evict.score.window 16\n"
+        "  kvjax eval --set batch=8 --set overrides.snapkv.evict.score.kernel=7\n"
+        "\n"
+        "`none` (the reference) and `random` (the floor) always run. Tasks that the\n"
+        "configuration has keep its settings. overrides.NAME.PATH is a field of one\n"
+        "compression. A run that was interrupted goes on when the same command is\n"
+        "given again; `kvjax report OUT` draws the result."
+    )
+
+    config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "demo"
+    """A bundled evaluation (demo) or a YAML file; the options below change it."""
+    model: OptionalModel = None
+    """Checkpoint directory, hub id (owner/name), or kvjax-tiny, which is bundled."""
+    compression: Names = None
+    """Compressions from the list above or YAML files, with commas between."""
+    keep: Names = None
+    """Fractions kept, for all that have a budget: 0.5,0.25,0.1."""
+    tasks: Names = None
+    """Of recall, chain, induction, batch, fact, needle."""
+    lengths: Names = None
+    """Tokens of prompt and reply: 512,1024."""
+    items: Count = None
+    """Questions per cell."""
+    seed: Count = None
+    """Of the questions."""
+    visibility: Names = None
+    """query_agnostic (compress before the question is known), query_aware, or both."""
+    set: Assignments = ()
+    """Set a field of the evaluation: --set batch=8."""
+    compression_set: Assignments = ()
+    """Set a field of every compression; short: --compression.PATH VALUE."""
+    out: Folder = None
+    """Run directory; results/CONFIG-MODEL if left out."""
+    dtype: Dtype = "auto"
+    """Of the parameters; auto is float32 for the bundled model, else bfloat16."""
+    output: Output = Output()
+
+    def run(self, ui: UI) -> Mapping[str, Any]:
+        """See `Command.run`."""
+        config = self.configured()
+        name = pathlib.Path(self.config).stem, pathlib.Path(config.model).name
+        out = self.out or pathlib.Path("results") / "-".join(name)
+        rows, resumed = evaluate(config, out, self.dtype, ui)
+        return {"run": str(out), "resumed_cells": resumed, "rows": rows}
+
+    def show(self, result: Mapping[str, Any], console: Console) -> None:
+        """See `Command.show`."""
+        print_scores(console, result["rows"])
+        if result["resumed_cells"]:
+            print(f"{result['resumed_cells']} cells are of an earlier call.")
+        print(f"run directory: {result['run']}")
+        print(f"to draw it:    kvjax report {result['run']}")
+
+    def configured(self):
+        """The evaluation that the options describe."""
+        from kvjax.eval.config import load_config
+
+        assignments = parse_assignments(self.set)
+        flat = {path: v for path, v in assignments.items() if _is_flat(path)}
+        changes = {p: v for p, v in assignments.items() if p not in flat}
+        everywhere = parse_assignments(self.compression_set)
+        if _BUDGET in everywhere:  # the budget of an evaluation is what it sweeps
+            changes["keeps"] = [everywhere.pop(_BUDGET)]
+        changes |= self._options()
+        config = load_config(self.config, changes)
+        if self.tasks is not None:
+            config = dataclasses.replace(config, tasks=_tasks(config, self.tasks))
+        merged = {"everywhere": {**config.everywhere, **everywhere}}
+        merged["overrides"] = {k: dict(v) for k, v in config.overrides.items()}
+        merged["defaults"] = dict(config.defaults)
+        for path, value in flat.items():
+            head, _, rest = path.partition(".")
+            name = ""
+            if head == "overrides":
+                name, _, rest = rest.partition(".")
+            place = merged[head].setdefault(name, {}) if name else merged[head]
+            place[rest] = value
+        return dataclasses.replace(config, **merged)
+
+    def _options(self) -> dict[str, Any]:
+        changes: dict[str, Any] = {}
+        if self.keep is not None:
+            changes["keeps"] = list(numbers("--keep", self.keep, float))
+        if self.lengths is not None:
+            changes["lengths"] = list(numbers("--lengths", self.lengths, int))
+        if self.compression is not None:
+            changes["compressions"] = list(split(self.compression))
+        if self.visibility is not None:
+            changes["visibility"] = list(split(self.visibility))
+        for name in ("model", "items", "seed"):
+            if getattr(self, name) is not None:
+                changes[name] = getattr(self, name)
+        return changes
+
+
+def _is_flat(path: str) -> bool:
+    """Whether what follows is a path of a compression, dots and all."""
+    return path.partition(".")[0] in ("overrides", "everywhere", "defaults")
+
+
+def _tasks(config, names: str) -> tuple[Any, ...]:
+    from kvjax.eval.config import TaskEntry
+
+    known = {entry.title: entry for entry in config.tasks}
+    return tuple(known.get(name) or TaskEntry(name=name) for name in split(names))
+
+
+def evaluate(
+    config, out: pathlib.Path, dtype: str, ui: UI
+) -> tuple[Sequence[Mapping[str, Any]], int]:
+    """Run an evaluation with a progress bar; its rows, and how many were there."""
+    from kvjax.eval.harness import run
+    from kvjax.eval.methods import methods
+
+    methods(config)  # a misspelt name should not cost loading a model
+    model, tokenizer = load_model(config.model or BUNDLED, dtype, ui)
+    columns = (
+        "[progress.description]{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    resumed = 0
+    with Progress(*columns, console=ui.err, disable=not ui.bars) as bar:
+        task = bar.add_task("checking", total=None)
+
+        def tell(state) -> None:
+            nonlocal resumed
+            resumed += state.resumed
+            bar.update(
+                task, completed=state.done, total=state.total, description=state.cell
+            )
+
+        rows = run(model, tokenizer, config, out, progress=tell)
+        bar.update(task, description="done")
+    return rows, resumed

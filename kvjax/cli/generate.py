@@ -1,0 +1,201 @@
+"""`kvjax generate`."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, final
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from kvjax.cli.base import (
+    BUNDLED,
+    UI,
+    Assignments,
+    Command,
+    Count,
+    Dtype,
+    File,
+    Flag,
+    Fraction,
+    Model,
+    Output,
+    Text,
+    load_model,
+    pick,
+)
+
+Stops = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")
+]
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Command):
+    """Continue a prompt with a compressed cache."""
+
+    summary: ClassVar[str] = "Continue a prompt with a compressed cache."
+    examples: ClassVar[str] = (
+        "  kvjax generate --prompt '[KQ=ab3d] The sun is low. ? [KQ=' --stop ']'\n"
+        "  kvjax generate --model DIR --prompt-file long.txt --compression snapkv \\\n"
+        "      --keep 0.1 --max-new-tokens 200\n"
+        "  kvjax generate --model DIR --prompt Hi --compression snapkv_kivi \\\n"
+        "      --set evict.score.window=16 --set store.keys.bits=8\n"
+    )
+
+    model: Model = BUNDLED
+    """Checkpoint directory, hub id (owner/name), or kvjax-tiny, which is bundled."""
+    prompt: Text = None
+    """What to continue."""
+    prompt_file: File = None
+    """File with what to continue; - is standard input."""
+    chat: Flag = False
+    """Wrap the prompt as a user's message with the model's chat template."""
+    compression: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "none"
+    """A compression from the list above, or a YAML file of one."""
+    keep: Fraction = None
+    """Fraction of the prompt's cache to keep; the preset's own if left out."""
+    set: Assignments = ()
+    """Set a field of the compression: --set evict.score.window=16."""
+    max_new_tokens: int = 64
+    """Tokens to make at most."""
+    stop: Stops = ()
+    """A text of one token that ends the reply, as the model's own end tokens do."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; above it, tokens are drawn."""
+    top_k: Count = None
+    """Draw from this many likeliest tokens only."""
+    top_p: Fraction = None
+    """Draw from the likeliest tokens up to this probability only."""
+    seed: int = 0
+    """Of the drawing."""
+    dtype: Dtype = "auto"
+    """Of the parameters; auto is float32 for the bundled model, else bfloat16."""
+    output: Output = Output()
+
+    def run(self, ui: UI) -> Mapping[str, Any]:
+        """See `Command.run`."""
+        text = self._text()
+        c = pick(self.compression, self.keep, self.set)
+        model, tokenizer = load_model(self.model, self.dtype, ui)
+        ids = self._encode(tokenizer, text)
+        stops = [*model.config.eos_tokens, *self._stops(tokenizer)]
+        printer = Stream(tokenizer, sys.stdout, quiet=ui.json)
+        out, times, sizes = self._generate(model, ids, c, stops, printer, ui)
+        reply = np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist()
+        return {
+            "text": tokenizer.decode(reply, skip_special_tokens=True),
+            "tokens": reply,
+            "prompt_tokens": len(ids),
+            "compression": self.compression,
+            "keep": c.keep,
+            "resident_bytes": sizes,
+            "prefill_s": round(times[0], 4),
+            "decode_s": round(times[1], 4),
+        }
+
+    def show(self, result: Mapping[str, Any], console: Console) -> None:
+        """See `Command.show`; the text itself was streamed."""
+        print()
+        made, seconds = len(result["tokens"]), result["decode_s"]
+        note = (
+            f"{result['prompt_tokens']} prompt tokens, cache "
+            f"{result['resident_bytes'] / 1024:.0f} KiB ({result['compression']}); "
+            f"{made} tokens in {seconds:.2f} s, compilation included"
+        )
+        print(note, file=sys.stderr)
+
+    def _generate(self, model, ids, c, stops, printer, ui: UI):
+        import jax
+        import jax.numpy as jnp
+
+        from kvjax.models.generation import generate_from
+        from kvjax.models.inference import prefill
+
+        start = time.perf_counter()
+        tokens = jnp.asarray([ids], jnp.int32)
+        with ui.status(f"reading {len(ids)} tokens"):
+            logits, cache = prefill(
+                model, tokens, None, c, max_new_tokens=self.max_new_tokens
+            )
+            jax.block_until_ready(logits)
+        middle = time.perf_counter()
+        out = generate_from(
+            model,
+            cache,
+            logits,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            stop_tokens=stops,
+            key=jax.random.key(self.seed),
+            callback=printer,
+        )
+        printer.close()
+        return out, (middle - start, time.perf_counter() - middle), cache.nbytes
+
+    def _text(self) -> str:
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ValueError("give either --prompt TEXT or --prompt-file FILE.")
+        if self.prompt is not None:
+            return self.prompt
+        assert self.prompt_file is not None
+        if str(self.prompt_file) == "-":
+            return sys.stdin.read()
+        return self.prompt_file.read_text(encoding="utf-8")
+
+    def _encode(self, tokenizer, text: str) -> list[int]:
+        if self.chat:
+            if not getattr(tokenizer, "chat_template", None):
+                raise ValueError(
+                    f"{self.model} has no chat template; leave --chat out."
+                )
+            message = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True
+            )
+        ids = list(tokenizer.encode(text, add_special_tokens=not self.chat))
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one token.")
+        return ids
+
+    def _stops(self, tokenizer) -> list[int]:
+        found = []
+        for text in self.stop:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if len(ids) != 1:
+                raise ValueError(
+                    f"--stop {text!r} is {len(ids)} tokens of this model; each stop "
+                    "must be one."
+                )
+            found += ids
+        return found
+
+
+class Stream:
+    """Prints a reply as it grows; characters are held back until they are whole."""
+
+    def __init__(self, tokenizer, file, *, quiet: bool):
+        self._tokenizer, self._file, self._quiet = tokenizer, file, quiet
+        self._printed, self._text = 0, ""
+
+    def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Print what is new."""
+        ids: Sequence[int] = tokens[0, : int(lengths[0])].tolist()
+        self._text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        # A byte-level token may end inside a character.
+        self._print(len(self._text.rstrip("\ufffd")))
+
+    def close(self) -> None:
+        """Print what was held back."""
+        self._print(len(self._text))
+
+    def _print(self, end: int) -> None:
+        if not self._quiet and end > self._printed:
+            self._file.write(self._text[self._printed : end])
+            self._file.flush()
+            self._printed = end

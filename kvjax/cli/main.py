@@ -1,0 +1,137 @@
+"""Parses the command line, runs one command, turns errors into exit codes."""
+
+import contextlib
+import difflib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import tyro
+from rich.console import Console
+
+from kvjax.cli.base import UI, Command
+from kvjax.cli.bench import Bench
+from kvjax.cli.convert import Convert
+from kvjax.cli.demo import Demo
+from kvjax.cli.evaluate import Eval
+from kvjax.cli.generate import Generate
+from kvjax.cli.report import Report
+
+COMMANDS: Mapping[str, type[Command]] = MappingProxyType(
+    {
+        "demo": Demo,
+        "eval": Eval,
+        "generate": Generate,
+        "report": Report,
+        "bench": Bench,
+        "convert": Convert,
+    }
+)
+
+WRONG, INTERRUPTED, CLOSED = 2, 130, 141
+
+
+def overview() -> str:
+    """What `kvjax --help` prints."""
+    lines = [f"  {name:9}  {command.summary}" for name, command in COMMANDS.items()]
+    return (
+        "usage: kvjax COMMAND [options]\n\n"
+        "Research on the KV cache of long-context language models, in JAX.\n\n"
+        "commands:\n" + "\n".join(lines) + "\n\n"
+        "examples:\n"
+        "  kvjax demo\n"
+        "  kvjax eval --compression snapkv,h2o --keep 0.5,0.25 --tasks recall\n"
+        "  kvjax COMMAND --help      every option of a command, and all compressions\n"
+        "\n"
+        "Compiled programs are kept in KVJAX_CACHE_DIR (default: kvjax in the user's\n"
+        "cache folder). --version prints the version."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `kvjax` with these arguments; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else WRONG
+    if words[0] in ("-V", "--version"):
+        import kvjax
+
+        print(f"kvjax {kvjax.__version__}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        _complain(f"unknown command {name!r}; expected one of {[*COMMANDS]}.{hint}")
+        return WRONG
+    try:
+        command = tyro.cli(
+            COMMANDS[name],
+            prog=f"kvjax {name}",
+            description=COMMANDS[name].description(),
+            args=dotted(name, rest),
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        )
+    except SystemExit as done:  # help or a wrong option: tyro has said what
+        return done.code if isinstance(done.code, int) else WRONG
+    except ValueError as wrong:
+        _complain(str(wrong))
+        return WRONG
+    return execute(command)
+
+
+def dotted(name: str, words: Sequence[str]) -> list[str]:
+    """`--compression.a.b VALUE` and `--compression.a.b=VALUE` as assignments."""
+    option = "--compression-set" if name == "eval" else "--set"
+    out, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        path = word.removeprefix("--compression.")
+        if path == word:
+            out.append(word)
+        elif "=" in path:
+            out += [option, path]
+        elif left and not left[0].startswith("--"):
+            out += [option, f"{path}={left.pop(0)}"]
+        else:
+            raise ValueError(f"{word} needs a value.")
+    return out
+
+
+def execute(command: Command) -> int:
+    """Run a parsed command; returns the exit code."""
+    # Nobody here needs PyTorch: keep the tokenizers' library from saying so.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    err = Console(stderr=True, force_terminal=command.output.progress or None)
+    bars = command.output.progress or (err.is_terminal and not command.output.json)
+    ui = UI(err=err, json=command.output.json, bars=bars)
+    try:
+        with contextlib.ExitStack() as stack:
+            if command.output.json:  # a library that prints must not spoil the JSON
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            result = command.run(ui)
+        if command.output.json:
+            print(json.dumps(result, allow_nan=False))
+        else:
+            command.show(result, Console())
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _complain("interrupted. What is finished is kept; the same command goes on.")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+    except (ValueError, OSError) as wrong:
+        if command.output.debug:
+            traceback.print_exc()
+        _complain(str(wrong))
+        return WRONG
+    return 0
+
+
+def _complain(text: str) -> None:
+    print(f"kvjax: {text}", file=sys.stderr)

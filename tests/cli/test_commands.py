@@ -1,0 +1,201 @@
+"""The command line from the outside: exit codes, what goes where, what it says."""
+
+import io
+import json
+
+import pytest
+
+from kvjax.cli import main
+from kvjax.cli.base import headline
+from kvjax.cli.generate import Stream
+from kvjax.cli.main import COMMANDS, dotted
+from kvjax.compress import compressions
+from tests.eval.synthetic import make_run
+
+
+@pytest.fixture
+def kvjax(capsys):
+    """Run a command in this process: `(exit code, stdout, stderr)`."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_overview(kvjax):
+    code, out, _ = kvjax("--help")
+    assert code == 0 and all(f"  {name} " in out for name in COMMANDS)
+    code, out, err = kvjax()
+    assert code == 2 and not out and "usage" in err
+    assert kvjax("--version")[1].startswith("kvjax 0.")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(kvjax, name):
+    code, out, _ = kvjax(name, "--help")
+    assert code == 0
+    assert COMMANDS[name].summary in out and f"kvjax {name}" in out
+    assert "--json" in out and "--debug" in out
+    if COMMANDS[name].presets:
+        assert all(headline(preset) in out for preset in compressions())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["evla"], "Did you mean 'eval'"),
+        (["eval", "--compression", "snapvk"], "Did you mean 'snapkv'"),
+        (["eval", "--config", "dmeo"], "Did you mean 'demo'"),
+        (["eval", "--keep", "half"], "--keep needs numbers"),
+        (["eval", "--keep", "2"], "fractions kept"),
+        (["eval", "--set", "item=3"], "items"),
+        (["eval", "--set", "items"], "dotted.path=value"),
+        (["eval", "--config", "nowhere.yaml"], "no evaluation file"),
+        (["eval", "--compression.evict.score.window"], "needs a value"),
+        (["generate"], "--prompt"),
+        (["generate", "--prompt", "a", "--set", "evcit.x=1"], "no field"),
+        (["generate", "--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["generate", "--prompt", "a", "--keep", "0.5"], "no token budget"),
+        (["generate", "--prompt", "a", "--model", "nowhere"], "nowhere"),
+        (["bench", "--repeats", "0"], "--repeats"),
+        (["bench", "--compression", "nothing"], "Unknown compression"),
+        (["report", "nowhere"], "not a directory"),
+        (["convert", "nowhere", "out"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_message(kvjax, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "eval":
+        words = [*words, "--model", "nowhere"]
+    code, out, err = kvjax(*words)
+    assert code == 2 and not out
+    assert says in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_where(kvjax):
+    code, _, err = kvjax("report", "nowhere", "--debug")
+    assert code == 2 and "Traceback" in err
+
+
+def test_unknown_option(kvjax):
+    code, _, err = kvjax("report", "x", "--ouut", "y")
+    assert code == 2 and "--out" in err
+
+
+def test_dotted_options():
+    assert dotted("generate", ["--compression.a.b", "1", "x"]) == [
+        *("--set", "a.b=1", "x")
+    ]
+    assert dotted("eval", ["--compression.a.b=1", "--compression", "c"]) == [
+        *("--compression-set", "a.b=1", "--compression", "c")
+    ]
+
+
+def test_interrupted(kvjax, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["report"], "run", stop)
+    code, _, err = kvjax("report", "x")
+    assert code == 130 and "interrupted" in err
+
+
+def test_report(kvjax, tmp_path):
+    run = make_run(tmp_path / "run", ["none", "random"], needle=False)
+    code, out, _ = kvjax("report", run, "--json", "--out", tmp_path / "out")
+    result = json.loads(out)
+    assert code == 0 and len(result["figures"]) >= 5
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_generate(kvjax, checkpoint, tmp_path):
+    (tmp_path / "prompt.txt").write_text("[KQ=ab3d] The sun is low. " * 4)
+    words = ["generate", "--model", checkpoint, "--max-new-tokens", 6]
+    words += ["--prompt-file", tmp_path / "prompt.txt", "--dtype", "float32"]
+    words += ["--compression", "snapkv", "--compression.evict.score.window", 8]
+    code, out, err = kvjax(*words, "--json")
+    result = json.loads(out)
+    assert code == 0 and len(result["tokens"]) <= 6
+    assert result["keep"] == 0.25 and result["prompt_tokens"] == 105
+    code, text, err = kvjax(*words)
+    assert code == 0 and text == result["text"] + "\n"
+    assert "105 prompt tokens" in err
+    assert kvjax(*words, "--stop", "]")[0] == 0
+    code, _, err = kvjax(*words, "--stop", "ab")
+    assert code == 2 and "2 tokens" in err
+    code, _, err = kvjax(*words, "--chat")
+    assert code == 2 and "chat template" in err
+
+
+def test_bench(kvjax, checkpoint):
+    words = ["bench", "--model", checkpoint, "--length", 64, "--new-tokens", 3]
+    words += ["--repeats", 1, "--compression", "none,random", "--json"]
+    code, out, _ = kvjax(*words)
+    rows = json.loads(out)["rows"]
+    assert code == 0 and [row["compression"] for row in rows] == ["none", "random"]
+    assert rows[0]["resident_bytes"] > rows[1]["resident_bytes"]
+    assert all(row["prefill_ms"] > 0 and row["ms_per_token"] > 0 for row in rows)
+
+
+def test_convert(kvjax, checkpoint, tmp_path):
+    out = tmp_path / "copy"
+    code, text, _ = kvjax("convert", checkpoint, out, "--dtype", "float16", "--json")
+    assert code == 0 and "model.safetensors" in json.loads(text)["files"]
+    settings = json.loads((out / "config.json").read_text())
+    assert "float16" in (settings.get("dtype"), settings.get("torch_dtype"))
+    code, _, err = kvjax("convert", checkpoint, out)
+    assert code == 2 and "--overwrite" in err
+    assert kvjax("convert", checkpoint, out, "--overwrite")[0] == 0
+
+
+def test_eval_and_report(kvjax, checkpoint, tmp_path):
+    words = ["eval", "--model", checkpoint, "--compression", "knorm", "--keep", "0.5"]
+    words += ["--tasks", "recall", "--lengths", 160, "--items", 2, "--json"]
+    words += ["--visibility", "query_agnostic", "--out", tmp_path / "run"]
+    code, out, _ = kvjax(*words)
+    result = json.loads(out)
+    assert code == 0 and result["resumed_cells"] == 0
+    names = {row["compression"] for row in result["rows"]}
+    assert names == {"none", "random", "knorm"}
+    code, out, _ = kvjax(*words)
+    assert json.loads(out)["resumed_cells"] == 3
+    code, _, err = kvjax(*words, "--seed", 9)
+    assert code == 2 and "seed" in err
+    assert kvjax("report", tmp_path / "run")[0] == 0
+    code, out, _ = kvjax(*(word for word in words if word != "--json"))
+    assert code == 0 and "recall" in out and "knorm" in out and "3 cells" in out
+
+
+class Letters:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, ids, **_) -> str:
+        """Text, with a mark for half a character."""
+        return bytes(ids).decode(errors="replace")
+
+
+def test_stream_holds_back_half_characters():
+    import numpy as np
+
+    file = io.StringIO()
+    stream = Stream(Letters(), file, quiet=False)
+    ids, seen = list("aé!".encode()), []
+    for end in range(1, len(ids) + 1):
+        stream(np.array([ids[:end]]), np.array([end]))
+        seen.append(file.getvalue())
+    stream.close()
+    assert seen == ["a", "a", "aé", "aé!"]
+
+
+def test_json_survives_a_chatty_library(kvjax, monkeypatch):
+    def run(self, ui):
+        print("loading ...")
+        return {"ok": True}
+
+    monkeypatch.setattr(COMMANDS["report"], "run", run)
+    code, out, err = kvjax("report", "x", "--json")
+    assert code == 0 and json.loads(out) == {"ok": True} and "loading" in err
