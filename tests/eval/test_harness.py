@@ -10,6 +10,8 @@ import pytest
 
 import kvjax
 from kvjax.eval import harness
+from kvjax.eval.config import decode_config
+from kvjax.eval.groups import Questions
 from kvjax.eval.plan import plan
 from kvjax.eval.record import fingerprint, mean
 from kvjax.eval.results import ITEMS, ROWS, load_rows, read_header
@@ -108,6 +110,7 @@ def test_replies_are_those_of_each_prompt_alone(both, model, tokenizer):
     for cell in made.all_cells():
         if cell.keep == 0.25 or cell.method.name in ("none", "random"):
             continue
+        assert isinstance(cell.group, Questions)
         c = cell.method.at(cell.keep, cell.group.visibility)
         tokens = jnp.array([cell.group.prompts[3]])
         logits, cache = kvjax.prefill(model, tokens, None, c, max_new_tokens=32)
@@ -207,3 +210,33 @@ def test_progress_is_told_after_every_cell(model, tokenizer, tmp_path):
     assert [state.done for state in told] == [1, 2, 3, 4, 5] * 2
     assert [state.resumed for state in told] == [False] * 5 + [True] * 5
     assert all(state.total == 5 for state in told)
+
+
+@pytest.mark.slow
+def test_the_bundled_model(repo, tmp_path):
+    folder = repo / "configs" / "model" / "kvjax-tiny"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("configs/model/kvjax-tiny is not there")
+    model, tokenizer = kvjax.load(folder, dtype="float32")
+    config = decode_config(
+        {
+            "compressions": ["snapkv", "kivi_4bit"],
+            "keeps": [1.0, 0.125],
+            "tasks": ["fact", {"name": "batch", "fields": {"problems": 3}}],
+            "visibility": ["query_aware"],
+            "lengths": [256],
+            "items": 16,
+            "window": 16,
+            "reply_tokens": 32,
+        }
+    )
+    rows = harness.run(model, tokenizer, config, tmp_path / "run")
+    by = {(r["task"], r["compression"], r["keep"]): r for r in rows}
+    for task in ("fact", "batch"):
+        none = by[task, "none", None]
+        assert none["score"] > 0.2
+        assert by[task, "snapkv", 1.0]["agreement"] == 1.0
+        assert by[task, "snapkv", 1.0]["score"] == none["score"]
+        assert by[task, "random", 0.125]["score"] < none["score"]
+        assert by[task, "kivi_4bit", None]["agreement"] > 0.5
+    assert by["batch", "snapkv", 0.125]["agreement"] < 1.0
