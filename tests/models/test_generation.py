@@ -1,0 +1,80 @@
+"""The generation loop: stop tokens, sampling, streaming."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kvjax
+from kvjax.models.sampling import Sampling
+from tests.small import LENGTHS, batch, small_model
+
+PROMPT, _, _ = batch()
+
+
+def greedy(**fields):
+    return kvjax.generate(small_model(), PROMPT, LENGTHS, max_new_tokens=24, **fields)
+
+
+def test_stop_tokens_end_their_row_only():
+    free = np.asarray(greedy().tokens)
+    stop = int(free[0, 9])
+    out = greedy(stop_tokens=[stop])
+    for row, tokens in enumerate(np.asarray(out.tokens)):
+        hits = np.flatnonzero(free[row] == stop)
+        n = int(hits[0]) + 1 if len(hits) else 24
+        assert int(out.lengths[row]) == n
+        np.testing.assert_array_equal(tokens[:n], free[row, :n])
+        assert (tokens[n:] == 0).all()
+
+
+def test_callback_sees_every_token_as_it_is_made():
+    seen = []
+    out = greedy(callback=lambda tokens, lengths: seen.append((tokens, lengths)))
+    assert [tokens.shape[1] for tokens, _ in seen] == list(range(1, 25))
+    np.testing.assert_array_equal(seen[-1][0], out.tokens)
+    np.testing.assert_array_equal(out.tokens, greedy().tokens)
+
+
+def test_generation_goes_on_from_its_own_cache():
+    whole = np.asarray(greedy().tokens)
+    logits, cache = kvjax.prefill(small_model(), PROMPT, LENGTHS, max_new_tokens=24)
+    first = kvjax.generate_from(small_model(), cache, logits, max_new_tokens=10)
+    np.testing.assert_array_equal(first.tokens, whole[:, :10])
+    logits, cache = kvjax.extend(small_model(), first.cache, first.tokens[:, -1:])
+    rest = kvjax.generate_from(small_model(), cache, logits[:, 0], max_new_tokens=14)
+    np.testing.assert_array_equal(rest.tokens, whole[:, 10:])
+
+
+def test_sampling_is_a_function_of_the_key():
+    key = jax.random.key(1)
+    one, two = (greedy(temperature=1.0, key=key).tokens for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    other = greedy(temperature=1.0, key=jax.random.key(2)).tokens
+    assert (np.asarray(one) != np.asarray(other)).any()
+
+
+def draws(sampling: Sampling, logits, count: int = 4000) -> np.ndarray:
+    keys = jax.random.split(jax.random.key(0), count)
+    return np.asarray(jax.vmap(lambda key: sampling(logits, key)[0])(keys))
+
+
+def test_top_k_and_top_p_cut_the_tail():
+    weights = np.array([[0.5, 0.25, 0.15, 0.07, 0.03]])
+    logits = jnp.log(jnp.asarray(weights, jnp.float32))
+    assert set(draws(Sampling(temperature=1.0, top_k=2), logits)) == {0, 1}
+    # 0.5 + 0.25 < 0.8: the token that crosses it stays.
+    assert set(draws(Sampling(temperature=1.0, top_p=0.8), logits)) == {0, 1, 2}
+    assert set(draws(Sampling(temperature=1.0, top_p=0.5), logits)) == {0}
+    both = Sampling(temperature=1.0, top_k=2, top_p=0.9)
+    assert set(draws(both, logits)) == {0, 1}
+
+
+def test_temperature_shapes_the_distribution():
+    weights = np.array([0.5, 0.3, 0.2])
+    logits = jnp.log(jnp.asarray(weights, jnp.float32))[None]
+    for temperature in (0.5, 1.0, 2.0):
+        want = weights ** (1 / temperature)
+        want = want / want.sum()
+        got = draws(Sampling(temperature=temperature), logits)
+        share = np.bincount(got, minlength=3) / got.size
+        np.testing.assert_allclose(share, want, atol=0.03)  # 4 standard errors
