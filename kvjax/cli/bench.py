@@ -93,13 +93,15 @@ class Bench(Command):
 
     def _measure(self, model, c) -> dict[str, Any]:
         import jax
+        import jax.numpy as jnp
 
         from kvjax.models.generation import generate_from
         from kvjax.models.inference import prefill
 
         draw = np.random.default_rng(0)
         shape = (self.batch, self.length)
-        tokens = draw.integers(0, model.config.vocab_size, shape, dtype=np.int32)
+        drawn = draw.integers(0, model.config.vocab_size, shape, dtype=np.int32)
+        tokens = jnp.asarray(drawn)
 
         def read():
             return prefill(model, tokens, None, c, max_new_tokens=self.new_tokens)
