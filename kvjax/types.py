@@ -43,7 +43,7 @@ def static(**kwargs: Any) -> Any:
     field_specifiers=(dataclasses.field, static),
 )
 def pytree[T](cls: type[T]) -> type[T]:
-    """Make a frozen keyword-only dataclass that is a pytree; `static()` fields aside."""
+    """Make a frozen keyword-only dataclass that is a pytree (`static()` aside)."""
     return jax.tree_util.register_dataclass(
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     )

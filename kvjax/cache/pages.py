@@ -18,8 +18,9 @@ from kvjax.types import EMPTY, pytree, static
 class Pages(AbstractPart):
     """All tokens, in pages of `page` slots with channel-wise key bounds.
 
-    Each query token reads, per KV head, the `budget [B]` pages with the highest
-    bound on `q . k` (the newest page always among them) and nothing else.
+    Each query token reads, per KV head, the pages with the highest bound on `q . k`
+    (the newest page always among them) and nothing else. `budget[n]` says how many
+    when `n` pages are held.
 
     Source: Quest (2406.10774) section 3. Deviation: the heads of a GQA group read
     the same pages, ranked by the largest bound in the group.
@@ -30,7 +31,7 @@ class Pages(AbstractPart):
     positions: Int[Array, "B K S"]
     low: Float[Array, "B K P D"]
     high: Float[Array, "B K P D"]
-    budget: Int[Array, "B"]
+    budget: Int[Array, "P+1"]
     filled: Int[Array, "B"]
     page: int = static()
     most: int = static()
@@ -52,8 +53,10 @@ class Pages(AbstractPart):
         pages = jnp.arange(s // self.page)
         score = jnp.where(seen & (pages == newest[..., None]), jnp.inf, score)
         best, index = jax.lax.top_k(score, self.most)
+        held = self.filled[:, None] if limit is None else limit
+        allowed = jnp.take(self.budget, held // self.page, mode="clip")
         rank = jnp.arange(self.most)
-        read = (rank < self.budget[:, None, None, None]) & (best > -jnp.inf)
+        read = (rank < allowed[:, None, :, None]) & (best > -jnp.inf)
         return index, read
 
     @property

@@ -223,7 +223,7 @@ class _Builder:
         """The same slots with key bounds, to be read page by page."""
         read = self.c.read
         assert isinstance(read, Quest) and part.filled is not None
-        pages = read.pages(self.tokens)
+        pages = read.pages(part.positions.shape[-1] // page)
         keys = part.keys.decode(part.positions, self.spec.rope)
         low, high = page_bounds(keys, part.positions >= 0, page)
         return Pages(
@@ -232,10 +232,10 @@ class _Builder:
             positions=part.positions,
             low=low,
             high=high,
-            budget=jnp.take(jnp.asarray(pages), self.lengths),
+            budget=jnp.asarray(pages),
             filled=part.filled,
             page=page,
-            most=int(min(pages.max(), part.positions.shape[-1] // page)),
+            most=int(pages.max()),
         )
 
     def ragged(self, evict, priorities, counts, slots) -> LayerCache:

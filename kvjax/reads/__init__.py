@@ -39,8 +39,8 @@ class Quest(AbstractRead):
 
     Attributes:
         page: tokens per page.
-        keep: fraction of the prompt's tokens that a step reads; or
-        slots: tokens that a step reads. Both round up to whole pages.
+        keep: fraction of the held pages that a step reads, rounded up; or
+        slots: tokens that a step reads, rounded up to whole pages.
         dense_layers: first layers that read everything.
 
     Source: Quest (2406.10774) section 3 (page 16, two dense layers).
@@ -71,14 +71,14 @@ class Quest(AbstractRead):
     def page_of(self, spec):
         return None if spec.index < self.dense_layers else self.page
 
-    def pages(self, longest: int) -> np.ndarray:
-        """Pages to read for prompts of `0 .. longest` tokens."""
-        lengths = np.arange(longest + 1)
+    def pages(self, most: int) -> np.ndarray:
+        """Pages to read when `0 .. most` pages are held."""
+        held = np.arange(most + 1)
         if self.keep is not None:
-            tokens = slots_to_keep(lengths, self.keep)
+            read = slots_to_keep(held, self.keep)
         else:
-            tokens = np.minimum(lengths, self.slots or 0)
-        return np.maximum(1, -(-tokens // self.page)).astype(np.int32)
+            read = np.full_like(held, -(-(self.slots or 1) // self.page))
+        return np.clip(read, 1, np.maximum(held, 1)).astype(np.int32)
 
 
 READS: Mapping[str, type[AbstractRead]] = MappingProxyType({"all": All, "quest": Quest})
