@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache import KVCache, LayerCache
 from kvjax.compress.config import Compression
-from kvjax.compress.layer import Observed, build, observe
+from kvjax.compress.layer import build
+from kvjax.compress.observe import Observed, observe
 from kvjax.compress.trim import trim_layer
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig

@@ -6,10 +6,10 @@ from kvjax.cache.parts import Growth as Growth
 from kvjax.cache.parts import KeysOnly as KeysOnly
 from kvjax.cache.parts import Ragged as Ragged
 from kvjax.cache.parts import Slots as Slots
-from kvjax.cache.parts import Tail as Tail
-from kvjax.cache.parts import empty_tail as empty_tail
 from kvjax.cache.state import KVCache as KVCache
 from kvjax.cache.state import LayerCache as LayerCache
 from kvjax.cache.state import Provenance as Provenance
+from kvjax.cache.tail import Tail as Tail
+from kvjax.cache.tail import empty_tail as empty_tail
 from kvjax.cache.tracking import AbstractTracker as AbstractTracker
 from kvjax.cache.tracking import Tracking as Tracking

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.parts import AbstractPart, Growth, Slots, Tail
+from kvjax.cache.parts import AbstractPart, Growth, Slots
+from kvjax.cache.tail import Tail
 from kvjax.cache.tracking import AbstractTracker, Tracking, fold
 from kvjax.pallas_kernels.partial import merge
 from kvjax.types import LayerInputs, LayerSpec, nbytes, pytree, static

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.parts import Slots, Tail
+from kvjax.cache.parts import Slots
+from kvjax.cache.tail import Tail
 from kvjax.codecs import PlainArray
 from kvjax.types import EMPTY, LayerSpec, pytree
 

@@ -14,7 +14,8 @@ from kvjax.cache import LayerCache, Pages, Slots
 from kvjax.cache.parts import AbstractPart
 from kvjax.codecs import PlainArray
 from kvjax.compress.config import Compression
-from kvjax.compress.layer import build, observe
+from kvjax.compress.layer import build
+from kvjax.compress.observe import observe
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.pages import page_bounds
 from kvjax.pallas_kernels.partial import Partial, merge

@@ -1,0 +1,60 @@
+"""What a pass over the prompt leaves behind in one layer: enough for any budget."""
+
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from kvjax.compress.config import Compression, Eviction, recency
+from kvjax.schedules import EveryTokens
+from kvjax.scorers import AbstractScoreTracker
+from kvjax.types import LayerInputs, LayerSpec, Lengths, pytree, static
+
+
+@pytree
+class Observed:
+    """What one layer's pass over the prompt leaves: enough for any budget.
+
+    Attributes:
+        k, v: `[B, K, S, D]`, keys after RoPE.
+        seen: the scorer's observation, or None.
+        seed: the tracker's observation, or None.
+        spec: the layer.
+    """
+
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S D"]
+    seen: Any
+    seed: Any
+    spec: LayerSpec = static()
+
+
+def eviction_of(c: Compression, spec: LayerSpec, tokens: int) -> Eviction | None:
+    """The layer's eviction; a window drops what it can no longer see by itself."""
+    if c.evict is None and spec.window is not None and spec.window < tokens:
+        return recency(spec.window)
+    return c.evict
+
+
+def tracker_of(c: Compression) -> AbstractScoreTracker | None:
+    """The decode-time form of the compression's score, or None."""
+    if not isinstance(c.schedule, EveryTokens):
+        return None
+    assert c.evict is not None
+    return c.evict.score.tracker(c.schedule.interval)
+
+
+def observe(
+    inputs: LayerInputs,
+    lengths: Lengths,
+    c: Compression,
+    column_mass: Float[Array, "B H S"] | None,
+) -> Observed:
+    """Look at a prompt's pass once; `build` then works for any budget of `c`."""
+    evict = eviction_of(c, inputs.spec, inputs.k.shape[2])
+    tracker = tracker_of(c)
+    seen = seed = None
+    if evict is not None:
+        seen = evict.score.observe(inputs, lengths, column_mass)
+    if tracker is not None:
+        seed = tracker.observe(inputs, lengths, seen)
+    return Observed(k=inputs.k, v=inputs.v, seen=seen, seed=seed, spec=inputs.spec)
