@@ -119,19 +119,13 @@ def _labels(axes: Axes, ends: Sequence[tuple[str, float, float]], looks: Look) -
     points = [inside.transform((x, y)) for _, x, y in ends]
     heights = spread([y for _, y in points], 0.068, 0, 0.98)
     for (name, *_), (x, y), height in zip(ends, points, heights, strict=True):
-        color = looks[name][0]
-        axes.plot(
-            (x, 1.035),
-            (y, height),
-            color=color,
-            linewidth=0.6,
-            alpha=0.65,
-            transform=axes.transAxes,
-            clip_on=False,
-            zorder=1,
-        )
-        place = {"transform": axes.transAxes, "va": "center"}
-        axes.text(1.045, height, _short(name), color=color, fontsize=9, **place)
+        color, marker = looks[name]
+        place = {"transform": axes.transAxes, "color": color}
+        lead = {"linewidth": 0.6, "alpha": 0.65, "clip_on": False, "zorder": 1}
+        axes.plot((x, 1.035), (y, height), **lead, **place)
+        # Beyond seven methods colours come again: the mark tells them apart.
+        axes.plot(1.05, height, marker, markersize=4.5, clip_on=False, **place)
+        axes.text(1.075, height, _short(name), fontsize=9, va="center", **place)
 
 
 def _short(name: str) -> str:
