@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from kvjax.rope import Rope
 
@@ -24,7 +25,9 @@ Positions = Int[Array, "B K S"]
 Scores = Float[Array, "B K S"]
 Lengths = Int[Array, "B"]
 Tokens = Int[Array, "B T"]
-Mask = Bool[Array, "..."]
+TokensLike = Int[Array | np.ndarray, "B T"]
+"""What callers may pass; functions turn it into `Tokens`."""
+LengthsLike = Int[Array | np.ndarray, "B"]
 
 EMPTY = -1
 """Position of a slot that holds nothing."""

@@ -17,7 +17,7 @@ from kvjax.models import checks
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import NONE, prefill, step
 from kvjax.models.sampling import Sampling
-from kvjax.types import EMPTY, Lengths, Tokens, pytree
+from kvjax.types import EMPTY, LengthsLike, TokensLike, pytree
 
 Callback = Callable[[np.ndarray, np.ndarray], None]
 
@@ -118,8 +118,8 @@ _decode_donating = jax.jit(
 
 def generate(
     model: Decoder,
-    tokens: Tokens,
-    lengths: Lengths | None = None,
+    tokens: TokensLike,
+    lengths: LengthsLike | None = None,
     c: Compression = NONE,
     *,
     max_new_tokens: int = 64,

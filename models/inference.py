@@ -24,7 +24,9 @@ from kvjax.types import (
     EMPTY,
     LayerInputs,
     Lengths,
+    LengthsLike,
     Tokens,
+    TokensLike,
     padded_positions,
     pytree,
     static,
@@ -116,8 +118,8 @@ def _extend(graph, params, layers, tokens, positions):
 
 def prefill(
     model: Decoder,
-    tokens: Tokens,
-    lengths: Lengths | None = None,
+    tokens: TokensLike,
+    lengths: LengthsLike | None = None,
     c: Compression = NONE,
     *,
     max_new_tokens: int = 64,
@@ -203,8 +205,8 @@ def method_of(c: Compression) -> Compression:
 
 def read_prompt(
     model: Decoder,
-    tokens: Tokens,
-    lengths: Lengths | None = None,
+    tokens: TokensLike,
+    lengths: LengthsLike | None = None,
     c: Compression = NONE,
 ) -> Prompt:
     """Prefill once, compress later: one pass (and one compilation) for many budgets.
@@ -235,8 +237,8 @@ def trim(cache: KVCache) -> KVCache:
 def extend(
     model: Decoder,
     cache: KVCache,
-    tokens: Tokens,
-    lengths: Lengths | None = None,
+    tokens: TokensLike,
+    lengths: LengthsLike | None = None,
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     """Logits of new tokens, and the cache that has seen them; `cache` stays as it is.
 

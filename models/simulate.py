@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -12,7 +11,7 @@ from kvjax.compress.config import Compression
 from kvjax.models import checks
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import NONE
-from kvjax.types import LayerInputs, Lengths, Tokens, padded_positions
+from kvjax.types import LayerInputs, LengthsLike, TokensLike, padded_positions
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "c"))
@@ -30,9 +29,9 @@ def _simulate(graph, params, tokens, lengths, prompt_lengths, c: Compression):
 
 def simulate(
     model: Decoder,
-    tokens: Tokens,
-    lengths: Lengths | None = None,
-    prompt_lengths: Lengths | None = None,
+    tokens: TokensLike,
+    lengths: LengthsLike | None = None,
+    prompt_lengths: LengthsLike | None = None,
     c: Compression = NONE,
 ) -> Float[Array, "B T V"]:
     """Logits of a whole sequence whose prompt is compressed at `prompt_lengths`.
@@ -59,9 +58,8 @@ def simulate(
     """
     parallel.check(c)
     tokens, lengths = checks.prompt(model.config, tokens, lengths)
-    if prompt_lengths is None:
-        prompt_lengths = lengths
-    prompt_lengths = checks.prompt_lengths(prompt_lengths, lengths)
-    checks.compression(model.config, c, prompt_lengths)
+    points = lengths if prompt_lengths is None else prompt_lengths
+    points = checks.prompt_lengths(points, lengths)
+    checks.compression(model.config, c, points)
     graph, params = nnx.split(model)
-    return _simulate(graph, params, tokens, lengths, jnp.asarray(prompt_lengths), c)
+    return _simulate(graph, params, tokens, lengths, points, c)
