@@ -39,8 +39,7 @@ def token_map(
     else:
         kept = [cache.kept_positions(i)[row] for i in range(len(cache.layers))]
     share = heads_kept(kept, len(pieces)) / np.array([[len(h)] for h in kept])
-    lines = -(-len(pieces) // columns)
-    layers = len(kept)
+    lines, layers = -(-len(pieces) // columns), len(kept)
     width = min(columns, len(pieces))
     figure = new_figure(0.155 * width + 0.9, 0.34 * lines + 0.1 * layers * lines + 0.5)
     with rc_context({**SETTINGS, "axes.grid": False, "font.family": "monospace"}):

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import importlib.metadata
 import json
 import os
 import sys
@@ -58,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(overview(), file=sys.stdout if words else sys.stderr)
         return 0 if words else WRONG
     if words[0] in ("-V", "--version"):
-        import kvjax
-
-        print(f"kvjax {kvjax.__version__}")
+        print(f"kvjax {importlib.metadata.version('kvjax')}")
         return 0
     name, *rest = words
     if name not in COMMANDS:
