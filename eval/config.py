@@ -64,8 +64,8 @@ class EvalConfig:
         depths: places of the needle, as fractions of the context.
         reply_tokens: caches get room for replies of at least this many tokens. Tasks
             whose caches have the same room share their compiled programs.
-        window: longest observation window and recent window; longer ones are cut to
-            it, so that small budgets of short prompts hold what a method protects.
+        window: longest observation or recent window; longer ones are cut to it, so
+            that small budgets of short prompts hold what a method protects.
         defaults: dotted paths to values, set wherever a compression has the field.
         everywhere: dotted paths to values; a compression without the field is an
             error. `none` and an unlisted `random` are left alone.

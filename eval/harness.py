@@ -104,14 +104,15 @@ class _Runner:
         self.model, self.made, self.store = model, made, store
         self.progress: Callback | None = progress
         self.rows: list[dict[str, Any]] = []
-        self.total = len(made.all_cells())
+        # All of it now: a damaged file is found before anything is computed.
+        self.old = {cell.name: store.row(cell.name) for cell in made.all_cells()}
         self.full: dict[float | None, dict[str, Any]] = {}  # rows of `none`, by depth
         self.replies: list[str | None] = []  # of `none`, by item
 
     def method(self, group: AbstractGroup, method: Method) -> None:
         """All cells of one method on one group; finished ones are taken over."""
         cells = self.made.cells(group, method)
-        old = {cell.name: self.store.row(cell.name) for cell in cells}
+        old = self.old
         todo = [keep for keep in method.keeps(self.made.config.keeps)]
         todo = [k for k in todo if any(not old[c.name] for c in cells if c.keep == k)]
         prefill_ms, compile_s, tallies = self._measure(group, method, todo)
@@ -155,7 +156,13 @@ class _Runner:
         return 1e3 * float(np.mean(prefill_s or [0.0])), compile_s, tallies
 
     def _read(self, tokens, lengths, c):
-        return read_prompt(self.model, tokens, lengths, c)
+        prompt = read_prompt(self.model, tokens, lengths, c)
+        if not np.isfinite(np.asarray(prompt.logits)).all():
+            raise ValueError(
+                "the model gives logits that are not finite. Its weights hold NaN or "
+                "infinity, or overflow in their dtype: load it with dtype='float32'."
+            )
+        return prompt
 
     def _map(self, group: AbstractGroup, cache: KVCache, index, tally: _Tally) -> None:
         """Kept positions of the first item of each depth."""
@@ -210,8 +217,8 @@ class _Runner:
 
     def _tell(self, cell: Cell, row: Mapping[str, Any], *, resumed: bool) -> None:
         if self.progress is not None:
-            done = len(self.rows)
-            self.progress(Progress(done, self.total, cell.name, row, resumed))
+            done, total = len(self.rows), len(self.old)
+            self.progress(Progress(done, total, cell.name, row, resumed))
 
 
 def _kept(cell: Cell, tally: _Tally, item: int) -> dict[str, Any] | None:

@@ -14,7 +14,12 @@ from kvjax.types import nearest
 NONE = "none"
 RANDOM = "random"
 
-_WINDOWS = ("evict.score.window", "evict.score.base.window", "evict.budget.window")
+_WINDOWS = (
+    "evict.score.window",
+    "evict.score.recent",
+    "evict.score.base.window",
+    "evict.budget.window",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

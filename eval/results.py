@@ -79,9 +79,16 @@ class Run:
     path: pathlib.Path
 
     def row(self, cell: str) -> dict[str, Any] | None:
-        """The row of a finished cell, or None."""
-        path = self._file("rows", cell)
-        return _read(path).to_pylist()[0] if path.exists() else None
+        """The row of a finished cell, or None.
+
+        Raises:
+            ValueError: a file of it is damaged.
+        """
+        paths = [self._file(kind, cell) for kind in ("rows", "items")]
+        if not all(path.exists() for path in paths):
+            return None
+        row, _ = map(_read, paths)
+        return row.to_pylist()[0]
 
     def items(self, cell: str) -> list[dict[str, Any]]:
         """The items of a finished cell."""

@@ -34,10 +34,13 @@ def test_overrides_of_a_file(tmp_path):
 
 
 def test_windows_are_cut_and_recorded():
-    config = tiny.config(compressions=["snapkv", "criticalkv_snapkv", "knorm"])
+    config = tiny.config(
+        compressions=["snapkv", "criticalkv_snapkv", "h2o_decode", "knorm"]
+    )
     changed = {method.name: dict(method.overrides) for method in methods(config)}
     assert changed["snapkv"] == {"evict.score.window": 4}
     assert changed["criticalkv_snapkv"] == {"evict.score.base.window": 4}
+    assert changed["h2o_decode"] == {"evict.score.recent": 4}
     assert changed["knorm"] == changed["random"] == changed["none"] == {}
     long = methods(tiny.config(window=1000))
     assert not any(method.overrides for method in long)

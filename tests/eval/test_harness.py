@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from flax import nnx
 
 import kvjax
 from kvjax.eval import harness
@@ -212,6 +213,14 @@ def test_progress_is_told_after_every_cell(model, tokenizer, tmp_path):
     assert all(state.total == 5 for state in told)
 
 
+def test_weights_that_are_not_numbers(tokenizer, tmp_path):
+    broken = tiny.model()
+    weights = nnx.state(broken, nnx.Param)
+    nnx.update(broken, jax.tree.map(lambda x: x * jnp.nan, weights))
+    with pytest.raises(ValueError, match="not finite"):
+        harness.run(broken, tokenizer, tiny.config(), tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_the_bundled_model(repo, tmp_path):
     folder = repo / "configs" / "model" / "kvjax-tiny"
@@ -240,3 +249,19 @@ def test_the_bundled_model(repo, tmp_path):
         assert by[task, "random", 0.125]["score"] < none["score"]
         assert by[task, "kivi_4bit", None]["agreement"] > 0.5
     assert by["batch", "snapkv", 0.125]["agreement"] < 1.0
+
+
+@pytest.mark.slow
+def test_every_preset_runs(model, tokenizer, tmp_path):
+    config = tiny.config(
+        compressions=list(kvjax.compressions()),
+        keeps=[0.5],
+        lengths=[160],
+        items=2,
+        batch=2,
+        window=8,
+        visibility=["query_agnostic", "query_aware"],
+    )
+    rows = harness.run(model, tokenizer, config, tmp_path / "run")
+    assert {row["compression"] for row in rows} == set(kvjax.compressions())
+    assert all(row["agreement"] is not None for row in rows)
