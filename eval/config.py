@@ -15,7 +15,7 @@ from kvjax.types import nearest
 TEXT = "text"
 """The fidelity task: teacher-forced text instead of questions."""
 
-NEEDLE = "needle"
+NEEDLE = "niah"
 """`recall` with the asked record at each of `EvalConfig.depths`."""
 
 
@@ -24,11 +24,11 @@ class TaskEntry:
     """One task of an evaluation.
 
     Attributes:
-        name: a generated task, `needle`, or `text`.
+        name: a generated task, `niah`, or `text`.
         fields: the task's own fields. For `text` they may stand beside `name`.
         label: what rows call it; needed where a task occurs twice.
         lengths: instead of the evaluation's.
-        items: instead of the evaluation's; for `needle`, per depth.
+        items: instead of the evaluation's; for `niah`, per depth.
         visibility: instead of the evaluation's.
     """
 
@@ -136,7 +136,7 @@ class EvalConfig:
             for length in entry.lengths or self.lengths:
                 _least("length", length, 1)
             if entry.name == NEEDLE and not self.depths:
-                raise ValueError("task 'needle' needs `depths`; got none.")
+                raise ValueError("task 'niah' needs `depths`; got none.")
 
     def _check_paths(self):
         paths = [*self.defaults, *self.everywhere]

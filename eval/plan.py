@@ -182,7 +182,7 @@ def _task(entry: TaskEntry, depth: float | None) -> Task:
     if entry.name == NEEDLE:
         fields = {"value_length": 4, **entry.fields}
         if "depth" in fields:
-            raise ValueError("task 'needle' takes its depths from `depths`.")
+            raise ValueError("task 'niah' takes its depths from `depths`.")
         return make_task("recall", **fields, depth=depth)
     known = [*TASKS, NEEDLE, TEXT]
     if entry.name not in known:

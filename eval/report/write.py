@@ -191,7 +191,7 @@ def _needles(run: Run, folder: pathlib.Path) -> str:
     if not rows:
         return page.empty(
             "This run has no rows with a depth. Evaluate one that has (`--tasks "
-            "needle`) to fill this section."
+            "niah`) to fill this section."
         )
 
     def figures() -> Named:

@@ -57,7 +57,7 @@ class Eval(Command):
     keep: Names = None
     """Fractions kept, for all that have a budget: 0.5,0.25,0.1."""
     tasks: Names = None
-    """Of recall, chain, induction, batch, fact, needle."""
+    """Of recall, chain, induction, batch, fact, niah."""
     lengths: Names = None
     """Tokens of prompt and reply: 512,1024."""
     items: Count = None

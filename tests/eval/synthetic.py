@@ -72,7 +72,7 @@ def make_rows(names, keeps=(0.5, 0.25, 0.1), needle: bool = True) -> list[dict]:
             lost = {"score": None, "kl": 0.02 / (keep or 1.0) - 0.02, "nll": 1.0}
             rows.append(row("text", 512, name, keep, **lost))
             for depth in (0.0, 0.25, 0.5, 0.75, 1.0) if needle else ():
-                rows += [row("needle", n, name, keep, depth=depth) for n in (512, 1024)]
+                rows += [row("niah", n, name, keep, depth=depth) for n in (512, 1024)]
     return rows
 
 

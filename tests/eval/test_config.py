@@ -99,7 +99,7 @@ WRONG = {
     "a length of zero": ({"lengths": [0]}, "length"),
     "a length beyond the model": ({"lengths": [400]}, "model's range is 256"),
     "a needle's depth": (
-        {"tasks": [{"name": "needle", "fields": {"depth": 0.5}}]},
+        {"tasks": [{"name": "niah", "fields": {"depth": 0.5}}]},
         "`depths`",
     ),
     "overrides for nobody": ({"overrides": {"h2o": {"a": 1}}}, "not evaluated"),

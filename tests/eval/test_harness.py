@@ -182,7 +182,7 @@ def test_mean_and_standard_error():
 
 def test_needle_rows_have_depths(model, tokenizer, tmp_path):
     config = tiny.config(
-        tasks=[{"name": "needle", "items": 2}], depths=[0.0, 1.0], keeps=[0.5]
+        tasks=[{"name": "niah", "items": 2}], depths=[0.0, 1.0], keeps=[0.5]
     )
     rows = harness.run(model, tokenizer, config, tmp_path / "run")
     assert [row["depth"] for row in rows] == [0.0, 1.0] * 3
