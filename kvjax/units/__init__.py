@@ -112,6 +112,7 @@ class Chunk(AbstractUnit):
         held = jnp.pad(protected, pad).reshape(b, k, -1, self.size).any(-1)
         if self.share_heads:
             total = jnp.broadcast_to(total.sum(1, keepdims=True), total.shape)
+            held = jnp.broadcast_to(held.any(1, keepdims=True), held.shape)
         start = jnp.arange(total.shape[-1]) * self.size
         if self.reduce == "mean":
             live = jnp.clip(lengths[:, None, None] - start, 1, self.size)
