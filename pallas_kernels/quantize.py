@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 SCALE_DTYPE = jnp.float16
-# One float16 ulp is at most 2^-10 of the value: enough to round outwards.
-_ULP = 2.0**-10
+# One float16 ulp is at most 2^-10 of the value: enough to round outwards, but for
+# subnormal numbers, whose ulp is the smallest of them.
+_ULP, _SMALLEST = 2.0**-10, 2.0**-24
+_LARGEST = float(jnp.finfo(SCALE_DTYPE).max)
 
 
 def quantize(
@@ -27,6 +29,7 @@ def quantize(
     Groups lie along the slots (`axis="channel"`) or the channels (`"token"`).
     Statistics come from live slots only; dead slots get code 0. Rounding is
     straight-through, so gradients pass to `x` as through the identity.
+    Values that float16 scales cannot reach saturate.
     """
     *lead, s, d = x.shape
     wide = jnp.where(live[..., None], x, 0).astype(jnp.float32)
@@ -48,18 +51,26 @@ def quantize(
         high = jnp.max(jnp.where(mask, grouped, -jnp.inf), axis=along, keepdims=True)
         empty = low > high  # no live slot in this group
         low, high = jnp.where(empty, 0, low), jnp.where(empty, 0, high)
-        floor = (low - jnp.abs(low) * _ULP).astype(SCALE_DTYPE)
-        scale = _outwards((high - floor.astype(jnp.float32)) / top)
-        code = jnp.round((grouped - floor.astype(jnp.float32)) / scale)
-        zero = jnp.squeeze(floor, along)
+        floor = _half(low - jnp.abs(low) * _ULP)
+        floor = jnp.where(floor > low, _half(floor - _SMALLEST), floor)
+        scale = _outwards((high - floor) / top)
+        code = jnp.round((grouped - floor) / scale)
+        zero = jnp.squeeze(floor, along).astype(SCALE_DTYPE)
     code = jnp.where(mask, jnp.clip(code, 0, top), 0).astype(jnp.uint8)
     scale = jnp.squeeze(scale, along).astype(SCALE_DTYPE)
     return code.reshape(x.shape), scale, zero
 
 
+def _half(x: Array) -> Array:
+    """The nearest finite float16 value, held in float32."""
+    x = jnp.clip(x, -_LARGEST, _LARGEST)
+    return x.astype(SCALE_DTYPE).astype(jnp.float32)
+
+
 def _outwards(scale: Array) -> Array:
     """A float16 value (held in f32) not below `scale`; 1 where a group is constant."""
-    raised = (scale * (1 + _ULP)).astype(SCALE_DTYPE).astype(jnp.float32)
+    raised = _half(scale * (1 + _ULP))
+    raised = jnp.where(raised < scale, _half(raised + _SMALLEST), raised)
     return jnp.where(raised > 0, raised, 1.0)
 
 
