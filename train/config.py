@@ -2,15 +2,13 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import cattrs
 import yaml
-from cattrs.gen import make_dict_structure_fn
 
+from kvjax.config import decode, override, parse_assignments
 from kvjax.models.config import DecoderConfig
-from kvjax.types import nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,44 +114,5 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Trai
     Raises:
         ValueError: unknown key (the nearest is named) or a value of a wrong type.
     """
-    tree = yaml.safe_load(pathlib.Path(path).read_text())
-    for override in overrides:
-        key, sign, value = override.partition("=")
-        if not sign:
-            raise ValueError(f"Expected `path=value`; got {override!r}.")
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = yaml.safe_load(value)
-    return decode(tree, TrainConfig)
-
-
-def decode[C](tree: Any, cls: type[C]) -> C:
-    """`tree` as a dataclass, strictly: no unknown keys, no missing ones."""
-    converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=False)
-    converter.register_structure_hook_factory(
-        dataclasses.is_dataclass, lambda kind: _strict(kind, converter)
-    )
-    return converter.structure(tree, cls)
-
-
-def _strict(cls: type, converter: cattrs.Converter):
-    inner = make_dict_structure_fn(cls, converter)
-    known = {field.name: field for field in dataclasses.fields(cls)}
-
-    def structure(tree: Any, _: Any):
-        if not isinstance(tree, Mapping):
-            raise ValueError(f"{cls.__name__} needs a mapping; got {tree!r}.")
-        for key in tree:
-            if key not in known:
-                raise ValueError(
-                    f"Unknown key {key!r} in {cls.__name__}; expected one of "
-                    f"{list(known)}.{nearest(str(key), known)}"
-                )
-        try:
-            return inner(tree, cls)
-        except KeyError as missing:
-            raise ValueError(f"{cls.__name__} needs the key {missing}.") from missing
-
-    return structure
+    tree = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+    return decode(override(tree, parse_assignments(overrides)), TrainConfig)

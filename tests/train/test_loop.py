@@ -131,7 +131,7 @@ def test_unknown_keys_name_the_nearest(repo):
         load_config(repo / RECIPE, ["optimizer.learning_rat=1.0"])
     with pytest.raises(ValueError, match="'num_layers'"):
         load_config(repo / RECIPE, ["model.num_layer=2"])
-    with pytest.raises(ValueError, match="path=value"):
+    with pytest.raises(ValueError, match="dotted.path=value"):
         load_config(repo / RECIPE, ["seed"])
     with pytest.raises(ValueError, match="'muon'"):
         make_optimizer(OptimizerConfig(name="muo"), 10)
