@@ -88,9 +88,12 @@ def unpack(packed: Array, bits: int) -> Array:
     """Inverse of `pack`, uint8."""
     if bits == 8:
         return packed
-    mask = jnp.uint8(2**bits - 1)
-    parts = [(packed >> jnp.uint8(bits * i)) & mask for i in range(8 // bits)]
-    return jnp.concatenate(parts, axis=-1)
+    part = jnp.arange(packed.shape[-1] * 8 // bits) // packed.shape[-1]
+    wide = jnp.concatenate([packed] * (8 // bits), axis=-1)
+    codes = wide
+    for index in range(1, 8 // bits):
+        codes = jnp.where(part == index, wide >> jnp.uint8(bits * index), codes)
+    return codes & jnp.uint8(2**bits - 1)
 
 
 def dequantize(
@@ -104,19 +107,30 @@ def dequantize(
     """The float32 array that `quantize` and `pack` stand for."""
     codes = unpack(packed, bits).astype(jnp.float32)
     *lead, s, d = codes.shape
-    along = -2 if axis == "channel" else -1
-    shape = (
-        (*lead, s // group, group, d)
-        if axis == "channel"
-        else (*lead, s, d // group, group)
-    )
-    step = jnp.expand_dims(scale.astype(jnp.float32), along)
-    grouped = codes.reshape(shape)
     if zero is None:
-        out = (grouped - (2**bits - 1) // 2) * step
-    else:
-        out = grouped * step + jnp.expand_dims(zero.astype(jnp.float32), along)
+        codes = codes - (2**bits - 1) // 2
+    if axis == "token":
+        step = _over_channels(scale, group, d)
+        return codes * step + (0 if zero is None else _over_channels(zero, group, d))
+    grouped = codes.reshape(*lead, s // group, group, d)
+    out = grouped * jnp.expand_dims(scale.astype(jnp.float32), -2)
+    if zero is not None:
+        out = out + jnp.expand_dims(zero.astype(jnp.float32), -2)
     return out.reshape(*lead, s, d)
+
+
+def _over_channels(scale: Array, group: int, channels: int) -> Array:
+    """`[..., D / group]` to float32 `[..., D]`, each element for `group` channels.
+
+    Selects instead of a broadcast along a new axis: XLA on a CPU vectorises the one
+    and not the other, which made up three quarters of the time.
+    """
+    scale = scale.astype(jnp.float32)
+    channel = jnp.arange(channels)
+    wide = scale[..., :1]
+    for index in range(1, channels // group):
+        wide = jnp.where(channel < index * group, wide, scale[..., index : index + 1])
+    return wide
 
 
 def straight_through(exact: Array, rounded: Array) -> Array:

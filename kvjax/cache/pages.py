@@ -100,15 +100,13 @@ class Pages(AbstractPart):
 
     def grow(self, tail, rows, growth, spec):
         live = tail.positions >= 0
-        encode = (live, tail.positions, spec.rope)
+        keys, values = growth.encode(tail, rows, spec)
         start = jnp.minimum(self.filled, self.positions.shape[-1] - growth.block)
         low, high = page_bounds(tail.keys, live, self.page)
         at = start // self.page
         return Pages(
-            keys=self.keys.put(growth.keys.encode(tail.keys, *encode), start, rows),
-            values=self.values.put(
-                growth.values.encode(tail.values, *encode), start, rows
-            ),
+            keys=self.keys.put(keys, start, rows),
+            values=self.values.put(values, start, rows),
             positions=put_positions(self.positions, tail.positions, start, rows),
             low=_put(self.low, low, at, rows),
             high=_put(self.high, high, at, rows),

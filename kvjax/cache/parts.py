@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.cache.blocks import attend_blocks, over_blocks
 from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray
-from kvjax.pallas_kernels.partial import Partial, merge, softmax_partial
-from kvjax.pallas_kernels.slots import attend_block, slot_logits, slot_mask
+from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
+from kvjax.pallas_kernels.slots import (
+    slot_logits,
+    slot_mask,
+    unless_nan,
+)
 from kvjax.types import EMPTY, NEG_INF, LayerSpec, pytree
-
-BLOCK = 1024
-"""Slots decoded at a time; bounds a decode step's temporaries."""
 
 
 class AbstractPart(abc.ABC):
@@ -70,6 +72,22 @@ class Growth:
     keys: AbstractCodec
     values: AbstractCodec
 
+    def encode(
+        self, tail: "Tail", rows: Bool[Array, "B"], spec: LayerSpec
+    ) -> tuple[AbstractEncoded, AbstractEncoded]:
+        """Keys and values of the tail as blocks; anything if no row's is full."""
+
+        def run():
+            args = (tail.positions >= 0, tail.positions, spec.rope)
+            return self.keys.encode(tail.keys, *args), self.values.encode(
+                tail.values, *args
+            )
+
+        # Only the block is computed on condition: a body that went through the
+        # branches would be copied at every step.
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run))
+        return jax.lax.cond(jnp.any(rows), run, lambda: blank)
+
 
 def put_positions(old: Array, new: Array, start: Array, rows: Array) -> Array:
     """Write `new [B, K, R]` into `old [B, K, S]` from slot `start` on, where `rows`."""
@@ -83,51 +101,6 @@ def put_positions(old: Array, new: Array, start: Array, rows: Array) -> Array:
 def by_head(positions: Int[Array, "B K S"]) -> list[list[np.ndarray]]:
     """Live entries of `[B, K, S]` positions as lists over rows and heads."""
     return [[head[head >= 0] for head in row] for row in np.asarray(positions)]
-
-
-def attend_blocks(
-    q: Array,
-    q_positions: Array,
-    keys: AbstractEncoded,
-    values: AbstractEncoded,
-    positions: Int[Array, "B K S"],
-    spec: LayerSpec,
-    limit: Int[Array, "B T"] | None = None,
-) -> Partial:
-    """Attention over encoded slots, decoded block by block.
-
-    The dequantised keys and values of one block live at a time, so a decode step
-    never holds a plain copy of the cache.
-    """
-    slots = positions.shape[-1]
-    multiple = math.lcm(keys.block_multiple, values.block_multiple)
-    size = max(multiple, BLOCK // multiple * multiple)
-
-    def attend(start, width: int) -> Partial:
-        here = jax.lax.dynamic_slice_in_dim(positions, start, width, axis=-1)
-        mask = slot_mask(q_positions, here, spec.window)
-        if limit is not None:
-            mask = mask & (start + jnp.arange(width) < limit[:, None, :, None])
-        return attend_block(
-            q,
-            keys.block(start, width).decode(here, spec.rope),
-            values.block(start, width).decode(here, spec.rope),
-            mask,
-            scale=spec.scale,
-            softcap=spec.softcap,
-        )
-
-    if slots < 2 * size:
-        return attend(0, slots)
-
-    def step(carry, index):
-        return merge([carry, attend(index * size, size)]), None
-
-    b, h, t, d = q.shape
-    nothing = Partial(jnp.zeros((b, h, t, d)), jnp.full((b, h, t), NEG_INF))
-    done, _ = jax.lax.scan(step, nothing, jnp.arange(slots // size))
-    rest = slots % size
-    return merge([done, attend(slots - rest, rest)]) if rest else done
 
 
 @final
@@ -162,14 +135,11 @@ class Slots(AbstractPart):
 
     def grow(self, tail, rows, growth, spec):
         assert self.filled is not None
-        live = tail.positions >= 0
-        encode = (live, tail.positions, spec.rope)
+        keys, values = growth.encode(tail, rows, spec)
         start = jnp.minimum(self.filled, self.positions.shape[-1] - growth.block)
         return Slots(
-            keys=self.keys.put(growth.keys.encode(tail.keys, *encode), start, rows),
-            values=self.values.put(
-                growth.values.encode(tail.values, *encode), start, rows
-            ),
+            keys=self.keys.put(keys, start, rows),
+            values=self.values.put(values, start, rows),
             positions=put_positions(self.positions, tail.positions, start, rows),
             filled=self.filled + jnp.where(rows, growth.block, 0),
         )
@@ -230,27 +200,50 @@ class Ragged(AbstractPart):
 
     def attend(self, q, q_positions, spec, limit=None):
         del limit
+        heads, shape = self.heads, self.positions.shape
+
+        def attend(start, width: int, clear: bool) -> tuple[Partial, Array]:
+            at = (start, width, 1)
+            here = jax.lax.dynamic_slice_in_dim(self.positions, *at)
+            keys = self.keys.block(start, width).decode(here, spec.rope)
+            values = self.values.block(start, width).decode(here, spec.rope)
+            if clear:
+                live = (here >= 0)[..., None]
+                keys, values = jnp.where(live, keys, 0), jnp.where(live, values, 0)
+            owner = jax.lax.dynamic_slice_in_dim(heads, *at)
+            return self._attend(q, q_positions, spec, keys, values, here, owner)
+
+        def blocks() -> Partial:
+            multiple = math.lcm(self.keys.block_multiple, self.values.block_multiple)
+            return over_blocks(
+                lambda start, width: attend(start, width, True)[0],
+                shape[-1],
+                multiple,
+                q.shape,
+            )
+
+        if isinstance(self.keys, PlainArray) and isinstance(self.values, PlainArray):
+            return unless_nan(q, lambda: attend(0, shape[-1], False), blocks)
+        return blocks()
+
+    def _attend(self, q, q_positions, spec, keys, values, positions, owner):
+        """Attention over some slots, and whether all products are finite."""
         # All heads' queries against the flat buffer, masked to the owner: one GEMM
         # per row. The buffer is read once; the extra products are cheap beside it.
         kv_heads = self.offsets.shape[-1] - 1
-        own = self.heads[:, None, :] == jnp.arange(kv_heads)[None, :, None]
-        flat = jnp.where(own, self.positions[:, None, :], EMPTY)  # [B, K, N]
-        live = (self.positions >= 0)[..., None]
-        n = self.positions.shape[-1]
-        keys = jnp.where(live, self.keys.decode(self.positions, spec.rope), 0)
-        values = jnp.where(live, self.values.decode(self.positions, spec.rope), 0)
-        b, h, t, d = q.shape
+        own = owner[:, None, :] == jnp.arange(kv_heads)[None, :, None]
+        flat = jnp.where(own, positions[:, None, :], EMPTY)  # [B, K, N]
+        (b, h, t, d), n = q.shape, positions.shape[-1]
         rows = q.reshape(b, h * t, d).astype(keys.dtype)
         logits = jnp.einsum("BXD,BND->BXN", rows, keys, preferred_element_type="f4")
-        logits = logits.reshape(b, kv_heads, -1, t, n) * spec.scale
-        if spec.softcap is not None:
-            logits = spec.softcap * jnp.tanh(logits / spec.softcap)
+        logits = cap(logits.reshape(b, kv_heads, -1, t, n) * spec.scale, spec.softcap)
         mask = slot_mask(q_positions, flat, spec.window)[:, :, None]
         mask = jnp.broadcast_to(mask, logits.shape)
         part = softmax_partial(
             logits.reshape(b, h * t, n), mask.reshape(b, h * t, n), values
         )
-        return Partial(part.out.reshape(b, h, t, d), part.lse.reshape(b, h, t))
+        finite = jnp.isfinite(jnp.sum(logits)) & jnp.isfinite(jnp.sum(part.out))
+        return Partial(part.out.reshape(b, h, t, d), part.lse.reshape(b, h, t)), finite
 
     def live_positions(self):
         positions, offsets = np.asarray(self.positions), np.asarray(self.offsets)

@@ -72,11 +72,13 @@ class LayerCache:
         if self.tracker is not None:
             cache = cache._track(inputs)
         full = cache.tail.used >= cache.tail.capacity
-        settle = type(self)._fold if self.tracker is not None else type(self)._grow
+        if self.tracker is None:
+            out, cache = jax.lax.optimization_barrier((out, cache))
+            return out, cache._grow(full)
         if cache.tail.capacity == 1:
-            return out, settle(cache, full)
+            return out, cache._fold(full)
         return out, jax.lax.cond(
-            jnp.any(full), lambda c: settle(c, full), lambda c: c, cache
+            jnp.any(full), lambda c: c._fold(full), lambda c: c, cache
         )
 
     def _track(self, inputs: LayerInputs) -> Self:

@@ -1,0 +1,89 @@
+"""Attention over a part's slots without a decoded copy of them."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from kvjax.codecs import AbstractEncoded, PlainArray
+from kvjax.pallas_kernels.partial import Partial, merge
+from kvjax.pallas_kernels.slots import (
+    attend_block,
+    attend_raw,
+    slot_mask,
+    unless_nan,
+)
+from kvjax.types import NEG_INF, LayerSpec
+
+BLOCK = 1024
+"""Slots decoded at a time; bounds a decode step's temporaries."""
+
+
+def attend_blocks(
+    q: Array,
+    q_positions: Array,
+    keys: AbstractEncoded,
+    values: AbstractEncoded,
+    positions: Int[Array, "B K S"],
+    spec: LayerSpec,
+    limit: Int[Array, "B T"] | None = None,
+) -> Partial:
+    """Attention over encoded slots, decoded block by block.
+
+    The dequantised keys and values of one block live at a time, so a decode step
+    never holds a plain copy of the cache. Plain slots are read where they are.
+    """
+    how: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap}
+    multiple = math.lcm(keys.block_multiple, values.block_multiple)
+
+    def attend(start, width: int) -> Partial:
+        here = jax.lax.dynamic_slice_in_dim(positions, start, width, axis=-1)
+        mask = slot_mask(q_positions, here, spec.window)
+        if limit is not None:
+            mask = mask & (start + jnp.arange(width) < limit[:, None, :, None])
+        held = (part.block(start, width) for part in (keys, values))
+        return attend_block(q, *(x.decode(here, spec.rope) for x in held), mask, **how)
+
+    def blocks() -> Partial:
+        return over_blocks(attend, positions.shape[-1], multiple, q.shape)
+
+    if (
+        limit is None
+        and isinstance(keys, PlainArray)
+        and isinstance(values, PlainArray)
+    ):
+        mask = slot_mask(q_positions, positions, spec.window)
+        whole = functools.partial(attend_raw, q, keys.data, values.data, mask, **how)
+        return unless_nan(q, whole, blocks)
+    return blocks()
+
+
+def over_blocks(
+    attend: Callable[[Any, int], Partial],
+    slots: int,
+    multiple: int,
+    shape: tuple[int, ...],
+) -> Partial:
+    """`attend(start, width)` over all slots, about `BLOCK` of them at a time.
+
+    Args:
+        attend: attention over some slots; `start` may be traced.
+        slots: how many there are.
+        multiple: of `start` and `width`.
+        shape: of the queries.
+    """
+    size = max(multiple, BLOCK // multiple * multiple)
+    if slots < 2 * size:
+        return attend(0, slots)
+
+    def step(carry, index):
+        return merge([carry, attend(index * size, size)]), None
+
+    nothing = Partial(jnp.zeros(shape), jnp.full(shape[:-1], NEG_INF))
+    done, _ = jax.lax.scan(step, nothing, jnp.arange(slots // size))
+    rest = slots % size
+    return merge([done, attend(slots - rest, rest)]) if rest else done
