@@ -59,8 +59,9 @@ def replies(model: Decoder, items: Sequence[Item], max_new_tokens: int) -> list[
     ]
     longest = max(len(d.prompt) + max(len(d.gold), max_new_tokens) for d in drafts)
     width = -(-longest // 64) * 64
-    rows = max(1, PASS_TOKENS // width)
     while left := [draft for draft in drafts if not draft.done]:
+        # Few wrong replies remain after the first pass: powers of two bound compiling.
+        rows = min(max(1, PASS_TOKENS // width), 1 << (len(left) - 1).bit_length())
         for start in range(0, len(left), rows):
             group = left[start : start + rows]
             tokens = np.zeros((rows, width), np.int32)

@@ -97,7 +97,7 @@ class Log:
 def save(directory: pathlib.Path, state: TrainState) -> None:
     """Write `directory/step_N`."""
     path = directory / f"step_{int(state.step)}"
-    ocp.save(path.absolute(), _leaves(state), overwrite=True)
+    ocp.save(str(path.absolute()), _leaves(state), overwrite=True)
 
 
 def restore(directory: pathlib.Path, state: TrainState) -> TrainState:
@@ -105,7 +105,7 @@ def restore(directory: pathlib.Path, state: TrainState) -> TrainState:
     found = sorted(directory.glob("step_*"), key=lambda p: int(p.name.split("_")[1]))
     if not found:
         return state
-    loaded = ocp.load(found[-1].absolute(), _leaves(state))
+    loaded = ocp.load(str(found[-1].absolute()), _leaves(state))
     leaves = [loaded[str(i)] for i in range(len(loaded))]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
