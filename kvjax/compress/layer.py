@@ -47,18 +47,18 @@ def build(
     evict = eviction_of(c, observed.spec, builder.tokens)
     if evict is None:
         return builder.uniform(builder.everything(), lengths, builder.tokens), None
-    counts, slots = builder.counts(evict)
+    counts, held, slots = builder.counts(evict)
     shared = observed.spec.index % evict.unit.reuse != 0
     if priorities is None or not shared:
         priorities = builder.priorities(evict, counts)
     if evict.budget.per_head:
-        return builder.ragged(evict, priorities, counts, slots), priorities
+        return builder.ragged(evict, priorities, held, slots), priorities
     if c.evict is not None and isinstance(c.schedule, EveryTokens):
         return builder.bounded(evict, priorities, counts, slots), priorities
     if evict.values is not None:
         return builder.decoupled(evict, priorities, counts), priorities
-    choice = choose(priorities, counts, slots)
-    return builder.uniform(choice, counts, slots), priorities
+    choice = choose(priorities, held, slots)
+    return builder.uniform(choice, held, slots), priorities
 
 
 class _Builder:
@@ -79,11 +79,16 @@ class _Builder:
             for codec in (store.keys, store.values)
         )
 
-    def counts(self, evict: Eviction) -> tuple[Int[Array, "B"], int]:
-        """Tokens per head of each row, and the slots that the longest row may need."""
+    def counts(self, evict: Eviction) -> tuple[Int[Array, "B"], Int[Array, "B"], int]:
+        """Tokens per head that the budget gives each row; slots that these may need.
+
+        Whole chunks may hold a few more tokens than the budget, or fewer. Last: the
+        slots of the longest row.
+        """
         table = evict.budget.table(self.tokens, self.spec, self.slot_bytes())
-        capacity = int(evict.unit.slots(table, np.arange(self.tokens + 1)).max())
-        return jnp.take(jnp.asarray(table), self.lengths), capacity
+        slots = evict.unit.slots(table, np.arange(self.tokens + 1)).astype(np.int32)
+        counts, held = (jnp.take(jnp.asarray(x), self.lengths) for x in (table, slots))
+        return counts, held, int(slots.max())
 
     def priorities(self, evict: Eviction, counts: Int[Array, "B"]) -> Scores:
         """Priorities of all prompt tokens; padding and dead tokens are `-inf`."""
