@@ -44,7 +44,8 @@ def up_to_scale(ours: np.ndarray, theirs: np.ndarray) -> None:
     """As `values`, but each head may have a positive factor of its own."""
     for mine, other in zip(ours, theirs, strict=True):
         values(
-            mine / mine[np.isfinite(mine)].sum(), other / other[np.isfinite(other)].sum()
+            mine / mine[np.isfinite(mine)].sum(),
+            other / other[np.isfinite(other)].sum(),
         )
 
 
@@ -140,15 +141,15 @@ REFERENCES: dict[str, list[Case]] = {
     "lagkv": [
         Case(LagKV(lag=16), plain("lagkv", lag=16), order_newest_first),
         Case(
-            LagKV(lag=12, n_sink=0), plain("lagkv", lag=12, n_sink=0), order_newest_first
+            LagKV(lag=12, n_sink=0),
+            plain("lagkv", lag=12, n_sink=0),
+            order_newest_first,
         ),
     ],
     # Scores are not normalised over the sequence: one factor per head.
     "cur": [
         Case(CUR(), plain("cur"), up_to_scale),
-        Case(
-            CUR(n_sink=0, block=7), plain("cur", num_sinks=0, window=7), up_to_scale
-        ),
+        Case(CUR(n_sink=0, block=7), plain("cur", num_sinks=0, window=7), up_to_scale),
     ],
 }
 WITHOUT_REFERENCE = {"random": "its scores are a draw; see the tests at the end"}

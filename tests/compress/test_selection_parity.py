@@ -111,10 +111,10 @@ def chosen(priorities, counts):
 
 def kept_by(unit, scores: np.ndarray, counts: np.ndarray) -> list[list[np.ndarray]]:
     """What a unit keeps of every row and head."""
-    lengths, counts = jnp.asarray(LENGTHS), jnp.asarray(counts, jnp.int32)
-    priorities = unit.priorities(jnp.asarray(scores), lengths, counts)
+    allowed = jnp.asarray(counts, jnp.int32)
+    priorities = unit.priorities(jnp.asarray(scores), jnp.asarray(LENGTHS), allowed)
     # A whole-chunk unit bounds itself, by `-inf`; its slots are then the limit.
-    slots = unit.slots(np.asarray(counts), LENGTHS)
+    slots = unit.slots(counts, LENGTHS)
     return positions(*chosen(priorities, jnp.asarray(slots, jnp.int32)))
 
 
