@@ -27,8 +27,8 @@ def quantize(
     """Codes `[*lead, S, D]` uint8 with their scales and zeros in float16.
 
     Groups lie along the slots (`axis="channel"`) or the channels (`"token"`).
-    Statistics come from live slots only; dead slots get code 0. Codes
-    have no gradient; see `straight_through`. Values that float16 scales cannot reach saturate.
+    Statistics come from live slots only; dead slots get code 0. Values that float16
+    scales cannot reach saturate. Codes have no gradient; see `straight_through`.
     """
     *lead, s, d = x.shape
     wide = jnp.where(live[..., None], x, 0).astype(jnp.float32)
