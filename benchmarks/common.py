@@ -1,0 +1,154 @@
+"""What the benchmarks share: models, synthetic caches, timing, and the record."""
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+from flax import nnx
+
+from kvjax.cache import KVCache
+from kvjax.compress.config import Compression
+from kvjax.compress.layer import build
+from kvjax.compress.observe import observe
+from kvjax.models import Decoder, DecoderConfig, checks, generation
+from kvjax.models.inference import trim
+from kvjax.models.sampling import Sampling
+from kvjax.rope import Rope
+from kvjax.types import LayerInputs, padded_positions
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+def arguments(doc: str | None, **defaults: Any) -> argparse.Namespace:
+    """Command line with `--name` for every default; a list takes several values."""
+    parser = argparse.ArgumentParser(description=doc)
+    for name, value in defaults.items():
+        many = isinstance(value, list)
+        kind = type(value[0] if many else value)
+        how: dict[str, Any] = {"type": kind, "default": value}
+        parser.add_argument(f"--{name}", **how, nargs="+" if many else None)
+    return parser.parse_args()
+
+
+def large(layers: int = 12, vocab: int = 32000) -> DecoderConfig:
+    """A Llama of width 768 with four KV heads for twelve query heads."""
+    return DecoderConfig(
+        vocab_size=vocab,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_layers=layers,
+        num_heads=12,
+        num_kv_heads=4,
+        head_dim=64,
+        rope=Rope(head_dim=64),
+        max_positions=65536,
+        tie_embeddings=True,
+    )
+
+
+def random_model(config: DecoderConfig, seed: int = 0) -> Decoder:
+    """Fresh float32 weights."""
+    return Decoder(config, rngs=nnx.Rngs(seed))
+
+
+def random_cache(
+    config: DecoderConfig, c: Compression, batch: int, length: int, room: int, seed=0
+) -> KVCache:
+    """What prefill leaves, for random queries, keys and values instead of a prompt."""
+    lengths = jnp.full((batch,), length, jnp.int32)
+
+    @functools.partial(jax.jit, static_argnames="spec")
+    def layer(key, spec):
+        heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        q, k, v = (
+            jax.random.normal(one, (batch, n, length, spec.head_dim))
+            for one, n in zip(jax.random.split(key, 3), heads, strict=True)
+        )
+        o = jnp.zeros((spec.num_heads, spec.head_dim, config.hidden_size))
+        at = padded_positions(lengths, length)
+        inputs = LayerInputs(q=q, k=k, v=v, positions=at, o_proj=o, spec=spec)
+        return build(observe(inputs, lengths, c, None), lengths, c, room=room)[0]
+
+    keys = jax.random.split(jax.random.key(seed), config.num_layers)
+    layers = tuple(layer(k, s) for k, s in zip(keys, config.layers, strict=True))
+    about = checks.provenance(config, c)
+    return trim(KVCache(layers=layers, length=lengths, provenance=about))
+
+
+def decode_ms(model: Decoder, cache: KVCache, tokens: int, repeats: int = 5) -> float:
+    """Median milliseconds per decode step of the loop that `generate` runs."""
+    state_of = functools.partial(
+        generation._first,
+        jnp.zeros((cache.length.shape[0], model.config.vocab_size)),
+        cache.length,
+        stops=(stops := jnp.full((4,), -1, jnp.int32)),
+        pad=0,
+        sampling=Sampling(),
+        room=tokens,
+    )
+    graph, params = nnx.split(model)
+    limit, times = jnp.asarray(tokens, jnp.int32), []
+    for _ in range(repeats + 1):
+        state = state_of(key=jax.random.key(0))
+        layers = jax.block_until_ready(jax.tree.map(jnp.copy, cache.layers))
+        start = time.perf_counter()
+        out = generation._decode_donating(
+            graph, params, layers, state, limit, stops, sampling=Sampling()
+        )
+        jax.block_until_ready(out)
+        times.append(1e3 * (time.perf_counter() - start) / (tokens - 1))
+    return statistics.median(times[1:])
+
+
+def median_s(call: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of `call`, the first (compiling) one aside."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def report(name: str, config: dict[str, Any], results: Any, seed: int = 0) -> int:
+    """Print the record and write it to `results/<name>.json`."""
+    commit = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    done = subprocess.run(commit, capture_output=True, text=True)
+    record = {
+        "benchmark": name,
+        "config": config,
+        "seed": seed,
+        "results": results,
+        "commit": done.stdout.strip() or None,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load": loadavg(),
+    }
+    target = HERE / "results" / f"{name}.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record))
+    sys.stdout.flush()
+    return 0
+
+
+def loadavg() -> float | None:
+    """Processes that ran in the last minute; above 1, others ran beside this one."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
