@@ -46,13 +46,14 @@ class Sampling:
             edge = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
             logits = jnp.where(logits >= edge, logits, NEG_INF)
         if self.top_p is not None and self.top_p < 1.0:
-            logits = self._nucleus(logits)
+            logits = _nucleus(logits, self.top_p)
         return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
-    def _nucleus(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        ordered = jnp.sort(logits, axis=-1)[..., ::-1]
-        weight = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(weight, axis=-1) - weight
-        inside = before < self.top_p
-        edge = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(logits >= edge, logits, NEG_INF)
+
+def _nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
+    """Logits of the tokens that together reach `top_p`; `-inf` for the others."""
+    ordered = jnp.sort(logits, axis=-1)[..., ::-1]
+    weight = jax.nn.softmax(ordered, axis=-1)
+    inside = jnp.cumsum(weight, axis=-1) - weight < top_p
+    edge = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= edge, logits, NEG_INF)

@@ -45,8 +45,9 @@ def attend_blocks(
         mask = slot_mask(q_positions, here, spec.window)
         if limit is not None:
             mask = mask & (start + jnp.arange(width) < limit[:, None, :, None])
-        held = (part.block(start, width) for part in (keys, values))
-        return attend_block(q, *(x.decode(here, spec.rope) for x in held), mask, **how)
+        k = keys.block(start, width).decode(here, spec.rope)
+        v = values.block(start, width).decode(here, spec.rope)
+        return attend_block(q, k, v, mask, **how)
 
     def blocks() -> Partial:
         return over_blocks(attend, positions.shape[-1], multiple, q.shape)

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from typing import Self, final
+from typing import TYPE_CHECKING, Self, final
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from kvjax.pallas_kernels.slots import (
     unless_nan,
 )
 from kvjax.types import EMPTY, NEG_INF, LayerSpec, pytree
+
+if TYPE_CHECKING:  # the tail is itself a part
+    from kvjax.cache.tail import Tail
 
 
 class AbstractPart(abc.ABC):

@@ -1,5 +1,7 @@
 """Wrong input: named before any compute, with what was expected and what to do."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,13 +133,14 @@ def test_extensions():
 
 
 def test_sampling():
-    for wrong, says in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"temperature": -1.0}, "must be >= 0"),
         ({"temperature": 1.0}, "needs a random key"),
         ({"top_k": 0}, "at least 1"),
         ({"top_p": 0.0}, "must be in \\(0, 1\\]"),
         ({"max_new_tokens": 0}, "integer >= 1"),
-    ):
+    ]
+    for wrong, says in cases:
         with pytest.raises(ValueError, match=says):
             kvjax.generate(small_model(), PROMPT, LENGTHS, **wrong)
 

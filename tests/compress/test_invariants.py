@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -193,13 +194,19 @@ def test_a_generation_compiles_once(name):
     prompt, _, _ = batch()
     run = functools.partial(kvjax.generate, c=preset(name), max_new_tokens=20)
     run(small_model(), prompt, LENGTHS)
-    prefills = inference._prefill
-    before = generation._decode_donating._cache_size(), prefills._cache_size()
+    before = programs()
     out = run(small_model(), prompt[:, :100], np.minimum(LENGTHS, 100) - 7)
     assert (np.asarray(out.lengths) == 20).all()
-    assert prefills._cache_size() == before[1]
+    prefills, loops = programs()
+    assert prefills == before[0]
     if not data_sized(out.cache):
-        assert generation._decode_donating._cache_size() == before[0]
+        assert loops == before[1]
+
+
+def programs() -> tuple[int, int]:
+    """Compiled prefills and decode loops so far."""
+    held: list[Any] = [inference._prefill, generation._decode_donating]
+    return held[0]._cache_size(), held[1]._cache_size()
 
 
 def data_sized(cache: kvjax.KVCache) -> bool:
