@@ -70,13 +70,19 @@ def accuracy(model, task: str, fields: dict, *, items: int, length: int, seed: i
 
 
 def evaluate(
-    path: pathlib.Path, *, items: int, lengths: Sequence[int], seed: int, detail: bool
+    path: pathlib.Path,
+    *,
+    tasks: Sequence[str] = tuple(TASKS),
+    items: int,
+    lengths: Sequence[int],
+    seed: int,
+    detail: bool,
 ) -> dict[str, dict[str, float]]:
     """Accuracy by task (and by its variants) and by length."""
     # Weights as stored (bfloat16), products in float32: several times faster on a CPU.
     model, _ = load(path, dtype="float32", tokenizer=False)
     out: dict[str, dict[str, float]] = {}
-    for name in TASKS:
+    for name in tasks:
         for label, fields in variants(name):
             if fields and not detail:
                 continue
@@ -109,6 +115,7 @@ def main() -> None:
         prog="python -m kvjax.train.evaluate", description=__doc__
     )
     parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--seed", type=int, default=1)
@@ -117,6 +124,7 @@ def main() -> None:
     args = parser.parse_args()
     result = evaluate(
         args.model,
+        tasks=args.tasks,
         items=args.items,
         lengths=args.lengths,
         seed=args.seed,
