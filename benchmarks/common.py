@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import functools
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -16,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from flax import nnx
 
 from kvjax.cache import KVCache
@@ -135,7 +135,7 @@ def report(name: str, config: dict[str, Any], results: Any, seed: int = 0) -> in
         "results": results,
         "commit": done.stdout.strip() or None,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -37,6 +37,7 @@ def measure(config, name: str, batch: int, length: int, room: int) -> dict:
         graph, params, layers, state, *rest, sampling=Sampling()
     )
     memory = lowered.compile().memory_analysis()
+    assert memory is not None  # every backend we compile for has it
     held = nbytes(layers)
     return {
         "cache_bytes": held,

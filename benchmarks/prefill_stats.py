@@ -1,6 +1,7 @@
 """Prefill with the statistics of a score against plain prefill; its temporaries."""
 
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,9 @@ def temporaries(config, c, length: int) -> int:
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
     lowered = inference._prefill.lower(graph, params, tokens, lengths, c=c, room=64)
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None  # every backend we compile for has it
+    return memory.temp_size_in_bytes
 
 
 def main() -> int:
@@ -39,11 +42,11 @@ def main() -> int:
     )
     config = large(args.layers, vocab=8192)
     model = random_model(config)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name in args.methods:
         c = kvjax.compression(name)
         took = seconds(model, c, args.length, args.repeats)
-        row = {"prefill_ms": round(1e3 * took, 1)}
+        row: dict[str, Any] = {"prefill_ms": round(1e3 * took, 1)}
         plain = results.get("none", row)
         row["of_plain"] = round(row["prefill_ms"] / plain["prefill_ms"], 3)
         row["temp_bytes"] = {n: temporaries(config, c, n) for n in args.lengths}

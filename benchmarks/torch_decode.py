@@ -1,3 +1,5 @@
+# PyTorch is not a dependency of kvjax; this file runs in an interpreter of its own.
+# pyright: reportMissingImports=false
 """Greedy decoding with transformers on torch, for `decode.py`; prints one JSON line.
 
 Runs in an interpreter of its own: `torch_decode.py MODEL PROMPT.npy NEW REPEATS`.
