@@ -68,16 +68,18 @@ def over_blocks(
     slots: int,
     multiple: int,
     shape: tuple[int, ...],
+    block: int = BLOCK,
 ) -> Partial:
-    """`attend(start, width)` over all slots, about `BLOCK` of them at a time.
+    """`attend(start, width)` over all slots, about `block` of them at a time.
 
     Args:
         attend: attention over some slots; `start` may be traced.
         slots: how many there are.
         multiple: of `start` and `width`.
         shape: of the queries.
+        block: slots at a time.
     """
-    size = max(multiple, BLOCK // multiple * multiple)
+    size = max(multiple, block // multiple * multiple)
     if slots < 2 * size:
         return attend(0, slots)
 

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.blocks import attend_blocks, over_blocks
+from kvjax.cache.blocks import BLOCK, attend_blocks, over_blocks
 from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray
 from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
 from kvjax.pallas_kernels.slots import (
     slot_logits,
     slot_mask,
-    unless_nan,
 )
 from kvjax.types import EMPTY, NEG_INF, LayerSpec, pytree
 
@@ -203,34 +202,25 @@ class Ragged(AbstractPart):
 
     def attend(self, q, q_positions, spec, limit=None):
         del limit
-        heads, shape = self.heads, self.positions.shape
+        heads = self.heads
 
-        def attend(start, width: int, clear: bool) -> tuple[Partial, Array]:
+        def attend(start, width: int) -> Partial:
             at = (start, width, 1)
             here = jax.lax.dynamic_slice_in_dim(self.positions, *at)
-            keys = self.keys.block(start, width).decode(here, spec.rope)
-            values = self.values.block(start, width).decode(here, spec.rope)
-            if clear:
-                live = (here >= 0)[..., None]
-                keys, values = jnp.where(live, keys, 0), jnp.where(live, values, 0)
+            live = (here >= 0)[..., None]
+            held = (part.block(start, width) for part in (self.keys, self.values))
+            keys, values = (jnp.where(live, x.decode(here, spec.rope), 0) for x in held)
             owner = jax.lax.dynamic_slice_in_dim(heads, *at)
             return self._attend(q, q_positions, spec, keys, values, here, owner)
 
-        def blocks() -> Partial:
-            multiple = math.lcm(self.keys.block_multiple, self.values.block_multiple)
-            return over_blocks(
-                lambda start, width: attend(start, width, True)[0],
-                shape[-1],
-                multiple,
-                q.shape,
-            )
-
-        if isinstance(self.keys, PlainArray) and isinstance(self.values, PlainArray):
-            return unless_nan(q, lambda: attend(0, shape[-1], False), blocks)
-        return blocks()
+        # A flat slot is one head's: blocks of as many bytes as elsewhere.
+        block = BLOCK * (self.offsets.shape[-1] - 1)
+        multiple = math.lcm(self.keys.block_multiple, self.values.block_multiple)
+        slots = self.positions.shape[-1]
+        return over_blocks(attend, slots, multiple, q.shape, block)
 
     def _attend(self, q, q_positions, spec, keys, values, positions, owner):
-        """Attention over some slots, and whether all products are finite."""
+        """Attention over some slots, the free ones cleared."""
         # All heads' queries against the flat buffer, masked to the owner: one GEMM
         # per row. The buffer is read once; the extra products are cheap beside it.
         kv_heads = self.offsets.shape[-1] - 1
@@ -245,8 +235,7 @@ class Ragged(AbstractPart):
         part = softmax_partial(
             logits.reshape(b, h * t, n), mask.reshape(b, h * t, n), values
         )
-        finite = jnp.isfinite(jnp.sum(logits)) & jnp.isfinite(jnp.sum(part.out))
-        return Partial(part.out.reshape(b, h, t, d), part.lse.reshape(b, h, t)), finite
+        return Partial(part.out.reshape(b, h, t, d), part.lse.reshape(b, h, t))
 
     def live_positions(self):
         positions, offsets = np.asarray(self.positions), np.asarray(self.offsets)
