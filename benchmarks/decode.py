@@ -52,6 +52,7 @@ def compare(model, folder, batch: int, length: int, new: int, repeats: int) -> d
 def main() -> int:
     args = arguments(
         __doc__,
+        name="decode",
         models=["tiny", "large"],
         batches=[1, 8],
         tiny_length=512,
@@ -75,7 +76,7 @@ def main() -> int:
                 sizes = (batch, length, args.tokens, args.repeats)
                 row = compare(model, pathlib.Path(folder), *sizes)
                 results.append({"model": name, **row})
-    return report("decode", vars(args), results)
+    return report(args.name, vars(args), results)
 
 
 if __name__ == "__main__":
