@@ -35,8 +35,15 @@ def test_interrupted_run_goes_on(tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "kvjax.cli", "eval", "--items", "2", "--out", run]
     command += ["--tasks", "recall,chain", "--compression", "snapkv", "--json"]
-    # A process group of its own: the signal is for this process alone.
-    child = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+    # Shells start background jobs with SIGINT ignored, which children inherit.
+    ignored = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        # A process group of its own: the signal is for this process alone.
+        child = subprocess.Popen(
+            command, start_new_session=True, stderr=subprocess.PIPE
+        )
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     until = time.monotonic() + 240
     while not list(run.glob("rows/*.parquet")) and time.monotonic() < until:
         time.sleep(0.1)
