@@ -32,7 +32,7 @@ run(model, tokenizer, decode(json.loads(sys.argv[2]), EvalConfig), sys.argv[3])
 def main() -> int:
     args = arguments(
         __doc__,
-        model=str(HERE.parent / "configs/model/kvjax-tiny"),
+        model="kvjax-tiny",
         methods=[*METHODS, "keydiff", "lagkv"],
         keeps=[0.5, 0.25, 0.125],
         items=100,
@@ -56,7 +56,7 @@ def main() -> int:
         env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         for name in ("cold", "warm"):
             start = time.perf_counter()
-            config = (args.model, json.dumps(tree), str(where / name))
+            config = (path_of(args), json.dumps(tree), str(where / name))
             command = [sys.executable, "-c", KVJAX, *config]
             subprocess.run(command, check=True, env=env)
             results[f"kvjax_{name}_s"] = round(time.perf_counter() - start, 1)
@@ -64,11 +64,15 @@ def main() -> int:
     return report("sweep_vs_kvpress", vars(args), results, seed=1)
 
 
+def path_of(args) -> str:
+    return str(HERE.parent / "configs/model" / args.model)
+
+
 def torch_side(args, tree: dict, folder: pathlib.Path, results: dict) -> dict:
     from kvjax.config import decode
     from kvjax.eval.config import EvalConfig
 
-    model, tokenizer = kvjax.load(args.model, dtype="float32")
+    model, tokenizer = kvjax.load(path_of(args), dtype="float32")
     group = plan(model.config, tokenizer, decode(tree, EvalConfig)).groups[0]
     work = {
         "methods": args.methods,
@@ -81,7 +85,7 @@ def torch_side(args, tree: dict, folder: pathlib.Path, results: dict) -> dict:
     (folder / "work.json").write_text(json.dumps(work))
     python = os.environ.get("KVJAX_TORCH_PYTHON") or sys.executable
     script = str(HERE / "torch_sweep.py")
-    command = [python, script, args.model, str(folder / "work.json")]
+    command = [python, script, path_of(args), str(folder / "work.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"kvpress_error": done.stderr.strip().splitlines()[-3:]}
