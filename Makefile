@@ -30,7 +30,7 @@ format: setup ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: setup ## time the kernels and the decode step
+bench: setup ## every script of benchmarks/, an hour or more
 	@$(PY) benchmarks/run.py
 
 lock: setup ## resolve the dependencies again

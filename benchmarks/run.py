@@ -1,7 +1,7 @@
 """Runs every benchmark of this folder and collects what they print as JSON.
 
-A benchmark is a script `bench_*.py` that prints one JSON object as its last line.
-Each runs in a process of its own, so that none sees the memory or the compiled
+A benchmark is a script that prints one JSON object; `common.py` and the `torch_*.py`
+that other interpreters run are none. Each runs in a process of its own, so that none sees the memory or the compiled
 programs of another:
 
     python benchmarks/run.py                       all of them
@@ -22,7 +22,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 def scripts(names: list[str]) -> list[pathlib.Path]:
     """The benchmarks whose name holds one of `names`, or all."""
-    found = sorted(HERE.glob("bench_*.py"))
+    helpers = ("run", "common", "torch_")
+    found = [p for p in sorted(HERE.glob("*.py")) if not p.stem.startswith(helpers)]
     chosen = [path for path in found if any(n in path.stem for n in names or [""])]
     if names and not chosen:
         known = [path.stem for path in found]
@@ -37,13 +38,12 @@ def run(path: pathlib.Path, limit: float) -> dict[str, Any]:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"error": f"longer than {limit:.0f} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {"error": f"exit code {done.returncode}, {len(lines)} lines printed"}
+    if done.returncode:
+        return {"error": f"exit code {done.returncode}"}
     try:
-        return {"result": json.loads(lines[-1])}
+        return {"result": json.loads(done.stdout)}
     except ValueError:
-        return {"error": f"the last line is not JSON: {lines[-1][:200]}"}
+        return {"error": f"not one JSON object: {done.stdout[:200]!r}"}
 
 
 def main() -> int:
@@ -52,7 +52,7 @@ def main() -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
-    parser.add_argument("--limit", type=float, default=600, help="seconds per script")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds per script")
     args = parser.parse_args()
     try:
         chosen = scripts(args.names)

@@ -1,8 +1,0 @@
-"""Prefill and decode speed of the bundled model, by compression (`kvjax bench`)."""
-
-import sys
-
-from kvjax.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main(["bench", "--json", "--length", "512", *sys.argv[1:]]))
