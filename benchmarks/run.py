@@ -1,8 +1,8 @@
 """Runs every benchmark of this folder and collects what they print as JSON.
 
 A benchmark is a script that prints one JSON object; `common.py` and the `torch_*.py`
-that other interpreters run are none. Each runs in a process of its own, so that none sees the memory or the compiled
-programs of another:
+that other interpreters run are none. Each runs in a process of its own, so that none
+sees the memory or the compiled programs of another:
 
     python benchmarks/run.py                       all of them
     python benchmarks/run.py decode --out b.json   those whose name holds "decode"
