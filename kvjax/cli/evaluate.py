@@ -1,8 +1,10 @@
 """`kvjax eval`."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, final
 
 import tyro
@@ -146,6 +148,35 @@ def _tasks(config, names: str) -> tuple[Any, ...]:
     return tuple(known.get(name) or TaskEntry(name=name) for name in split(names))
 
 
+@contextlib.contextmanager
+def remembered_interrupt() -> Iterator[Callable[[], None]]:
+    """A Ctrl-C that is not lost: what it gives raises it again, if there was one.
+
+    Python swallows an exception that a signal raises inside a finalizer, of which
+    compiling runs many.
+    """
+    asked = False
+
+    def note(signum: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, or somebody else's
+        yield check
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def evaluate(
     config, out: pathlib.Path, dtype: str, ui: UI
 ) -> tuple[Sequence[Mapping[str, Any]], int]:
@@ -171,7 +202,9 @@ def evaluate(
             bar.update(
                 task, completed=state.done, total=state.total, description=state.cell
             )
+            check()
 
-        rows = run(model, tokenizer, config, out, progress=tell)
+        with remembered_interrupt() as check:
+            rows = run(model, tokenizer, config, out, progress=tell)
         bar.update(task, description="done")
     return rows, resumed
