@@ -15,11 +15,18 @@ setup: ## make .venv from requirements.lock (does nothing when it is up to date)
 demo: setup ## the bundled model with and without a compressed cache
 	@.venv/bin/kvjax demo
 
+# A process per folder: thousands of compiled programs in one have crashed XLA.
+PARTS := tests/cli tests/compress tests/eval tests/models tests/reference tests/train
+define pytest
+@failed=; for part in $(PARTS); do $(PY) -m pytest $$part $(1) || failed=1; done; \
+	$(PY) -m pytest tests $(addprefix --ignore=,$(PARTS)) $(1) && [ -z "$$failed" ]
+endef
+
 test: setup ## the tests, without those marked slow
-	@$(PY) -m pytest -m "not slow"
+	$(call pytest,-m "not slow")
 
 test-slow: setup ## all the tests
-	@$(PY) -m pytest
+	$(call pytest)
 
 lint: setup ## ruff and pyright
 	$(PY) -m ruff check .

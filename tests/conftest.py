@@ -4,6 +4,7 @@ The environment is set before JAX is imported: CPU only, and compiled programs k
 in `.cache/jax`, so that a second run does not compile again.
 """
 
+import gc
 import os
 import pathlib
 from collections.abc import Callable
@@ -39,6 +40,18 @@ TOLERANCE = {
 
 Loosening an entry needs a line in CHANGELOG.md.
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_compiled_programs():
+    """Free what a module compiled.
+
+    Each program takes memory maps, of which Linux gives a process 65,530; the whole
+    suite in one process needs more, and XLA then crashes.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
