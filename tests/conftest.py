@@ -46,8 +46,8 @@ Loosening an entry needs a line in CHANGELOG.md.
 def _drop_compiled_programs():
     """Free what a module compiled.
 
-    Each program takes memory maps, of which Linux gives a process 65,530; the whole
-    suite in one process needs more, and XLA then crashes.
+    With the programs of the whole suite in one process, XLA's CPU compiler once
+    crashed (docs/log.md).
     """
     yield
     jax.clear_caches()
