@@ -83,7 +83,7 @@ def test_figures_lie_beside_the_page(page):
     assert {
         "score_recall_512.png",
         "time_1024.png",
-        "needle_needle_snapkv.png",
+        "needle_niah_snapkv.png",
     } <= names
     assert all(
         file.read_bytes()[:4] == b"\x89PNG" for file in page.parent.glob("*.png")
