@@ -1,6 +1,5 @@
 """How figures look: one palette, one set of marks, text that follows the page."""
 
-import base64
 import io
 import re
 from collections.abc import Sequence
@@ -109,8 +108,3 @@ def svg(figure: Figure, salt: str, title: str) -> str:
     text = re.sub(r'\sid="(?:figure|axes|patch|line2d|text|matplotlib)[^"]*"', "", text)
     text = text.replace(INK, "currentColor")
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-
-
-def data_uri(image: bytes) -> str:
-    """A PNG as an address that needs no request."""
-    return "data:image/png;base64," + base64.b64encode(image).decode("ascii")
