@@ -28,11 +28,13 @@ class Stage:
         steps: how many.
         lengths: row widths to draw from, and their weights.
         tokens_per_step: rows times width.
+        sources: the mixture of this stage; empty: that of the data.
     """
 
     steps: int
     lengths: dict[int, float]
     tokens_per_step: int = 8192
+    sources: tuple[Source, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

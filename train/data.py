@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from kvjax.eval.tasks import TRAIN, Episode, Task, make_task, stream
-from kvjax.train.config import DataConfig, Stage
+from kvjax.train.config import DataConfig, Source, Stage
 from kvjax.train.objective import Batch
 from kvjax.train.tokenizer import BOS, EOS, PAD, encode
 
@@ -74,20 +74,19 @@ class Mixture:
         self.config = config
         self.stages = tuple(stages)
         self.seed = seed
-        self.tasks: list[Task] = [
-            make_task(source.task, **source.fields) for source in config.sources
+        self.mixtures = [
+            _tasks(stage.sources or config.sources) for stage in self.stages
         ]
 
     def batch(self, step: int) -> Batch:
         """The batch of one step; all its rows have one width."""
         rng = stream(TRAIN, "mixture", self.seed, step)
-        stage = self._stage(step)
+        stage, tasks = self._stage(step)
         width = draw(rng, stage.lengths)
-        weights = dict(enumerate(source.weight for source in self.config.sources))
-        rows = []
-        for _ in range(max(1, stage.tokens_per_step // width)):
-            task = self.tasks[draw(rng, weights)]
-            rows.append(self._row(task, rng, width))
+        rows = [
+            self._row(draw(rng, tasks), rng, width)
+            for _ in range(max(1, stage.tokens_per_step // width))
+        ]
         return pack(rows, width)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
@@ -106,12 +105,21 @@ class Mixture:
         episode = task.episode(rng, width - 2, turns=rng.randint(1, most))
         return row(episode, context_weight=self.config.context_weight)
 
-    def _stage(self, step: int) -> Stage:
-        for stage in self.stages:
+    def _stage(self, step: int) -> tuple[Stage, dict[Task, float]]:
+        for stage, tasks in zip(self.stages, self.mixtures, strict=True):
             if step < stage.steps:
-                return stage
+                return stage, tasks
             step -= stage.steps
-        return self.stages[-1]
+        return self.stages[-1], self.mixtures[-1]
+
+
+def _tasks(sources: Sequence[Source]) -> dict[Task, float]:
+    """Each task and its weight; a task named twice weighs both."""
+    weights: dict[Task, float] = {}
+    for source in sources:
+        task = make_task(source.task, **source.fields)
+        weights[task] = weights.get(task, 0.0) + source.weight
+    return weights
 
 
 def draw[K](rng: random.Random, weights: dict[K, float]) -> K:

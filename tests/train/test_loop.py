@@ -27,6 +27,7 @@ from kvjax.train.data import Mixture
 from kvjax.train.loop import init_state, make_step, restore, save
 from kvjax.train.objective import next_token_loss
 from kvjax.train.optimizer import make_optimizer, schedule
+from kvjax.train.tokenizer import encode
 
 RECIPE = "configs/train/kvjax_tiny.yaml"
 
@@ -111,6 +112,20 @@ def test_batches_are_a_function_of_seed_and_step(config):
         assert batch.tokens.shape[1] in (64, 96)
         assert (batch.weights[batch.answers] == 1.0).all()
         assert (batch.weights[np.asarray(batch.tokens) == 0] == 0.0).all()
+
+
+def test_a_stage_may_have_its_own_mixture(config):
+    facts = Stage(steps=2, lengths={96: 1.0}, sources=(Source(task="fact"),))
+    stages = (*config.stages, facts)
+    plain = Mixture(config.data, config.stages, 0)
+    mixture = Mixture(config.data, stages, 0)
+    jax.tree.map(np.testing.assert_array_equal, plain.batch(3), mixture.batch(3))
+    for step in (4, 9):  # past the last stage, the last stage goes on
+        batch = mixture.batch(step)
+        answers = np.asarray(batch.tokens)[np.asarray(batch.answers)]
+        equals, letter, stop = answers.reshape(-1, len("=k]")).T
+        assert set(equals) == set(encode("=")) and set(stop) == set(encode("]"))
+        assert not {*letter} & {*equals, *stop}
 
 
 def test_schedule_warms_up_and_decays_to_zero():
