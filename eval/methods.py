@@ -41,6 +41,11 @@ class Method:
         """The overrides as the rows hold them."""
         return json.dumps(dict(self.overrides), sort_keys=True)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether `EvalConfig.window` has anything to cut."""
+        return any(has(self.base, path) for path in _WINDOWS)
+
     def keeps(self, keeps: tuple[float, ...]) -> tuple[float | None, ...]:
         """The budgets to run: one cell without a budget if there is no such knob."""
         return keeps if self.base.has_budget else (None,)

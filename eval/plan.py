@@ -220,8 +220,8 @@ def _check_budgets(
             c = method.at(keep, group.visibility)
             checks.compression(model, c, jnp.asarray(group.lengths))
         except ValueError as wrong:
+            hint = " In an evaluation, `window` cuts all observation windows."
             raise ValueError(
                 f"{method.name} at keep={keep} cannot run on task {group.title!r} at "
-                f"length {group.length}: {wrong} In an evaluation, `window` cuts all "
-                "observation windows."
+                f"length {group.length}: {wrong}{hint if method.windowed else ''}"
             ) from None
