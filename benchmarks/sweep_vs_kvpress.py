@@ -1,8 +1,9 @@
 """An evaluation sweep: kvjax against the same sweep with kvpress, both on CPU.
 
 kvjax runs the harness twice, in processes of their own that share a compilation cache
-on disk: the first starts cold, the second warm. kvpress answers `--items` items of each
-cell, batch 1, and is scaled to all of them. `KVJAX_TORCH_PYTHON` names its interpreter.
+on disk: the first starts cold, the second warm. kvpress answers `--torch_items` items
+of the same cells, `none` and `random` among them, batch 1, and is scaled to all items.
+`KVJAX_TORCH_PYTHON` names its interpreter.
 """
 
 import json
@@ -49,7 +50,7 @@ def main() -> int:
         "batch": args.batch,
         "window": 16,
     }
-    results: dict = {"cells": len(args.methods) * len(args.keeps)}
+    results: dict = {"cells": 1 + (1 + len(args.methods)) * len(args.keeps)}
     with tempfile.TemporaryDirectory() as folder:
         where = pathlib.Path(folder)
         env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(where / "programs")}
@@ -77,7 +78,7 @@ def torch_side(args, tree: dict, folder: pathlib.Path, results: dict) -> dict:
     group = plan(model.config, tokenizer, decode(tree, EvalConfig)).groups[0]
     assert isinstance(group, Questions)
     work = {
-        "methods": args.methods,
+        "methods": ["random", *args.methods],
         "keeps": args.keeps,
         "prompts": group.prompts[: args.torch_items],
         "questions": group.questions[: args.torch_items],

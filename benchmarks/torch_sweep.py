@@ -6,6 +6,7 @@ As kvpress's own pipeline does it: the context is read under the press, batch 1,
 per cell; the question follows token by token in one pass; then greedy decoding.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 import transformers
 
 PRESSES = {
+    "random": lambda r: kvpress.RandomPress(compression_ratio=r),
     "snapkv": lambda r: kvpress.SnapKVPress(compression_ratio=r, window_size=16),
     "h2o": lambda r: kvpress.ObservedAttentionPress(compression_ratio=r),
     "streaming_llm": lambda r: kvpress.StreamingLLMPress(compression_ratio=r),
@@ -28,7 +30,7 @@ PRESSES = {
 
 def answer(model, press, context, question, new: int, stops: set[int]) -> list[int]:
     cache = transformers.DynamicCache()
-    with press(model):
+    with press(model) if press else contextlib.nullcontext():
         model.model(input_ids=torch.tensor([context]), past_key_values=cache)
     at = torch.arange(len(context), len(context) + len(question))[None]
     tokens, ids = [], torch.tensor([question])
@@ -53,14 +55,13 @@ def main() -> None:
         for kind in ("sdpa", "eager")
     }
     pairs = list(zip(work["prompts"], work["questions"], strict=True))
+    cells = [(name, keep) for name in work["methods"] for keep in work["keeps"]]
     start = time.perf_counter()
-    for name in work["methods"]:
+    for name, keep in [("none", 1.0), *cells]:
         model = models["eager" if name == "h2o" else "sdpa"]  # h2o reads the weights
-        for keep in work["keeps"]:
-            press = PRESSES[name](1 - keep)
-            for context, question in pairs:
-                stops = set(work["stops"])
-                answer(model, press, context, question, work["new"], stops)
+        press = None if name == "none" else PRESSES[name](1 - keep)
+        for context, question in pairs:
+            answer(model, press, context, question, work["new"], set(work["stops"]))
     about = {"torch": torch.__version__, "transformers": transformers.__version__}
     print(json.dumps({"seconds": time.perf_counter() - start, **about}))
 
