@@ -46,17 +46,17 @@ def simulate(
         lengths: `[B]` tokens per row; None: all of them.
         prompt_lengths: `[B]` tokens before the compression point, at least 1; None:
             all of `lengths`.
-        c: what is done, with schedule `after_prefill`.
+        c: what is done.
 
     Returns:
         `[B, T, V]` float32; anything behind a row's length.
 
     Raises:
-        ValueError: see `prefill`; a schedule without a parallel form.
+        ValueError: see `prefill`.
 
-    Cost: twice the attention of a plain pass; temporaries linear in `T`.
+    Cost: twice the attention of a plain pass; temporaries linear in `T`. A schedule
+    that evicts while decoding scans the tokens behind the point, layer by layer.
     """
-    parallel.check(c)
     tokens, lengths = checks.prompt(model.config, tokens, lengths)
     points = lengths if prompt_lengths is None else prompt_lengths
     points = checks.prompt_lengths(points, lengths)

@@ -56,13 +56,11 @@ def preset(name: str) -> Compression:
 
 
 PRESETS = kvjax.compressions()
-PARALLEL = tuple(
-    name for name in PRESETS if isinstance(preset(name).schedule, AfterPrefill)
-)
 BUDGETED = tuple(
     name
-    for name in PARALLEL
-    if preset(name).evict is not None or preset(name).keep is not None
+    for name in PRESETS
+    if isinstance(preset(name).schedule, AfterPrefill)
+    and (preset(name).evict is not None or preset(name).keep is not None)
 )
 
 

@@ -21,18 +21,7 @@ from kvjax.pallas_kernels.pages import page_bounds
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.pallas_kernels.quantize import straight_through
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
-from kvjax.schedules import AfterPrefill
 from kvjax.types import EMPTY, LayerInputs, Lengths, Scores, padded_positions
-
-
-def check(c: Compression) -> None:
-    """Raise `ValueError` unless `c` has a parallel form."""
-    if not isinstance(c.schedule, AfterPrefill):
-        raise ValueError(
-            f"schedule {type(c.schedule).__name__} evicts while decoding and has no "
-            "parallel form yet. Use schedule after_prefill, or the real cache "
-            "(kvjax.prefill and kvjax.extend)."
-        )
 
 
 def attend(
@@ -66,7 +55,8 @@ def attend(
         priorities=priorities,
         differentiable=True,
     )
-    behind = _behind(inputs, prompt_lengths, layer)
+    read = _behind if layer.tracker is None else _evicting
+    behind = read(inputs, prompt_lengths, layer)
     answer = (inside == EMPTY)[:, None, :, None]
     return jnp.where(answer, behind, before), priorities
 
@@ -107,6 +97,34 @@ def _behind(
     chunk = query_chunk(tokens, b * h * slots)
     queries = jnp.moveaxis(inputs.q, 1, 2)
     return map_query_chunks(read, chunk, queries, positions, edges)[0].out
+
+
+def _evicting(
+    inputs: LayerInputs, prompt_lengths: Lengths, layer: LayerCache
+) -> Float[Array, "B H T D"]:
+    """The same where later tokens evict: in line through the layer's own cache.
+
+    What a token sees depends on the queries before it, so this is a scan; but within
+    one layer, whose queries are all known.
+    """
+    tokens = inputs.k.shape[2]
+    line = jnp.arange(tokens) + prompt_lengths[:, None]
+    source = jnp.minimum(line, tokens - 1)
+
+    def later(x: Array) -> Array:
+        return jnp.take_along_axis(x, source[:, None, :, None], axis=2)
+
+    positions = jnp.take_along_axis(inputs.positions, source, axis=1)
+    moved = dataclasses.replace(
+        inputs,
+        q=later(inputs.q),
+        k=later(inputs.k),
+        v=later(inputs.v),
+        positions=jnp.where(line < tokens, positions, EMPTY),
+    )
+    out, _ = layer.attend(moved)
+    place = jnp.maximum(jnp.arange(tokens) - prompt_lengths[:, None], 0)
+    return jnp.take_along_axis(out, place[:, None, :, None], axis=2)
 
 
 def nslots(parts: tuple[AbstractPart, ...]) -> int:

@@ -153,8 +153,6 @@ def test_compression_points_of_the_parallel_form():
     ):
         with pytest.raises(ValueError, match=says):
             kvjax.simulate(small_model(), PROMPT, LENGTHS, points)
-    with pytest.raises(ValueError, match="no parallel form yet"):
-        kvjax.simulate(small_model(), PROMPT, LENGTHS, LENGTHS, preset("h2o_decode"))
 
 
 def test_prompts_read_for_another_method():

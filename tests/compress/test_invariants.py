@@ -19,7 +19,6 @@ from tests.small import (
     BUDGETED,
     LATER,
     LENGTHS,
-    PARALLEL,
     PRESETS,
     ROWS,
     batch,
@@ -73,7 +72,7 @@ def test_rows_are_what_they_are_alone(name):
         np.testing.assert_allclose(together[row], logits[0], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", PARALLEL)
+@EVERY
 def test_two_forms_agree(name):
     _, _, whole = batch()
     total = LENGTHS + LATER
@@ -139,7 +138,7 @@ def test_bytes_are_those_of_the_leaves(name):
 
 @EVERY
 def test_free_slots_have_no_weight(name):
-    """NaN in free slots changes nothing, in the answer and in its gradient."""
+    """NaN in free slots changes nothing."""
     _, cache = prefilled(name)
     poisoned = poison(cache)
     token = np.ones((ROWS, 1), np.int32)
