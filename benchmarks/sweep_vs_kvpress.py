@@ -49,6 +49,7 @@ def main() -> int:
         "items": args.items,
         "batch": args.batch,
         "window": 16,
+        "share_passes": True,
     }
     results: dict = {"cells": 1 + (1 + len(args.methods)) * len(args.keeps)}
     with tempfile.TemporaryDirectory() as folder:

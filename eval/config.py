@@ -66,6 +66,9 @@ class EvalConfig:
             whose caches have the same room share their compiled programs.
         window: longest observation or recent window; longer ones are cut to it, so
             that small budgets of short prompts hold what a method protects.
+        share_passes: methods that read prompts in the same way look at one pass over
+            each batch. Keeps queries, keys and values of all prompts of a task in
+            memory; `prefill_ms` is that of the pass and of the method's own statistics.
         defaults: dotted paths to values, set wherever a compression has the field.
         everywhere: dotted paths to values; a compression without the field is an
             error. `none` and an unlisted `random` are left alone.
@@ -84,6 +87,7 @@ class EvalConfig:
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     reply_tokens: int = 16
     window: int | None = None
+    share_passes: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     everywhere: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)

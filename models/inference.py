@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import KVCache, LayerCache
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build
-from kvjax.compress.observe import Observed, observe
+from kvjax.compress.observe import Observed, observe, wants_mass
 from kvjax.compress.trim import trim_layer
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
@@ -56,18 +56,24 @@ def observe_prompt(
 
     What is left serves every budget of `c` (`Compression.with_keep`).
     """
-    wants_mass = c.evict is not None and c.evict.score.needs_column_mass
+    mass = wants_mass(c)
     seen: list[Observed] = []
 
     def attention(inputs: LayerInputs) -> Array:
-        out, mass = c.prefill.attend(inputs, lengths, wants_mass)
-        seen.append(observe(inputs, lengths, c, mass))
+        out, sums = c.prefill.attend(inputs, lengths, mass)
+        seen.append(observe(inputs, lengths, c, sums))
         return out
 
     hidden = model(tokens, padded_positions(lengths, tokens.shape[1]), attention)
+    return last_logits(model, hidden, lengths), tuple(seen)
+
+
+def last_logits(
+    model: Decoder, hidden: Float[Array, "B T E"], lengths: Lengths
+) -> Float[Array, "B V"]:
+    """Logits of each row's last token."""
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    final = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-    return model.logits(final), tuple(seen)
+    return model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
 
 
 def build_cache(

@@ -35,6 +35,11 @@ def eviction_of(c: Compression, spec: LayerSpec, tokens: int) -> Eviction | None
     return c.evict
 
 
+def wants_mass(c: Compression) -> bool:
+    """Whether the score of `c` sums attention over all queries."""
+    return c.evict is not None and c.evict.score.needs_column_mass
+
+
 def tracker_of(c: Compression) -> AbstractScoreTracker | None:
     """The decode-time form of the compression's score, or None."""
     if not isinstance(c.schedule, EveryTokens):

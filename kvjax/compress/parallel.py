@@ -15,7 +15,7 @@ from kvjax.cache.parts import AbstractPart
 from kvjax.codecs import PlainArray
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build
-from kvjax.compress.observe import observe
+from kvjax.compress.observe import observe, wants_mass
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.pages import page_bounds
 from kvjax.pallas_kernels.partial import Partial, merge
@@ -44,8 +44,7 @@ def attend(
     tokens = inputs.k.shape[2]
     inside = padded_positions(prompt_lengths, tokens)
     prompt = dataclasses.replace(inputs, positions=inside)
-    wants_mass = c.evict is not None and c.evict.score.needs_column_mass
-    before, mass = c.prefill.attend(prompt, prompt_lengths, wants_mass)
+    before, mass = c.prefill.attend(prompt, prompt_lengths, wants_mass(c))
     observed = observe(prompt, prompt_lengths, c, mass)
     layer, priorities = build(
         observed,

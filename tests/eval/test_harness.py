@@ -1,5 +1,6 @@
 """The harness: what rows say, and what they cost."""
 
+import dataclasses
 import json
 
 import jax
@@ -153,6 +154,46 @@ def test_prompts_are_read_once_for_all_budgets(model, tokenizer, tmp_path, monke
     assert len(calls) == 3 * 2  # none, random, snapkv; two batches
     rows = harness.run(model, tokenizer, tiny.config(seed=9), tmp_path / "b")
     assert all(row["compile_s"] == 0.0 for row in rows)  # every shape was there
+
+
+def test_methods_may_share_a_pass(model, tokenizer, tmp_path, monkeypatch):
+    config = tiny.config(compressions=["h2o", "snapkv", "vertical_slash"])
+    alone = harness.run(model, tokenizer, config, tmp_path / "alone")
+    calls, read = [], harness.read_shared
+
+    def counted(model, tokens, lengths, prefill, *, mass):
+        calls.append(prefill)
+        return read(model, tokens, lengths, prefill, mass=mass)
+
+    monkeypatch.setattr(harness, "read_shared", counted)
+    config = dataclasses.replace(config, share_passes=True)
+    shared = harness.run(model, tokenizer, config, tmp_path / "shared")
+    assert len(calls) == 2 * 2  # two ways to read, two batches
+    for one, other in zip(alone, shared, strict=True):
+        assert one["resident_bytes"] == other["resident_bytes"]
+        assert replies(tmp_path / "alone", one["cell"]) == replies(
+            tmp_path / "shared", one["cell"]
+        )
+        assert other["prefill_ms"] > 0
+
+
+def test_a_shared_pass_shows_what_the_method_sees(model):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 100, (2, 64)).astype(np.int32)
+    lengths = np.array([64, 50], np.int32)
+    for name in ("h2o", "expected_attention"):
+        c = kvjax.compression(name)
+        want = harness.read_prompt(model, tokens, lengths, c)
+        passed = harness.read_shared(model, tokens, lengths, c.prefill, mass=True)
+        got = passed.prompt(c)
+        assert got.method == want.method
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+    bare = harness.read_shared(model, tokens, lengths, c.prefill)
+    with pytest.raises(ValueError, match="mass=True"):
+        bare.prompt(kvjax.compression("h2o"))
+    with pytest.raises(ValueError, match="another|VerticalSlash"):
+        bare.prompt(kvjax.compression("vertical_slash"))
 
 
 def test_compiling_is_not_running(both):

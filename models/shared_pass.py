@@ -1,0 +1,129 @@
+"""One pass over a prompt for many methods: what their scores look at is kept."""
+
+import functools
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kvjax.compress.config import Compression
+from kvjax.compress.observe import observe, wants_mass
+from kvjax.models import checks
+from kvjax.models.config import DecoderConfig
+from kvjax.models.decoder import Decoder
+from kvjax.models.inference import Prompt, bucket, last_logits, method_of, pad_tokens
+from kvjax.prefills import AbstractPrefill
+from kvjax.types import (
+    LayerInputs,
+    Lengths,
+    LengthsLike,
+    TokensLike,
+    padded_positions,
+    pytree,
+    static,
+)
+
+
+@pytree
+class SharedPass:
+    """A prompt that was read once; any method with this prefill can look at it.
+
+    Attributes:
+        logits: `[B, V]` of each row's last token.
+        lengths: `[B]` tokens per row.
+        inputs: queries, keys and values of all tokens, per layer.
+        mass: `[B, H, S]` attention each key received, per layer, or None.
+        config: of the model.
+        prefill: how it was read.
+    """
+
+    logits: Float[Array, "B V"]
+    lengths: Lengths
+    inputs: tuple[LayerInputs, ...]
+    mass: tuple[Float[Array, "B H S"] | None, ...]
+    config: DecoderConfig = static()
+    prefill: AbstractPrefill = static()
+
+    def prompt(self, c: Compression) -> Prompt:
+        """What `read_prompt` with `c` gives, up to the order of summation.
+
+        Raises:
+            ValueError: `c` reads prompts in another way, or needs attention sums that
+                were not kept.
+        """
+        if c.prefill != self.prefill:
+            raise ValueError(
+                f"this prompt was read with {self.prefill}; got a compression with "
+                f"{c.prefill}. Read it again."
+            )
+        if wants_mass(c) and None in self.mass:
+            raise ValueError(
+                "the score sums attention over all queries, which this pass did not "
+                "keep. Read the prompt again with `mass=True`."
+            )
+        method = method_of(c)
+        return Prompt(
+            logits=self.logits,
+            lengths=self.lengths,
+            seen=_look(self.inputs, self.mass, self.lengths, method),
+            config=self.config,
+            method=method,
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("c",))
+def _look(inputs, mass, lengths, c: Compression):
+    pairs = zip(inputs, mass, strict=True)
+    return tuple(observe(layer, lengths, c, sums) for layer, sums in pairs)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "prefill", "mass"))
+def _read(graph, params, tokens, lengths, prefill: AbstractPrefill, mass: bool):
+    model = nnx.merge(graph, params)
+    kept = []
+
+    def attention(inputs: LayerInputs) -> Array:
+        out, sums = prefill.attend(inputs, lengths, mass)
+        kept.append((inputs, sums))
+        return out
+
+    hidden = model(tokens, padded_positions(lengths, tokens.shape[1]), attention)
+    inputs, sums = zip(*kept, strict=True)
+    return last_logits(model, hidden, lengths), inputs, sums
+
+
+def read_shared(
+    model: Decoder,
+    tokens: TokensLike,
+    lengths: LengthsLike | None,
+    prefill: AbstractPrefill,
+    *,
+    mass: bool = False,
+) -> SharedPass:
+    """Read a prompt once for many methods.
+
+    Args:
+        model: a decoder.
+        tokens: `[B, T]` right-padded token ids.
+        lengths: `[B]` tokens per row; None: all of them.
+        prefill: how.
+        mass: keep the attention each key received, for scores that sum it (`h2o`).
+
+    Raises:
+        ValueError: see `prefill`.
+
+    Cost: holds `(H + 2 K) D` numbers per token and layer, where `read_prompt` holds
+    `2 K D`.
+    """
+    tokens, lengths = checks.prompt(model.config, tokens, lengths)
+    tokens = pad_tokens(tokens, bucket(tokens.shape[1]))
+    graph, params = nnx.split(model)
+    logits, inputs, sums = _read(graph, params, tokens, lengths, prefill, mass)
+    return SharedPass(
+        logits=logits,
+        lengths=lengths,
+        inputs=inputs,
+        mass=sums,
+        config=model.config,
+        prefill=prefill,
+    )
