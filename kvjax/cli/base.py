@@ -18,6 +18,7 @@ from kvjax.compress.presets import describe
 from kvjax.config import parse_assignments
 
 BUNDLED = "kvjax-tiny"
+BUNDLED_MODELS = (BUNDLED, "kvjax-tiny-seed1")
 
 
 def _option(metavar: str) -> Any:
@@ -109,7 +110,7 @@ def model_directory(name: str) -> str:
     Raises:
         ValueError: the bundled model is asked for and not installed.
     """
-    if name != BUNDLED or pathlib.Path(name).is_dir():
+    if name not in BUNDLED_MODELS or pathlib.Path(name).is_dir():
         return name
     folder = importlib.resources.files("kvjax") / "configs" / "model" / name
     if not (folder / "config.json").is_file():
@@ -128,7 +129,7 @@ def load_model(name: str, dtype: str, ui: UI) -> tuple[Any, Any]:
     path = model_directory(name)
     if dtype == "auto":
         # Small enough to be held twice as large, and several times faster on a CPU.
-        dtype = "float32" if name == BUNDLED else "bfloat16"
+        dtype = "float32" if name in BUNDLED_MODELS else "bfloat16"
     with ui.status(f"loading {name}"):
         return load(path, dtype)
 

@@ -41,7 +41,8 @@ class Bench(Command):
     )
 
     model: Model = BUNDLED
-    """Checkpoint directory, hub id (owner/name), or kvjax-tiny, which is bundled."""
+    """Checkpoint directory, hub id (owner/name), or a bundled model: kvjax-tiny,
+    kvjax-tiny-seed1."""
     compression: Annotated[str, tyro.conf.arg(metavar="A,B,C")] = (
         "none,snapkv,h2o,int8,kivi_4bit,snapkv_kivi"
     )
@@ -59,7 +60,7 @@ class Bench(Command):
     repeats: int = 3
     """Measurements; their median counts. Compilation is left out."""
     dtype: Dtype = "auto"
-    """Of the parameters; auto is float32 for the bundled model, else bfloat16."""
+    """Of the parameters; auto is float32 for a bundled model, else bfloat16."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:

@@ -53,7 +53,8 @@ class Eval(Command):
     config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "demo"
     """A bundled evaluation (demo) or a YAML file; the options below change it."""
     model: OptionalModel = None
-    """Checkpoint directory, hub id (owner/name), or kvjax-tiny, which is bundled."""
+    """Checkpoint directory, hub id (owner/name), or a bundled model: kvjax-tiny,
+    kvjax-tiny-seed1."""
     compression: Names = None
     """Compressions from the list above or YAML files, with commas between."""
     keep: Names = None
@@ -75,7 +76,7 @@ class Eval(Command):
     out: Folder = None
     """Run directory; results/CONFIG-MODEL if left out."""
     dtype: Dtype = "auto"
-    """Of the parameters; auto is float32 for the bundled model, else bfloat16."""
+    """Of the parameters; auto is float32 for a bundled model, else bfloat16."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:

@@ -47,7 +47,8 @@ class Generate(Command):
     )
 
     model: Model = BUNDLED
-    """Checkpoint directory, hub id (owner/name), or kvjax-tiny, which is bundled."""
+    """Checkpoint directory, hub id (owner/name), or a bundled model: kvjax-tiny,
+    kvjax-tiny-seed1."""
     prompt: Text = None
     """What to continue."""
     prompt_file: File = None
@@ -73,7 +74,7 @@ class Generate(Command):
     seed: int = 0
     """Of the drawing."""
     dtype: Dtype = "auto"
-    """Of the parameters; auto is float32 for the bundled model, else bfloat16."""
+    """Of the parameters; auto is float32 for a bundled model, else bfloat16."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:

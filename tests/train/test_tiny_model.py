@@ -1,15 +1,16 @@
-"""The committed kvjax-tiny: small, loadable, and able to do its tasks."""
+"""The committed models: small, loadable, and able to do their tasks."""
 
 import pytest
 
+from kvjax.cli.base import BUNDLED_MODELS
 from kvjax.eval.tasks import make_task
 from kvjax.models.io import load
 from kvjax.train.greedy import replies
 
 
-@pytest.fixture(scope="module")
-def directory(repo):
-    return repo / "configs" / "model" / "kvjax-tiny"
+@pytest.fixture(scope="module", params=BUNDLED_MODELS)
+def directory(repo, request):
+    return repo / "configs" / "model" / request.param
 
 
 @pytest.fixture(scope="module")
