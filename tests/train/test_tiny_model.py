@@ -3,7 +3,6 @@
 import pytest
 
 from kvjax.cli.base import BUNDLED_MODELS
-from kvjax.cli.base import BUNDLED_MODELS
 from kvjax.eval.tasks import make_task
 from kvjax.models.io import load
 from kvjax.train.greedy import replies
