@@ -9,12 +9,11 @@ from jaxtyping import Array, Int
 from kvjax.cache import Growth, KeysOnly, LayerCache, Pages, Ragged, Slots, Tracking
 from kvjax.cache.parts import AbstractPart
 from kvjax.cache.tail import Tail, empty_tail
-from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray
+from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray, straight_through
 from kvjax.compress.config import Compression, Eviction
 from kvjax.compress.observe import Observed, eviction_of, tracker_of
 from kvjax.compress.select import Choice, choose, choose_flat, take, take_flat
 from kvjax.pallas_kernels.pages import page_bounds
-from kvjax.pallas_kernels.quantize import straight_through
 from kvjax.reads import Quest
 from kvjax.schedules import EveryTokens
 from kvjax.types import EMPTY, Lengths, Scores

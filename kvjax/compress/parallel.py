@@ -12,14 +12,13 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache import LayerCache, Pages, Slots
 from kvjax.cache.parts import AbstractPart
-from kvjax.codecs import PlainArray
+from kvjax.codecs import PlainArray, straight_through
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build
 from kvjax.compress.observe import observe
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.pages import page_bounds
 from kvjax.pallas_kernels.partial import Partial, merge
-from kvjax.pallas_kernels.quantize import straight_through
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.schedules import AfterPrefill
 from kvjax.types import EMPTY, LayerInputs, Lengths, Scores, padded_positions

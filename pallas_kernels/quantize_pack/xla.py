@@ -1,13 +1,9 @@
-"""Grouped affine quantisation and bit packing: the plain XLA path.
+"""Grouped affine quantisation, bit packing and their inverse: the plain XLA path."""
 
-Layout: codes of one slot are packed along the channels so that byte `j` holds
-channels `j, j + D/n, j + 2 D/n, ...` (`n` codes per byte). Unpacking is then a
-concatenation of shifted copies, which vectorises, instead of an interleave.
-"""
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from kvjax.pallas_kernels.quantized import Quantized
 
 SCALE_DTYPE = jnp.float16
 # One float16 ulp is at most 2^-10 of the value: enough to round outwards, but for
@@ -16,20 +12,16 @@ _ULP, _SMALLEST = 2.0**-10, 2.0**-24
 _LARGEST = float(jnp.finfo(SCALE_DTYPE).max)
 
 
-def quantize(
+def quantize_pack(
     x: Float[Array, "*lead S D"],
     live: Bool[Array, "*lead S"],
+    *,
     bits: int,
     axis: str,
     group: int,
     symmetric: bool,
-) -> tuple[Array, Array, Array | None]:
-    """Codes `[*lead, S, D]` uint8 with their scales and zeros in float16.
-
-    Groups lie along the slots (`axis="channel"`) or the channels (`"token"`).
-    Statistics come from live slots only; dead slots get code 0. Values that float16
-    scales cannot reach saturate. Codes have no gradient; see `straight_through`.
-    """
+) -> Quantized:
+    """See `api.quantize_pack`."""
     *lead, s, d = x.shape
     wide = jnp.where(live[..., None], x, 0).astype(jnp.float32)
     mask = jnp.broadcast_to(live[..., None], x.shape)
@@ -57,7 +49,14 @@ def quantize(
         zero = jnp.squeeze(floor, along).astype(SCALE_DTYPE)
     code = jnp.where(mask, jnp.clip(code, 0, top), 0).astype(jnp.uint8)
     scale = jnp.squeeze(scale, along).astype(SCALE_DTYPE)
-    return code.reshape(x.shape), scale, zero
+    return Quantized(
+        codes=pack(code.reshape(x.shape), bits),
+        scale=scale,
+        zero=zero,
+        bits=bits,
+        axis=axis,
+        group=group,
+    )
 
 
 def _half(x: Array) -> Array:
@@ -96,16 +95,11 @@ def unpack(packed: Array, bits: int) -> Array:
     return codes & jnp.uint8(2**bits - 1)
 
 
-def dequantize(
-    packed: Array,
-    scale: Array,
-    zero: Array | None,
-    bits: int,
-    axis: str,
-    group: int,
-) -> Float[Array, "*lead S D"]:
-    """The float32 array that `quantize` and `pack` stand for."""
-    codes = unpack(packed, bits).astype(jnp.float32)
+def dequantize(quantized: Quantized) -> Float[Array, "*lead S D"]:
+    """The float32 array that the codes stand for."""
+    scale, zero = quantized.scale, quantized.zero
+    bits, axis, group = quantized.bits, quantized.axis, quantized.group
+    codes = unpack(quantized.codes, bits).astype(jnp.float32)
     *lead, s, d = codes.shape
     if zero is None:
         codes = codes - (2**bits - 1) // 2
@@ -130,8 +124,3 @@ def _over_channels(scale: Array, group: int, channels: int) -> Array:
     for index in range(1, channels // group):
         wide = jnp.where(channel < index * group, wide, scale[..., index : index + 1])
     return wide
-
-
-def straight_through(exact: Array, rounded: Array) -> Array:
-    """Value of `rounded`, gradient of `exact`."""
-    return exact + jax.lax.stop_gradient(rounded - exact)
