@@ -232,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         done = compile_row(row, load, mesh)
         say(args.json, dataclasses.asdict(done))
         failed |= done.status == "failed"
+    say(args.json, {"done": True})  # a traceback, too, ends with exit code 1
     return int(failed)
 
 
@@ -239,7 +240,7 @@ def say(as_json: bool, record: dict[str, Any]) -> None:
     """Print a record for a program, or for a reader."""
     if as_json:
         print(json.dumps(record), flush=True)
-    elif "starts" not in record:
+    elif not {"starts", "done"} & set(record):
         known = [f"{k}={v}" for k, v in record.items() if v not in (None, "")]
         print(" ".join(known), flush=True)
 
