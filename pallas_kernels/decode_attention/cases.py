@@ -1,0 +1,180 @@
+"""What `decode_attention` is tried on."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.pallas_kernels.cases import Arguments, Case, Workload
+from kvjax.pallas_kernels.quantize_pack import quantize_pack
+from kvjax.pallas_kernels.quantized import Quantized
+
+Codec = tuple[int, str, int, bool]
+"""Bits, axis, group, symmetric."""
+
+
+def encode(x: jax.Array, held: jax.Array, codec: Codec | None, dtype: Any) -> Any:
+    """A plain array with NaN, or codes with NaN scales, where nothing is held."""
+    if codec is None:
+        return jnp.where(held[..., None], x, jnp.nan).astype(dtype)
+    bits, axis, group, symmetric = codec
+    exact = quantize_pack(
+        x, held, bits=bits, axis=axis, group=group, symmetric=symmetric
+    )
+    scale, zero = exact.scale, exact.zero
+    dead = ~held[..., None]
+    if axis == "channel":
+        dead = jnp.all(dead.reshape(*scale.shape[:-1], group, 1), axis=-2)
+    scale = jnp.where(dead, jnp.nan, scale)
+    zero = None if zero is None else jnp.where(dead, jnp.nan, zero)
+    codes = jnp.where(held[..., None], exact.codes, 255)
+    return dataclasses.replace(exact, codes=codes, scale=scale, zero=zero)
+
+
+def build(
+    rng: np.random.Generator,
+    lengths: list[list[int]],
+    *,
+    heads: int,
+    slots: int,
+    d: int,
+    t: int = 1,
+    dtype: Any = jnp.float32,
+    keys: Codec | None = None,
+    values: Codec | None = None,
+    offsets: list[list[int]] | None = None,
+    located: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Arguments:
+    """Random arguments; `located` gives every slot a position and frees some."""
+    held_by = np.asarray(lengths, np.int32)
+    (b, kv_heads), kwargs = held_by.shape, {}
+    slot = np.arange(slots)
+    held = slot < held_by[..., None]
+    if offsets is not None:
+        start = np.asarray(offsets, np.int32)
+        kwargs["offsets"] = jnp.asarray(start)
+        begin = start[:, :-1, None]
+        held = np.any((slot >= begin) & (slot < begin + held_by[..., None]), axis=1)
+    if located:
+        place = rng.permuted(np.broadcast_to(slot, held.shape), axis=-1)
+        place = np.where(held & (rng.random(held.shape) < 0.8), place, -1)
+        now = slots // 2 + np.arange(t)[None] * (slots // (2 * t) or 1)
+        kwargs["positions"] = jnp.asarray(place, jnp.int32)
+        kwargs["q_positions"] = jnp.asarray(np.repeat(now, b, 0), jnp.int32)
+        # What the last query does not see, nobody sees.
+        held = (place >= 0) & (place <= now.max())
+    wide = (*held.shape, d)
+    k, v = (jnp.asarray(rng.standard_normal(wide), jnp.float32) for _ in range(2))
+    q = jnp.asarray(rng.standard_normal((b, heads, t, d)), dtype)
+    held = jnp.asarray(held)
+    args = (
+        q,
+        encode(k, held, keys, dtype),
+        encode(v, held, values, dtype),
+        jnp.asarray(held_by),
+    )
+    return args, {**kwargs, "scale": d**-0.5, "window": window, "softcap": softcap}
+
+
+def case(name: str, lengths: list[list[int]], *, tile: int = 128, **how: Any) -> Case:
+    """A `Case` from the arguments of `build`."""
+    refused, slow = how.pop("refused", ()), how.pop("slow", False)
+    make = functools.partial(build, lengths=lengths, **how)
+    return Case(name=name, make=make, tiles={"block": tile}, refused=refused, slow=slow)
+
+
+BF16 = jnp.bfloat16
+CASES = (
+    case("f32", [[300, 130]], heads=2, slots=300, d=128),
+    case(
+        "bf16 zero and one", [[0, 1], [257, 128]], heads=8, slots=300, d=64, dtype=BF16
+    ),
+    case("gqa8 d256", [[200]], heads=8, slots=200, d=256, dtype=BF16),
+    case("d32 t4 gqa8", [[77, 200]], heads=16, slots=200, d=32, t=4),
+    case("d80 softcap", [[150, 0]], heads=2, slots=150, d=80, softcap=5.0),
+    case("d96 nothing held", [[0, 0]], heads=2, slots=130, d=96),
+    case("one slot", [[1]], heads=4, slots=1, d=64, dtype=BF16),
+    case("positions", [[300, 140]], heads=8, slots=300, d=128, t=4, located=True),
+    case(
+        "window bf16",
+        [[256, 90]],
+        heads=2,
+        slots=256,
+        d=64,
+        located=True,
+        window=40,
+        dtype=BF16,
+    ),
+)
+
+LLAMA = {"heads": 32, "kv_heads": 8, "d": 128}
+CONTEXT = 131072
+
+
+def stored(lead: tuple[int, ...], slots: int, d: int, codec: Codec | None) -> Any:
+    """Shapes of keys or values."""
+    struct = jax.ShapeDtypeStruct
+    if codec is None:
+        return struct((*lead, slots, d), BF16)
+    bits, axis, group, symmetric = codec
+    shape = (slots // group, d) if axis == "channel" else (slots, d // group)
+    side = struct((*lead, *shape), jnp.float16)
+    return Quantized(
+        codes=struct((*lead, slots, d * bits // 8), jnp.uint8),
+        scale=side,
+        zero=None if symmetric else side,
+        bits=bits,
+        axis=axis,
+        group=group,
+    )
+
+
+def sizes(
+    batch: int, keys: Codec | None, values: Codec | None, ragged: bool = False
+) -> Arguments:
+    """Shapes of a decode step of Llama-3.1-8B over a full cache."""
+    kv_heads, heads, d = LLAMA["kv_heads"], LLAMA["heads"], LLAMA["d"]
+    struct = jax.ShapeDtypeStruct
+    lead, slots = (
+        ((batch,), kv_heads * CONTEXT) if ragged else ((batch, kv_heads), CONTEXT)
+    )
+    args = (
+        struct((batch, heads, 1, d), BF16),
+        stored(lead, slots, d, keys),
+        stored(lead, slots, d, values),
+        struct((batch, kv_heads), jnp.int32),
+    )
+    kwargs: dict[str, Any] = {"scale": d**-0.5}
+    if ragged:
+        kwargs["offsets"] = struct((batch, kv_heads + 1), jnp.int32)
+    return args, kwargs
+
+
+def workload(name: str, batch: int, *how: Any) -> Workload:
+    """A `Workload` from the arguments of `sizes`."""
+    make = functools.partial(sizes, batch, *how)
+    args, _ = make()
+    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args))
+    out = 4 * batch * LLAMA["heads"] * (LLAMA["d"] + 1)
+    return Workload(name=name, make=make, floor_bytes=moved + out)
+
+
+CODECS: dict[str, tuple[Codec | None, Codec | None]] = {
+    "bf16": (None, None),
+    "int8": ((8, "token", 128, True), (8, "token", 128, True)),
+    "int4": ((4, "channel", 32, False), (4, "token", 32, False)),
+    "int2": ((2, "channel", 32, False), (2, "token", 32, False)),
+}
+WORKLOADS = tuple(
+    workload(f"{name} 128k batch {batch}", batch, *codec)
+    for name, codec in CODECS.items()
+    for batch in (1, 16)
+) + tuple(
+    workload(f"ragged bf16 128k batch {batch}", batch, None, None, True)
+    for batch in (1, 16)
+)
