@@ -54,7 +54,8 @@ class Row:
         onchip_bytes: VMEM of the largest kernel as libtpu allocated it, or dynamic
             shared memory per thread block.
         temp_bytes: HBM beside arguments and results.
-        hbm_bytes: of XLA's cost analysis, which takes a kernel's own word for it.
+        hbm_bytes: of XLA's cost analysis, which takes a kernel's own word for it;
+            None for a program with loops.
         spec_bytes: that the kernels' block specs imply; see `traffic`.
         floor_bytes: that any implementation moves, forward.
         registers: per thread, GPU only.
@@ -174,10 +175,12 @@ def measure(row: Row, traced: Any, compiled: Any, dumped: dict[str, int]) -> Row
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     if memory is not None:
         row.temp_bytes = memory.temp_size_in_bytes
-    if cost and "bytes accessed" in cost:  # XLA for an absent GPU has none
+    text = compiled.as_text()
+    # XLA for an absent GPU has no costs; everywhere it counts a loop's body once.
+    if cost and "bytes accessed" in cost and " while(" not in text:
         row.hbm_bytes = int(cost["bytes accessed"])
     if row.backend == "tpu":
-        row.onchip_bytes = vmem_bytes(compiled.as_text())
+        row.onchip_bytes = vmem_bytes(text)
         row.spec_bytes = implied_bytes(traced.jaxpr)
     for name, value in dumped.items():
         setattr(row, name, value)

@@ -58,6 +58,8 @@ def _tpu(name: str, kind: str, topology: str, slice_: str, **known: Any) -> Targ
                 "TPU_SKIP_MDS_QUERY": "1",
                 "TPU_ACCELERATOR_TYPE": slice_,
                 "TPU_WORKER_HOSTNAMES": "localhost",
+                # Its lock file guards chips; here several processes only compile.
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             }
         ),
         onchip="VMEM",
