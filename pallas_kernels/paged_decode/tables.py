@@ -1,0 +1,21 @@
+"""What selected pages, fill and bias mean for a slot; shared by the fast paths."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def log_weights(
+    selected: Int[Array, "B K C"],
+    counts: Int[Array, "B K"],
+    fill: Int[Array, "B K C"] | None,
+    bias: Float[Array, "B K S"] | None,
+    page: int,
+) -> Float[Array, "B K S"]:
+    """Log-weight of each slot of the selected pages: -inf where it is not live."""
+    b, k, c = selected.shape
+    slot = jnp.arange(page, dtype=jnp.int32)
+    filled = jnp.where(jnp.arange(c) < counts[..., None], page, 0)
+    if fill is not None:
+        filled = jnp.minimum(filled, fill)
+    live = (slot < filled[..., None]).reshape(b, k, c * page)
+    return jnp.where(live, 0.0 if bias is None else bias, -jnp.inf)
