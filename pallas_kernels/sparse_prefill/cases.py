@@ -102,6 +102,7 @@ def attention(
 
 def _case(name: str, kind: str, *, gradient: bool = False, **kwargs: Any) -> Case:
     fields = {key: kwargs.pop(key) for key in ("slow", "tiles") if key in kwargs}
+    fields.setdefault("tiles", {"columns": 32})  # two blocks per step
     return Case(
         name=name,
         make=attention(kind, **kwargs),
