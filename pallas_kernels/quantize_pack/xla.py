@@ -1,5 +1,6 @@
 """Grouped affine quantisation, bit packing and their inverse: the plain XLA path."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -87,38 +88,43 @@ def unpack(packed: Array, bits: int) -> Array:
     """Inverse of `pack`, uint8."""
     if bits == 8:
         return packed
-    part = jnp.arange(packed.shape[-1] * 8 // bits) // packed.shape[-1]
-    wide = jnp.concatenate([packed] * (8 // bits), axis=-1)
-    codes = wide
-    for index in range(1, 8 // bits):
-        codes = jnp.where(part == index, wide >> jnp.uint8(bits * index), codes)
-    return codes & jnp.uint8(2**bits - 1)
+    if bits == 2:  # four copies in one loop do not vectorise, two do
+        packed = jnp.concatenate([packed, packed >> jnp.uint8(2)], axis=-1)
+        packed = jax.lax.optimization_barrier(packed)
+    wide = jnp.concatenate([packed, packed >> jnp.uint8(4)], axis=-1)
+    return wide & jnp.uint8(2**bits - 1)
 
 
 def dequantize(quantized: Quantized) -> Float[Array, "*lead S D"]:
-    """The float32 array that the codes stand for."""
-    scale, zero = quantized.scale, quantized.zero
-    bits, axis, group = quantized.bits, quantized.axis, quantized.group
+    """The float32 array that the codes stand for.
+
+    Written for a CPU, see docs/log.md: shifted copies are concatenated, since selects
+    between them do not vectorise, and scales of channels become float32 in a loop of
+    their own, since their conversion would keep the loop over codes from vectorising.
+    """
+    bits, group = quantized.bits, quantized.group
     codes = unpack(quantized.codes, bits).astype(jnp.float32)
-    *lead, s, d = codes.shape
-    if zero is None:
+    if quantized.zero is None:
         codes = codes - (2**bits - 1) // 2
-    if axis == "token":
-        step = _over_channels(scale, group, d)
-        return codes * step + (0 if zero is None else _over_channels(zero, group, d))
+    *lead, s, d = codes.shape
+    scale = quantized.scale.astype(jnp.float32)
+    zero = None if quantized.zero is None else quantized.zero.astype(jnp.float32)
+    if quantized.axis == "token":
+        scale, zero = jax.lax.optimization_barrier((scale, zero))
+        out = codes * _over_channels(scale, group, d)
+        return out if zero is None else out + _over_channels(zero, group, d)
     grouped = codes.reshape(*lead, s // group, group, d)
-    out = grouped * jnp.expand_dims(scale.astype(jnp.float32), -2)
+    out = grouped * jnp.expand_dims(scale, -2)
     if zero is not None:
-        out = out + jnp.expand_dims(zero.astype(jnp.float32), -2)
+        out = out + jnp.expand_dims(zero, -2)
     return out.reshape(*lead, s, d)
 
 
 def _over_channels(scale: Array, group: int, channels: int) -> Array:
-    """`[..., D / group]` to float32 `[..., D]`, each element for `group` channels.
+    """`[..., D / group]` to `[..., D]`, each element for `group` channels.
 
     Selects instead of a broadcast along a new axis: faster on a CPU, see docs/log.md.
     """
-    scale = scale.astype(jnp.float32)
     channel = jnp.arange(channels)
     wide = scale[..., :1]
     for index in range(1, channels // group):
