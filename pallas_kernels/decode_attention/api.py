@@ -9,7 +9,7 @@ from kvjax.pallas_kernels.dispatch import Backend, Op
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.quantized import Quantized
 
-OP = Op(name="decode_attention", backends=("reference", "tpu"))
+OP = Op(name="decode_attention", backends=("reference", "xla", "tpu"))
 
 MOST_QUERIES = 16
 
@@ -39,7 +39,9 @@ def decode_attention(
     in slots that no query sees, NaN included, does not matter.
 
     Keys and values are plain arrays or `Quantized`, independently of each other; a
-    dequantised copy never reaches the main memory.
+    dequantised copy never reaches the main memory. Scales and zeros may also be given
+    as int16, the bits of their float16: TPU kernels read no float16, and XLA copies
+    one into the other.
 
     Args:
         q: queries after RoPE, `[B, H, T, D]`, `T <= 16`; `H` a multiple of `K`.
@@ -141,7 +143,7 @@ def _check_codes(name: str, side: Quantized) -> None:
     for part, array in (("scale", side.scale), ("zero", side.zero)):
         if array is not None:
             checks.shape(f"{name}.{part}", array, (*lead, rows, columns))
-            checks.dtype(f"{name}.{part}", array)
+            checks.dtype(f"{name}.{part}", array, (*checks.FLOATS, "int16"))
 
 
 def _check_positions(keys, offsets, positions, q_positions, window, q) -> None:
@@ -149,8 +151,8 @@ def _check_positions(keys, offsets, positions, q_positions, window, q) -> None:
     if (positions is None) != (q_positions is None):
         missing = "positions" if positions is None else "q_positions"
         raise ValueError(
-            f"`positions` and `q_positions` go together; got no `{missing}`. Pass both, "
-            "or neither if every query sees every held slot."
+            f"`positions` and `q_positions` go together; got no `{missing}`. Pass "
+            "both, or neither if every query sees every held slot."
         )
     if positions is None:
         if window is not None:

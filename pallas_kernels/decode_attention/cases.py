@@ -52,7 +52,7 @@ def build(
 ) -> Arguments:
     """Random arguments; `located` gives every slot a position and frees some."""
     held_by = np.asarray(lengths, np.int32)
-    (b, kv_heads), kwargs = held_by.shape, {}
+    b, kwargs = len(held_by), {}
     slot = np.arange(slots)
     held = slot < held_by[..., None]
     if offsets is not None:
@@ -101,6 +101,106 @@ CASES = (
     case("one slot", [[1]], heads=4, slots=1, d=64, dtype=BF16),
     case("positions", [[300, 140]], heads=8, slots=300, d=128, t=4, located=True),
     case(
+        "int8 token gqa4",
+        [[300, 64]],
+        heads=8,
+        slots=300,
+        d=128,
+        keys=(8, "token", 128, True),
+        values=(8, "token", 32, False),
+        dtype=BF16,
+    ),
+    case(
+        "int4 kivi gqa4",
+        [[256, 70]],
+        heads=8,
+        slots=256,
+        d=128,
+        keys=(4, "channel", 32, False),
+        values=(4, "token", 32, False),
+    ),
+    case(
+        "int2 kivi bf16 t2",
+        [[192]],
+        heads=2,
+        slots=192,
+        d=64,
+        t=2,
+        keys=(2, "channel", 64, False),
+        values=(2, "token", 32, False),
+        dtype=BF16,
+        tile=64,
+    ),
+    case(
+        "int8 channel both d128",
+        [[256]],
+        slow=True,
+        heads=2,
+        slots=256,
+        d=128,
+        keys=(8, "channel", 128, True),
+        values=(8, "channel", 32, False),
+    ),
+    case(
+        "int4 token keys int2 channel values",
+        [[128, 100]],
+        slow=True,
+        heads=2,
+        slots=128,
+        d=96,
+        keys=(4, "token", 32, False),
+        values=(2, "channel", 16, False),
+        located=True,
+    ),
+    case(
+        "mixed plain keys int4 values d256",
+        [[130, 3]],
+        slow=True,
+        heads=4,
+        slots=160,
+        d=256,
+        values=(4, "channel", 32, True),
+        dtype=BF16,
+    ),
+    case(
+        "mixed int8 keys plain values d80",
+        [[140]],
+        heads=2,
+        slots=160,
+        d=80,
+        keys=(8, "channel", 32, False),
+    ),
+    case(
+        "ragged",
+        [[100, 0, 200]],
+        heads=6,
+        slots=345,
+        d=64,
+        offsets=[[3, 110, 111, 345]],
+    ),
+    case(
+        "ragged int4",
+        [[100, 60], [1, 250]],
+        slow=True,
+        heads=8,
+        slots=320,
+        d=128,
+        offsets=[[0, 101, 161], [7, 40, 320]],
+        keys=(4, "channel", 32, False),
+        values=(4, "token", 32, False),
+        dtype=BF16,
+    ),
+    case(
+        "ragged positions",
+        [[128, 90]],
+        heads=2,
+        slots=256,
+        d=32,
+        offsets=[[0, 130, 256]],
+        located=True,
+        window=100,
+    ),
+    case(
         "window bf16",
         [[256, 90]],
         heads=2,
@@ -116,18 +216,20 @@ LLAMA = {"heads": 32, "kv_heads": 8, "d": 128}
 CONTEXT = 131072
 
 
-def stored(lead: tuple[int, ...], slots: int, d: int, codec: Codec | None) -> Any:
-    """Shapes of keys or values."""
-    struct = jax.ShapeDtypeStruct
+def stored(
+    lead: tuple[int, ...], slots: int, d: int, codec: Codec | None, side: Any
+) -> Any:
+    """Shapes of keys or values, scales and zeros in the dtype `side`."""
+    struct: Any = jax.ShapeDtypeStruct
     if codec is None:
         return struct((*lead, slots, d), BF16)
     bits, axis, group, symmetric = codec
     shape = (slots // group, d) if axis == "channel" else (slots, d // group)
-    side = struct((*lead, *shape), jnp.float16)
+    one = struct((*lead, *shape), side)
     return Quantized(
         codes=struct((*lead, slots, d * bits // 8), jnp.uint8),
-        scale=side,
-        zero=None if symmetric else side,
+        scale=one,
+        zero=None if symmetric else one,
         bits=bits,
         axis=axis,
         group=group,
@@ -135,7 +237,11 @@ def stored(lead: tuple[int, ...], slots: int, d: int, codec: Codec | None) -> An
 
 
 def sizes(
-    batch: int, keys: Codec | None, values: Codec | None, ragged: bool = False
+    batch: int,
+    keys: Codec | None,
+    values: Codec | None,
+    ragged: bool = False,
+    side: Any = jnp.float16,
 ) -> Arguments:
     """Shapes of a decode step of Llama-3.1-8B over a full cache."""
     kv_heads, heads, d = LLAMA["kv_heads"], LLAMA["heads"], LLAMA["d"]
@@ -145,8 +251,8 @@ def sizes(
     )
     args = (
         struct((batch, heads, 1, d), BF16),
-        stored(lead, slots, d, keys),
-        stored(lead, slots, d, values),
+        stored(lead, slots, d, keys, side),
+        stored(lead, slots, d, values, side),
         struct((batch, kv_heads), jnp.int32),
     )
     kwargs: dict[str, Any] = {"scale": d**-0.5}
@@ -170,11 +276,20 @@ CODECS: dict[str, tuple[Codec | None, Codec | None]] = {
     "int4": ((4, "channel", 32, False), (4, "token", 32, False)),
     "int2": ((2, "channel", 32, False), (2, "token", 32, False)),
 }
-WORKLOADS = tuple(
-    workload(f"{name} 128k batch {batch}", batch, *codec)
-    for name, codec in CODECS.items()
-    for batch in (1, 16)
-) + tuple(
-    workload(f"ragged bf16 128k batch {batch}", batch, None, None, True)
-    for batch in (1, 16)
+WORKLOADS = (
+    *(
+        workload(f"{name} 128k batch {batch}", batch, *codec)
+        for name, codec in CODECS.items()
+        for batch in (1, 16)
+    ),
+    # Scales given as bits: what a TPU reads without a copy.
+    *(
+        workload(f"{name} int16 scales 128k batch 16", 16, *codec, False, jnp.int16)
+        for name, codec in CODECS.items()
+        if name != "bf16"
+    ),
+    *(
+        workload(f"ragged bf16 128k batch {batch}", batch, None, None, True)
+        for batch in (1, 16)
+    ),
 )

@@ -63,8 +63,8 @@ class Side:
             block % side.group or (chunk % side.group and side.group % chunk)
         ):
             raise NotImplementedError(
-                f"decode_attention: `{name}` has groups of {side.group} slots, which do "
-                f"not fit blocks of {block} slots in chunks of {chunk}."
+                f"decode_attention: `{name}` has groups of {side.group} slots, which "
+                f"do not fit blocks of {block} slots in chunks of {chunk}."
             )
         return cls(
             block=block,
@@ -106,7 +106,12 @@ class Side:
         if self.bits is None:
             return [self._turn(lift(side))]
         sides = [side.scale] + ([] if self.symmetric else [side.zero])
-        sides = [_as_bits(x) for x in sides]
+        # Mosaic TPU takes no float16, and XLA copies where it reads other bits in them:
+        # caches that keep the bits (int16) do without.
+        sides = [
+            jax.lax.bitcast_convert_type(x, jnp.int16) if x.dtype == jnp.float16 else x
+            for x in sides
+        ]
         if self.axis == "token":
             sides = [jnp.swapaxes(x, -1, -2) for x in sides]
         return [self._turn(lift(side.codes)), *(lift(x) for x in sides)]
@@ -126,9 +131,10 @@ class Side:
             return i, k, 0, j
 
         def spec(count: int, wide: int, columns: bool) -> pl.BlockSpec:
+            # Whole blocks: a reference with squeezed axes has no `bitcast`.
             if columns:
-                return pl.BlockSpec((None, None, wide, count), lanes)
-            return pl.BlockSpec((None, None, count, wide), rows)
+                return pl.BlockSpec((1, 1, wide, count), lanes)
+            return pl.BlockSpec((1, 1, count, wide), rows)
 
         out = [spec(self.block, self.packed, self.columns)]
         for _ in range(self.operands - 1):
@@ -165,11 +171,11 @@ class Side:
         n = self.groups
         found = self._inner(_stack([q * scale[i : i + 1] for i in range(n)]), wide)
         slot = jax.lax.broadcasted_iota(jnp.int32, (1, self.chunk), 1)
-        out = None
+        out = found[: len(q)]
         for i in range(n):
             shift = jnp.sum(q * zero[i : i + 1], axis=1, keepdims=True)
             part = _row(found, i, len(q)) + shift
-            out = part if out is None else jnp.where(slot // self.group == i, part, out)
+            out = jnp.where(slot // self.group == i, part, out) if i else part
         return out
 
     def mix(self, weight, live, refs):
@@ -193,12 +199,12 @@ class Side:
                 _stack([weight * scale[i : i + 1] for i in range(self.groups)]), wide
             )
             channel = jax.lax.broadcasted_iota(jnp.int32, (1, self.width), 1)
-            out = None
+            out = found[: len(weight)]
             for i in range(self.groups):
                 shift = jnp.sum(weight * zero[i : i + 1], axis=1, keepdims=True)
                 part = _row(found, i, len(weight)) + shift
                 same = channel // self.group == i
-                out = part if out is None else jnp.where(same, part, out)
+                out = jnp.where(same, part, out) if i else part
             return out
         parts = self._chunks(wide, scale, zero)
         return sum(
@@ -222,7 +228,7 @@ class Side:
 
     def _codes(self, ref):
         """The block as operands of a product, codes unpacked along the channels."""
-        x = ref[...]
+        x = ref[0, 0]
         if self.bits is None:
             return x.astype(self.dtype)
         x = x.astype(jnp.int32)
@@ -233,10 +239,11 @@ class Side:
         return x.astype(jnp.float32).astype(self.dtype)
 
     def _scales(self, refs):
-        scale = _from_bits(refs[1][...])
+        scale = _wide(refs[1])
         if self.symmetric:
+            assert self.bits is not None
             return scale, -((2**self.bits - 1) // 2) * scale
-        return scale, _from_bits(refs[2][...])
+        return scale, _wide(refs[2])
 
     def _chunks(self, wide, scale, zero):
         """Codes, scales and zeros of each chunk of slots."""
@@ -265,18 +272,12 @@ class Side:
         )
 
 
-def _as_bits(x):
-    """float16 as int16: Mosaic TPU loads no float16."""
-    if x.dtype != jnp.float16:
-        return x
-    return jax.lax.bitcast_convert_type(x, jnp.int16)
-
-
-def _from_bits(x):
-    """float32 of a finite float16 given as int16, or of another float.
+def _wide(ref):
+    """Scales or zeros in float32; int16 stands for the bits of a float16.
 
     TPUs flush subnormal numbers, so those of float16 are built from their mantissa.
     """
+    x = ref[0, 0]
     if x.dtype != jnp.int16:
         return x.astype(jnp.float32)
     x = x.astype(jnp.int32)

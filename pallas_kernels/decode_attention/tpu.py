@@ -64,6 +64,9 @@ def decode_attention(
         here = first[i, k] + jnp.minimum(j, jnp.maximum(count[i, k] - 1, 0))
         return i, k if offsets is None else 0, here
 
+    def per_head(i, k, *_):
+        return i, k, 0, 0
+
     lift = (lambda x: x) if offsets is None else (lambda x: x[:, None])
     arrays = [*left.arrays(keys, lift), *right.arrays(values, lift)]
     specs = [*left.specs(at), *right.specs(at)]
@@ -72,9 +75,11 @@ def decode_attention(
         specs.append(
             pl.BlockSpec((None, None, 1, block), lambda *g: (*at(*g)[:2], 0, at(*g)[2]))
         )
-    per_head = lambda i, k, *_: (i, k, 0, 0)
     out_shape = [(b, kv_heads, rows, d), (b, kv_heads, rows, LANES)]
     spread = (rows, LANES)
+    if not interpret:
+        # Else XLA may copy a whole cache into VMEM before the kernel starts.
+        arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
     moved = [queries, *arrays]
     out, lse = pl.pallas_call(
         functools.partial(
@@ -99,7 +104,7 @@ def decode_attention(
         ),
         out_shape=[jax.ShapeDtypeStruct(s, jnp.float32) for s in out_shape],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
         ),
         # Every head full: what the lengths leave out is known only at run time.
         cost_estimate=pl.CostEstimate(
@@ -139,7 +144,7 @@ def _kernel(*refs, left, right, tokens, scale, window, softcap):
         lane = jax.lax.broadcasted_iota(jnp.int32, (rows, block), 1)
         slot = (first[i, k] + j) * block + lane
         seen = (slot >= start[i, k]) & (slot < stop[i, k])
-        if tokens:
+        if pos_ref is not None and q_positions is not None:
             at = pos_ref[...]
             row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
             now = jnp.full((rows, 1), q_positions[i, 0])
