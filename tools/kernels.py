@@ -128,12 +128,14 @@ def watch(command: list[str], limit: float) -> tuple[list[dict[str, Any]], int, 
     It is ended when it prints no record for `limit` seconds.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(
+    records = []
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
-        )
+        ) as process,
+    ):
         assert process.stdout is not None
-        records = []
         timer = threading.Timer(limit, process.kill)
         timer.start()
         for line in process.stdout:
