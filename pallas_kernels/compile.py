@@ -57,7 +57,7 @@ class Row:
         hbm_bytes: of XLA's cost analysis, which takes a kernel's own word for it;
             None for a program with loops.
         spec_bytes: that the kernels' block specs imply; see `traffic`.
-        floor_bytes: that any implementation moves, forward.
+        floor_bytes: that any implementation moves; with a gradient, in both passes.
         registers: per thread, GPU only.
         spill_bytes: stores of spilled registers, GPU only.
     """
@@ -97,7 +97,8 @@ def jobs(target: Target, only: str | None = None) -> Iterator[tuple[Row, Workloa
                     target=target.name,
                     backend=backend,
                 )
-                if which == "forward":
+                # With a gradient the floor is that of both passes together.
+                if (which == "backward") == bool(load.gradient):
                     row.floor_bytes = load.floor_bytes
                 yield row, load
 
