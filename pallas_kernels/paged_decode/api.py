@@ -10,7 +10,7 @@ from kvjax.pallas_kernels.dispatch import Backend, Op
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.quantized import Quantized
 
-OP = Op(name="paged_decode", backends=("reference", "xla"))
+OP = Op(name="paged_decode", backends=("reference", "xla", "tpu"))
 
 MOST_QUERIES = 16
 SMALLEST_PAGE, LARGEST_PAGE = 16, 128
@@ -55,7 +55,7 @@ def paged_decode(
         scale: factor on `q . k`.
         softcap: logit soft cap, or None; the bias is added behind it.
         backend: see `dispatch.Op`.
-        tiles: `{"pages": pages per step}`.
+        tiles: `{"slots": slots per step}`, rounded down to whole pages.
         interpret: run a Pallas backend in its interpreter.
 
     Returns:

@@ -116,7 +116,7 @@ def case(
     return Case(
         name=name,
         make=functools.partial(make, **how),
-        tiles=tiles or {"pages": 2},
+        tiles=tiles or {"slots": 32},
         refused=refused,
         slow=slow,
     )
