@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from kvjax.pallas_kernels.decode_attention.api import OP as DECODE_ATTENTION
 from kvjax.pallas_kernels.dispatch import Op
+from kvjax.pallas_kernels.column_stats.api import OP as COLUMN_STATS
 from kvjax.pallas_kernels.page_score.api import OP as PAGE_SCORE
 from kvjax.pallas_kernels.page_summary.api import OP as PAGE_SUMMARY
 from kvjax.pallas_kernels.paged_decode.api import OP as PAGED_DECODE
@@ -20,5 +21,6 @@ OPS: Mapping[str, Op] = MappingProxyType(
         "paged_decode": PAGED_DECODE,
         "quantize_pack": QUANTIZE_PACK,
         "sparse_prefill": SPARSE_PREFILL,
+        "column_stats": COLUMN_STATS,
     }
 )
