@@ -17,7 +17,7 @@ from kvjax.pallas_kernels.sparse_prefill.patterns import (
     table,
 )
 
-OP = Op(name="sparse_prefill", backends=("reference", "xla", "tpu"))
+OP = Op(name="sparse_prefill", backends=("reference", "xla", "tpu", "gpu"))
 
 
 def sparse_prefill(

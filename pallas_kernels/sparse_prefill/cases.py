@@ -100,9 +100,21 @@ def attention(
     return make
 
 
+def _fits_hopper(
+    dtype: str = "float32",
+    dim: int = 32,
+    blocks: tuple[int, int] = (16, 16),
+    **_: Any,
+) -> bool:
+    sizes = dim in (64, 128) and blocks[0] % 64 == 0 and blocks[1] in (64, 128)
+    return sizes and dtype == "bfloat16"
+
+
 def _case(name: str, kind: str, *, gradient: bool = False, **kwargs: Any) -> Case:
     fields = {key: kwargs.pop(key) for key in ("slow", "tiles") if key in kwargs}
     fields.setdefault("tiles", {"columns": 32})  # two blocks per step
+    if not _fits_hopper(**kwargs):
+        fields["refused"] = ("gpu",)
     return Case(
         name=name,
         make=attention(kind, **kwargs),
@@ -111,14 +123,21 @@ def _case(name: str, kind: str, *, gradient: bool = False, **kwargs: Any) -> Cas
     )
 
 
-CHUNKED = {
+CHUNKED: dict[str, Any] = {
     "batch": 2,
     "tokens": 32,
     "slots": 80,
     "starts": (48, 16),
     "lengths": (80, 41),
 }
-WINDOW = {"window": 20, "sinks": 5}
+WINDOW: dict[str, Any] = {"window": 20, "sinks": 5}
+HOPPER: dict[str, Any] = {
+    "blocks": (128, 128),
+    "dim": 64,
+    "dtype": "bfloat16",
+    "capacity": 2,
+    "tiles": {"columns": 256},
+}
 
 CASES = (
     _case("list", "list", gradient=True),
@@ -149,15 +168,18 @@ CASES = (
     _case("list-one-token", "list", tokens=1, slots=33, starts=(32,), lengths=(33,)),
     _case("list-empty", "list", lengths=(0,), gradient=True),
     # Sizes and dtypes that a Hopper kernel takes.
+    _case("list-128", "list", **HOPPER, tokens=256, gradient=True),
+    _case("diagonals-128", "diagonals", **HOPPER, tokens=200, softcap=2.0),
     _case(
-        "list-128",
-        "list",
-        blocks=(128, 128),
-        tokens=256,
-        dim=64,
-        dtype="bfloat16",
-        capacity=2,
-        gradient=True,
+        "shared-64-chunked",
+        "shared",
+        **{**HOPPER, "blocks": (64, 64), "dim": 128, "heads": (4, 2, 2)},
+        tokens=96,
+        slots=200,
+        starts=(100,),
+        lengths=(190,),
+        window=80,
+        sinks=3,
     ),
 )
 

@@ -24,6 +24,7 @@ from kvjax.pallas_kernels.sparse_prefill.tpu_reader import (
     by_lane,
     list_spec,
     lists,
+    logits_of,
     make_plan,
 )
 from kvjax.types import NEG_INF
@@ -65,8 +66,7 @@ def _kernel(
 
     def update(keys, values, starts):
         queries = q_ref[0, 0].reshape(rows, plan.dim)
-        scores = plan.product(queries, keys[...], (1, 1))
-        scores = scaled(scores, rules)
+        scores, _ = logits_of(plan.product(queries, keys[...], (1, 1)), rules)
         block = values[...]
         if starts is not None:
             mask = reader.seen(starts)
@@ -93,14 +93,6 @@ def _kernel(
     lse = jnp.where(total > 0, (peak_ref[...] + jnp.log2(safe)) / LOG2E, NEG_INF)
     for r in range(plan.lay.rows):
         lse_ref[0, 0, 0, r : r + 1, :] = by_lane(lse, plan, r)
-
-
-def scaled(scores: Array, rules: Rules) -> Array:
-    """Products of queries and keys as logits in base 2, capped if they are."""
-    if rules.softcap is None:
-        return scores * (rules.scale * LOG2E)
-    inner = jnp.tanh(scores * (rules.scale / rules.softcap))
-    return inner * (rules.softcap * LOG2E)
 
 
 def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:

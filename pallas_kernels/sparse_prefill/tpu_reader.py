@@ -242,3 +242,11 @@ def by_sublane(rows: Array, plan: Plan) -> Array:
         for r in range(plan.lay.rows)
     ]
     return jnp.concatenate([c[:, :1] for c in columns], axis=0)
+
+
+def logits_of(scores: Array, rules: Rules) -> tuple[Array, Array | None]:
+    """Base-2 logits of the products, and d logit / d product without the scale."""
+    if rules.softcap is None:
+        return scores * (rules.scale * LOG2E), None
+    inner = jnp.tanh(scores * (rules.scale / rules.softcap))
+    return inner * (rules.softcap * LOG2E), 1.0 - inner * inner

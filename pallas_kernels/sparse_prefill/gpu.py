@@ -1,0 +1,338 @@
+"""`sparse_prefill` on Hopper: FlashAttention over lists, one warp group copies.
+
+A thread block has one or two compute warp groups of 64 query rows, and one that copies
+the listed KV blocks to shared memory some steps ahead. The gradient is not a kernel
+here: it is the XLA path's, from this kernel's `out` and `lse`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels.partial import Partial
+from kvjax.pallas_kernels.sparse_prefill import xla
+from kvjax.pallas_kernels.sparse_prefill.gradient import with_gradient
+from kvjax.pallas_kernels.sparse_prefill.layout import Layout, Rules, layout
+from kvjax.pallas_kernels.sparse_prefill.patterns import (
+    BlockList,
+    Diagonals,
+    Pattern,
+    table,
+)
+from kvjax.types import NEG_INF
+
+ROWS = 64  # of one warp group's product
+LOW = -1e30  # no infinities: inf - inf is NaN
+LOG2E = 1.4426950408889634
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    lay: Layout
+    rules: Rules
+    diagonals: bool
+    groups: int  # compute warp groups
+    stages: int  # KV blocks in shared memory
+    lists: int  # heads of the table
+    dtype: Any
+
+    @property
+    def rows(self) -> int:
+        """Queries of a thread block."""
+        return self.groups * ROWS
+
+    @property
+    def tiles(self) -> int:
+        """Thread blocks along the queries."""
+        return -(-self.lay.tokens // self.rows)
+
+    @property
+    def factor(self) -> float:
+        """From what the softmax is taken of to logits in base 2."""
+        return LOG2E * (self.rules.softcap or self.rules.scale)
+
+
+def _plan(q, k, pattern: Pattern, rules: Rules, tiles) -> _Plan:
+    lay = layout(q, k, pattern)
+    if q.dtype != jnp.bfloat16 or lay.dim not in (64, 128):
+        raise NotImplementedError(
+            "sparse_prefill: the GPU kernel takes bfloat16 and D of 64 or 128; got "
+            f"{q.dtype} and {lay.dim}."
+        )
+    if lay.block_q % ROWS or lay.block_k not in (64, 128):
+        raise NotImplementedError(
+            "sparse_prefill: the GPU kernel needs block_q a multiple of 64 and "
+            f"block_k 64 or 128; got {lay.block_q} and {lay.block_k}."
+        )
+    if rules.scale <= 0:
+        raise NotImplementedError(
+            f"sparse_prefill: the GPU kernel needs a positive scale; got {rules.scale}."
+        )
+    return _Plan(
+        lay=lay,
+        rules=rules,
+        diagonals=isinstance(pattern, Diagonals),
+        groups=2 if lay.block_q % (2 * ROWS) == 0 else 1,
+        stages=tuning.tiles("sparse_prefill", "h200", tiles)["stages"],
+        lists=table(pattern).shape[1],
+        dtype=q.dtype,
+    )
+
+
+def _lists(
+    plan: _Plan, pattern: Pattern, q_start: Int[Array, "B"], kv_len: Int[Array, "B"]
+) -> tuple[Int[Array, "B Hx N C"], Int[Array, "B Hx Nq"]]:
+    """Entries, and their number per query block.
+
+    One list for all query blocks is sorted, so that those which a query block can see
+    are in front: the kernel then stops at the last of them.
+    """
+    lay, rules = plan.lay, plan.rules
+    if isinstance(pattern, BlockList):
+        return pattern.index, jnp.clip(pattern.counts, 0, lay.capacity)
+    used = jnp.arange(lay.capacity) < pattern.counts[..., None]
+    far = jnp.iinfo(jnp.int32).max
+    entries = jnp.sort(jnp.where(used, table(pattern), far), axis=-1)[:, :, None]
+    i = jnp.arange(lay.q_blocks, dtype=jnp.int32)[:, None]
+    block = entries
+    if isinstance(pattern, Diagonals):
+        base = (q_start // pattern.block)[:, None, None, None] + i
+        block = jnp.where(entries == far, -1, base - entries)
+    ok = (block >= 0) & (block < lay.kv_blocks)
+    first = q_start[:, None, None, None] + i * lay.block_q
+    length = kv_len[:, None, None, None]
+    k = block * lay.block_k
+    ok = ok & rules.touches(first, lay.block_q, k, lay.block_k, length)
+    last = jnp.where(ok, jnp.arange(lay.capacity, dtype=jnp.int32) + 1, 0)
+    return entries, jnp.max(last, axis=-1)
+
+
+def _kernel(
+    q_ref,  # [B, H, T, D] GMEM
+    k_ref,  # [B, K, S, D] GMEM
+    v_ref,  # [B, K, S, D] GMEM
+    tail_ref,  # [B, K, block_k, D] GMEM: the last block of v, free slots cleared
+    index_ref,  # [B, Hx, N, C] GMEM
+    count_ref,  # [B, Hx, Nq] GMEM
+    start_ref,  # [B] GMEM
+    len_ref,  # [B] GMEM
+    out_ref,  # [B, H, T, D] GMEM
+    lse_ref,  # [B, H, tiles * rows] GMEM
+    scratch,
+    *,
+    plan: _Plan,
+):
+    lay, rules = plan.lay, plan.rules
+    buffers, (q_ready, k_ready, v_ready), (k_free, v_free) = scratch
+    q_smem, k_smem, v_smem, lse_smem = buffers
+    batch, head, group = map(lax.axis_index, ("batch", "heads", "wg"))
+    tile = plan.tiles - 1 - lax.axis_index("tiles")  # the longest rows first
+    block = lax.div(tile * plan.rows, jnp.int32(lay.block_q))
+    listed = lax.div(head * plan.lists, jnp.int32(lay.heads))
+    start, kv_len = start_ref[batch], len_ref[batch]
+    count = count_ref[batch, listed, block]
+    line = block if lay.per_block else 0
+    base = lax.div(start, jnp.int32(lay.block_k)) + block
+
+    def entry(e):
+        """KV block `e` of the list; any block of the cache for one outside of it."""
+        j = index_ref[batch, listed, line, e]
+        j = base - j if plan.diagonals else j
+        ok = (j >= 0) & (j < lay.kv_blocks)
+        return jnp.where(ok, j, 0), ok
+
+    @pl.when(group < plan.groups)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        first = tile * plan.rows + group * ROWS
+        mine, mine_lse = q_smem.at[group], lse_smem.at[group]
+        rows = pl.ds(first, ROWS)
+        plgpu.copy_gmem_to_smem(q_ref.at[batch, head, rows], mine, q_ready.at[group])
+        plgpu.barrier_wait(q_ready.at[group])
+
+        def column(value):
+            full = jnp.full((ROWS,), value, jnp.float32)
+            return plgpu.layout_cast(full, plgpu.Layout.WGMMA.reduce(1))
+
+        def step(e, carry):
+            out, peak, total = carry
+            slot = lax.rem(e, jnp.int32(plan.stages))
+            j, ok = entry(e)
+            plgpu.barrier_wait(k_ready.at[slot])
+            shape = (ROWS, lay.block_k)
+
+            def scores_of(acc):
+                plgpu.wgmma(acc, mine, k_smem.at[slot].transpose((1, 0)))
+                return acc[...]
+
+            scores = pl.run_scoped(scores_of, plgpu.ACC(shape, jnp.float32))
+            plgpu.barrier_arrive(k_free.at[slot])
+            if rules.softcap is not None:
+                scores = jnp.tanh(scores * (rules.scale / rules.softcap))
+            q0, k0 = start + first, j * lay.block_k
+
+            def masked(x):
+                layout = plgpu.Layout.WGMMA
+                q = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + q0
+                k = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout) + k0
+                limit = jnp.where(ok, kv_len, 0)
+                return jnp.where(rules.visible(q, k, limit), x, LOW)
+
+            covered = ok & rules.covers(q0, ROWS, k0, lay.block_k, kv_len)
+            scores = lax.cond(covered, lambda x: x, masked, scores)
+            top = jnp.maximum(peak, scores.max(axis=1))
+            shrink = jnp.exp2((peak - top) * plan.factor)
+            across = lax.broadcast_in_dim(top * plan.factor, shape, [0])
+            weight = jnp.exp2(scores * plan.factor - across)
+            out *= lax.broadcast_in_dim(shrink, out.shape, [0])
+            total = total * shrink + weight.sum(axis=1)
+            weight = weight.astype(plan.dtype)
+            plgpu.barrier_wait(v_ready.at[slot])
+
+            def more(acc):
+                plgpu.wgmma(acc, weight, v_smem.at[slot])
+
+            out = pl.run_state(more)(plgpu.ACC.init(out))
+            plgpu.barrier_arrive(v_free.at[slot])
+            return out, top, total
+
+        zero = jnp.full((ROWS, lay.dim), 0.0, jnp.float32)
+        zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+        carry = (zero, column(LOW), column(0.0))
+        out, peak, total = lax.fori_loop(0, count, step, carry)
+        # A row that has seen nothing has weighed all of its hidden keys alike.
+        seen = peak > LOW / 2
+        safe = jnp.where(seen, total, 1.0)
+        share = jnp.where(seen, 1.0 / safe, 0.0)
+        out *= lax.broadcast_in_dim(share, out.shape, [0])
+        lse = (peak * plan.factor + jnp.log2(safe)) * (1.0 / LOG2E)
+        mine[...] = out.astype(plan.dtype)
+        mine_lse[...] = jnp.where(seen, lse, NEG_INF)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(mine, out_ref.at[batch, head, rows])
+        plgpu.copy_smem_to_gmem(mine_lse, lse_ref.at[batch, head, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(group == plan.groups)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        kv_head = lax.div(head, jnp.int32(lay.heads // lay.kv_heads))
+        last = lax.div(kv_len, jnp.int32(lay.block_k))  # the block with free slots
+
+        @pl.loop(0, count)
+        def _(e):
+            slot = lax.rem(e, jnp.int32(plan.stages))
+            j, _ = entry(e)
+            keys = pl.ds(j * lay.block_k, lay.block_k)
+            again = e >= plan.stages
+
+            @pl.when(again)
+            def _():
+                plgpu.barrier_wait(k_free.at[slot])
+
+            source = k_ref.at[batch, kv_head, keys]
+            plgpu.copy_gmem_to_smem(source, k_smem.at[slot], k_ready.at[slot])
+
+            @pl.when(again)
+            def _():
+                plgpu.barrier_wait(v_free.at[slot])
+
+            @pl.when(j < last)
+            def _():
+                source = v_ref.at[batch, kv_head, keys]
+                plgpu.copy_gmem_to_smem(source, v_smem.at[slot], v_ready.at[slot])
+
+            @pl.when(j >= last)
+            def _():
+                source = tail_ref.at[batch, kv_head]
+                plgpu.copy_gmem_to_smem(source, v_smem.at[slot], v_ready.at[slot])
+
+
+def _tail(plan: _Plan, v: Array, kv_len: Int[Array, "B"]) -> Array:
+    """The block of values in which row ends: 0 * NaN would reach the output."""
+    size = plan.lay.block_k
+    position = (kv_len // size * size)[:, None] + jnp.arange(size)
+    live = (position < kv_len[:, None])[:, None, :, None]
+    at = jnp.minimum(position, plan.lay.slots - 1)[:, None, :, None]
+    return jnp.where(live, jnp.take_along_axis(v, at, axis=2), 0)
+
+
+def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
+    rules, tiles, interpret = how
+    plan = _plan(q, k, pattern, rules, dict(tiles))
+    lay = plan.lay
+    index, counts = _lists(plan, pattern, q_start, kv_len)
+
+    def smem(rows: int, count: int):
+        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        return plgpu.SMEM((count, rows, lay.dim), plan.dtype, transforms=transforms)
+
+    def entry(*refs):
+        free = plgpu.Barrier(num_arrivals=plan.groups, num_barriers=plan.stages)
+        ready = plgpu.Barrier(num_barriers=plan.stages)
+        pl.run_scoped(
+            lambda *scratch: _kernel(*refs, scratch, plan=plan),
+            (
+                smem(ROWS, plan.groups),
+                smem(lay.block_k, plan.stages),
+                smem(lay.block_k, plan.stages),
+                plgpu.SMEM((plan.groups, ROWS), jnp.float32),
+            ),
+            (plgpu.Barrier(num_barriers=plan.groups), ready, ready),
+            (free, free),
+            collective_axes="wg",
+        )
+
+    lse_shape = (lay.batch, lay.heads, plan.tiles * plan.rows)
+    out, lse = plgpu.kernel(
+        entry,
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+        ],
+        grid=(lay.heads, plan.tiles, lay.batch),
+        grid_names=("heads", "tiles", "batch"),
+        num_threads=plan.groups + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=compat.gpu_interpret(interpret),
+    )(q, k, v, _tail(plan, v, kv_len), index, counts, q_start, kv_len)
+    return Partial(out, lse[:, :, : lay.tokens])
+
+
+def _backward(*args):
+    *arrays, (rules, _, _) = args
+    return xla.backward(*arrays, rules)
+
+
+_attend = with_gradient(_forward, _backward)
+
+
+def sparse_prefill(
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    pattern: Pattern,
+    q_start: Int[Array, "B"],
+    kv_len: Int[Array, "B"],
+    *,
+    rules: Rules,
+    tiles: Mapping[str, int] | None = None,
+    interpret: bool = False,
+) -> Partial:
+    """The public function on Hopper; `tiles` is `stages`, KV blocks copied ahead.
+
+    Raises:
+        NotImplementedError: not bfloat16, D not 64 or 128, blocks that the tensor
+            cores' tiles do not divide, a scale that is not positive.
+    """
+    how = (rules, tuple(sorted((tiles or {}).items())), interpret)
+    return _attend(q, k, v, pattern, q_start, kv_len, how)
