@@ -9,7 +9,7 @@ from kvjax.pallas_kernels.dispatch import Backend, Op
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.quantized import Quantized
 
-OP = Op(name="decode_attention", backends=("reference", "xla", "tpu"))
+OP = Op(name="decode_attention", backends=("reference", "xla", "tpu", "gpu"))
 
 MOST_QUERIES = 16
 

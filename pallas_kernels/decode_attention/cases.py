@@ -12,6 +12,7 @@ from kvjax.pallas_kernels.cases import Arguments, Case, Workload
 from kvjax.pallas_kernels.quantize_pack import quantize_pack
 from kvjax.pallas_kernels.quantized import Quantized
 
+BF16 = jnp.bfloat16
 Codec = tuple[int, str, int, bool]
 """Bits, axis, group, symmetric."""
 
@@ -83,12 +84,13 @@ def build(
 
 def case(name: str, lengths: list[list[int]], *, tile: int = 128, **how: Any) -> Case:
     """A `Case` from the arguments of `build`."""
-    refused, slow = how.pop("refused", ()), how.pop("slow", False)
+    slow = how.pop("slow", False)
+    plain = not ({"keys", "values", "located"} & set(how))
+    refused = () if plain and how.get("dtype") == BF16 else ("gpu",)
     make = functools.partial(build, lengths=lengths, **how)
     return Case(name=name, make=make, tiles={"block": tile}, refused=refused, slow=slow)
 
 
-BF16 = jnp.bfloat16
 CASES = (
     case("f32", [[300, 130]], heads=2, slots=300, d=128),
     case(
@@ -178,6 +180,18 @@ CASES = (
         d=64,
         offsets=[[3, 110, 111, 345]],
     ),
+    case(
+        "ragged bf16 d128",
+        [[70, 1, 130]],
+        heads=6,
+        slots=260,
+        d=128,
+        offsets=[[5, 80, 83, 260]],
+        dtype=BF16,
+    ),
+    case("bf16 d80", [[90]], heads=2, slots=100, d=80, dtype=BF16, slow=True),
+    case("bf16 d32 t4", [[90]], heads=2, slots=90, d=32, t=4, dtype=BF16, slow=True),
+    case("bf16 d96", [[64]], heads=1, slots=64, d=96, dtype=BF16, slow=True),
     case(
         "ragged int4",
         [[100, 60], [1, 250]],
