@@ -17,7 +17,7 @@ from kvjax.compress.config import Compression
 from kvjax.compress.layer import build
 from kvjax.compress.observe import observe
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
-from kvjax.pallas_kernels.pages import page_bounds
+from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.schedules import AfterPrefill
@@ -175,7 +175,7 @@ def _grown(
     if isinstance(body, Slots):
         return Slots(**fields), plain, edges
     live = fields["positions"] >= 0
-    low, high = page_bounds(fields["keys"].data, live, body.page)
+    low, high, _ = page_summary(fields["keys"].data, live, page=body.page)
     return dataclasses.replace(body, **fields, low=low, high=high), plain, edges
 
 
