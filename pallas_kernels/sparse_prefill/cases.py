@@ -22,10 +22,14 @@ GARBAGE = 1 << 20
 def choose(
     rng: np.random.Generator, shape: tuple[int, ...], among: int, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct entries below `among`, with random counts and garbage behind them."""
+    """Distinct entries below `among`, with random counts and garbage behind them.
+
+    The first list is full, and the last one's count is random: it may be zero.
+    """
     order = np.argsort(rng.random((*shape, max(among, capacity))), axis=-1)
     index = order[..., :capacity].astype(np.int32)
     counts = rng.integers(0, min(among, capacity) + 1, shape).astype(np.int32)
+    counts.flat[0] = min(among, capacity)
     index = np.where(np.arange(capacity) < counts[..., None], index, GARBAGE)
     return index.astype(np.int32), counts
 

@@ -43,6 +43,7 @@ class _Plan:
     stages: int  # KV blocks in shared memory
     lists: int  # heads of the table
     dtype: Any
+    interpret: bool
 
     @property
     def rows(self) -> int:
@@ -60,7 +61,7 @@ class _Plan:
         return LOG2E * (self.rules.softcap or self.rules.scale)
 
 
-def _plan(q, k, pattern: Pattern, rules: Rules, tiles) -> _Plan:
+def _plan(q, k, pattern: Pattern, rules: Rules, tiles, interpret: bool) -> _Plan:
     lay = layout(q, k, pattern)
     if q.dtype != jnp.bfloat16 or lay.dim not in (64, 128):
         raise NotImplementedError(
@@ -84,6 +85,7 @@ def _plan(q, k, pattern: Pattern, rules: Rules, tiles) -> _Plan:
         stages=tuning.tiles("sparse_prefill", "h200", tiles)["stages"],
         lists=table(pattern).shape[1],
         dtype=q.dtype,
+        interpret=interpret,
     )
 
 
@@ -132,7 +134,7 @@ def _kernel(
 ):
     lay, rules = plan.lay, plan.rules
     buffers, (q_ready, k_ready, v_ready), (k_free, v_free) = scratch
-    q_smem, k_smem, v_smem, lse_smem = buffers
+    q_smem, k_smem, v_smem, lse_smem, *staged = buffers
     batch, head, group = map(lax.axis_index, ("batch", "heads", "wg"))
     tile = plan.tiles - 1 - lax.axis_index("tiles")  # the longest rows first
     block = lax.div(tile * plan.rows, jnp.int32(lay.block_q))
@@ -192,16 +194,23 @@ def _kernel(
             shrink = jnp.exp2((peak - top) * plan.factor)
             across = lax.broadcast_in_dim(top * plan.factor, shape, [0])
             weight = jnp.exp2(scores * plan.factor - across)
-            out *= lax.broadcast_in_dim(shrink, out.shape, [0])
             total = total * shrink + weight.sum(axis=1)
             weight = weight.astype(plan.dtype)
+            if plan.interpret:  # the interpreter multiplies from shared memory only
+                staged[0][group] = weight
+                plgpu.commit_smem()
+                weight = staged[0].at[group]
             plgpu.barrier_wait(v_ready.at[slot])
 
-            def more(acc):
+            def product_of(acc):
                 plgpu.wgmma(acc, weight, v_smem.at[slot])
+                return acc[...]
 
-            out = pl.run_state(more)(plgpu.ACC.init(out))
+            # Not accumulated in place: `pl.run_state` has no interpreter, and the
+            # rescaling becomes a fused multiply-add.
+            more = pl.run_scoped(product_of, plgpu.ACC(out.shape, jnp.float32))
             plgpu.barrier_arrive(v_free.at[slot])
+            out = out * lax.broadcast_in_dim(shrink, out.shape, [0]) + more
             return out, top, total
 
         zero = jnp.full((ROWS, lay.dim), 0.0, jnp.float32)
@@ -267,13 +276,13 @@ def _tail(plan: _Plan, v: Array, kv_len: Int[Array, "B"]) -> Array:
 
 def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
     rules, tiles, interpret = how
-    plan = _plan(q, k, pattern, rules, dict(tiles))
+    plan = _plan(q, k, pattern, rules, dict(tiles), interpret)
     lay = plan.lay
     index, counts = _lists(plan, pattern, q_start, kv_len)
 
-    def smem(rows: int, count: int):
+    def smem(count: int, rows: int, columns: int = lay.dim):
         transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        return plgpu.SMEM((count, rows, lay.dim), plan.dtype, transforms=transforms)
+        return plgpu.SMEM((count, rows, columns), plan.dtype, transforms=transforms)
 
     def entry(*refs):
         free = plgpu.Barrier(num_arrivals=plan.groups, num_barriers=plan.stages)
@@ -281,10 +290,11 @@ def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
         pl.run_scoped(
             lambda *scratch: _kernel(*refs, scratch, plan=plan),
             (
-                smem(ROWS, plan.groups),
-                smem(lay.block_k, plan.stages),
-                smem(lay.block_k, plan.stages),
+                smem(plan.groups, ROWS),
+                smem(plan.stages, lay.block_k),
+                smem(plan.stages, lay.block_k),
                 plgpu.SMEM((plan.groups, ROWS), jnp.float32),
+                *([smem(plan.groups, ROWS, lay.block_k)] if interpret else []),
             ),
             (plgpu.Barrier(num_barriers=plan.groups), ready, ready),
             (free, free),
