@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from kvjax.pallas_kernels.decode_attention.api import OP as DECODE_ATTENTION
 from kvjax.pallas_kernels.dispatch import Op
+from kvjax.pallas_kernels.block_score.api import OP as BLOCK_SCORE
 from kvjax.pallas_kernels.column_stats.api import OP as COLUMN_STATS
 from kvjax.pallas_kernels.page_score.api import OP as PAGE_SCORE
 from kvjax.pallas_kernels.page_summary.api import OP as PAGE_SUMMARY
@@ -22,5 +23,6 @@ OPS: Mapping[str, Op] = MappingProxyType(
         "quantize_pack": QUANTIZE_PACK,
         "sparse_prefill": SPARSE_PREFILL,
         "column_stats": COLUMN_STATS,
+        "block_score": BLOCK_SCORE,
     }
 )
