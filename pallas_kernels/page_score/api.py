@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.dispatch import Backend, Op
 
-OP = Op(name="page_score", backends=("reference", "xla"))
+OP = Op(name="page_score", backends=("reference", "xla", "tpu", "gpu"))
 
 MODES = ("bound", "dot")
 GROUPS = ("max", "sum", "softmax_max", "softmax_sum")

@@ -8,7 +8,7 @@ from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.dispatch import Backend, Op
 from kvjax.pallas_kernels.page_summary.summary import PageSummary
 
-OP = Op(name="page_summary", backends=("reference", "xla"))
+OP = Op(name="page_summary", backends=("reference", "xla", "tpu", "gpu"))
 
 
 def page_summary(

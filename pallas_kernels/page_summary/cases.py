@@ -34,20 +34,27 @@ def make(
 
 def case(name: str, block: int = 128, **how: Any) -> Case:
     """A case whose arguments are `make(rng, **how)`."""
-    return Case(name=name, make=functools.partial(make, **how), tiles={"slots": block})
+    narrow = how.get("d", 64) % 128 != 0
+    return Case(
+        name=name,
+        make=functools.partial(make, **how),
+        tiles={"slots": block},
+        refused=("gpu",) if narrow else (),
+    )
 
 
 CASES = (
     case("f32"),
     case("bf16", dtype=jnp.bfloat16),
+    case("d128", d=128, slots=80, block=64),
     case("page32_d128", page=32, d=128, slots=320, block=256, dtype=jnp.bfloat16),
     case("page64_d32", page=64, d=32, slots=192, block=512),
     case("page128_d256", page=128, d=256, slots=256, block=1024),
     case("d80", d=80),
     case("d96_bf16", d=96, dtype=jnp.bfloat16),
-    case("one_page", slots=16),
+    case("one_page", slots=16, d=128),
     case("all_live", dead="none"),
-    case("none_live", dead="all", dtype=jnp.bfloat16),
+    case("none_live", dead="all", d=128, slots=48, dtype=jnp.bfloat16),
 )
 
 

@@ -10,7 +10,7 @@ from kvjax.pallas_kernels.dispatch import Backend, Op
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.quantized import Quantized
 
-OP = Op(name="paged_decode", backends=("reference", "xla", "tpu"))
+OP = Op(name="paged_decode", backends=("reference", "xla", "tpu", "gpu"))
 
 MOST_QUERIES = 16
 SMALLEST_PAGE, LARGEST_PAGE = 16, 128

@@ -58,5 +58,6 @@ class PageSide(Side):
         along = 1 if self.axis == "token" else 0
         scale = jnp.concatenate([_wide(r) for r in refs[1]], axis=along)
         if self.symmetric:
+            assert self.bits is not None
             return scale, -((2**self.bits - 1) // 2) * scale
         return scale, jnp.concatenate([_wide(r) for r in refs[2]], axis=along)

@@ -65,8 +65,12 @@ def paged_decode(
         arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
 
     def some(batch):
+        queries, table, counts, bias = batch
         return _call(
-            *batch,
+            queries,
+            table,
+            counts,
+            bias,
             arrays,
             left=left,
             right=right,
