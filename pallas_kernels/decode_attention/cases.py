@@ -8,13 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.pallas_kernels.cases import Arguments, Case, Workload
+from kvjax.pallas_kernels.cases import Arguments, Case
+from kvjax.pallas_kernels.decode_attention.workloads import BF16, Codec
+from kvjax.pallas_kernels.decode_attention.workloads import WORKLOADS as WORKLOADS
 from kvjax.pallas_kernels.quantize_pack import quantize_pack
-from kvjax.pallas_kernels.quantized import Quantized
-
-BF16 = jnp.bfloat16
-Codec = tuple[int, str, int, bool]
-"""Bits, axis, group, symmetric."""
 
 
 def encode(x: jax.Array, held: jax.Array, codec: Codec | None, dtype: Any) -> Any:
@@ -86,21 +83,27 @@ def case(name: str, lengths: list[list[int]], *, tile: int = 128, **how: Any) ->
     """A `Case` from the arguments of `build`."""
     slow = how.pop("slow", False)
     plain = not ({"keys", "values", "located"} & set(how))
-    refused = () if plain and how.get("dtype") == BF16 else ("gpu",)
+    served = plain and how.get("dtype") == BF16 and how["slots"] % 8 == 0
+    refused = () if served else ("gpu",)
     make = functools.partial(build, lengths=lengths, **how)
     return Case(name=name, make=make, tiles={"block": tile}, refused=refused, slow=slow)
 
 
+INT4: dict[str, Any] = {
+    "keys": (4, "channel", 32, False),
+    "values": (4, "token", 32, False),
+}
 CASES = (
     case("f32", [[300, 130]], heads=2, slots=300, d=128),
     case(
-        "bf16 zero and one", [[0, 1], [257, 128]], heads=8, slots=300, d=64, dtype=BF16
+        "bf16 zero and one", [[0, 1], [257, 128]], heads=8, slots=304, d=64, dtype=BF16
     ),
     case("gqa8 d256", [[200]], heads=8, slots=200, d=256, dtype=BF16),
     case("d32 t4 gqa8", [[77, 200]], heads=16, slots=200, d=32, t=4),
     case("d80 softcap", [[150, 0]], heads=2, slots=150, d=80, softcap=5.0),
     case("d96 nothing held", [[0, 0]], heads=2, slots=130, d=96),
     case("one slot", [[1]], heads=4, slots=1, d=64, dtype=BF16),
+    case("bf16 d256", [[70]], heads=1, slots=72, d=256, dtype=BF16, slow=True),
     case("positions", [[300, 140]], heads=8, slots=300, d=128, t=4, located=True),
     case(
         "int8 token gqa4",
@@ -118,8 +121,7 @@ CASES = (
         heads=8,
         slots=256,
         d=128,
-        keys=(4, "channel", 32, False),
-        values=(4, "token", 32, False),
+        **INT4,
     ),
     case(
         "int2 kivi bf16 t2",
@@ -184,13 +186,13 @@ CASES = (
         "ragged bf16 d128",
         [[70, 1, 130]],
         heads=6,
-        slots=260,
+        slots=264,
         d=128,
-        offsets=[[5, 80, 83, 260]],
+        offsets=[[5, 80, 83, 264]],
         dtype=BF16,
     ),
-    case("bf16 d80", [[90]], heads=2, slots=100, d=80, dtype=BF16, slow=True),
-    case("bf16 d32 t4", [[90]], heads=2, slots=90, d=32, t=4, dtype=BF16, slow=True),
+    case("bf16 d80", [[90]], heads=2, slots=104, d=80, dtype=BF16, slow=True),
+    case("bf16 d32 t4", [[90]], heads=2, slots=96, d=32, t=4, dtype=BF16, slow=True),
     case("bf16 d96", [[64]], heads=1, slots=64, d=96, dtype=BF16, slow=True),
     case(
         "ragged int4",
@@ -200,8 +202,7 @@ CASES = (
         slots=320,
         d=128,
         offsets=[[0, 101, 161], [7, 40, 320]],
-        keys=(4, "channel", 32, False),
-        values=(4, "token", 32, False),
+        **INT4,
         dtype=BF16,
     ),
     case(
@@ -223,87 +224,5 @@ CASES = (
         located=True,
         window=40,
         dtype=BF16,
-    ),
-)
-
-LLAMA = {"heads": 32, "kv_heads": 8, "d": 128}
-CONTEXT = 131072
-
-
-def stored(
-    lead: tuple[int, ...], slots: int, d: int, codec: Codec | None, side: Any
-) -> Any:
-    """Shapes of keys or values, scales and zeros in the dtype `side`."""
-    struct: Any = jax.ShapeDtypeStruct
-    if codec is None:
-        return struct((*lead, slots, d), BF16)
-    bits, axis, group, symmetric = codec
-    shape = (slots // group, d) if axis == "channel" else (slots, d // group)
-    one = struct((*lead, *shape), side)
-    return Quantized(
-        codes=struct((*lead, slots, d * bits // 8), jnp.uint8),
-        scale=one,
-        zero=None if symmetric else one,
-        bits=bits,
-        axis=axis,
-        group=group,
-    )
-
-
-def sizes(
-    batch: int,
-    keys: Codec | None,
-    values: Codec | None,
-    ragged: bool = False,
-    side: Any = jnp.float16,
-) -> Arguments:
-    """Shapes of a decode step of Llama-3.1-8B over a full cache."""
-    kv_heads, heads, d = LLAMA["kv_heads"], LLAMA["heads"], LLAMA["d"]
-    struct = jax.ShapeDtypeStruct
-    lead, slots = (
-        ((batch,), kv_heads * CONTEXT) if ragged else ((batch, kv_heads), CONTEXT)
-    )
-    args = (
-        struct((batch, heads, 1, d), BF16),
-        stored(lead, slots, d, keys, side),
-        stored(lead, slots, d, values, side),
-        struct((batch, kv_heads), jnp.int32),
-    )
-    kwargs: dict[str, Any] = {"scale": d**-0.5}
-    if ragged:
-        kwargs["offsets"] = struct((batch, kv_heads + 1), jnp.int32)
-    return args, kwargs
-
-
-def workload(name: str, batch: int, *how: Any) -> Workload:
-    """A `Workload` from the arguments of `sizes`."""
-    make = functools.partial(sizes, batch, *how)
-    args, _ = make()
-    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args))
-    out = 4 * batch * LLAMA["heads"] * (LLAMA["d"] + 1)
-    return Workload(name=name, make=make, floor_bytes=moved + out)
-
-
-CODECS: dict[str, tuple[Codec | None, Codec | None]] = {
-    "bf16": (None, None),
-    "int8": ((8, "token", 128, True), (8, "token", 128, True)),
-    "int4": ((4, "channel", 32, False), (4, "token", 32, False)),
-    "int2": ((2, "channel", 32, False), (2, "token", 32, False)),
-}
-WORKLOADS = (
-    *(
-        workload(f"{name} 128k batch {batch}", batch, *codec)
-        for name, codec in CODECS.items()
-        for batch in (1, 16)
-    ),
-    # Scales given as bits: what a TPU reads without a copy.
-    *(
-        workload(f"{name} int16 scales 128k batch 16", 16, *codec, False, jnp.int16)
-        for name, codec in CODECS.items()
-        if name != "bf16"
-    ),
-    *(
-        workload(f"ragged bf16 128k batch {batch}", batch, None, None, True)
-        for batch in (1, 16)
     ),
 )

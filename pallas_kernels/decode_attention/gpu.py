@@ -24,6 +24,9 @@ ROWS = 64
 """Rows of a `wgmma`: query heads of a KV head times queries, padded."""
 
 
+_SHARED = 227 * 1024 - 4096  # bytes per thread block, less barriers and padding
+
+
 def decode_attention(
     q,
     keys,
@@ -46,6 +49,9 @@ def decode_attention(
     slots, dtype = keys.shape[-2], keys.dtype
     tile = tuning.tiles("decode_attention", "h200", tiles)
     block, stages = tile["block"], tile["stages"]
+    # Queries and outputs share what is left by the stages.
+    room = _SHARED - ROWS * d * (4 + dtype.itemsize)
+    stages = max(1, min(stages, room // (2 * block * d * dtype.itemsize)))
     splits = max(1, min(tile["programs"] // (b * kv_heads), -(-slots // block)))
 
     start = jnp.zeros_like(lengths) if offsets is None else offsets[:, :-1]
@@ -104,6 +110,8 @@ def _refuse(q, keys, values, lengths, positions) -> None:
         )
     elif positions is not None:
         why = "positions are not implemented for this backend"
+    elif keys.shape[-2] % 8:
+        why = f"the slots must be a multiple of 8; got {keys.shape[-2]}"
     elif q.shape[3] % 16:
         why = f"the head dim must be a multiple of 16; got {q.shape[3]}"
     elif (rows := q.shape[1] // lengths.shape[1] * q.shape[2]) > ROWS:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from kvjax.pallas_kernels.decode_attention import decode_attention
-from kvjax.pallas_kernels.decode_attention.cases import BF16, build
+from kvjax.pallas_kernels.decode_attention.cases import build
 from kvjax.pallas_kernels.decode_attention.gpu import _merged
+from kvjax.pallas_kernels.decode_attention.workloads import BF16
 from kvjax.pallas_kernels.partial import Partial, merge
 
 LENGTHS = [[5, 12], [0, 8]]
