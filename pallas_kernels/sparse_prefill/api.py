@@ -61,7 +61,8 @@ def sparse_prefill(
     Returns:
         `Partial(out [B, H, T, D], lse [B, H, T] f32)`; `out` is f32, from a Pallas
         backend in `q`'s dtype. A query that sees nothing has out 0 and lse -inf.
-        Differentiable in `q`, `k` and `v`, through `out` and through `lse`.
+        Differentiable in `q`, `k` and `v`, through `out` and through `lse`; the
+        gradient of `gpu` is the XLA path's, the others have their own.
 
     Raises:
         ValueError: shapes, dtypes or settings that do not fit together.
@@ -148,7 +149,7 @@ def _check_pattern(
     checks.shape(f"{name}.counts", pattern.counts, (batch, lists, *blocks))
     checks.integers(f"{name} entries", entries)
     checks.integers(f"{name}.counts", pattern.counts)
-    if not entries.shape[-1]:
+    if not entries.size:
         raise ValueError(
             f"`pattern` must have room for an entry; got {list(entries.shape)}. "
             "Use counts of 0 for empty lists."

@@ -148,32 +148,34 @@ CASES = (
     _case("diagonals", "diagonals", gradient=True),
     _case("shared", "shared", gradient=True),
     _case("list-bf16", "list", dtype="bfloat16", dim=64, gradient=True),
-    _case("diagonals-bf16", "diagonals", dtype="bfloat16", dim=128),
-    _case("shared-bf16", "shared", dtype="bfloat16", dim=80),
+    _case("diagonals-bf16", "diagonals", dtype="bfloat16", dim=128, slow=True),
+    _case("shared-bf16", "shared", dtype="bfloat16", dim=80, slow=True),
     _case("list-gqa4", "list", heads=(4, 1, 4), gradient=True),
     _case("list-gqa4-per-kv", "list", heads=(8, 2, 2), gradient=True, slow=True),
     _case("list-gqa8-one-list", "list", heads=(8, 1, 1), gradient=True),
-    _case("diagonals-gqa4-one-list", "diagonals", heads=(8, 2, 1)),
-    _case("shared-gqa4-per-head", "shared", heads=(4, 1, 4), gradient=True),
+    _case("diagonals-gqa4-one-list", "diagonals", heads=(8, 2, 1), slow=True),
+    _case("shared-gqa4-per-head", "shared", heads=(4, 1, 4), gradient=True, slow=True),
     _case("list-chunked", "list", **CHUNKED, gradient=True),
     _case("diagonals-chunked", "diagonals", **CHUNKED, gradient=True),
     _case("shared-chunked", "shared", **CHUNKED, gradient=True),
     _case("list-window-sinks", "list", **WINDOW, capacity=4, gradient=True),
-    _case("diagonals-window-sinks", "diagonals", **WINDOW, capacity=4),
-    _case("shared-window", "shared", window=9, capacity=4),
+    _case("diagonals-window-sinks", "diagonals", **WINDOW, capacity=4, slow=True),
+    _case("shared-window", "shared", window=9, capacity=4, slow=True),
     _case("list-ragged", "list", tokens=52, slots=57, gradient=True),
-    _case("diagonals-ragged", "diagonals", tokens=37, slots=37, gradient=True),
-    _case("shared-ragged", "shared", tokens=21, slots=50, gradient=True),
+    _case(
+        "diagonals-ragged", "diagonals", tokens=37, slots=37, gradient=True, slow=True
+    ),
+    _case("shared-ragged", "shared", tokens=21, slots=50, gradient=True, slow=True),
     _case("list-rectangular", "list", blocks=(32, 16), capacity=4),
-    _case("shared-rectangular", "shared", blocks=(16, 32), capacity=2),
+    _case("shared-rectangular", "shared", blocks=(16, 32), capacity=2, slow=True),
     _case("list-everything", "list", softcap=3.0, capacity=4, gradient=True, **WINDOW),
-    _case("list-not-causal", "list", causal=False, gradient=True),
-    _case("shared-not-causal", "shared", causal=False, window=30),
+    _case("list-not-causal", "list", causal=False, gradient=True, slow=True),
+    _case("shared-not-causal", "shared", causal=False, window=30, slow=True),
     _case("list-one-token", "list", tokens=1, slots=33, starts=(32,), lengths=(33,)),
     _case("list-empty", "list", lengths=(0,), gradient=True),
     # Sizes and dtypes that a Hopper kernel takes.
-    _case("list-128", "list", **HOPPER, tokens=256, gradient=True),
-    _case("diagonals-128", "diagonals", **HOPPER, tokens=200, softcap=2.0),
+    _case("list-128", "list", **HOPPER, tokens=256, gradient=True, slow=True),
+    _case("diagonals-128", "diagonals", **HOPPER, tokens=200, softcap=2.0, slow=True),
     _case(
         "shared-64-chunked",
         "shared",
@@ -209,7 +211,8 @@ def _workload(
     rows = (tokens // block,) if kind == "list" else ()
 
     def make() -> Arguments:
-        index, counts = _struct(1, lists, *rows, capacity), _struct(1, lists, *rows)
+        index: Any = _struct(1, lists, *rows, capacity)
+        counts: Any = _struct(1, lists, *rows)
         if kind == "list":
             pattern: Pattern = BlockList(
                 index=index, counts=counts, block_q=block, block_k=block

@@ -5,9 +5,7 @@ the listed KV blocks to shared memory some steps ahead. The gradient is not a ke
 here: it is the XLA path's, from this kernel's `out` and `lse`.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,105 +14,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels import compat
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.sparse_prefill import xla
-from kvjax.pallas_kernels.sparse_prefill.gradient import with_gradient
-from kvjax.pallas_kernels.sparse_prefill.layout import Layout, Rules, layout
-from kvjax.pallas_kernels.sparse_prefill.patterns import (
-    BlockList,
-    Diagonals,
-    Pattern,
-    table,
+from kvjax.pallas_kernels.sparse_prefill.gpu_plan import (
+    LOG2E,
+    ROWS,
+    Plan,
+    last_values,
+    make_lists,
+    make_plan,
 )
+from kvjax.pallas_kernels.sparse_prefill.gradient import with_gradient
+from kvjax.pallas_kernels.sparse_prefill.layout import Rules
+from kvjax.pallas_kernels.sparse_prefill.patterns import Pattern
 from kvjax.types import NEG_INF
 
-ROWS = 64  # of one warp group's product
 LOW = -1e30  # no infinities: inf - inf is NaN
-LOG2E = 1.4426950408889634
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
-    lay: Layout
-    rules: Rules
-    diagonals: bool
-    groups: int  # compute warp groups
-    stages: int  # KV blocks in shared memory
-    lists: int  # heads of the table
-    dtype: Any
-    interpret: bool
-
-    @property
-    def rows(self) -> int:
-        """Queries of a thread block."""
-        return self.groups * ROWS
-
-    @property
-    def tiles(self) -> int:
-        """Thread blocks along the queries."""
-        return -(-self.lay.tokens // self.rows)
-
-    @property
-    def factor(self) -> float:
-        """From what the softmax is taken of to logits in base 2."""
-        return LOG2E * (self.rules.softcap or self.rules.scale)
-
-
-def _plan(q, k, pattern: Pattern, rules: Rules, tiles, interpret: bool) -> _Plan:
-    lay = layout(q, k, pattern)
-    if q.dtype != jnp.bfloat16 or lay.dim not in (64, 128):
-        raise NotImplementedError(
-            "sparse_prefill: the GPU kernel takes bfloat16 and D of 64 or 128; got "
-            f"{q.dtype} and {lay.dim}."
-        )
-    if lay.block_q % ROWS or lay.block_k not in (64, 128):
-        raise NotImplementedError(
-            "sparse_prefill: the GPU kernel needs block_q a multiple of 64 and "
-            f"block_k 64 or 128; got {lay.block_q} and {lay.block_k}."
-        )
-    if rules.scale <= 0:
-        raise NotImplementedError(
-            f"sparse_prefill: the GPU kernel needs a positive scale; got {rules.scale}."
-        )
-    return _Plan(
-        lay=lay,
-        rules=rules,
-        diagonals=isinstance(pattern, Diagonals),
-        groups=2 if lay.block_q % (2 * ROWS) == 0 else 1,
-        stages=tuning.tiles("sparse_prefill", "h200", tiles)["stages"],
-        lists=table(pattern).shape[1],
-        dtype=q.dtype,
-        interpret=interpret,
-    )
-
-
-def _lists(
-    plan: _Plan, pattern: Pattern, q_start: Int[Array, "B"], kv_len: Int[Array, "B"]
-) -> tuple[Int[Array, "B Hx N C"], Int[Array, "B Hx Nq"]]:
-    """Entries, and their number per query block.
-
-    One list for all query blocks is sorted, so that those which a query block can see
-    are in front: the kernel then stops at the last of them.
-    """
-    lay, rules = plan.lay, plan.rules
-    if isinstance(pattern, BlockList):
-        return pattern.index, jnp.clip(pattern.counts, 0, lay.capacity)
-    used = jnp.arange(lay.capacity) < pattern.counts[..., None]
-    far = jnp.iinfo(jnp.int32).max
-    entries = jnp.sort(jnp.where(used, table(pattern), far), axis=-1)[:, :, None]
-    i = jnp.arange(lay.q_blocks, dtype=jnp.int32)[:, None]
-    block = entries
-    if isinstance(pattern, Diagonals):
-        base = (q_start // pattern.block)[:, None, None, None] + i
-        block = jnp.where(entries == far, -1, base - entries)
-    ok = (block >= 0) & (block < lay.kv_blocks)
-    first = q_start[:, None, None, None] + i * lay.block_q
-    length = kv_len[:, None, None, None]
-    k = block * lay.block_k
-    ok = ok & rules.touches(first, lay.block_q, k, lay.block_k, length)
-    last = jnp.where(ok, jnp.arange(lay.capacity, dtype=jnp.int32) + 1, 0)
-    return entries, jnp.max(last, axis=-1)
 
 
 def _kernel(
@@ -128,9 +44,9 @@ def _kernel(
     len_ref,  # [B] GMEM
     out_ref,  # [B, H, T, D] GMEM
     lse_ref,  # [B, H, tiles * rows] GMEM
-    scratch,
     *,
-    plan: _Plan,
+    scratch,
+    plan: Plan,
 ):
     lay, rules = plan.lay, plan.rules
     buffers, (q_ready, k_ready, v_ready), (k_free, v_free) = scratch
@@ -175,7 +91,9 @@ def _kernel(
                 plgpu.wgmma(acc, mine, k_smem.at[slot].transpose((1, 0)))
                 return acc[...]
 
-            scores = pl.run_scoped(scores_of, plgpu.ACC(shape, jnp.float32))
+            scores = pl.run_scoped(
+                scores_of, plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+            )
             plgpu.barrier_arrive(k_free.at[slot])
             if rules.softcap is not None:
                 scores = jnp.tanh(scores * (rules.scale / rules.softcap))
@@ -208,7 +126,9 @@ def _kernel(
 
             # Not accumulated in place: `pl.run_state` has no interpreter, and the
             # rescaling becomes a fused multiply-add.
-            more = pl.run_scoped(product_of, plgpu.ACC(out.shape, jnp.float32))
+            more = pl.run_scoped(
+                product_of, plgpu.WGMMAAccumulatorRef(out.shape, jnp.float32)
+            )
             plgpu.barrier_arrive(v_free.at[slot])
             out = out * lax.broadcast_in_dim(shrink, out.shape, [0]) + more
             return out, top, total
@@ -235,60 +155,56 @@ def _kernel(
         plgpu.set_max_registers(40, action="decrease")
         kv_head = lax.div(head, jnp.int32(lay.heads // lay.kv_heads))
         last = lax.div(kv_len, jnp.int32(lay.block_k))  # the block with free slots
+        at = (batch, kv_head)
+        sources = (k_ref.at[at], v_ref.at[at], tail_ref.at[at])
 
-        @pl.loop(0, count)
-        def _(e):
-            slot = lax.rem(e, jnp.int32(plan.stages))
-            j, _ = entry(e)
-            keys = pl.ds(j * lay.block_k, lay.block_k)
-            again = e >= plan.stages
+        def block_of(e):
+            return entry(e)[0]
 
-            @pl.when(again)
-            def _():
-                plgpu.barrier_wait(k_free.at[slot])
-
-            source = k_ref.at[batch, kv_head, keys]
-            plgpu.copy_gmem_to_smem(source, k_smem.at[slot], k_ready.at[slot])
-
-            @pl.when(again)
-            def _():
-                plgpu.barrier_wait(v_free.at[slot])
-
-            @pl.when(j < last)
-            def _():
-                source = v_ref.at[batch, kv_head, keys]
-                plgpu.copy_gmem_to_smem(source, v_smem.at[slot], v_ready.at[slot])
-
-            @pl.when(j >= last)
-            def _():
-                source = tail_ref.at[batch, kv_head]
-                plgpu.copy_gmem_to_smem(source, v_smem.at[slot], v_ready.at[slot])
+        _copy(plan, count, block_of, last, sources, buffers[1:3], scratch[1:])
 
 
-def _tail(plan: _Plan, v: Array, kv_len: Int[Array, "B"]) -> Array:
-    """The block of values in which row ends: 0 * NaN would reach the output."""
-    size = plan.lay.block_k
-    position = (kv_len // size * size)[:, None] + jnp.arange(size)
-    live = (position < kv_len[:, None])[:, None, :, None]
-    at = jnp.minimum(position, plan.lay.slots - 1)[:, None, :, None]
-    return jnp.where(live, jnp.take_along_axis(v, at, axis=2), 0)
+def _copy(plan: Plan, count, block_of, last, sources, buffers, barriers):
+    """Copy the KV blocks of a list, as the compute warp groups make room for them."""
+    keys, values, last_values = sources
+    (_, k_ready, v_ready), (k_free, v_free) = barriers
+    k_smem, v_smem = buffers
+
+    @pl.loop(0, count)
+    def _(e):
+        slot = lax.rem(e, jnp.int32(plan.stages))
+        j = block_of(e)
+        block = pl.ds(j * plan.lay.block_k, plan.lay.block_k)
+
+        def wait(barrier):
+            pl.when(e >= plan.stages)(lambda: plgpu.barrier_wait(barrier.at[slot]))
+
+        wait(k_free)
+        plgpu.copy_gmem_to_smem(keys.at[block], k_smem.at[slot], k_ready.at[slot])
+        wait(v_free)
+        to = v_smem.at[slot], v_ready.at[slot]
+        whole, ends = values.at[block], last_values
+        pl.when(j < last)(lambda: plgpu.copy_gmem_to_smem(whole, *to))
+        pl.when(j >= last)(lambda: plgpu.copy_gmem_to_smem(ends, *to))
 
 
 def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
     rules, tiles, interpret = how
-    plan = _plan(q, k, pattern, rules, dict(tiles), interpret)
+    plan = make_plan(q, k, pattern, rules, dict(tiles), interpret)
     lay = plan.lay
-    index, counts = _lists(plan, pattern, q_start, kv_len)
+    index, counts = make_lists(plan, pattern, q_start, kv_len)
 
     def smem(count: int, rows: int, columns: int = lay.dim):
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        tiling = plgpu.TilingTransform((8, 64))  # pyright: ignore[reportAbstractUsage]
+        swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+        transforms = (tiling, swizzle)
         return plgpu.SMEM((count, rows, columns), plan.dtype, transforms=transforms)
 
     def entry(*refs):
         free = plgpu.Barrier(num_arrivals=plan.groups, num_barriers=plan.stages)
         ready = plgpu.Barrier(num_barriers=plan.stages)
         pl.run_scoped(
-            lambda *scratch: _kernel(*refs, scratch, plan=plan),
+            lambda *scratch: _kernel(*refs, scratch=scratch, plan=plan),
             (
                 smem(plan.groups, ROWS),
                 smem(plan.stages, lay.block_k),
@@ -314,13 +230,12 @@ def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=compat.gpu_interpret(interpret),
-    )(q, k, v, _tail(plan, v, kv_len), index, counts, q_start, kv_len)
+    )(q, k, v, last_values(plan, v, kv_len), index, counts, q_start, kv_len)
     return Partial(out, lse[:, :, : lay.tokens])
 
 
-def _backward(*args):
-    *arrays, (rules, _, _) = args
-    return xla.backward(*arrays, rules)
+def _backward(q, k, v, pattern, q_start, kv_len, d_out, lse, delta, how):
+    return xla.backward(q, k, v, pattern, q_start, kv_len, d_out, lse, delta, how[0])
 
 
 _attend = with_gradient(_forward, _backward)

@@ -2,15 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.pallas_kernels.partial import Partial
-
-Residual = tuple[Array, ...]
 
 
 def with_gradient(
@@ -44,7 +42,7 @@ def with_gradient(
         return (*grads, None, None, None)
 
     attend.defvjp(attend_fwd, attend_bwd)
-    return attend
+    return cast(Callable[..., Partial], attend)
 
 
 def row_terms(

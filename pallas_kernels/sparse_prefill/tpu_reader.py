@@ -161,7 +161,7 @@ class Reader:
                     semaphore = self.semaphores.at[t, slot]
                     do(pltpu.make_async_copy(source, to, semaphore))
 
-    def run(self, update: Callable[[Any, Any, bool], None]) -> None:
+    def run(self, update: Callable[[Any, Any, Any], None]) -> None:
         """Call `update(k block, v block, starts)` per loop step.
 
         `starts` is None where every query sees every column, otherwise the first
