@@ -22,7 +22,7 @@ from kvjax.pallas_kernels.block_score.groups import Groups, grouped
 LANES, SUBLANES = 128, 8
 LOW = -1e30
 """Stands for -inf in running maxima: differences of it stay numbers."""
-VMEM = 64 << 20
+VMEM = 60 << 20
 
 
 class Plan(NamedTuple):
@@ -48,9 +48,10 @@ class Plan(NamedTuple):
     def last_step(self, i: Any) -> Any:
         """The last tile of key groups that a tile of query groups sees."""
         if not self.causal:
-            return self.steps - 1
+            return jnp.int32(self.steps - 1)
         last_token = (i + 1) * self.tile_q * self.size_q - 1 + self.offset
-        return jnp.minimum(last_token // (self.tile_k * self.size_k), self.steps - 1)
+        step = jax.lax.div(last_token, jnp.int32(self.tile_k * self.size_k))
+        return jax.lax.min(step, jnp.int32(self.steps - 1))
 
 
 def block_score(
@@ -104,6 +105,11 @@ def _plan(g: Groups, offset: int, sizes: Mapping[str, int], causal: bool) -> Pla
 
 def _run(plan: Plan, g: Groups, interpret: Any) -> Array:
     b, kv_heads, heads, rows, size, d = g.q.shape
+    long = size * d
+    # One long vector per group: the antidiagonal of a tile is one dot product. XLA
+    # writes this copy; strided reads of single rows in the kernel would cost more.
+    queries = jnp.flip(g.q, axis=4).reshape(b, kv_heads, heads, rows, long)
+    keys = g.k.reshape(b, kv_heads, plan.columns, long)
     blocks_q, blocks_k = rows // plan.per_q, plan.columns // plan.per_k
     state = pltpu.VMEM((heads, plan.tile_q, 1), jnp.float32)
     sums = (heads, plan.steps, plan.tile_q, plan.tile_k // plan.per_k)
@@ -113,13 +119,13 @@ def _run(plan: Plan, g: Groups, interpret: Any) -> Array:
         grid=(b, kv_heads, -(-rows // plan.tile_q), plan.steps),
         in_specs=(
             pl.BlockSpec(
-                (1, 1, heads, plan.tile_q, size, d),
-                lambda b, k, i, j: (b, k, 0, i, 0, 0),
+                (1, 1, heads, plan.tile_q, long),
+                lambda b, k, i, j: (b, k, 0, i, 0),
             ),
             pl.BlockSpec(
-                (1, 1, plan.tile_k, size, d),
+                (1, 1, plan.tile_k, long),
                 # A tile out of sight repeats the index before it: no copy.
-                lambda b, k, i, j: (b, k, jnp.minimum(j, plan.last_step(i)), 0, 0),
+                lambda b, k, i, j: (b, k, jax.lax.min(j, plan.last_step(i)), 0),
             ),
         ),
         out_specs=pl.BlockSpec(
@@ -136,12 +142,12 @@ def _run(plan: Plan, g: Groups, interpret: Any) -> Array:
         ),
         interpret=interpret,
         name="kv_block_score",
-    )(g.q, g.k)
+    )(queries, keys)
 
 
 def _kernel(
-    q_ref,  # [1, 1, G, tile_q, J, D]
-    k_ref,  # [1, 1, tile_k, J, D]
+    q_ref,  # [1, 1, G, tile_q, J * D]
+    k_ref,  # [1, 1, tile_k, J * D]
     out_ref,  # [1, 1, G, tile_q / per_q, S / block_k]
     peak_ref,  # [G, tile_q, 1]
     mass_ref,  # [G, tile_q, 1]
@@ -198,19 +204,15 @@ def _seen(i: Any, j: Any, plan: Plan) -> Array:
 
 
 def _logits(q_ref, k_ref, head: int, plan: Plan) -> Array:
-    """Scores of a tile: query vectors meet key vectors in opposite order."""
-    size = k_ref.shape[3]
     exact = k_ref.dtype == jnp.float32
-    total = jnp.zeros((plan.tile_q, plan.tile_k), jnp.float32)
-    for at in range(size):
-        total += jax.lax.dot_general(
-            q_ref[0, 0, head, :, size - 1 - at, :],
-            k_ref[0, 0, :, at, :],
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-            precision=jax.lax.Precision.HIGHEST if exact else None,
-        )
-    return total * plan.scale
+    logits = jax.lax.dot_general(
+        q_ref[0, 0, head],
+        k_ref[0, 0],
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+    )
+    return logits * plan.scale
 
 
 def _block_sums(weight: Array, per_k: int) -> Array:
