@@ -42,7 +42,8 @@ def paged_decode(
         q: queries after RoPE, `[B, H, T, D]`, `T` of 16 at most; `H` is a multiple of
             `K`. Every query of a row sees every live slot.
         k_pages: keys, `[N, P, D]` f32 or bf16, or `Quantized` with codes
-            `[N, P, D * bits / 8]`, whose groups of slots divide `P`.
+            `[N, P, D * bits / 8]`, whose groups of slots divide `P`. Scales and zeros
+            may be int16, the bits of their float16: TPU kernels read no float16.
         v_pages: values, likewise; plain and quantised, bits, axes and groups may
             differ from those of the keys.
         selected: pages each KV head reads, `[B, K, C]` int32. Entries from `counts`
@@ -67,8 +68,10 @@ def paged_decode(
         NotImplementedError: the chosen backend does not serve this case.
 
     Cost: reads the selected pages once, codes and scales, and 4 bytes per slot of
-        `bias` (or of `fill`, which becomes one); neither the pool nor dequantised
-        pages are copied by the Pallas backends.
+        `bias` (or of `fill`, which becomes one). A TPU copies whole arrays of the pool
+        at every call where XLA does not keep a page in one piece: where rows are no
+        multiple of 128 channels (or bytes of codes, or scales) and `P` is not 128; and
+        float16 scales, which it turns into int16.
 
     Source: the read of Quest (2406.10774) section 3.3; with the bias, the estimation
         zone of RetroInfer (2505.02922).
@@ -168,4 +171,4 @@ def check_quantized(name: str, pool: Quantized, n: int, page: int, d: int) -> No
         array = getattr(pool, field)
         if array is not None:
             checks.shape(f"{name}.{field}", array, side)
-            checks.dtype(f"{name}.{field}", array, ("float16",))
+            checks.dtype(f"{name}.{field}", array, ("float16", "int16"))

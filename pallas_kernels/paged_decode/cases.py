@@ -15,6 +15,7 @@ from kvjax.pallas_kernels.quantized import Quantized
 STORE = Mapping[str, Any]
 INT8: STORE = {"bits": 8, "axis": "token", "group": 0}  # 0: all channels
 KIVI4 = ({"bits": 4, "axis": "channel", "group": 16}, {"bits": 4, "axis": "token"})
+BITS4 = ({**KIVI4[0], "as_bits": True}, {**KIVI4[1], "as_bits": True})
 KIVI2 = ({"bits": 2, "axis": "channel", "group": 16}, {"bits": 2, "axis": "token"})
 
 
@@ -60,7 +61,8 @@ def make(
         else:
             pool = quantized(rng, (pages, page, d), **how)
             dead = jnp.asarray(~live.any(-1)[:, None, None])
-            scale = jnp.where(dead, jnp.nan, pool.scale)
+            nan = 0x7E00 if pool.scale.dtype == jnp.int16 else jnp.nan
+            scale = jnp.where(dead, jnp.asarray(nan, pool.scale.dtype), pool.scale)
             pools.append(dataclasses.replace(pool, scale=scale))
     listed = np.arange(selected) < number[..., None]
     at = np.where(listed, at, rng.choice([-1, 10**9], at.shape))
@@ -86,6 +88,7 @@ def quantized(
     axis: str,
     group: int = 32,
     symmetric: bool = False,
+    as_bits: bool = False,
 ) -> Quantized:
     """Any codes and scales; which values they came from does not matter."""
     n, page, d = shape
@@ -95,10 +98,15 @@ def quantized(
     side = (n, page // group, d) if channel else (n, page, d // group)
     scale = rng.uniform(0.5, 1.5, side) * 4 / 2**bits
     zero = rng.uniform(-3, -1, side)
+
+    def stored(x):
+        half = x.astype(np.float16)
+        return jnp.asarray(half.view(np.int16) if as_bits else half)
+
     return Quantized(
         codes=jnp.asarray(codes),
-        scale=jnp.asarray(scale, jnp.float16),
-        zero=None if symmetric else jnp.asarray(zero, jnp.float16),
+        scale=stored(scale),
+        zero=None if symmetric else stored(zero),
         bits=bits,
         axis=axis,
         group=group,
@@ -124,6 +132,7 @@ def case(
 
 
 BF16 = jnp.bfloat16
+WIDE = {"slots": 256}
 CASES = (
     case("f32"),
     case("bf16", dtype=BF16),
@@ -158,6 +167,8 @@ CASES = (
     case("int4_f32", store=KIVI4, fill=True),
     case("int4_page64", store=KIVI4, page=64, selected=2, pages=4, bias=True),
     case("int2", store=KIVI2, d=128, page=32, selected=3, dtype=BF16),
+    case("int4_page128", store=BITS4, page=128, selected=3, pages=4, tiles=WIDE),
+    case("bf16_page128_d64", page=128, selected=3, pages=4, tiles=WIDE, dtype=BF16),
     case("plain_keys", store=(None, KIVI4[1]), dtype=BF16),
 )
 
@@ -212,4 +223,6 @@ WORKLOADS = (
     workload("int4_2k_b1", batch=1, tokens=2048, store=_int4),
     workload("int4_2k_b16", batch=16, tokens=2048, store=_int4),
     workload("int4_page64_2k_b16", batch=16, tokens=2048, store=_int4, page=64),
+    workload("int4_page128_2k_b1", batch=1, tokens=2048, store=BITS4, page=128),
+    workload("int4_page128_2k_b16", batch=16, tokens=2048, store=BITS4, page=128),
 )

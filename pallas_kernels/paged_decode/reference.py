@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kvjax.pallas_kernels.decode_attention.reference import readable
 from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
 from kvjax.pallas_kernels.quantized import Quantized
 
@@ -38,6 +39,7 @@ def values(pool: Array | Quantized) -> Float[Array, "N P D"]:
     """What a pool stands for, in float32."""
     if not isinstance(pool, Quantized):
         return pool.astype(jnp.float32)
+    pool = readable(pool)
     slabs = [pool.codes >> shift for shift in range(0, 8, pool.bits)]
     codes = jnp.concatenate(slabs, axis=-1) & (2**pool.bits - 1)
     along = -2 if pool.axis == "channel" else -1

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import jax.numpy as jnp
 
-from kvjax.pallas_kernels.decode_attention.sides import Side, _wide
+from kvjax.pallas_kernels.decode_attention.sides import LANES, Side, _wide
 from kvjax.pallas_kernels.quantized import Quantized
 
 
@@ -43,8 +43,11 @@ class PageSide(Side):
 
     @property
     def columns(self) -> bool:
-        """Pages are always read with their slots as rows."""
-        return False
+        """As a `Side`, but for pages shorter than the lanes.
+
+        Those lie with the pages along the lanes, and are turned over in any case.
+        """
+        return self.packed % LANES != 0 and self.block // self.pages % LANES == 0
 
     def page_specs(self, at: Any) -> list:
         """Blocks of one page; `at` maps the grid to (page, 0, 0)."""
@@ -52,7 +55,8 @@ class PageSide(Side):
         return one.specs(at)
 
     def _codes(self, ref):
-        return jnp.concatenate([super(PageSide, self)._codes(r) for r in ref], axis=0)
+        codes = [super(PageSide, self)._codes(one) for one in ref]
+        return jnp.concatenate(codes, axis=1 if self.columns else 0)
 
     def _scales(self, refs):
         along = 1 if self.axis == "token" else 0
