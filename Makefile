@@ -4,7 +4,7 @@ LOCK := $(PY) -m uv pip compile pyproject.toml --extra dev --extra notebook \
 	--universal --python-version 3.12 --generate-hashes --no-header \
 	--no-annotate --quiet
 
-.PHONY: help setup demo test test-slow lint format bench lock build clean
+.PHONY: help setup demo test test-slow lint format bench kernels lock build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -16,7 +16,8 @@ demo: setup ## the bundled model with and without a compressed cache
 	@.venv/bin/kvjax demo
 
 # A process per folder: thousands of compiled programs in one have crashed XLA.
-PARTS := tests/cli tests/compress tests/eval tests/models tests/reference tests/train
+PARTS := tests/cli tests/compress tests/eval tests/kernels tests/models \
+	tests/reference tests/train
 define pytest
 @failed=; for part in $(PARTS); do $(PY) -m pytest $$part $(1) || failed=1; done; \
 	$(PY) -m pytest tests $(addprefix --ignore=,$(PARTS)) $(1) && [ -z "$$failed" ]
@@ -40,12 +41,15 @@ format: setup ## let ruff rewrite what it can
 bench: setup ## every script of benchmarks/, an hour or more
 	@$(PY) benchmarks/run.py
 
+kernels: setup ## compile all kernels for TPU v5e, v6e, v7x and the H200; print the table
+	@$(PY) tools/kernels.py
+
 lock: setup ## resolve the dependencies again
 	echo 'jax==0.11.2' | UV_SYSTEM_CERTS=1 $(LOCK) --constraint - --upgrade -o requirements.lock
 
 build: setup ## wheel and sdist in dist/
 	$(PY) -m build --no-isolation
 
-clean: ## remove what a build or a run leaves behind (.venv stays)
+clean: ## remove what a build or a run leaves behind (.venv* stay)
 	rm -rf build dist .cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

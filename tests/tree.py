@@ -5,7 +5,9 @@ import shutil
 import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-GENERATED = {".venv", ".venv-torch", ".cache", ".git", "__pycache__", "build", "dist"}
+GENERATED = {".venv", ".cache", ".git", "__pycache__", "build", "dist"} | {
+    f".venv-{what}" for what in ("torch", "tpu", "cuda")
+}
 
 
 def tracked(suffix: str = "") -> list[pathlib.Path]:

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache.parts import AbstractPart, by_head, put_positions
 from kvjax.codecs import AbstractEncoded, PlainArray
-from kvjax.pallas_kernels.pages import page_bounds, page_scores
+from kvjax.pallas_kernels.page_score import page_score
+from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.types import EMPTY, pytree, static
 
@@ -43,7 +44,7 @@ class Pages(AbstractPart):
         b, kv_heads, s = self.positions.shape
         first = self.positions.reshape(b, kv_heads, s // self.page, self.page)
         start = jnp.min(jnp.where(first >= 0, first, jnp.iinfo(jnp.int32).max), axis=-1)
-        score = page_scores(q, self.low, self.high)
+        score = page_score(q, self.low, self.high, mode="bound", group="max")
         seen = start[:, :, None] <= q_positions[:, None, :, None]
         if limit is not None:
             end = (jnp.arange(s // self.page) + 1) * self.page
@@ -102,7 +103,7 @@ class Pages(AbstractPart):
         live = tail.positions >= 0
         keys, values = growth.encode(tail, rows, spec)
         start = jnp.minimum(self.filled, self.positions.shape[-1] - growth.block)
-        low, high = page_bounds(tail.keys, live, self.page)
+        low, high, _ = page_summary(tail.keys, live, page=self.page)
         at = start // self.page
         return Pages(
             keys=self.keys.put(keys, start, rows),

@@ -12,6 +12,7 @@ from kvjax.codecs._plain import Plain as Plain
 from kvjax.codecs._plain import PlainArray as PlainArray
 from kvjax.codecs.base import AbstractCodec as AbstractCodec
 from kvjax.codecs.base import AbstractEncoded as AbstractEncoded
+from kvjax.codecs.base import straight_through as straight_through
 
 CODECS: Mapping[str, type[AbstractCodec]] = MappingProxyType(
     {"plain": Plain, "affine": Affine, "low_rank": LowRank}

@@ -7,7 +7,8 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
-from kvjax.pallas_kernels.quantize import dequantize, pack, quantize
+from kvjax.pallas_kernels.quantize_pack import dequantize, quantize_pack
+from kvjax.pallas_kernels.quantized import Quantized
 from kvjax.types import pytree, static
 
 AXES = ("channel", "token")
@@ -41,9 +42,19 @@ class AffineArray(AbstractEncoded):
 
     def decode(self, positions, rope):
         del positions, rope
-        return dequantize(
-            self.codes, self.scale, self.zero, self.bits, self.axis, self.group
-        ).astype(self.dtype)
+        return dequantize(self.stored, self.dtype)
+
+    @property
+    def stored(self) -> Quantized:
+        """The same arrays, as kernels read them."""
+        return Quantized(
+            codes=self.codes,
+            scale=self.scale,
+            zero=self.zero,
+            bits=self.bits,
+            axis=self.axis,
+            group=self.group,
+        )
 
     def block(self, start, size):
         each = self.block_multiple
@@ -112,13 +123,18 @@ class Affine(AbstractCodec):
                 f"per-channel groups need a multiple of {group} slots; got "
                 f"{x.shape[-2]}. Pad with free slots."
             )
-        codes, scale, zero = quantize(
-            x, live, self.bits, self.axis, group, self.symmetric
+        stored = quantize_pack(
+            x,
+            live,
+            bits=self.bits,
+            axis=self.axis,
+            group=group,
+            symmetric=self.symmetric,
         )
         return AffineArray(
-            codes=pack(codes, self.bits),
-            scale=scale,
-            zero=zero,
+            codes=stored.codes,
+            scale=stored.scale,
+            zero=stored.zero,
             bits=self.bits,
             axis=self.axis,
             group=group,

@@ -111,3 +111,8 @@ class AbstractCodec(abc.ABC):
     def validate(self, head_dim: int) -> None:
         """Raise `ValueError` if this codec cannot hold heads of `head_dim`."""
         del head_dim
+
+
+def straight_through(exact: Array, rounded: Array) -> Array:
+    """Value of `rounded`, gradient of `exact`."""
+    return exact + jax.lax.stop_gradient(rounded - exact)

@@ -9,12 +9,11 @@ from jaxtyping import Array, Int
 from kvjax.cache import Growth, KeysOnly, LayerCache, Pages, Ragged, Slots, Tracking
 from kvjax.cache.parts import AbstractPart
 from kvjax.cache.tail import Tail, empty_tail
-from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray
+from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray, straight_through
 from kvjax.compress.config import Compression, Eviction
 from kvjax.compress.observe import Observed, eviction_of, tracker_of
 from kvjax.compress.select import Choice, choose, choose_flat, take, take_flat
-from kvjax.pallas_kernels.pages import page_bounds
-from kvjax.pallas_kernels.quantize import straight_through
+from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.reads import Quest
 from kvjax.schedules import EveryTokens
 from kvjax.types import EMPTY, Lengths, Scores
@@ -180,7 +179,7 @@ class _Builder:
         assert isinstance(read, Quest) and part.filled is not None
         pages = read.pages(part.positions.shape[-1] // page)
         keys = part.keys.decode(part.positions, self.spec.rope)
-        low, high = page_bounds(keys, part.positions >= 0, page)
+        low, high, _ = page_summary(keys, part.positions >= 0, page=page)
         return Pages(
             keys=part.keys,
             values=part.values,

@@ -12,14 +12,13 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache import LayerCache, Pages, Slots
 from kvjax.cache.parts import AbstractPart
-from kvjax.codecs import PlainArray
+from kvjax.codecs import PlainArray, straight_through
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build
 from kvjax.compress.observe import observe, wants_mass
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
-from kvjax.pallas_kernels.pages import page_bounds
+from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.pallas_kernels.partial import Partial, merge
-from kvjax.pallas_kernels.quantize import straight_through
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.types import EMPTY, LayerInputs, Lengths, Scores, padded_positions
 
@@ -193,7 +192,7 @@ def _grown(
     if isinstance(body, Slots):
         return Slots(**fields), plain, edges
     live = fields["positions"] >= 0
-    low, high = page_bounds(fields["keys"].data, live, body.page)
+    low, high, _ = page_summary(fields["keys"].data, live, page=body.page)
     return dataclasses.replace(body, **fields, low=low, high=high), plain, edges
 
 

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kvjax.pallas_kernels.column_stats import column_stats
 from kvjax.pallas_kernels.dense import attention_with_mass
-from kvjax.pallas_kernels.partial import cap
-from kvjax.pallas_kernels.slots import slot_logits
 from kvjax.scorers.base import last_queries, positive_int
 from kvjax.types import NEG_INF, LayerInputs, Lengths
 
@@ -106,37 +105,27 @@ class VerticalSlash(AbstractPrefill):
         self, inputs: LayerInputs, lengths: Lengths
     ) -> tuple[Bool[Array, "B H S"], Bool[Array, "B H S"]]:
         """Kept columns, and kept diagonals by their distance `q - k`."""
-        weight, positions = self._last_weights(inputs, lengths)
-        s = weight.shape[-1]
-        index = jnp.arange(s)
+        queries, positions = last_queries(inputs, lengths, self.last_q)
+        spec = inputs.spec
+        stats = column_stats(
+            queries,
+            inputs.k,
+            positions,
+            inputs.positions,
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+            slash=True,
+        )
+        assert stats.slash is not None
+        index = jnp.arange(stats.sum.shape[-1])
         live = (index < lengths[:, None])[:, None]
-        vertical = jnp.where(index < self.first, jnp.inf, jnp.sum(weight, axis=2))
-        source = positions[:, None, :, None] - index  # key of diagonal `index`
-        along = jnp.take_along_axis(weight, jnp.maximum(source, 0), axis=-1)
-        slash = jnp.sum(jnp.where(source >= 0, along, 0.0), axis=2)
-        slash = jnp.where(index < self.local, jnp.inf, slash)
+        vertical = jnp.where(index < self.first, jnp.inf, stats.sum)
+        slash = jnp.where(index < self.local, jnp.inf, stats.slash)
         return (
             _top(jnp.where(live, vertical, NEG_INF), self.vertical),
             _top(jnp.where(live, slash, NEG_INF), self.slash),
         )
-
-    def _last_weights(self, inputs: LayerInputs, lengths: Lengths):
-        queries, positions = last_queries(inputs, lengths, self.last_q)
-        spec = inputs.spec
-        keys = jnp.where((inputs.positions >= 0)[:, None, :, None], inputs.k, 0)
-        logits = slot_logits(queries, keys, scale=spec.scale, softcap=None)
-        logits = cap(logits, spec.softcap)
-        b, k, g, w, s = logits.shape
-        q, key = positions[:, :, None], inputs.positions[:, None, :]
-        seen = (key >= 0) & (key <= q)
-        if spec.window is not None:
-            seen = seen & (q - key < spec.window)
-        logits = jnp.where(seen[:, None, None], logits, NEG_INF)
-        peak = jnp.max(logits, axis=-1, keepdims=True)
-        weight = jnp.exp(logits - jnp.where(jnp.isneginf(peak), 0.0, peak))
-        total = jnp.sum(weight, axis=-1, keepdims=True)
-        weight = weight / jnp.where(total > 0, total, 1.0)
-        return weight.reshape(b, k * g, w, s), positions
 
 
 def _top(scores: Float[Array, "B H S"], count: int) -> Bool[Array, "B H S"]:

@@ -27,7 +27,7 @@ def window_mass(
     """Mean attention of the last `window` queries of each row, per query head."""
     queries, positions = last_queries(inputs, lengths, window)
     spec = inputs.spec
-    mass = column_stats(
+    stats = column_stats(
         queries,
         inputs.k,
         positions,
@@ -36,7 +36,7 @@ def window_mass(
         window=spec.window,
         softcap=spec.softcap,
     )
-    return mass / window
+    return stats.sum / window
 
 
 @final

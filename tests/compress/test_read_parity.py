@@ -13,7 +13,8 @@ from kvjax.codecs import Affine, AffineArray, PlainArray
 from kvjax.compress.config import Compression, Eviction, Storage
 from kvjax.compress.layer import build
 from kvjax.compress.observe import observe
-from kvjax.pallas_kernels.pages import page_bounds, page_scores
+from kvjax.pallas_kernels.page_score import page_score
+from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.pallas_kernels.partial import merge
 from kvjax.prefills import Dense, VerticalSlash
 from kvjax.reads import Quest
@@ -67,8 +68,8 @@ def out_of(cache: LayerCache, sample: Sample, start: np.ndarray) -> np.ndarray:
 def test_page_bounds(spec):
     sample, page = draw(0, spec, (64, 64)), 16
     q, k = sample.inputs.q[:, :, -1:], sample.inputs.k
-    low, high = page_bounds(k, jnp.ones(k.shape[:3], bool), page)
-    ours = np.asarray(page_scores(q, low, high))[:, :, 0]
+    low, high, _ = page_summary(k, jnp.ones(k.shape[:3], bool), page=page)
+    ours = np.asarray(page_score(q, low, high, mode="bound", group="max"))[:, :, 0]
     for row in range(2):
         queries, keys, _ = sample.row(row)
         bounds = reference.quest_bounds(queries[:, -1], keys, page=page)

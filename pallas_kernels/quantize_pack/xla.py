@@ -1,13 +1,10 @@
-"""Grouped affine quantisation and bit packing: the plain XLA path.
-
-Layout: codes of one slot are packed along the channels so that byte `j` holds
-channels `j, j + D/n, j + 2 D/n, ...` (`n` codes per byte). Unpacking is then a
-concatenation of shifted copies, which vectorises, instead of an interleave.
-"""
+"""Grouped affine quantisation, bit packing and their inverse: the plain XLA path."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from kvjax.pallas_kernels.quantized import Quantized
 
 SCALE_DTYPE = jnp.float16
 # One float16 ulp is at most 2^-10 of the value: enough to round outwards, but for
@@ -16,20 +13,16 @@ _ULP, _SMALLEST = 2.0**-10, 2.0**-24
 _LARGEST = float(jnp.finfo(SCALE_DTYPE).max)
 
 
-def quantize(
+def quantize_pack(
     x: Float[Array, "*lead S D"],
     live: Bool[Array, "*lead S"],
+    *,
     bits: int,
     axis: str,
     group: int,
     symmetric: bool,
-) -> tuple[Array, Array, Array | None]:
-    """Codes `[*lead, S, D]` uint8 with their scales and zeros in float16.
-
-    Groups lie along the slots (`axis="channel"`) or the channels (`"token"`).
-    Statistics come from live slots only; dead slots get code 0. Values that float16
-    scales cannot reach saturate. Codes have no gradient; see `straight_through`.
-    """
+) -> Quantized:
+    """See `api.quantize_pack`."""
     *lead, s, d = x.shape
     wide = jnp.where(live[..., None], x, 0).astype(jnp.float32)
     mask = jnp.broadcast_to(live[..., None], x.shape)
@@ -57,7 +50,14 @@ def quantize(
         zero = jnp.squeeze(floor, along).astype(SCALE_DTYPE)
     code = jnp.where(mask, jnp.clip(code, 0, top), 0).astype(jnp.uint8)
     scale = jnp.squeeze(scale, along).astype(SCALE_DTYPE)
-    return code.reshape(x.shape), scale, zero
+    return Quantized(
+        codes=pack(code.reshape(x.shape), bits),
+        scale=scale,
+        zero=zero,
+        bits=bits,
+        axis=axis,
+        group=group,
+    )
 
 
 def _half(x: Array) -> Array:
@@ -88,50 +88,45 @@ def unpack(packed: Array, bits: int) -> Array:
     """Inverse of `pack`, uint8."""
     if bits == 8:
         return packed
-    part = jnp.arange(packed.shape[-1] * 8 // bits) // packed.shape[-1]
-    wide = jnp.concatenate([packed] * (8 // bits), axis=-1)
-    codes = wide
-    for index in range(1, 8 // bits):
-        codes = jnp.where(part == index, wide >> jnp.uint8(bits * index), codes)
-    return codes & jnp.uint8(2**bits - 1)
+    if bits == 2:  # four copies in one loop do not vectorise, two do
+        packed = jnp.concatenate([packed, packed >> jnp.uint8(2)], axis=-1)
+        packed = jax.lax.optimization_barrier(packed)
+    wide = jnp.concatenate([packed, packed >> jnp.uint8(4)], axis=-1)
+    return wide & jnp.uint8(2**bits - 1)
 
 
-def dequantize(
-    packed: Array,
-    scale: Array,
-    zero: Array | None,
-    bits: int,
-    axis: str,
-    group: int,
-) -> Float[Array, "*lead S D"]:
-    """The float32 array that `quantize` and `pack` stand for."""
-    codes = unpack(packed, bits).astype(jnp.float32)
-    *lead, s, d = codes.shape
-    if zero is None:
+def dequantize(quantized: Quantized) -> Float[Array, "*lead S D"]:
+    """The float32 array that the codes stand for.
+
+    Written for a CPU, see docs/log.md: shifted copies are concatenated, since selects
+    between them do not vectorise, and scales of channels become float32 in a loop of
+    their own, since their conversion would keep the loop over codes from vectorising.
+    """
+    bits, group = quantized.bits, quantized.group
+    codes = unpack(quantized.codes, bits).astype(jnp.float32)
+    if quantized.zero is None:
         codes = codes - (2**bits - 1) // 2
-    if axis == "token":
-        step = _over_channels(scale, group, d)
-        return codes * step + (0 if zero is None else _over_channels(zero, group, d))
+    *lead, s, d = codes.shape
+    scale = quantized.scale.astype(jnp.float32)
+    zero = None if quantized.zero is None else quantized.zero.astype(jnp.float32)
+    if quantized.axis == "token":
+        scale, zero = jax.lax.optimization_barrier((scale, zero))
+        out = codes * _over_channels(scale, group, d)
+        return out if zero is None else out + _over_channels(zero, group, d)
     grouped = codes.reshape(*lead, s // group, group, d)
-    out = grouped * jnp.expand_dims(scale.astype(jnp.float32), -2)
+    out = grouped * jnp.expand_dims(scale, -2)
     if zero is not None:
-        out = out + jnp.expand_dims(zero.astype(jnp.float32), -2)
+        out = out + jnp.expand_dims(zero, -2)
     return out.reshape(*lead, s, d)
 
 
 def _over_channels(scale: Array, group: int, channels: int) -> Array:
-    """`[..., D / group]` to float32 `[..., D]`, each element for `group` channels.
+    """`[..., D / group]` to `[..., D]`, each element for `group` channels.
 
     Selects instead of a broadcast along a new axis: faster on a CPU, see docs/log.md.
     """
-    scale = scale.astype(jnp.float32)
     channel = jnp.arange(channels)
     wide = scale[..., :1]
     for index in range(1, channels // group):
         wide = jnp.where(channel < index * group, wide, scale[..., index : index + 1])
     return wide
-
-
-def straight_through(exact: Array, rounded: Array) -> Array:
-    """Value of `rounded`, gradient of `exact`."""
-    return exact + jax.lax.stop_gradient(rounded - exact)

@@ -1,0 +1,42 @@
+"""Block mass from the whole map over groups, summed by hand: the specification."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kvjax.types import NEG_INF
+
+
+def block_score(
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B K S D"],
+    *,
+    block_q: int,
+    block_k: int,
+    mode: str,
+    stride: int,
+    scale: float,
+    causal: bool,
+) -> Float[Array, "B H T_block_q S_block_k"]:
+    """See `api.block_score`."""
+    b, h, t, _ = q.shape
+    s = k.shape[2]
+    q = q.astype(jnp.float32)
+    k = jnp.repeat(k.astype(jnp.float32), h // k.shape[1], axis=1)
+    size_q, size_k = (block_q, block_k) if mode == "mean" else (stride, stride)
+    if mode == "mean":
+        q = jnp.mean(q.reshape(b, h, t // size_q, size_q, -1), axis=3)
+        k = jnp.mean(k.reshape(b, h, s // size_k, size_k, -1), axis=3)
+        logits = jnp.einsum("BHXD,BHYD->BHXY", q, k) * scale
+    else:
+        every = jnp.einsum("BHTD,BHSD->BHTS", q, k) * scale
+        cells = every.reshape(b, h, t // stride, stride, s // stride, stride)
+        logits = sum(cells[:, :, :, stride - 1 - j, :, j] for j in range(stride))
+        logits = jnp.asarray(logits) / stride
+    if causal:
+        end = (jnp.arange(t // size_q) + 1) * size_q - 1 + s - t
+        start = jnp.arange(s // size_k) * size_k
+        logits = jnp.where(start <= end[:, None], logits, NEG_INF)
+    weight = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+    shape = (b, h, t // block_q, block_q // size_q, s // block_k, block_k // size_k)
+    return jnp.sum(weight.reshape(shape), axis=(3, 5))

@@ -1,0 +1,171 @@
+"""`decode_attention`: what it takes, what it refuses, who serves it."""
+
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from kvjax.pallas_kernels import checks
+from kvjax.pallas_kernels.dispatch import Backend, Op
+from kvjax.pallas_kernels.partial import Partial
+from kvjax.pallas_kernels.quantized import Quantized
+
+OP = Op(name="decode_attention", backends=("reference", "xla", "tpu", "gpu"))
+
+MOST_QUERIES = 16
+
+
+def decode_attention(
+    q: Float[Array, "B H T D"],
+    keys: Array | Quantized,
+    values: Array | Quantized,
+    lengths: Int[Array, "B K"],
+    *,
+    offsets: Int[Array, "B K+1"] | None = None,
+    positions: Array | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: Backend = "auto",
+    tiles: Any = None,
+    interpret: bool = False,
+) -> Partial:
+    """Attention of up to 16 queries per row over the slots each KV head holds.
+
+    Two layouts. Slots: `keys` and `values` are `[B, K, S, D]`, and head `k` of row `b`
+    holds the first `lengths[b, k]` slots. Ragged (with `offsets`): they are
+    `[B, N, D]`, and the head holds `lengths[b, k]` slots from `offsets[b, k]` on, any
+    integer. Blocks that a head does not hold are neither read nor computed. What lies
+    in slots that no query sees, NaN included, does not matter.
+
+    Keys and values are plain arrays or `Quantized`, independently of each other; a
+    dequantised copy never reaches the main memory. Scales and zeros may also be given
+    as int16, the bits of their float16: TPU kernels read no float16, and XLA copies
+    one into the other.
+
+    Args:
+        q: queries after RoPE, `[B, H, T, D]`, `T <= 16`; `H` a multiple of `K`.
+        keys: `[B, K, S, D]` or `[B, N, D]`, an array or `Quantized` of that shape.
+        values: likewise; may be stored in another way than the keys.
+        lengths: slots held, `[B, K]` int32; in the ragged layout at most
+            `offsets[b, k + 1] - offsets[b, k]`.
+        offsets: first slot of each head, `[B, K + 1]` int32: the ragged layout.
+        positions: `[B, K, S]` or `[B, N]` int32, -1 in free slots. A query at `p` sees
+            the slots at `0 <= position <= p`. None: every held slot is seen.
+        q_positions: `[B, T]` int32, with `positions`; -1 sees nothing.
+        scale: factor on `q . k`.
+        window: with `positions`, only slots with `p - position < window` are seen.
+        softcap: logit soft cap, or None.
+        backend: see `dispatch.Op`.
+        tiles: `block`, slots per step, for the Pallas backends.
+        interpret: run the Pallas backends in their interpreters.
+
+    Returns:
+        `Partial(out [B, H, T, D], lse [B, H, T])` in float32; 0 and -inf for queries
+        that see nothing.
+
+    Raises:
+        ValueError: a shape, dtype or combination of arguments is wrong.
+        NotImplementedError: the explicit backend does not serve the call.
+
+    Cost: reads codes, scales and zeros of the held slots once, for all query heads of
+    a KV head together; memory-bound.
+    """
+    _check(q, keys, values, lengths, offsets)
+    _check_positions(keys, offsets, positions, q_positions, window, q)
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"`softcap` must be positive or None; got {softcap}.")
+    return OP(
+        q,
+        keys,
+        values,
+        lengths,
+        offsets=offsets,
+        positions=positions,
+        q_positions=q_positions,
+        scale=float(scale),
+        window=window,
+        softcap=softcap,
+        backend=backend,
+        tiles=tiles,
+        interpret=interpret,
+    )
+
+
+def _check(q, keys, values, lengths, offsets) -> None:
+    """Shapes and dtypes of everything but positions."""
+    checks.shape("q", q, ("B", "H", "T", "D"))
+    checks.dtype("q", q)
+    b, h, t, d = q.shape
+    if not 1 <= t <= MOST_QUERIES:
+        raise ValueError(
+            f"`q` must have 1 to {MOST_QUERIES} queries per row; got T={t}. Use a "
+            "prefill op for more."
+        )
+    checks.shape("lengths", lengths, ("B", "K"), B=b)
+    checks.integers("lengths", lengths)
+    kv_heads = lengths.shape[1]
+    checks.group(h, kv_heads)
+    axes = ("B", "K", "S", "D")
+    if offsets is not None:
+        axes = ("B", "N", "D")
+        checks.shape("offsets", offsets, ("B", "K + 1"), B=b, **{"K + 1": kv_heads + 1})
+        checks.integers("offsets", offsets)
+    sizes = {"B": b, "K": kv_heads, "D": d}
+    for name, side in (("keys", keys), ("values", values)):
+        if isinstance(side, Quantized):
+            _check_codes(name, side)
+        else:
+            checks.dtype(name, side)
+        checks.shape(name, side, axes, **sizes)
+        sizes = {**sizes, axes[-2]: side.shape[-2]}  # the values follow the keys
+
+
+def _check_codes(name: str, side: Quantized) -> None:
+    """Codes, scales and zeros that belong together."""
+    if side.bits not in (2, 4, 8):
+        raise ValueError(f"`{name}.bits` must be 2, 4 or 8; got {side.bits}.")
+    if side.axis not in ("channel", "token"):
+        raise ValueError(
+            f"`{name}.axis` must be 'channel' or 'token'; got {side.axis!r}."
+        )
+    checks.dtype(f"{name}.codes", side.codes, ("uint8",))
+    *lead, slots, d = side.shape
+    along = slots if side.axis == "channel" else d
+    if side.group < 1 or along % side.group:
+        what = "slots" if side.axis == "channel" else "channels"
+        raise ValueError(
+            f"`{name}.group` must divide the {along} {what}; got {side.group}."
+        )
+    rows, columns = (
+        (slots // side.group, d) if side.axis == "channel" else (slots, d // side.group)
+    )
+    for part, array in (("scale", side.scale), ("zero", side.zero)):
+        if array is not None:
+            checks.shape(f"{name}.{part}", array, (*lead, rows, columns))
+            checks.dtype(f"{name}.{part}", array, (*checks.FLOATS, "int16"))
+
+
+def _check_positions(keys, offsets, positions, q_positions, window, q) -> None:
+    """Positions of slots and queries come together; a window needs them."""
+    if (positions is None) != (q_positions is None):
+        missing = "positions" if positions is None else "q_positions"
+        raise ValueError(
+            f"`positions` and `q_positions` go together; got no `{missing}`. Pass "
+            "both, or neither if every query sees every held slot."
+        )
+    if positions is None:
+        if window is not None:
+            raise ValueError(
+                f"`window` needs `positions` and `q_positions`; got window={window} "
+                "without them."
+            )
+        return
+    if window is not None and window < 1:
+        raise ValueError(f"`window` must be at least 1 or None; got {window}.")
+    axes = ("B", "K", "S") if offsets is None else ("B", "N")
+    sizes = dict(zip(axes, keys.shape[:-1], strict=True))
+    checks.shape("positions", positions, axes, **sizes)
+    checks.integers("positions", positions)
+    checks.shape("q_positions", q_positions, ("B", "T"), B=q.shape[0], T=q.shape[2])
+    checks.integers("q_positions", q_positions)

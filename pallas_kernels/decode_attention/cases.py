@@ -1,0 +1,228 @@
+"""What `decode_attention` is tried on."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.pallas_kernels.cases import Arguments, Case
+from kvjax.pallas_kernels.decode_attention.workloads import BF16, Codec
+from kvjax.pallas_kernels.decode_attention.workloads import WORKLOADS as WORKLOADS
+from kvjax.pallas_kernels.quantize_pack import quantize_pack
+
+
+def encode(x: jax.Array, held: jax.Array, codec: Codec | None, dtype: Any) -> Any:
+    """A plain array with NaN, or codes with NaN scales, where nothing is held."""
+    if codec is None:
+        return jnp.where(held[..., None], x, jnp.nan).astype(dtype)
+    bits, axis, group, symmetric = codec
+    exact = quantize_pack(
+        x, held, bits=bits, axis=axis, group=group, symmetric=symmetric
+    )
+    scale, zero = exact.scale, exact.zero
+    dead = ~held[..., None]
+    if axis == "channel":
+        dead = jnp.all(dead.reshape(*scale.shape[:-1], group, 1), axis=-2)
+    scale = jnp.where(dead, jnp.nan, scale)
+    zero = None if zero is None else jnp.where(dead, jnp.nan, zero)
+    codes = jnp.where(held[..., None], exact.codes, 255)
+    return dataclasses.replace(exact, codes=codes, scale=scale, zero=zero)
+
+
+def build(
+    rng: np.random.Generator,
+    lengths: list[list[int]],
+    *,
+    heads: int,
+    slots: int,
+    d: int,
+    t: int = 1,
+    dtype: Any = jnp.float32,
+    keys: Codec | None = None,
+    values: Codec | None = None,
+    offsets: list[list[int]] | None = None,
+    located: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Arguments:
+    """Random arguments; `located` gives every slot a position and frees some."""
+    held_by = np.asarray(lengths, np.int32)
+    b, kwargs = len(held_by), {}
+    slot = np.arange(slots)
+    held = slot < held_by[..., None]
+    if offsets is not None:
+        start = np.asarray(offsets, np.int32)
+        kwargs["offsets"] = jnp.asarray(start)
+        begin = start[:, :-1, None]
+        held = np.any((slot >= begin) & (slot < begin + held_by[..., None]), axis=1)
+    if located:
+        place = rng.permuted(np.broadcast_to(slot, held.shape), axis=-1)
+        place = np.where(held & (rng.random(held.shape) < 0.8), place, -1)
+        now = slots // 2 + np.arange(t)[None] * (slots // (2 * t) or 1)
+        kwargs["positions"] = jnp.asarray(place, jnp.int32)
+        kwargs["q_positions"] = jnp.asarray(np.repeat(now, b, 0), jnp.int32)
+        # What the last query does not see, nobody sees.
+        held = (place >= 0) & (place <= now.max())
+    wide = (*held.shape, d)
+    k, v = (jnp.asarray(rng.standard_normal(wide), jnp.float32) for _ in range(2))
+    q = jnp.asarray(rng.standard_normal((b, heads, t, d)), dtype)
+    held = jnp.asarray(held)
+    args = (
+        q,
+        encode(k, held, keys, dtype),
+        encode(v, held, values, dtype),
+        jnp.asarray(held_by),
+    )
+    return args, {**kwargs, "scale": d**-0.5, "window": window, "softcap": softcap}
+
+
+def case(name: str, lengths: list[list[int]], *, tile: int = 128, **how: Any) -> Case:
+    """A `Case` from the arguments of `build`."""
+    slow = how.pop("slow", False)
+    plain = not ({"keys", "values", "located"} & set(how))
+    served = plain and how.get("dtype") == BF16 and how["slots"] % 8 == 0
+    refused = () if served else ("gpu",)
+    make = functools.partial(build, lengths=lengths, **how)
+    return Case(name=name, make=make, tiles={"block": tile}, refused=refused, slow=slow)
+
+
+INT4: dict[str, Any] = {
+    "keys": (4, "channel", 32, False),
+    "values": (4, "token", 32, False),
+}
+CASES = (
+    case("f32", [[300, 130]], heads=2, slots=300, d=128),
+    case(
+        "bf16 zero and one", [[0, 1], [257, 128]], heads=8, slots=304, d=64, dtype=BF16
+    ),
+    case("gqa8 d256", [[200]], heads=8, slots=200, d=256, dtype=BF16),
+    case("d32 t4 gqa8", [[77, 200]], heads=16, slots=200, d=32, t=4),
+    case("d80 softcap", [[150, 0]], heads=2, slots=150, d=80, softcap=5.0),
+    case("d96 nothing held", [[0, 0]], heads=2, slots=130, d=96),
+    case("one slot", [[1]], heads=4, slots=1, d=64, dtype=BF16),
+    case("bf16 d256", [[70]], heads=1, slots=72, d=256, dtype=BF16, slow=True),
+    case("positions", [[300, 140]], heads=8, slots=300, d=128, t=4, located=True),
+    case(
+        "int8 token gqa4",
+        [[300, 64]],
+        heads=8,
+        slots=300,
+        d=128,
+        keys=(8, "token", 128, True),
+        values=(8, "token", 32, False),
+        dtype=BF16,
+    ),
+    case(
+        "int4 kivi gqa4",
+        [[256, 70]],
+        heads=8,
+        slots=256,
+        d=128,
+        **INT4,
+    ),
+    case(
+        "int2 kivi bf16 t2",
+        [[192]],
+        heads=2,
+        slots=192,
+        d=64,
+        t=2,
+        keys=(2, "channel", 64, False),
+        values=(2, "token", 32, False),
+        dtype=BF16,
+        tile=64,
+    ),
+    case(
+        "int8 channel both d128",
+        [[256]],
+        slow=True,
+        heads=2,
+        slots=256,
+        d=128,
+        keys=(8, "channel", 128, True),
+        values=(8, "channel", 32, False),
+    ),
+    case(
+        "int4 token keys int2 channel values",
+        [[128, 100]],
+        slow=True,
+        heads=2,
+        slots=128,
+        d=96,
+        keys=(4, "token", 32, False),
+        values=(2, "channel", 16, False),
+        located=True,
+    ),
+    case(
+        "mixed plain keys int4 values d256",
+        [[130, 3]],
+        slow=True,
+        heads=4,
+        slots=160,
+        d=256,
+        values=(4, "channel", 32, True),
+        dtype=BF16,
+    ),
+    case(
+        "mixed int8 keys plain values d80",
+        [[140]],
+        heads=2,
+        slots=160,
+        d=80,
+        keys=(8, "channel", 32, False),
+    ),
+    case(
+        "ragged",
+        [[100, 0, 200]],
+        heads=6,
+        slots=345,
+        d=64,
+        offsets=[[3, 110, 111, 345]],
+    ),
+    case(
+        "ragged bf16 d128",
+        [[70, 1, 130]],
+        heads=6,
+        slots=264,
+        d=128,
+        offsets=[[5, 80, 83, 264]],
+        dtype=BF16,
+    ),
+    case("bf16 d80", [[90]], heads=2, slots=104, d=80, dtype=BF16, slow=True),
+    case("bf16 d32 t4", [[90]], heads=2, slots=96, d=32, t=4, dtype=BF16, slow=True),
+    case("bf16 d96", [[64]], heads=1, slots=64, d=96, dtype=BF16, slow=True),
+    case(
+        "ragged int4",
+        [[100, 60], [1, 250]],
+        slow=True,
+        heads=8,
+        slots=320,
+        d=128,
+        offsets=[[0, 101, 161], [7, 40, 320]],
+        **INT4,
+        dtype=BF16,
+    ),
+    case(
+        "ragged positions",
+        [[128, 90]],
+        heads=2,
+        slots=256,
+        d=32,
+        offsets=[[0, 130, 256]],
+        located=True,
+        window=100,
+    ),
+    case(
+        "window bf16",
+        [[256, 90]],
+        heads=2,
+        slots=256,
+        d=64,
+        located=True,
+        window=40,
+        dtype=BF16,
+    ),
+)

@@ -1,0 +1,67 @@
+"""The specification of `decode_attention`: everything in float32, nothing clever."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
+from kvjax.pallas_kernels.quantize_pack import dequantize
+from kvjax.pallas_kernels.quantized import Quantized
+
+
+def decode_attention(
+    q,
+    keys,
+    values,
+    lengths,
+    *,
+    offsets=None,
+    positions=None,
+    q_positions=None,
+    scale,
+    window=None,
+    softcap=None,
+):
+    """See `api.decode_attention`."""
+    (b, h, t, d), kv_heads = q.shape, lengths.shape[1]
+    k, v = plain(keys), plain(values)
+    start = jnp.zeros_like(lengths)
+    if offsets is not None:
+        start = offsets[:, :-1]
+        # Every head looks at all slots, masked.
+        k, v = (jnp.repeat(x[:, None], kv_heads, axis=1) for x in (k, v))
+        positions = None if positions is None else positions[:, None]
+    slot = jnp.arange(k.shape[2])
+    held = (slot >= start[..., None]) & (slot < (start + lengths)[..., None])
+    seen = held[:, :, None, :]
+    if positions is not None and q_positions is not None:
+        at, now = positions[:, :, None, :], q_positions[:, None, :, None]
+        seen = seen & (at >= 0) & (at <= now)
+        if window is not None:
+            seen = seen & (now - at < window)
+    seen = jnp.broadcast_to(seen, (b, kv_heads, t, k.shape[2]))
+    live = jnp.any(seen, axis=2)[..., None]
+    k, v = jnp.where(live, k, 0.0), jnp.where(live, v, 0.0)
+    queries = q.astype(jnp.float32).reshape(b, kv_heads, -1, t, d)
+    logits = cap(jnp.einsum("BKGTD,BKSD->BKGTS", queries, k) * scale, softcap)
+    part = softmax_partial(logits, seen[:, :, None], v[:, :, None])
+    return Partial(part.out.reshape(b, h, t, d), part.lse.reshape(b, h, t))
+
+
+def plain(side):
+    """Keys or values in float32."""
+    if isinstance(side, Quantized):
+        return dequantize(readable(side))
+    return side.astype(jnp.float32)
+
+
+def readable(side: Quantized) -> Quantized:
+    """The same with scales and zeros as floats, if they are given as bits."""
+
+    def floats(x):
+        if x is None or x.dtype != jnp.int16:
+            return x
+        return jax.lax.bitcast_convert_type(x, jnp.float16)
+
+    return dataclasses.replace(side, scale=floats(side.scale), zero=floats(side.zero))

@@ -1,0 +1,190 @@
+"""`decode_attention` in plain XLA: loops as long as what is held, O(block) memory.
+
+Slots: a loop over blocks of all heads together, up to the longest head. Ragged: a loop
+over the blocks of every head in turn, so that its length is the sum of the lengths.
+Each step slices, clears and decodes one block, which stays in a CPU's cache. The loops
+end where the data say, so there is no reverse-mode gradient.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.pallas_kernels.decode_attention.reference import readable
+from kvjax.pallas_kernels.partial import Partial, cap, merge, softmax_partial
+from kvjax.pallas_kernels.quantize_pack import dequantize
+from kvjax.pallas_kernels.quantized import Quantized
+from kvjax.types import NEG_INF
+
+BLOCK = 1024
+"""Slots per step, of all heads together or of one."""
+
+
+def decode_attention(
+    q,
+    keys,
+    values,
+    lengths,
+    *,
+    offsets=None,
+    positions=None,
+    q_positions=None,
+    scale,
+    window=None,
+    softcap=None,
+):
+    """See `api.decode_attention`."""
+    (b, h, t, d), kv_heads = q.shape, lengths.shape[1]
+    queries = q.reshape(b, kv_heads, h // kv_heads * t, d)
+    how = _How(scale=scale, window=window, softcap=softcap)
+    args = (queries, keys, values, lengths, positions, q_positions)
+    if offsets is None:
+        part = _slots(how, *args)
+    else:
+        part = _ragged(how, *args, offsets)
+    return Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:-1]))
+
+
+def _slots(how, queries, keys, values, lengths, positions, q_positions):
+    """All heads together, block by block up to the longest."""
+    slots = keys.shape[-2]
+    block = _block(keys, values, slots)
+
+    def step(j, done):
+        # The last block may overlap the one before: its slots count once.
+        begin = j * block
+        at = jnp.minimum(begin, slots - block)
+        slot = at + jnp.arange(block)
+        held = (slot >= begin) & (slot < lengths[..., None])
+        here = None if positions is None else _slice(positions, at, block, 2)
+        k, v = (_block_of(x, at, block) for x in (keys, values))
+        part = _attend(how, queries, k, v, held, here, q_positions)
+        return merge([done, part])
+
+    longest = jnp.minimum(jnp.max(lengths), slots)
+    return jax.lax.fori_loop(0, -(-longest // block), step, _nothing(queries))
+
+
+def _ragged(how, queries, keys, values, lengths, positions, q_positions, offsets):
+    """One head after the other, each as long as it is."""
+    (b, kv_heads), slots = lengths.shape, keys.shape[-2]
+    block = _block(keys, values, slots)
+    multiple = max(_multiple(keys), _multiple(values))
+    start = offsets[:, :-1].reshape(-1)
+    stop = jnp.minimum(start + lengths.reshape(-1), slots)
+    first = start // multiple * multiple
+    count = jnp.where(stop > start, -(-(stop - first) // block), 0)
+    edges = jnp.cumsum(count)
+
+    def step(item, done):
+        head = jnp.sum(edges <= item)  # of all rows' heads
+        row = head // kv_heads
+        begin = first[head] + (item - edges[head] + count[head]) * block
+        at = jnp.minimum(begin, slots - block)
+        slot = at + jnp.arange(block)
+        held = (slot >= jnp.maximum(begin, start[head])) & (slot < stop[head])
+
+        def one(x, axis=0):
+            return jax.lax.dynamic_slice_in_dim(x, row, 1, axis)
+
+        here = None
+        if positions is not None:
+            here = jax.lax.dynamic_slice(positions, (row, at), (1, block))[:, None]
+        k, v = (
+            jax.tree.map(lambda x: x[:, None], _block_of(x, at, block, row))
+            for x in (keys, values)
+        )
+        query = jax.lax.dynamic_slice_in_dim(flat, head, 1, 0)[None]
+        now = None if q_positions is None else one(q_positions)
+        part = _attend(how, query, k, v, held[None, None], here, now)
+        old = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, head, 1, 0), done)
+        new = merge([old, jax.tree.map(lambda x: x[0], part)])
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, head, 0), done, new
+        )
+
+    flat = queries.reshape(b * kv_heads, *queries.shape[2:])
+    return jax.lax.fori_loop(0, edges[-1], step, _nothing(flat))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _How:
+    """The static settings."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+def _attend(how, queries, keys, values, held, positions, q_positions):
+    """Attention of `[B, K, X, D]` over one block, `[B, K, block, D]`."""
+    if positions is None:
+        seen, live = held[:, :, None], held
+    else:
+        at, now = positions[:, :, None, :], q_positions[:, None, :, None]
+        seen = held[:, :, None] & (at >= 0) & (at <= now)
+        if how.window is not None:
+            seen = seen & (now - at < how.window)
+        live = jnp.any(seen, axis=2)
+        groups = queries.shape[2] // now.shape[2]
+        seen = jnp.tile(seen, (1, 1, groups, 1))
+    k, v = (_decode(x, live, queries.dtype) for x in (keys, values))
+    logits = jnp.einsum(
+        "BKXD,BKSD->BKXS", queries.astype(k.dtype), k, preferred_element_type="f4"
+    )
+    seen = jnp.broadcast_to(seen, logits.shape)
+    return softmax_partial(cap(logits * how.scale, how.softcap), seen, v)
+
+
+def _decode(side, live, dtype):
+    """A block in the dtype of its products, zero where nobody looks."""
+    if isinstance(side, Quantized):
+        side = dequantize(readable(side), dtype)
+    side = side.astype(jnp.promote_types(dtype, side.dtype))
+    return jnp.where(live[..., None], side, jnp.zeros((), side.dtype))
+
+
+def _block_of(side, at, block, row=None):
+    """`block` slots of keys or values from slot `at` on; of one row, or of all."""
+    if not isinstance(side, Quantized):
+        return _slice(side, at, block, side.ndim - 2, row)
+    fine = side.group if side.axis == "channel" else 1
+
+    def cut(x, group):
+        if x is None:
+            return None
+        return _slice(x, at // group, block // group, x.ndim - 2, row)
+
+    return dataclasses.replace(
+        side,
+        codes=cut(side.codes, 1),
+        scale=cut(side.scale, fine),
+        zero=cut(side.zero, fine),
+    )
+
+
+def _slice(x, at, size, axis, row=None):
+    starts: list[Any] = [0] * x.ndim
+    sizes = list(x.shape)
+    starts[axis], sizes[axis] = at, size
+    if row is not None:
+        starts[0], sizes[0] = row, 1
+    return jax.lax.dynamic_slice(x, starts, sizes)
+
+
+def _multiple(side) -> int:
+    """What starts of blocks must be a multiple of."""
+    return side.group if isinstance(side, Quantized) and side.axis == "channel" else 1
+
+
+def _block(keys, values, slots: int) -> int:
+    """Slots per step; all of them where they are few."""
+    multiple = max(_multiple(keys), _multiple(values))
+    return min(slots, max(multiple, BLOCK // multiple * multiple))
+
+
+def _nothing(queries):
+    shape = queries.shape
+    return Partial(jnp.zeros(shape), jnp.full(shape[:-1], NEG_INF))

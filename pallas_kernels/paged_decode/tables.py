@@ -1,0 +1,36 @@
+"""Log-weights of slots, and the union of splits; shared by the fast paths."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.pallas_kernels.partial import Partial
+from kvjax.types import NEG_INF
+
+
+def log_weights(
+    selected: Int[Array, "B K C"],
+    counts: Int[Array, "B K"],
+    fill: Int[Array, "B K C"] | None,
+    bias: Float[Array, "B K S"] | None,
+    page: int,
+) -> Float[Array, "B K S"]:
+    """Log-weight of each slot of the selected pages: -inf where it is not live."""
+    b, k, c = selected.shape
+    slot = jnp.arange(page, dtype=jnp.int32)
+    filled = jnp.where(jnp.arange(c) < counts[..., None], page, 0)
+    if fill is not None:
+        filled = jnp.minimum(filled, fill)
+    live = (slot < filled[..., None]).reshape(b, k, c * page)
+    return jnp.where(live, 0.0 if bias is None else bias, -jnp.inf)
+
+
+def merged(out: Float[Array, "B K P X D"], lse: Float[Array, "B K P X"]) -> Partial:
+    """The exact union of the splits of each list, axis 2."""
+    peak = jnp.max(lse, axis=2, keepdims=True)
+    anchor = jnp.where(jnp.isneginf(peak), 0.0, peak)  # -inf - -inf is NaN
+    weight = jnp.exp(lse - anchor)
+    total = jnp.sum(weight, axis=2)
+    safe = jnp.where(total > 0, total, 1.0)
+    union = jnp.sum(weight[..., None] * out, axis=2) / safe[..., None]
+    found = jnp.where(total > 0, anchor[:, :, 0] + jnp.log(safe), NEG_INF)
+    return Partial(union, found)

@@ -1,0 +1,77 @@
+"""Grouped quantisation, written out: the specification."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from kvjax.pallas_kernels.quantized import Quantized
+
+LARGEST, SMALLEST, ULP = 65504.0, 2.0**-24, 2.0**-10
+"""Of float16: largest number, smallest one, and relative spacing of normal ones."""
+
+
+def quantize_pack(
+    x: Float[Array, "*lead S D"],
+    live: Bool[Array, "*lead S"],
+    *,
+    bits: int,
+    axis: str,
+    group: int,
+    symmetric: bool,
+) -> Quantized:
+    """See `api.quantize_pack`."""
+    *lead, s, d = x.shape
+    channel = axis == "channel"
+    shape = (*lead, s // group, group, d) if channel else (*lead, s, d // group, group)
+    along = -2 if channel else -1
+    mask = jnp.broadcast_to(live[..., None], x.shape).reshape(shape)
+    values = jnp.where(mask, x.astype(jnp.float32).reshape(shape), 0)
+    top = 2**bits - 1
+    if symmetric:
+        zero, half = None, top // 2
+        scale = outwards(jnp.max(jnp.abs(values), axis=along, keepdims=True) / half)
+        codes = jnp.round(values / scale) + half
+    else:
+        low = jnp.min(jnp.where(mask, values, jnp.inf), axis=along, keepdims=True)
+        high = jnp.max(jnp.where(mask, values, -jnp.inf), axis=along, keepdims=True)
+        some = jnp.any(mask, axis=along, keepdims=True)
+        zero = not_above(jnp.where(some, low, 0))
+        scale = outwards((jnp.where(some, high, 0) - zero) / top)
+        codes = jnp.round((values - zero) / scale)
+        zero = jnp.squeeze(zero, along).astype(jnp.float16)
+    codes = jnp.where(mask, jnp.clip(codes, 0, top), 0)
+    return Quantized(
+        codes=pack(codes.astype(jnp.uint8).reshape(x.shape), bits),
+        scale=jnp.squeeze(scale, along).astype(jnp.float16),
+        zero=zero,
+        bits=bits,
+        axis=axis,
+        group=group,
+    )
+
+
+def half(x: Array) -> Array:
+    """The nearest finite float16 number, in float32."""
+    nearest = jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float16)
+    return nearest.astype(jnp.float32)
+
+
+def not_above(low: Array) -> Array:
+    """A float16 number below `low` by two spacings at most."""
+    below = half(low - jnp.abs(low) * ULP)
+    # Subnormal numbers are spaced more widely than `ULP` says.
+    return jnp.where(below > low, half(below - SMALLEST), below)
+
+
+def outwards(scale: Array) -> Array:
+    """A float16 number not below `scale`; 1 where a group is constant."""
+    raised = half(scale * (1 + ULP))
+    raised = jnp.where(raised < scale, half(raised + SMALLEST), raised)
+    return jnp.where(raised > 0, raised, 1.0)
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """Byte `j` of `[..., D * bits / 8]` holds channels `j, j + D/n, ...`, low first."""
+    per_byte = 8 // bits
+    slabs = codes.reshape(*codes.shape[:-1], per_byte, -1)
+    shifts = jnp.arange(per_byte, dtype=jnp.uint8)[:, None] * bits
+    return jnp.sum(slabs << shifts, axis=-2, dtype=jnp.uint8)

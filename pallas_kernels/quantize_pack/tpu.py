@@ -1,0 +1,155 @@
+"""Quantise and pack block by block: the Mosaic TPU kernel.
+
+Groups lie along sublanes: of the slots as they are for `channel`, of the transposed
+block for `token`, so that no statistic crosses lanes. TPUs hold no float16: scales and
+zeros leave the kernel as 16-bit patterns.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float
+
+from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels.quantize_pack.rounding import not_above, outwards
+from kvjax.pallas_kernels.quantized import Quantized
+
+LANES = 128
+
+
+def quantize_pack(
+    x: Float[Array, "*lead S D"],
+    live: Bool[Array, "*lead S"],
+    *,
+    bits: int,
+    axis: str,
+    group: int,
+    symmetric: bool,
+    tiles: Mapping[str, Any] | None = None,
+    interpret: bool = False,
+) -> Quantized:
+    """See `api.quantize_pack`."""
+    _refuse(x, bits, group)
+    *lead, s, d = x.shape
+    rows = math.prod(lead)
+    block = tuning.tiles("quantize_pack", None, tiles)["block"]
+    size = _block(s, block, group if axis == "channel" else 1)
+    packed = d * bits // 8
+    channel = axis == "channel"
+    side = (rows, s // group, d) if channel else (rows, d // group, s)
+    side_block = (1, size // group, d) if channel else (1, d // group, size)
+    side_index = (lambda n, i: (n, i, 0)) if channel else (lambda n, i: (n, 0, i))
+    sides = 1 if symmetric else 2
+    outs = pl.pallas_call(
+        functools.partial(
+            _kernel, bits=bits, channel=channel, group=group, symmetric=symmetric
+        ),
+        grid=(rows, pl.cdiv(s, size)),  # rows of the batch and heads, blocks of slots
+        in_specs=(
+            pl.BlockSpec((1, size, d), lambda n, i: (n, i, 0)),
+            pl.BlockSpec((1, 1, size), lambda n, i: (n, 0, i)),
+        ),
+        out_specs=(
+            pl.BlockSpec((1, size, packed), lambda n, i: (n, i, 0)),
+            *[pl.BlockSpec(side_block, side_index)] * sides,
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct((rows, s, packed), jnp.uint8),
+            *[jax.ShapeDtypeStruct(side, jnp.int16)] * sides,
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel")
+        ),
+        interpret=compat.tpu_interpret(interpret),
+        name=f"kv_quantize_pack_{axis}{bits}",
+    )(x.reshape(rows, s, d), live.reshape(rows, 1, s).astype(jnp.int32))
+
+    def half(words: Array) -> Array:
+        out = jax.lax.bitcast_convert_type(words, jnp.float16)
+        out = out if channel else jnp.swapaxes(out, -1, -2)
+        return out.reshape(*lead, *out.shape[1:])
+
+    return Quantized(
+        codes=outs[0].reshape(*lead, s, packed),
+        scale=half(outs[1]),
+        zero=None if symmetric else half(outs[2]),
+        bits=bits,
+        axis=axis,
+        group=group,
+    )
+
+
+def _refuse(x: Array, bits: int, group: int) -> None:
+    if x.dtype == jnp.float16:
+        raise NotImplementedError("quantize_pack: TPUs hold no float16; convert `x`.")
+    if group % 8:
+        raise NotImplementedError(
+            f"quantize_pack: groups of a multiple of 8 on TPU; got {group}."
+        )
+    if (x.shape[-1] * bits // 8) % 8:
+        raise NotImplementedError(
+            f"quantize_pack: a multiple of 8 bytes per slot on TPU; got {x.shape[-1]} "
+            f"channels of {bits} bits."
+        )
+
+
+def _block(slots: int, block: int, group: int) -> int:
+    """Slots per program: all of them, or a multiple of the lanes and of the group."""
+    unit = math.lcm(LANES, group * 16 // math.gcd(group, 16))
+    size = max(unit, block // unit * unit)
+    return slots if slots <= size else size
+
+
+def _kernel(
+    x_ref,  # [1, block, D]
+    live_ref,  # [1, 1, block] int32
+    codes_ref,  # [1, block, D * bits / 8] uint8
+    *side_refs,  # scale, zero: [1, groups, D], or [1, groups, block], 16-bit patterns
+    bits: int,
+    channel: bool,
+    group: int,
+    symmetric: bool,
+):
+    x = x_ref[0].astype(jnp.float32)
+    live = jnp.broadcast_to(live_ref[0].astype(jnp.float32), x.shape[::-1])
+    if channel:
+        live = live.T
+    else:
+        x = x.T
+    along, across = x.shape
+    shape = (along // group, group, across)
+    mask = live.reshape(shape) > 0
+    # Dead slots may hold NaN.
+    x = jnp.where(mask, x.reshape(shape), 0.0)
+    top = 2**bits - 1
+    if symmetric:
+        half = top // 2
+        scale, words = outwards(jnp.max(jnp.abs(x), axis=1, keepdims=True) / half)
+        codes = jnp.round(x / scale) + half
+    else:
+        low = jnp.min(jnp.where(mask, x, jnp.inf), axis=1, keepdims=True)
+        high = jnp.max(jnp.where(mask, x, -jnp.inf), axis=1, keepdims=True)
+        empty = low > high
+        zero, zero_words = not_above(jnp.where(empty, 0.0, low))
+        scale, words = outwards((jnp.where(empty, 0.0, high) - zero) / top)
+        codes = jnp.round((x - zero) / scale)
+        side_refs[1][0] = zero_words[:, 0].astype(jnp.int16)
+    side_refs[0][0] = words[:, 0].astype(jnp.int16)
+    codes = jnp.where(mask, jnp.clip(codes, 0.0, float(top)), 0.0).astype(jnp.int32)
+    codes = _packed(codes.reshape(along, across), bits, -1 if channel else 0)
+    codes_ref[0] = (codes if channel else codes.T).astype(jnp.uint8)
+
+
+def _packed(codes: Array, bits: int, axis: int) -> Array:
+    """`xla.pack` along an axis, in 32-bit integers."""
+    parts = jnp.split(codes, 8 // bits, axis=axis)
+    packed = parts[0]
+    for i, part in enumerate(parts[1:], start=1):
+        packed = packed | (part << (bits * i))
+    return packed

@@ -1,0 +1,263 @@
+"""`sparse_prefill` on Hopper: FlashAttention over lists, one warp group copies.
+
+A thread block has one or two compute warp groups of 64 query rows, and one that copies
+the listed KV blocks to shared memory some steps ahead. The gradient is not a kernel
+here: it is the XLA path's, from this kernel's `out` and `lse`.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from kvjax.pallas_kernels import compat
+from kvjax.pallas_kernels.partial import Partial
+from kvjax.pallas_kernels.sparse_prefill import xla
+from kvjax.pallas_kernels.sparse_prefill.gpu_plan import (
+    LOG2E,
+    ROWS,
+    Plan,
+    last_values,
+    make_lists,
+    make_plan,
+)
+from kvjax.pallas_kernels.sparse_prefill.gradient import with_gradient
+from kvjax.pallas_kernels.sparse_prefill.layout import Rules
+from kvjax.pallas_kernels.sparse_prefill.patterns import Pattern
+from kvjax.types import NEG_INF
+
+LOW = -1e30  # no infinities: inf - inf is NaN
+
+
+def _kernel(
+    q_ref,  # [B, H, T, D] GMEM
+    k_ref,  # [B, K, S, D] GMEM
+    v_ref,  # [B, K, S, D] GMEM
+    tail_ref,  # [B, K, block_k, D] GMEM: the last block of v, free slots cleared
+    index_ref,  # [B, Hx, N, C] GMEM
+    count_ref,  # [B, Hx, Nq] GMEM
+    start_ref,  # [B] GMEM
+    len_ref,  # [B] GMEM
+    out_ref,  # [B, H, T, D] GMEM
+    lse_ref,  # [B, H, tiles * rows] GMEM
+    *,
+    scratch,
+    plan: Plan,
+):
+    lay, rules = plan.lay, plan.rules
+    buffers, (q_ready, k_ready, v_ready), (k_free, v_free) = scratch
+    q_smem, k_smem, v_smem, lse_smem, *staged = buffers
+    batch, head, group = map(lax.axis_index, ("batch", "heads", "wg"))
+    tile = plan.tiles - 1 - lax.axis_index("tiles")  # the longest rows first
+    block = lax.div(tile * plan.rows, jnp.int32(lay.block_q))
+    listed = lax.div(head * plan.lists, jnp.int32(lay.heads))
+    start, kv_len = start_ref[batch], len_ref[batch]
+    count = count_ref[batch, listed, block]
+    line = block if lay.per_block else 0
+    base = lax.div(start, jnp.int32(lay.block_k)) + block
+
+    def entry(e):
+        """KV block `e` of the list; any block of the cache for one outside of it."""
+        j = index_ref[batch, listed, line, e]
+        j = base - j if plan.diagonals else j
+        ok = (j >= 0) & (j < lay.kv_blocks)
+        return jnp.where(ok, j, 0), ok
+
+    @pl.when(group < plan.groups)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        first = tile * plan.rows + group * ROWS
+        mine, mine_lse = q_smem.at[group], lse_smem.at[group]
+        rows = pl.ds(first, ROWS)
+        plgpu.copy_gmem_to_smem(q_ref.at[batch, head, rows], mine, q_ready.at[group])
+        plgpu.barrier_wait(q_ready.at[group])
+
+        def column(value):
+            full = jnp.full((ROWS,), value, jnp.float32)
+            return plgpu.layout_cast(full, plgpu.Layout.WGMMA.reduce(1))
+
+        def step(e, carry):
+            out, peak, total = carry
+            slot = lax.rem(e, jnp.int32(plan.stages))
+            j, ok = entry(e)
+            plgpu.barrier_wait(k_ready.at[slot])
+            shape = (ROWS, lay.block_k)
+
+            def scores_of(acc):
+                plgpu.wgmma(acc, mine, k_smem.at[slot].transpose((1, 0)))
+                return acc[...]
+
+            scores = pl.run_scoped(
+                scores_of, plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+            )
+            plgpu.barrier_arrive(k_free.at[slot])
+            if rules.softcap is not None:
+                scores = jnp.tanh(scores * (rules.scale / rules.softcap))
+            q0, k0 = start + first, j * lay.block_k
+
+            def masked(x):
+                layout = plgpu.Layout.WGMMA
+                q = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + q0
+                k = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout) + k0
+                limit = jnp.where(ok, kv_len, 0)
+                return jnp.where(rules.visible(q, k, limit), x, LOW)
+
+            covered = ok & rules.covers(q0, ROWS, k0, lay.block_k, kv_len)
+            scores = lax.cond(covered, lambda x: x, masked, scores)
+            top = jnp.maximum(peak, scores.max(axis=1))
+            shrink = jnp.exp2((peak - top) * plan.factor)
+            across = lax.broadcast_in_dim(top * plan.factor, shape, [0])
+            weight = jnp.exp2(scores * plan.factor - across)
+            total = total * shrink + weight.sum(axis=1)
+            weight = weight.astype(plan.dtype)
+            if plan.interpret:  # the interpreter multiplies from shared memory only
+                staged[0][group] = weight
+                plgpu.commit_smem()
+                weight = staged[0].at[group]
+            plgpu.barrier_wait(v_ready.at[slot])
+
+            def product_of(acc):
+                plgpu.wgmma(acc, weight, v_smem.at[slot])
+                return acc[...]
+
+            # Not accumulated in place: `pl.run_state` has no interpreter, and the
+            # rescaling becomes a fused multiply-add.
+            more = pl.run_scoped(
+                product_of, plgpu.WGMMAAccumulatorRef(out.shape, jnp.float32)
+            )
+            plgpu.barrier_arrive(v_free.at[slot])
+            out = out * lax.broadcast_in_dim(shrink, out.shape, [0]) + more
+            return out, top, total
+
+        zero = jnp.full((ROWS, lay.dim), 0.0, jnp.float32)
+        zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+        carry = (zero, column(LOW), column(0.0))
+        out, peak, total = lax.fori_loop(0, count, step, carry)
+        # A row that has seen nothing has weighed all of its hidden keys alike.
+        seen = peak > LOW / 2
+        safe = jnp.where(seen, total, 1.0)
+        share = jnp.where(seen, 1.0 / safe, 0.0)
+        out *= lax.broadcast_in_dim(share, out.shape, [0])
+        lse = (peak * plan.factor + jnp.log2(safe)) * (1.0 / LOG2E)
+        mine[...] = out.astype(plan.dtype)
+        mine_lse[...] = jnp.where(seen, lse, NEG_INF)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(mine, out_ref.at[batch, head, rows])
+        plgpu.copy_smem_to_gmem(mine_lse, lse_ref.at[batch, head, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(group == plan.groups)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        kv_head = lax.div(head, jnp.int32(lay.heads // lay.kv_heads))
+        last = lax.div(kv_len, jnp.int32(lay.block_k))  # the block with free slots
+        at = (batch, kv_head)
+        sources = (k_ref.at[at], v_ref.at[at], tail_ref.at[at])
+
+        def block_of(e):
+            return entry(e)[0]
+
+        _copy(plan, count, block_of, last, sources, buffers[1:3], scratch[1:])
+
+
+def _copy(plan: Plan, count, block_of, last, sources, buffers, barriers):
+    """Copy the KV blocks of a list, as the compute warp groups make room for them."""
+    keys, values, last_values = sources
+    (_, k_ready, v_ready), (k_free, v_free) = barriers
+    k_smem, v_smem = buffers
+
+    @pl.loop(0, count)
+    def _(e):
+        slot = lax.rem(e, jnp.int32(plan.stages))
+        j = block_of(e)
+        block = pl.ds(j * plan.lay.block_k, plan.lay.block_k)
+
+        def wait(barrier):
+            pl.when(e >= plan.stages)(lambda: plgpu.barrier_wait(barrier.at[slot]))
+
+        wait(k_free)
+        plgpu.copy_gmem_to_smem(keys.at[block], k_smem.at[slot], k_ready.at[slot])
+        wait(v_free)
+        to = v_smem.at[slot], v_ready.at[slot]
+        whole, ends = values.at[block], last_values
+        pl.when(j < last)(lambda: plgpu.copy_gmem_to_smem(whole, *to))
+        pl.when(j >= last)(lambda: plgpu.copy_gmem_to_smem(ends, *to))
+
+
+def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
+    rules, tiles, interpret = how
+    plan = make_plan(q, k, pattern, rules, dict(tiles), interpret)
+    lay = plan.lay
+    index, counts = make_lists(plan, pattern, q_start, kv_len)
+
+    def smem(count: int, rows: int, columns: int = lay.dim):
+        tiling = plgpu.TilingTransform((8, 64))  # pyright: ignore[reportAbstractUsage]
+        swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+        transforms = (tiling, swizzle)
+        return plgpu.SMEM((count, rows, columns), plan.dtype, transforms=transforms)
+
+    def entry(*refs):
+        free = plgpu.Barrier(num_arrivals=plan.groups, num_barriers=plan.stages)
+        ready = plgpu.Barrier(num_barriers=plan.stages)
+        pl.run_scoped(
+            lambda *scratch: _kernel(*refs, scratch=scratch, plan=plan),
+            (
+                smem(plan.groups, ROWS),
+                smem(plan.stages, lay.block_k),
+                smem(plan.stages, lay.block_k),
+                plgpu.SMEM((plan.groups, ROWS), jnp.float32),
+                *([smem(plan.groups, ROWS, lay.block_k)] if interpret else []),
+            ),
+            (plgpu.Barrier(num_barriers=plan.groups), ready, ready),
+            (free, free),
+            collective_axes="wg",
+        )
+
+    lse_shape = (lay.batch, lay.heads, plan.tiles * plan.rows)
+    out, lse = plgpu.kernel(
+        entry,
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+        ],
+        grid=(lay.heads, plan.tiles, lay.batch),
+        grid_names=("heads", "tiles", "batch"),
+        num_threads=plan.groups + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=compat.gpu_interpret(interpret),
+    )(q, k, v, last_values(plan, v, kv_len), index, counts, q_start, kv_len)
+    return Partial(out, lse[:, :, : lay.tokens])
+
+
+def _backward(q, k, v, pattern, q_start, kv_len, d_out, lse, delta, how):
+    return xla.backward(q, k, v, pattern, q_start, kv_len, d_out, lse, delta, how[0])
+
+
+_attend = with_gradient(_forward, _backward)
+
+
+def sparse_prefill(
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    pattern: Pattern,
+    q_start: Int[Array, "B"],
+    kv_len: Int[Array, "B"],
+    *,
+    rules: Rules,
+    tiles: Mapping[str, int] | None = None,
+    interpret: bool = False,
+) -> Partial:
+    """The public function on Hopper; `tiles` is `stages`, KV blocks copied ahead.
+
+    Raises:
+        NotImplementedError: not bfloat16, D not 64 or 128, blocks that the tensor
+            cores' tiles do not divide, a scale that is not positive.
+    """
+    how = (rules, tuple(sorted((tiles or {}).items())), interpret)
+    return _attend(q, k, v, pattern, q_start, kv_len, how)

@@ -1,0 +1,148 @@
+"""The chips that kernels are compiled for when none is attached, as data.
+
+Standard library only: `tools/kernels.py` reads this file without importing JAX.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+_QUIET = {
+    # A persistent cache would hide compile times and the compilers' own dumps.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "JAX_PLATFORMS": "cpu",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """One chip, as its compiler knows it.
+
+    Attributes:
+        name: for the command line, the table and the tuned block sizes.
+        family: which wheels hold the compiler.
+        backend: of the ops.
+        device_kind: what JAX calls the device.
+        topology: arguments of `jax.experimental.topologies.get_topology_desc`.
+        environment: to be set before JAX is imported.
+        hbm_bandwidth: bytes per second of one device of the topology.
+        onchip: what a kernel's blocks live in.
+        onchip_bytes: of it, for one TensorCore or one thread block.
+        source: of the two numbers.
+    """
+
+    name: str
+    family: Literal["tpu", "cuda"]
+    backend: Literal["tpu", "gpu"]
+    device_kind: str
+    topology: Mapping[str, Any]
+    environment: Mapping[str, str]
+    hbm_bandwidth: int
+    onchip: Literal["VMEM", "SMEM"]
+    onchip_bytes: int
+    source: str
+
+
+def _tpu(name: str, kind: str, topology: str, slice_: str, **known: Any) -> Target:
+    return Target(
+        name=name,
+        family="tpu",
+        backend="tpu",
+        device_kind=kind,
+        topology=MappingProxyType({"platform": "tpu", "topology_name": topology}),
+        environment=MappingProxyType(
+            {
+                **_QUIET,
+                # No metadata server answers here; the other two silence warnings.
+                "TPU_SKIP_MDS_QUERY": "1",
+                "TPU_ACCELERATOR_TYPE": slice_,
+                "TPU_WORKER_HOSTNAMES": "localhost",
+                # Its lock file guards chips; here several processes only compile.
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            }
+        ),
+        onchip="VMEM",
+        source="jax 0.11.2, `jax._src.tpu_info`; per TensorCore",
+        **known,
+    )
+
+
+# The compiler's description of an H200, in the text form of its protocol buffer.
+_H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+_ALL = (
+    _tpu(
+        "v5e",
+        "TPU v5 lite",
+        "v5e:2x2",
+        "v5litepod-4",
+        hbm_bandwidth=820_000_000_000,
+        onchip_bytes=128 << 20,
+    ),
+    _tpu(
+        "v6e",
+        "TPU v6 lite",
+        "v6e:2x2",
+        "v6e-4",
+        hbm_bandwidth=1_640_000_000_000,
+        onchip_bytes=128 << 20,
+    ),
+    _tpu(
+        "v7x",
+        "TPU7x",
+        "tpu7x:2x2x1",
+        "tpu7x-8",
+        hbm_bandwidth=3_700_000_000_000,
+        onchip_bytes=64 << 20,
+    ),
+    Target(
+        name="h200",
+        family="cuda",
+        backend="gpu",
+        device_kind="NVIDIA H200",
+        topology=MappingProxyType(
+            {
+                "platform": "cuda",
+                "topology_name": "h200",
+                "topology": "1x1x1",
+                "target_config": _H200,
+            }
+        ),
+        environment=MappingProxyType(_QUIET),
+        hbm_bandwidth=4_800_000_000_000,
+        onchip="SMEM",
+        onchip_bytes=232_448,
+        source="NVIDIA H200 data sheet; CUDA's limit of shared memory per block",
+    ),
+)
+
+TARGETS: Mapping[str, Target] = MappingProxyType({one.name: one for one in _ALL})
+FAMILIES = ("tpu", "cuda")
+
+
+def chosen(words: list[str]) -> list[Target]:
+    """Targets of a command line: names of chips, or of families for all of theirs.
+
+    Raises:
+        ValueError: a word that is neither.
+    """
+    known = [*FAMILIES, *TARGETS]
+    for word in words:
+        if word not in known:
+            raise ValueError(f"`targets` must be of {known}; got {word!r}.")
+    return [t for t in _ALL if t.name in words or t.family in words]
