@@ -4,7 +4,7 @@ LOCK := $(PY) -m uv pip compile pyproject.toml --extra dev --extra notebook \
 	--universal --python-version 3.12 --generate-hashes --no-header \
 	--no-annotate --quiet
 
-.PHONY: help setup demo test test-slow lint format bench kernels lock build clean
+.PHONY: help setup demo test test-slow test-kernels lint format bench kernels lock build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -24,10 +24,13 @@ define pytest
 endef
 
 test: setup ## the tests, without those marked slow
-	$(call pytest,-m "not slow")
+	$(call pytest,-m "not slow and not interpret")
 
-test-slow: setup ## all the tests
-	$(call pytest)
+test-slow: setup ## all the tests, but for kernels in their interpreters
+	$(call pytest,-m "not interpret")
+
+test-kernels: setup ## every kernel in its interpreter against its reference
+	$(PY) -m pytest tests/kernels
 
 lint: setup ## ruff and pyright
 	$(PY) -m ruff check .

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from kvjax.pallas_kernels.decode_attention.api import OP as DECODE_ATTENTION
-from kvjax.pallas_kernels.dispatch import Op
 from kvjax.pallas_kernels.block_score.api import OP as BLOCK_SCORE
 from kvjax.pallas_kernels.column_stats.api import OP as COLUMN_STATS
+from kvjax.pallas_kernels.decode_attention.api import OP as DECODE_ATTENTION
+from kvjax.pallas_kernels.dispatch import Op
 from kvjax.pallas_kernels.page_score.api import OP as PAGE_SCORE
 from kvjax.pallas_kernels.page_summary.api import OP as PAGE_SUMMARY
 from kvjax.pallas_kernels.paged_decode.api import OP as PAGED_DECODE

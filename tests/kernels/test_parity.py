@@ -28,6 +28,8 @@ def cases() -> list:
                 if backend == "reference":
                     continue
                 marks = [pytest.mark.slow] if case.slow else []
+                if backend in ("tpu", "gpu"):
+                    marks.append(pytest.mark.interpret)
                 label = f"{name}-{backend}-{case.name}"
                 found.append(pytest.param(name, backend, case, marks=marks, id=label))
     return found
