@@ -56,15 +56,10 @@ CASES = (
     case("bfloat16", t=128, s=128, stride=16, d=128, dtype=jnp.bfloat16),
     case("wide_heads", t=64, s=64, stride=8, d=256, dtype=jnp.bfloat16),
     case("one_block", t=32, s=32, stride=16),
-    case(
-        "many_tiles",
-        t=512,
-        s=1024,
-        stride=4,
-        block=(32, 8),
-        tiles={"rows": 64, "columns": 128},
-        slow=True,
-    ),
+    # Several tiles of key groups, the last one ragged, and several of query groups.
+    case("mean_tiles", t=128, s=2400, d=32, mode="mean", block=(8, 8)),
+    case("antidiagonal_tiles", t=128, s=2400, d=32, stride=4, block=(8, 8)),
+    case("whole_prompt_tiles", t=2400, s=2400, d=32, stride=4, block=(8, 8), slow=True),
 )
 
 

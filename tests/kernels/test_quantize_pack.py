@@ -37,7 +37,8 @@ def test_bad_arrays():
     with pytest.raises(ValueError, match="`live` must have dtype bool"):
         quantize_pack(X, LIVE.astype(jnp.int32), **GOOD)
     with pytest.raises(ValueError, match="2-bit codes pack 4 channels"):
-        quantize_pack(X[..., :30], LIVE, **{**GOOD, "bits": 2})
+        two: dict[str, Any] = GOOD | {"bits": 2}
+        quantize_pack(X[..., :30], LIVE, **two)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -46,8 +47,12 @@ def test_bad_arrays():
 def test_within_half_a_step(bits, axis, symmetric):
     x = jnp.asarray(np.random.default_rng(bits).standard_normal((2, 64, 32)))
     x = x.astype(jnp.float32)
-    how: dict[str, Any] = {"bits": bits, "axis": axis, "group": 16}
-    how |= {"symmetric": symmetric}
+    how: dict[str, Any] = {
+        "bits": bits,
+        "axis": axis,
+        "group": 16,
+        "symmetric": symmetric,
+    }
     held = quantize_pack(x, LIVE, **how)
     along = 1 if axis == "channel" else 2
     step = jnp.repeat(held.scale.astype(jnp.float32), 16, axis=along)
