@@ -100,11 +100,16 @@ def repeated(selected, counts, pages):
     Operand `p` of a step reads the entries `p, p + pages, ...`: behind its last live
     one it stays there. An operand without any reads the first page, or page 0.
     """
-    entry = jnp.arange(selected.shape[-1])
-    last = (counts[..., None] - 1 - entry % pages) // pages * pages + entry % pages
-    found = jnp.take_along_axis(selected, jnp.clip(last, 0, entry), axis=-1)
-    found = jnp.where(last < 0, selected[..., :1], found)
-    return jnp.where(counts[..., None] > 0, found, 0)
+    b, k, c = selected.shape
+    lists = selected.reshape(b, k, c // pages, pages)
+    counts = counts[..., None, None]
+    step = jnp.arange(c // pages)[:, None]
+    last = (counts - 1 - jnp.arange(pages)) // pages  # step of an operand's last entry
+    # A sum of one term: XLA's gather of numbers reads a tile of memory for each.
+    final = jnp.sum(jnp.where(step == last, lists, 0), axis=2, keepdims=True)
+    final = jnp.where(last < 0, lists[:, :, :1, :1], final)
+    found = jnp.where(step <= last, lists, final)
+    return jnp.where(counts > 0, found, 0).reshape(b, k, c)
 
 
 def _call(
