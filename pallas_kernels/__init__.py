@@ -1,7 +1,7 @@
 """Attention and quantisation ops; every attention op returns `(out, lse)`.
 
-The paths here are plain XLA and run everywhere. Kernels for TPU and GPU join them
-behind the same signatures.
+`registry.OPS` lists the ops that `dispatch.Op` chooses an implementation for: XLA
+everywhere, Pallas on TPU and GPU. Dense attention and the merge of parts are XLA alone.
 """
 
 from kvjax.pallas_kernels.dense import causal_attention as causal_attention
