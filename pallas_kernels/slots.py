@@ -1,8 +1,5 @@
 """Attention of a few queries over a block of cache slots: the plain XLA path."""
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -57,60 +54,16 @@ def attend_block(
     Returns:
         `Partial(out [B, H, T, D], lse [B, H, T])` in float32.
     """
+    b, h, t, d = q.shape
+    kv_heads, s = keys.shape[1:3]
     live = jnp.any(mask, axis=2)[..., None]
     # Free slots may hold NaN: 0 * NaN would reach outputs or gradients.
     keys, values = jnp.where(live, keys, 0), jnp.where(live, values, 0)
-    return attend_raw(q, keys, values, mask, scale=scale, softcap=softcap)[0]
-
-
-def unless_nan(
-    q: Float[Array, "B H T D"],
-    fast: Callable[[], tuple[Partial, Bool[Array, ""]]],
-    cleared: Callable[[], Partial],
-) -> Partial:
-    """`fast` where nothing that free slots hold has reached its result, or `cleared`.
-
-    A finite number weighs nothing in a free slot; only NaN and infinities need to be
-    cleared. On a CPU a cleared copy costs one query three times the products it
-    protects, while the products themselves tell whether it was needed.
-
-    Args:
-        q: the queries; several per row pay for the copy themselves.
-        fast: attention as the slots are, and whether its products are finite.
-        cleared: the same after free slots were set to zero.
-    """
-    if q.shape[2] > 1:
-        return cleared()
-
-    def checked() -> Partial:
-        part, finite = fast()
-        return jax.lax.cond(finite, lambda: part, cleared)
-
-    return jax.lax.platform_dependent(cpu=checked, default=cleared)
-
-
-def attend_raw(
-    q: Float[Array, "B H T D"],
-    keys: Float[Array, "B K S D"],
-    values: Float[Array, "B K S D"],
-    mask: Bool[Array, "B K T S"],
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> tuple[Partial, Bool[Array, ""]]:
-    """Attention over slots as they are, and whether all products are finite."""
-    b, h, t, d = q.shape
-    kv_heads, s = keys.shape[1:3]
-    groups = h // kv_heads
     logits = slot_logits(q, keys, scale=scale, softcap=softcap)
-    mask = jnp.broadcast_to(mask[:, :, None], (b, kv_heads, groups, t, s))
-    part = softmax_partial(
-        logits.reshape(b, kv_heads, groups * t, s),
-        mask.reshape(b, kv_heads, groups * t, s),
-        values,
-    )
-    finite = jnp.isfinite(jnp.sum(logits)) & jnp.isfinite(jnp.sum(part.out))
-    return Partial(part.out.reshape(b, h, t, d), part.lse.reshape(b, h, t)), finite
+    mask = jnp.broadcast_to(mask[:, :, None], logits.shape)
+    rows = (b, kv_heads, h // kv_heads * t, s)
+    part = softmax_partial(logits.reshape(rows), mask.reshape(rows), values)
+    return Partial(part.out.reshape(b, h, t, d), part.lse.reshape(b, h, t))
 
 
 def slot_mass(

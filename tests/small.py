@@ -32,6 +32,7 @@ SHORT: dict[str, Any] = {
     "slots": 24,
     "recent": 8,
     "interval": 4,
+    "block": 8,
 }
 """Largest value of each hyper-parameter in these tests, by field name."""
 

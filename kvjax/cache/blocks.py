@@ -1,6 +1,5 @@
 """Attention over a part's slots without a decoded copy of them."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from kvjax.codecs import AbstractEncoded, PlainArray
+from kvjax.codecs import AbstractEncoded
 from kvjax.pallas_kernels.partial import Partial, merge
-from kvjax.pallas_kernels.slots import (
-    attend_block,
-    attend_raw,
-    slot_mask,
-    unless_nan,
-)
+from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.types import NEG_INF, LayerSpec
 
 BLOCK = 1024
@@ -34,8 +28,9 @@ def attend_blocks(
 ) -> Partial:
     """Attention over encoded slots, decoded block by block.
 
-    The dequantised keys and values of one block live at a time, so a decode step
-    never holds a plain copy of the cache. Plain slots are read where they are.
+    For what `decode_attention` does not take: many queries, a limit per query, or
+    codecs that kernels cannot read. The decoded keys and values of one block live at
+    a time, so there is never a plain copy of the cache.
     """
     how: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap}
     multiple = math.lcm(keys.block_multiple, values.block_multiple)
@@ -49,18 +44,7 @@ def attend_blocks(
         v = values.block(start, width).decode(here, spec.rope)
         return attend_block(q, k, v, mask, **how)
 
-    def blocks() -> Partial:
-        return over_blocks(attend, positions.shape[-1], multiple, q.shape)
-
-    if (
-        limit is None
-        and isinstance(keys, PlainArray)
-        and isinstance(values, PlainArray)
-    ):
-        mask = slot_mask(q_positions, positions, spec.window)
-        whole = functools.partial(attend_raw, q, keys.data, values.data, mask, **how)
-        return unless_nan(q, whole, blocks)
-    return blocks()
+    return over_blocks(attend, positions.shape[-1], multiple, q.shape)
 
 
 def over_blocks(

@@ -10,6 +10,8 @@ from kvjax.cache.parts import AbstractPart, by_head, put_positions
 from kvjax.codecs import AbstractEncoded, PlainArray
 from kvjax.pallas_kernels.page_score import page_score
 from kvjax.pallas_kernels.page_summary import page_summary
+from kvjax.pallas_kernels.paged_decode import paged_decode
+from kvjax.pallas_kernels.quantized import Quantized
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.types import EMPTY, pytree, static
 
@@ -70,17 +72,34 @@ class Pages(AbstractPart):
             return self._attend_masked(q, q_positions, index, read, spec)
         index, read = index[:, :, 0], read[:, :, 0]
         b, kv_heads, s = self.positions.shape
-        paged = self.positions.reshape(b, kv_heads, -1, self.page)
+        each = s // self.page
+        paged = self.positions.reshape(b, kv_heads, each, self.page)
         here = jnp.take_along_axis(paged, index[..., None], axis=2)
-        here = jnp.where(read[..., None], here, EMPTY).reshape(b, kv_heads, -1)
-        return attend_block(
+        here = here.reshape(b, kv_heads, -1)
+        seen = slot_mask(q_positions, here, spec.window)[:, :, 0]
+        first = (jnp.arange(b)[:, None] * kv_heads + jnp.arange(kv_heads)) * each
+        return paged_decode(
             q,
-            self.keys.take_pages(index, self.page).decode(here, spec.rope),
-            self.values.take_pages(index, self.page).decode(here, spec.rope),
-            slot_mask(q_positions, here, spec.window),
+            self._pool(self.keys),
+            self._pool(self.values),
+            first[..., None] + index,
+            jnp.sum(read, axis=-1),  # the best come first
+            bias=jnp.where(seen, 0.0, -jnp.inf),
             scale=spec.scale,
             softcap=spec.softcap,
         )
+
+    def _pool(self, side: AbstractEncoded) -> Array | Quantized:
+        """All rows' and heads' pages in one line, `[B * K * S / P, P, D]`."""
+        stored = side.stored
+        assert stored is not None  # codecs that take up blocks are
+        slots = self.positions.shape[-1]
+
+        def cut(x: Array) -> Array:
+            rows = x.shape[2] * self.page // slots  # slots of a page, or groups of them
+            return x.reshape(-1, rows, x.shape[-1])
+
+        return jax.tree.map(cut, stored)
 
     def _attend_masked(self, q, q_positions, index, read, spec):
         """Several query tokens, each with its own pages: masks instead of gathers."""

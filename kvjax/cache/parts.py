@@ -12,11 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.blocks import BLOCK, attend_blocks, over_blocks
 from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray
+from kvjax.pallas_kernels.decode_attention import decode_attention
+from kvjax.pallas_kernels.decode_attention.api import MOST_QUERIES
 from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
-from kvjax.pallas_kernels.slots import (
-    slot_logits,
-    slot_mask,
-)
+from kvjax.pallas_kernels.slots import slot_logits, slot_mask
 from kvjax.types import EMPTY, NEG_INF, LayerSpec, pytree
 
 if TYPE_CHECKING:  # the tail is itself a part
@@ -105,6 +104,37 @@ def by_head(positions: Int[Array, "B K S"]) -> list[list[np.ndarray]]:
     return [[head[head >= 0] for head in row] for row in np.asarray(positions)]
 
 
+def readable(q: Array, keys: AbstractEncoded, values: AbstractEncoded) -> bool:
+    """Whether `decode_attention` serves these queries and codecs."""
+    few = q.shape[2] <= MOST_QUERIES
+    return few and keys.stored is not None and values.stored is not None
+
+
+def attend_stored(
+    q: Array,
+    q_positions: Array,
+    part: "Slots | Ragged",
+    spec: LayerSpec,
+    lengths: Int[Array, "B K"],
+    offsets: Int[Array, "B K+1"] | None = None,
+) -> Partial:
+    """Attention by the kernel that reads keys and values as they are stored."""
+    keys, values = part.keys.stored, part.values.stored
+    assert keys is not None and values is not None
+    return decode_attention(
+        q,
+        keys,
+        values,
+        lengths,
+        offsets=offsets,
+        positions=part.positions,
+        q_positions=q_positions,
+        scale=spec.scale,
+        window=spec.window,
+        softcap=spec.softcap,
+    )
+
+
 @final
 @pytree
 class Slots(AbstractPart):
@@ -124,6 +154,10 @@ class Slots(AbstractPart):
     filled: Int[Array, "B"] | None = None
 
     def attend(self, q, q_positions, spec, limit=None):
+        if limit is None and readable(q, self.keys, self.values):
+            slot = jnp.arange(1, self.positions.shape[-1] + 1)
+            held = jnp.max(jnp.where(self.positions >= 0, slot, 0), axis=-1)
+            return attend_stored(q, q_positions, self, spec, held)
         return attend_blocks(
             q, q_positions, self.keys, self.values, self.positions, spec, limit
         )
@@ -202,6 +236,9 @@ class Ragged(AbstractPart):
 
     def attend(self, q, q_positions, spec, limit=None):
         del limit
+        if readable(q, self.keys, self.values):
+            held = self.offsets[:, 1:] - self.offsets[:, :-1]
+            return attend_stored(q, q_positions, self, spec, held, self.offsets)
         heads = self.heads
 
         def attend(start, width: int) -> Partial:

@@ -46,7 +46,6 @@ class AffineArray(AbstractEncoded):
 
     @property
     def stored(self) -> Quantized:
-        """The same arrays, as kernels read them."""
         return Quantized(
             codes=self.codes,
             scale=self.scale,

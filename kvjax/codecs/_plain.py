@@ -25,6 +25,10 @@ class PlainArray(AbstractEncoded):
         del positions, rope
         return self.data
 
+    @property
+    def stored(self):
+        return self.data
+
     def block(self, start, size):
         data = jax.lax.dynamic_slice_in_dim(self.data, start, size, axis=-2)
         return PlainArray(data=data)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.pallas_kernels.quantized import Quantized
 from kvjax.rope import Rope
 
 
@@ -28,6 +29,11 @@ class AbstractEncoded(abc.ABC):
         self, positions: Int[Array, "*lead S"], rope: Rope
     ) -> Float[Array, "*lead S D"]:
         """The array it stands for, keys rotated to `positions`."""
+
+    @property
+    def stored(self) -> Array | Quantized | None:
+        """The same as kernels read it; None if they cannot: then it is decoded."""
+        return None
 
     @abc.abstractmethod
     def block(self, start: Any, size: int) -> "AbstractEncoded":
@@ -59,18 +65,6 @@ class AbstractEncoded(abc.ABC):
             return jax.vmap(one)(old, new, start // unit, rows)
 
         return jax.tree.map(write, self, block)
-
-    def take_pages(self, index: Int[Array, "B K P"], page: int) -> Self:
-        """The pages of `page` slots at `index`, one after the other."""
-
-        def take(x: Array) -> Array:
-            b, k, s, c = x.shape
-            unit = self.slots // s
-            paged = x.reshape(b, k, s * unit // page, page // unit, c)
-            out = jnp.take_along_axis(paged, index[..., None, None], axis=2)
-            return out.reshape(b, k, -1, c)
-
-        return jax.tree.map(take, self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,13 @@
 """`decode_attention`: what it takes, what it refuses, who serves it."""
 
+import functools
 from typing import Any
 
 from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.dispatch import Backend, Op
+from kvjax.pallas_kernels.gradients import through
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.quantized import Quantized
 
@@ -62,7 +64,8 @@ def decode_attention(
 
     Returns:
         `Partial(out [B, H, T, D], lse [B, H, T])` in float32; 0 and -inf for queries
-        that see nothing.
+        that see nothing. Differentiable in `q` and in plain `keys` and `values`: the
+        gradient is the reference's, which is computed again for it.
 
     Raises:
         ValueError: a shape, dtype or combination of arguments is wrong.
@@ -75,20 +78,16 @@ def decode_attention(
     _check_positions(keys, offsets, positions, q_positions, window, q)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"`softcap` must be positive or None; got {softcap}.")
-    return OP(
-        q,
-        keys,
-        values,
-        lengths,
-        offsets=offsets,
-        positions=positions,
-        q_positions=q_positions,
-        scale=float(scale),
-        window=window,
-        softcap=softcap,
-        backend=backend,
-        tiles=tiles,
-        interpret=interpret,
+    how = {"scale": float(scale), "window": window, "softcap": softcap}
+
+    def run(q, keys, values, lengths, masks, **more):
+        return OP(q, keys, values, lengths, **masks, **how, **more)
+
+    masks = {"offsets": offsets, "positions": positions, "q_positions": q_positions}
+    return through(
+        functools.partial(run, backend=backend, tiles=tiles, interpret=interpret),
+        functools.partial(run, backend="reference"),
+        *(q, keys, values, lengths, masks),
     )
 
 

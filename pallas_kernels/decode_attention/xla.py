@@ -3,7 +3,11 @@
 Slots: a loop over blocks of all heads together, up to the longest head. Ragged: a loop
 over the blocks of every head in turn, so that its length is the sum of the lengths.
 Each step slices, clears and decodes one block, which stays in a CPU's cache. The loops
-end where the data say, so there is no reverse-mode gradient.
+end where the data say, so there is no reverse-mode gradient here; see `api`.
+
+One query per row over plain slots is another matter on a CPU: a cleared copy costs
+three times the products that it protects, so they run over the slots as they are,
+unless the products tell that a free slot holds NaN or an infinity.
 """
 
 import dataclasses
@@ -41,10 +45,27 @@ def decode_attention(
     how = _How(scale=scale, window=window, softcap=softcap)
     args = (queries, keys, values, lengths, positions, q_positions)
     if offsets is None:
-        part = _slots(how, *args)
+        whole = t == 1 and not any(isinstance(x, Quantized) for x in (keys, values))
+        part = (_uncleared if whole else _slots)(how, *args)
     else:
         part = _ragged(how, *args, offsets)
     return Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:-1]))
+
+
+def _uncleared(how, queries, keys, values, lengths, positions, q_positions):
+    """One query per row over plain slots, cleared only where that is needed."""
+    args = (how, queries, keys, values, lengths, positions, q_positions)
+
+    def checked():
+        held = jnp.arange(keys.shape[-2]) < lengths[..., None]
+        seen, _ = _seen(how, queries.shape[2], held, positions, q_positions)
+        logits = _logits(how, queries, keys)
+        part = softmax_partial(logits, seen, values)
+        # One array each: a sum is NaN or infinite where one of its terms is.
+        finite = jnp.isfinite(jnp.sum(logits)) & jnp.isfinite(jnp.sum(part.out))
+        return jax.lax.cond(finite, lambda: part, lambda: _slots(*args))
+
+    return jax.lax.platform_dependent(cpu=checked, default=lambda: _slots(*args))
 
 
 def _slots(how, queries, keys, values, lengths, positions, q_positions):
@@ -120,6 +141,13 @@ class _How:
 
 def _attend(how, queries, keys, values, held, positions, q_positions):
     """Attention of `[B, K, X, D]` over one block, `[B, K, block, D]`."""
+    seen, live = _seen(how, queries.shape[2], held, positions, q_positions)
+    k, v = (_decode(x, live, queries.dtype) for x in (keys, values))
+    return softmax_partial(_logits(how, queries, k), seen, v)
+
+
+def _seen(how, rows, held, positions, q_positions):
+    """What each of `rows` queries sees, `[B, K, X, S]`, and what any does."""
     if positions is None:
         seen, live = held[:, :, None], held
     else:
@@ -128,14 +156,15 @@ def _attend(how, queries, keys, values, held, positions, q_positions):
         if how.window is not None:
             seen = seen & (now - at < how.window)
         live = jnp.any(seen, axis=2)
-        groups = queries.shape[2] // now.shape[2]
-        seen = jnp.tile(seen, (1, 1, groups, 1))
-    k, v = (_decode(x, live, queries.dtype) for x in (keys, values))
+        seen = jnp.tile(seen, (1, 1, rows // now.shape[2], 1))
+    return jnp.broadcast_to(seen, (*held.shape[:2], rows, held.shape[-1])), live
+
+
+def _logits(how, queries, keys):
     logits = jnp.einsum(
-        "BKXD,BKSD->BKXS", queries.astype(k.dtype), k, preferred_element_type="f4"
+        "BKXD,BKSD->BKXS", queries.astype(keys.dtype), keys, preferred_element_type="f4"
     )
-    seen = jnp.broadcast_to(seen, logits.shape)
-    return softmax_partial(cap(logits * how.scale, how.softcap), seen, v)
+    return cap(logits * how.scale, how.softcap)
 
 
 def _decode(side, live, dtype):

@@ -1,5 +1,6 @@
 """`paged_decode`: validation and dispatch."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,13 +8,13 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.dispatch import Backend, Op
+from kvjax.pallas_kernels.gradients import through
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.quantized import Quantized
 
 OP = Op(name="paged_decode", backends=("reference", "xla", "tpu", "gpu"))
 
 MOST_QUERIES = 16
-SMALLEST_PAGE, LARGEST_PAGE = 16, 128
 
 
 def paged_decode(
@@ -61,7 +62,8 @@ def paged_decode(
 
     Returns:
         `Partial(out [B, H, T, D] f32, lse [B, H, T] f32)`; 0 and -inf where a head
-        reads nothing.
+        reads nothing. Differentiable in `q`, `bias` and plain pages: the gradient is
+        the reference's, which is computed again for it.
 
     Raises:
         ValueError: shapes, dtypes or settings that do not fit.
@@ -77,19 +79,15 @@ def paged_decode(
         zone of RetroInfer (2505.02922).
     """
     check(q, k_pages, v_pages, selected, counts, fill, bias)
-    return OP(
-        q,
-        k_pages,
-        v_pages,
-        selected,
-        counts,
-        fill=fill,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        backend=backend,
-        tiles=tiles,
-        interpret=interpret,
+    how = {"scale": scale, "softcap": softcap}
+
+    def run(q, k_pages, v_pages, selected, counts, weights, **more):
+        return OP(q, k_pages, v_pages, selected, counts, **weights, **how, **more)
+
+    return through(
+        functools.partial(run, backend=backend, tiles=tiles, interpret=interpret),
+        functools.partial(run, backend="reference"),
+        *(q, k_pages, v_pages, selected, counts, {"fill": fill, "bias": bias}),
     )
 
 
@@ -133,10 +131,9 @@ def check_pool(name: str, pool: Any, d: int) -> tuple[int, int]:
             "[pages, K, P, D] as [pages * K, P, D]."
         )
     n, page = codes.shape[:2]
-    if n < 1 or not SMALLEST_PAGE <= page <= LARGEST_PAGE:
+    if n < 1 or page < 1:
         raise ValueError(
-            f"`{name}` must hold pages of {SMALLEST_PAGE} to {LARGEST_PAGE} slots; got "
-            f"[N, P] = {[n, page]}."
+            f"`{name}` must hold pages of at least one slot; got [N, P] = {[n, page]}."
         )
     if isinstance(pool, Quantized):
         check_quantized(name, pool, n, page, d)

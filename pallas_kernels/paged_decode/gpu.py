@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvjax.pallas_kernels import compat, tuning
-from kvjax.pallas_kernels.paged_decode.tables import log_weights, merged
+from kvjax.pallas_kernels.paged_decode.tables import kernel_page, log_weights, merged
 from kvjax.pallas_kernels.partial import Partial, cap
 from kvjax.pallas_kernels.quantized import Quantized
 from kvjax.types import NEG_INF
@@ -39,6 +39,7 @@ def paged_decode(
     interpret=False,
 ):
     """See `api.paged_decode`."""
+    kernel_page(k_pages.shape[1])
     _refuse(q, k_pages, v_pages, selected)
     (b, h, t, d), (_, kv_heads, c) = q.shape, selected.shape
     page, dtype = k_pages.shape[1], k_pages.dtype

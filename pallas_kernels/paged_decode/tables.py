@@ -6,6 +6,21 @@ from jaxtyping import Array, Float, Int
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.types import NEG_INF
 
+SMALLEST_PAGE, LARGEST_PAGE = 16, 128
+
+
+def kernel_page(page: int) -> None:
+    """Refuse pages that the Pallas kernels do not move.
+
+    Raises:
+        NotImplementedError: pages are too small or too large.
+    """
+    if not SMALLEST_PAGE <= page <= LARGEST_PAGE:
+        raise NotImplementedError(
+            f"paged_decode: the kernels move pages of {SMALLEST_PAGE} to "
+            f"{LARGEST_PAGE} slots; got {page}."
+        )
+
 
 def log_weights(
     selected: Int[Array, "B K C"],

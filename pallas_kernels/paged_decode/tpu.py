@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kvjax.pallas_kernels import compat, tuning
 from kvjax.pallas_kernels.decode_attention.sides import LANES
 from kvjax.pallas_kernels.paged_decode.sides import PageSide
-from kvjax.pallas_kernels.paged_decode.tables import log_weights
+from kvjax.pallas_kernels.paged_decode.tables import kernel_page, log_weights
 from kvjax.pallas_kernels.partial import Partial, cap
 from kvjax.types import NEG_INF
 
@@ -45,6 +45,7 @@ def paged_decode(
     """See `api.paged_decode`."""
     (b, h, t, d), (_, kv_heads, c) = q.shape, selected.shape
     page = k_pages.shape[1]
+    kernel_page(page)
     slots = tuning.tiles("paged_decode", given=tiles)["slots"]
     pages = min(max(1, slots // page), c)
     left = PageSide.of_pool("k_pages", k_pages, pages, q.dtype)

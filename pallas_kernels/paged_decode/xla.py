@@ -30,7 +30,9 @@ def paged_decode(
         keys = jnp.where(live, read(k_pages, at, q.dtype).reshape(shape), 0)
         # The product runs in the dtype of the keys, its sum in float32.
         rows = queries.astype(keys.dtype)
-        logits = jnp.matmul(rows, keys.mT, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "BKXD,BKSD->BKXS", rows, keys, preferred_element_type=jnp.float32
+        )
         logits = cap(logits * scale, softcap) + weights[:, :, None]
         slots = jnp.where(live, read(v_pages, at, q.dtype).reshape(shape), 0)
         return softmax_partial(logits, live.mT, slots)

@@ -110,7 +110,7 @@ def test_quest_reads_the_best_pages(spec, keep):
 def test_vertical_slash(spec, last_q):
     sizes = {"vertical": 32, "slash": 50, "last_q": last_q}
     sample = draw(2, spec, (96, 70, 55), width=100)
-    prefill = VerticalSlash(**sizes, first=5, local=12)
+    prefill = VerticalSlash(**sizes, first=5, local=12, block=1)
     lengths = jnp.asarray(sample.lengths, jnp.int32)
     columns, diagonals = map(np.asarray, prefill.pattern(sample.inputs, lengths))
     out = np.asarray(prefill.attend(sample.inputs, lengths, False)[0])
@@ -125,6 +125,41 @@ def test_vertical_slash(spec, last_q):
         assert length < 96 or not mask[:, key <= at].all()
         want = reference.attend(q, k, v, mask)
         close(out[row, :, :length], want)
+
+
+@GIVEN_SPEC
+@pytest.mark.parametrize(("block", "sizes"), [(8, (3, 2, 4, 3)), (16, (20, 1, 0, 0))])
+def test_vertical_slash_in_blocks(spec, block, sizes):
+    """Widened as a NumPy mask says; with the mass of every column, the same."""
+    vertical, slash, first, local = sizes
+    sample = draw(2, spec, (96, 70, 55), width=100)
+    prefill = VerticalSlash(
+        vertical=vertical,
+        slash=slash,
+        last_q=16,
+        first=first,
+        local=local,
+        block=block,
+    )
+    lengths = jnp.asarray(sample.lengths, jnp.int32)
+    columns, diagonals = map(np.asarray, prefill.pattern(sample.inputs, lengths))
+    out, none = prefill.attend(sample.inputs, lengths, False)
+    masked, mass = prefill.attend(sample.inputs, lengths, True)
+    assert none is None and mass is not None
+    for row, length in enumerate(sample.lengths):
+        q, k, v = sample.row(row)
+        at, key = np.indices((length, length))
+        mask = columns[row][:, key]
+        for head in range(len(mask)):
+            for kept in np.flatnonzero(diagonals[row][head]):
+                there = at - key == kept
+                near = np.unique((at // block - key // block)[there])
+                mask[head] |= np.isin(at // block - key // block, near)
+        mask &= key <= at
+        assert length < 96 or not mask[:, key <= at].all()
+        want = reference.attend(q, k, v, mask)
+        close(np.asarray(out)[row, :, :length], want)
+        close(np.asarray(masked)[row, :, :length], want)
 
 
 @pytest.mark.parametrize(("heavy", "recent"), [(12, 8), (20, 0), (0, 16)])

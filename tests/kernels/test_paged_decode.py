@@ -147,6 +147,15 @@ def refused(message: str, call, *args, **kwargs) -> None:
         call(*args, **kwargs)
 
 
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+def test_small_pages_are_no_kernels_matter(backend):
+    q, k, v, pages, counts = cache(np.random.default_rng(8))
+    args = q, pooled(k)[:, :8], pooled(v)[:, :8], pages, counts
+    assert np.isfinite(paged_decode(*args, scale=SCALE).out).all()
+    with pytest.raises(NotImplementedError, match="pages of 16 to 128 slots; got 8"):
+        paged_decode(*args, scale=SCALE, backend=backend)
+
+
 def test_errors_of_paged_decode():
     rng = np.random.default_rng(8)
     q, k, v, pages, counts = cache(rng)
@@ -158,7 +167,7 @@ def test_errors_of_paged_decode():
     refused("multiple of the KV heads", call, q[:, :3], k, v, pages, counts)
     refused("`k_pages` must be", call, q, k[..., :8], v, pages, counts)
     refused("`k_pages` must be", call, q, k[None], v, pages, counts)
-    refused("16 to 128 slots", call, q, k[:, :8], v[:, :8], pages, counts)
+    refused("at least one slot", call, q, k[:, :0], v[:, :0], pages, counts)
     refused("`v_pages` must hold", call, q, k, v[1:], pages, counts)
     refused("`selected` must be", call, q, k, v, pages[0], counts)
     refused("int32", call, q, k, v, pages.astype(jnp.int16), counts)
