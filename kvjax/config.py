@@ -152,6 +152,10 @@ def override(tree: Any, assignments: Mapping[str, Any]) -> Any:
     """A copy of `tree` with dotted paths set, missing levels created.
 
     Setting one of `keep`, `slots` and `bytes` of a budget clears the other two.
+    Entries of lists go by their number: `stages.0.steps`.
+
+    Raises:
+        ValueError: a list has no such entry.
     """
     for path, value in assignments.items():
         tree = _set(tree, path.split("."), value)
@@ -160,6 +164,14 @@ def override(tree: Any, assignments: Mapping[str, Any]) -> Any:
 
 def _set(tree: Any, path: Sequence[str], value: Any) -> Any:
     head, *rest = path
+    if isinstance(tree, list):
+        if not head.isdecimal() or int(head) >= len(tree):
+            raise ValueError(
+                f"a list is indexed by 0 .. {len(tree) - 1}; got {'.'.join(path)!r}."
+            )
+        entry = tree[int(head)]
+        changed = _set(entry, rest, value) if rest else value
+        return [changed if i == int(head) else old for i, old in enumerate(tree)]
     if isinstance(tree, str):  # a component given by its name alone
         tree = {"type": tree}
     node = dict(tree or {})

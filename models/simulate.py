@@ -9,22 +9,36 @@ from jaxtyping import Array, Float
 from kvjax.compress import parallel
 from kvjax.compress.config import Compression
 from kvjax.models import checks
-from kvjax.models.decoder import Decoder
+from kvjax.models.decoder import Attention, Decoder
 from kvjax.models.inference import NONE
-from kvjax.types import LayerInputs, LengthsLike, TokensLike, padded_positions
+from kvjax.types import LayerInputs, Lengths, LengthsLike, TokensLike, padded_positions
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "c"))
 def _simulate(graph, params, tokens, lengths, prompt_lengths, c: Compression):
     model = nnx.merge(graph, params)
+    positions = padded_positions(lengths, tokens.shape[1])
+    return model.logits(model(tokens, positions, simulated(prompt_lengths, c)))
+
+
+def simulated(
+    prompt_lengths: Lengths, c: Compression, later: int | None = None
+) -> Attention:
+    """Attention of one pass in which prompts are compressed at `prompt_lengths`.
+
+    For a single call of a `Decoder`, inside of `jit`: it carries what layers hand on.
+    Nothing is checked; see `simulate`. That no row has more than `later` tokens behind
+    its point, where it is known, saves their work.
+    """
     priorities: list = [None]
 
     def attention(inputs: LayerInputs) -> Array:
-        out, priorities[0] = parallel.attend(inputs, prompt_lengths, c, priorities[0])
+        out, priorities[0] = parallel.attend(
+            inputs, prompt_lengths, c, priorities[0], later
+        )
         return out
 
-    positions = padded_positions(lengths, tokens.shape[1])
-    return model.logits(model(tokens, positions, attention))
+    return attention
 
 
 def simulate(

@@ -53,6 +53,53 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One compression that training may draw.
+
+    Attributes:
+        compression: a preset or a YAML file.
+        keeps: fractions to draw from, from mild to hard; empty: the preset's own.
+        fields: dotted paths to values, as in `kvjax.compression`.
+        weight: share of the steps.
+    """
+
+    compression: str
+    keeps: tuple[float, ...] = ()
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Which compression a step trains under; every step draws one.
+
+    Attributes:
+        choices: what is drawn from; none: training without compression.
+        ramp: steps over which the `keeps` of a choice join, from mild to hard.
+        visible: share of rows that are compressed behind their first question; the
+            others are compressed between context and question.
+    """
+
+    choices: tuple[Choice, ...] = ()
+    ramp: int = 0
+    visible: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is minimised: a weighted sum.
+
+    Attributes:
+        next_token: weight of the cross-entropy of the next token.
+        distill: weight of the KL divergence from the initial model with a full cache,
+            on answer tokens.
+    """
+
+    next_token: float = 1.0
+    distill: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Optimizer and schedule: warm-up, constant, linear decay to zero.
 
@@ -82,23 +129,36 @@ class TrainConfig:
 
     Attributes:
         seed: of the weights and of the data.
-        model: what is trained.
+        model: what is trained from fresh weights; or
+        init: the checkpoint, or bundled model, that training goes on from.
         data: what it is trained on.
         stages: row widths over time; their steps add up to the run's.
+        sampling: the compressions that are simulated.
+        objective: what is minimised.
         optimizer: how.
         log_every, eval_every, save_every: in steps.
         eval_items: held-out items per source and width of the running evaluation.
     """
 
     seed: int = 0
-    model: DecoderConfig
+    model: DecoderConfig | None = None
+    init: str = ""
     data: DataConfig
     stages: tuple[Stage, ...]
+    sampling: SamplingConfig = SamplingConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     log_every: int = 10
     eval_every: int = 100
     save_every: int = 100
     eval_items: int = 32
+
+    def __post_init__(self):
+        if (self.model is None) == (not self.init):
+            raise ValueError(
+                "a recipe needs either `model` (fresh weights) or `init` (a checkpoint "
+                f"to go on from); got {'neither' if self.model is None else 'both'}."
+            )
 
     @property
     def steps(self) -> int:

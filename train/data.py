@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import jax.numpy as jnp
 import numpy as np
 
 from kvjax.eval.tasks import TRAIN, Episode, Task, make_task, stream
@@ -16,13 +17,25 @@ from kvjax.train.objective import Batch
 from kvjax.train.tokenizer import BOS, EOS, PAD, encode
 
 
+LATER = 256
+"""`Batch.later` is a multiple of this."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One episode as tokens, with the loss weight of each."""
+    """One episode as tokens, with the loss weight of each.
+
+    Attributes:
+        tokens, weights, answers: one entry per token.
+        context: tokens before the first question.
+        prompt: tokens before the first answer.
+    """
 
     tokens: np.ndarray
     weights: np.ndarray
     answers: np.ndarray
+    context: int
+    prompt: int
 
 
 def row(episode: Episode, *, context_weight: float) -> Row:
@@ -41,11 +54,21 @@ def row(episode: Episode, *, context_weight: float) -> Row:
     ]
     answers = np.concatenate([[False], *flags, [False]])
     weights = np.where(answers, 1.0, context_weight).astype(np.float32)
-    return Row(tokens=tokens, weights=weights, answers=answers)
+    context = 1 + len(pieces[0])
+    return Row(
+        tokens=tokens,
+        weights=weights,
+        answers=answers,
+        context=context,
+        prompt=context + len(pieces[1]),
+    )
 
 
-def pack(rows: Sequence[Row], width: int) -> Batch:
-    """Right-padded `[B, width]` arrays; a row that is too long is an error."""
+def pack(rows: Sequence[Row], width: int, points: Sequence[int] | None = None) -> Batch:
+    """Right-padded `[B, width]` arrays; a row that is too long is an error.
+
+    `points` are the rows' compression points; None: behind each context.
+    """
     tokens = np.full((len(rows), width), PAD, np.int32)
     weights = np.zeros((len(rows), width), np.float32)
     answers = np.zeros((len(rows), width), bool)
@@ -58,7 +81,14 @@ def pack(rows: Sequence[Row], width: int) -> Batch:
             )
         tokens[i, :n], weights[i, :n] = one.tokens, one.weights
         answers[i, :n] = one.answers
-    return Batch(tokens=tokens, weights=weights, answers=answers)  # type: ignore
+    if points is None:
+        points = [one.context for one in rows]
+    arrays = (tokens, weights, answers, np.asarray(points, np.int32))
+    names = ("tokens", "weights", "answers", "prompt_lengths")
+    later = max(len(one.tokens) - at for one, at in zip(rows, points, strict=True))
+    fields = dict(zip(names, map(jnp.asarray, arrays), strict=True))
+    # A multiple, since every value compiles a program.
+    return Batch(**fields, later=min(width, -(-later // LATER) * LATER))
 
 
 class Mixture:
@@ -68,10 +98,19 @@ class Mixture:
         config: sources and their weights.
         stages: how many rows of which width, when.
         seed: of the training stream; held-out items never share it.
+        visible: share of rows that are compressed behind their first question; the
+            others before it.
     """
 
-    def __init__(self, config: DataConfig, stages: Sequence[Stage], seed: int):
+    def __init__(
+        self,
+        config: DataConfig,
+        stages: Sequence[Stage],
+        seed: int,
+        visible: float = 0.0,
+    ):
         self.config = config
+        self.visible = visible
         self.stages = tuple(stages)
         self.seed = seed
         self.mixtures = [
@@ -87,7 +126,12 @@ class Mixture:
             self._row(draw(rng, tasks), rng, width)
             for _ in range(max(1, stage.tokens_per_step // width))
         ]
-        return pack(rows, width)
+        # A stream of its own: rows do not depend on where they are compressed.
+        coin = stream(TRAIN, "visibility", self.seed, step)
+        points = [
+            one.prompt if coin.random() < self.visible else one.context for one in rows
+        ]
+        return pack(rows, width, points)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Batches `first .. last - 1`, the next one prepared in the background."""

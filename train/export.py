@@ -5,19 +5,18 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from kvjax.models.decoder import Decoder
 from kvjax.models.io import save
 from kvjax.train.config import TrainConfig, load_config
 from kvjax.train.loop import init_state, restore, with_params
 from kvjax.train.optimizer import make_optimizer
+from kvjax.train.run import initial
 from kvjax.train.tokenizer import save_tokenizer
 
 
 def export(config: TrainConfig, checkpoints: pathlib.Path, target: pathlib.Path) -> int:
     """Write the newest checkpoint to `target`; returns its step."""
-    model = Decoder(config.model, rngs=nnx.Rngs(config.seed))
+    model = initial(config)
     state = init_state(model, make_optimizer(config.optimizer, config.steps))
     state = restore(checkpoints, state)
     if int(state.step) == 0:
@@ -25,7 +24,7 @@ def export(config: TrainConfig, checkpoints: pathlib.Path, target: pathlib.Path)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
     target.mkdir(parents=True, exist_ok=True)
     save(with_params(model, params), target)
-    save_tokenizer(target, config.model.max_positions)
+    save_tokenizer(target, model.config.max_positions)
     return int(state.step)
 
 

@@ -14,8 +14,11 @@ import optax
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from kvjax.compress.config import Compression
 from kvjax.models.decoder import Decoder
-from kvjax.train.objective import Batch, Objective
+from kvjax.train.config import ObjectiveConfig
+from kvjax.train.objective import Batch, Objective, make_objective
+from kvjax.train.sampling import Sampler
 from kvjax.types import pytree
 
 
@@ -28,10 +31,15 @@ class TrainState:
     opt_state: Any
 
 
+def init_params(model: Decoder) -> Any:
+    """The weights of `model` as a plain dict, copied, in float32."""
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+
+
 def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0 from the weights of `model`, in float32."""
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+    params = init_params(model)
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params)
     )
@@ -46,16 +54,20 @@ def with_params(model: Decoder, params: Any) -> Decoder:
 
 def make_step(
     model: Decoder, objective: Objective, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, batch) -> (state, metrics)`, jitted, the state donated."""
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, batch, teacher) -> (state, metrics)`, jitted, the state donated.
 
-    def loss(params, batch):
-        return objective(with_params(model, params), batch)
+    `teacher` are the weights of the objective's teacher, or None.
+    """
+
+    def loss(params, batch, teacher):
+        guide = None if teacher is None else with_params(model, teacher)
+        return objective(with_params(model, params), batch, guide)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch):
+    def step(state: TrainState, batch: Batch, teacher: Any):
         grad = jax.value_and_grad(loss, has_aux=True)
-        (value, metrics), grads = grad(state.params, batch)
+        (value, metrics), grads = grad(state.params, batch, teacher)
         # optax divides by its integer step count, which strict promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -67,12 +79,13 @@ def make_step(
     return step
 
 
-def make_eval(model: Decoder, objective: Objective):
-    """`evaluate(params, batch) -> metrics`, jitted."""
+def make_eval(model: Decoder):
+    """`evaluate(params, batch) -> metrics` with a full cache, jitted."""
+    objective = make_objective(ObjectiveConfig())
 
     @jax.jit
     def evaluate(params, batch: Batch):
-        value, metrics = objective(with_params(model, params), batch)
+        value, metrics = objective(with_params(model, params), batch, None)
         return {"loss": value, **metrics}
 
     return evaluate
@@ -117,12 +130,13 @@ def _leaves(state: TrainState) -> dict[str, jax.Array]:
 
 def train(
     model: Decoder,
-    objective: Objective,
+    config: ObjectiveConfig,
     optimizer: optax.GradientTransformation,
     batches: Callable[[int, int], Iterator[Batch]],
     *,
     steps: int,
     directory: pathlib.Path,
+    sampler: Sampler | None = None,
     held_out: Callable[[int], dict[str, Batch]] | None = None,
     log_every: int = 10,
     eval_every: int = 100,
@@ -132,11 +146,12 @@ def train(
 
     Args:
         model: its weights are where a fresh run starts.
-        objective: `(model, batch) -> (loss, metrics)`.
+        config: what is minimised; its teacher is `model` as it is given.
         optimizer: an optax transformation.
         batches: `(first, last) ->` the batches of those steps.
         steps: step number to stop at.
         directory: for checkpoints and `log.jsonl`.
+        sampler: the compression of each step; None trains without.
         held_out: batches to evaluate on at a step, by name.
         log_every: steps between two lines of the log.
         eval_every: steps between two evaluations.
@@ -145,12 +160,19 @@ def train(
     directory.mkdir(parents=True, exist_ok=True)
     log = Log(path=directory / "log.jsonl")
     state = restore(directory, init_state(model, optimizer))
-    step = make_step(model, objective, optimizer)
-    evaluate = make_eval(model, objective)
+    teacher = init_params(model) if config.distill else None
+    evaluate = make_eval(model)
+
+    @functools.cache  # one program per compression, and per width inside of it
+    def compiled(c: Compression | None):
+        return make_step(model, make_objective(config, c), optimizer)
+
     began = last = time.perf_counter()
     first = int(state.step)
     for number, batch in enumerate(batches(first, steps), first + 1):
-        state, metrics = step(state, batch)
+        sample = sampler.at(number - 1) if sampler else None
+        step = compiled(sample.compression if sample else None)
+        state, metrics = step(state, batch, teacher)
         if number % log_every == 0 or number == first + 1:
             values = {k: float(v) for k, v in metrics.items()}
             now = time.perf_counter()
@@ -158,6 +180,7 @@ def train(
             log(
                 step=number,
                 width=batch.tokens.shape[1],
+                **({"compression": sample.name} if sample else {}),
                 **values,
                 seconds=round(now - began, 1),
                 step_ms=round((now - last) / done * 1e3),

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from kvjax.compress.config import Compression
 from kvjax.models.decoder import Attention, Decoder
+from kvjax.models.simulate import simulated
 from kvjax.train.attention import prefix_attention
-from kvjax.types import Tokens, pytree
+from kvjax.train.config import ObjectiveConfig
+from kvjax.types import Lengths, Tokens, pytree, static
 
 
 @pytree
@@ -20,19 +23,63 @@ class Batch:
         tokens: right-padded token ids, `[B, T]`.
         weights: loss weight of predicting `tokens[:, t]`, `[B, T]`; 0 at padding.
         answers: whether the token belongs to an answer, `[B, T]`.
+        prompt_lengths: tokens before the compression point, `[B]`.
+        later: no row has more tokens behind it; static.
     """
 
     tokens: Tokens
     weights: Float[Array, "B T"]
     answers: Array
+    prompt_lengths: Lengths
+    later: int = static()
 
 
-Objective = Callable[[Decoder, Batch], tuple[Array, dict[str, Array]]]
+Metrics = dict[str, Array]
+Objective = Callable[[Decoder, Batch, Decoder | None], tuple[Array, Metrics]]
+"""Loss and metrics of a model, a batch, and the teacher if the loss needs one."""
 
 
-def next_token_loss(
-    model: Decoder, batch: Batch, *, attention: Attention = prefix_attention
-) -> tuple[Array, dict[str, Array]]:
+def make_objective(config: ObjectiveConfig, c: Compression | None = None) -> Objective:
+    """The loss of `config` under a compression.
+
+    Args:
+        config: the weights of its terms. The teacher, which `distill` follows with a
+            full cache, comes with the call.
+        c: simulated at each row's compression point; None for plain attention.
+    """
+
+    def objective(
+        model: Decoder, batch: Batch, teacher: Decoder | None = None
+    ) -> tuple[Array, Metrics]:
+        attention = prefix_attention
+        if c is not None:
+            attention = simulated(batch.prompt_lengths, c, batch.later)
+        logits = predictions(model, batch, attention)
+        loss, metrics = next_token(logits, batch)
+        loss = config.next_token * loss
+        if config.distill:
+            assert teacher is not None
+            wanted = jax.lax.stop_gradient(predictions(teacher, batch))
+            divergence = distillation(logits, wanted, batch)
+            metrics["distill"] = jax.lax.stop_gradient(divergence)
+            loss = loss + config.distill * divergence
+        return loss, metrics
+
+    return objective
+
+
+def predictions(
+    model: Decoder, batch: Batch, attention: Attention = prefix_attention
+) -> Float[Array, "B T-1 V"]:
+    """Logits of every token but the first."""
+    rows, width = batch.tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
+    return model.logits(model(batch.tokens, positions, attention))[:, :-1]
+
+
+def next_token(
+    logits: Float[Array, "B T-1 V"], batch: Batch
+) -> tuple[Float[Array, ""], Metrics]:
     """Weighted mean cross-entropy of the next token, and what to log.
 
     Returns:
@@ -40,9 +87,6 @@ def next_token_loss(
         the share of rows whose answers are right at every token: what greedy decoding
         would give, since it leaves the gold path at its first error.
     """
-    rows, width = batch.tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
-    logits = model.logits(model(batch.tokens, positions, attention))[:, :-1]
     targets, weights = batch.tokens[:, 1:], batch.weights[:, 1:]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     answers = batch.answers[:, 1:]
@@ -55,3 +99,14 @@ def next_token_loss(
     }
     total = (loss * weights).sum() / jnp.maximum(weights.sum(), 1e-6)
     return total, jax.lax.stop_gradient(metrics)
+
+
+def distillation(
+    logits: Float[Array, "B T-1 V"], wanted: Float[Array, "B T-1 V"], batch: Batch
+) -> Float[Array, ""]:
+    """Mean KL divergence of `logits` from `wanted` over answer tokens, in nats."""
+    answers = batch.answers[:, 1:]
+    log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(logits)
+    each = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+    count = jnp.maximum(jnp.sum(answers, dtype=jnp.float32), 1.0)
+    return jnp.where(answers, each, 0.0).sum() / count

@@ -3,7 +3,6 @@
 import abc
 import contextlib
 import dataclasses
-import importlib.resources
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -16,9 +15,6 @@ from kvjax.compress import compression, compressions
 from kvjax.compress.config import Compression
 from kvjax.compress.presets import describe
 from kvjax.config import parse_assignments
-
-BUNDLED = "kvjax-tiny"
-BUNDLED_MODELS = (BUNDLED, "kvjax-tiny-seed1")
 
 
 def _option(metavar: str) -> Any:
@@ -104,32 +100,16 @@ class UI:
             yield
 
 
-def model_directory(name: str) -> str:
-    """Path of a bundled model, or `name` as it is.
-
-    Raises:
-        ValueError: the bundled model is asked for and not installed.
-    """
-    if name not in BUNDLED_MODELS or pathlib.Path(name).is_dir():
-        return name
-    folder = importlib.resources.files("kvjax") / "configs" / "model" / name
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"the bundled model {name!r} is not part of this installation. Pass "
-            "`--model` with a checkpoint directory or a hub id."
-        )
-    return str(folder)
-
-
 def load_model(name: str, dtype: str, ui: UI) -> tuple[Any, Any]:
     """Model and tokenizer, with compiled programs cached on disk."""
+    from kvjax.models.bundled import bundled_models, model_directory
     from kvjax.models.io import load
 
     compile_cache()
     path = model_directory(name)
     if dtype == "auto":
         # Small enough to be held twice as large, and several times faster on a CPU.
-        dtype = "float32" if name in BUNDLED_MODELS else "bfloat16"
+        dtype = "float32" if name in bundled_models() else "bfloat16"
     with ui.status(f"loading {name}"):
         return load(path, dtype)
 

@@ -14,7 +14,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from kvjax.cli.base import (
-    BUNDLED,
     UI,
     Assignments,
     Command,
@@ -27,6 +26,7 @@ from kvjax.cli.base import (
     split,
 )
 from kvjax.cli.tables import print_table
+from kvjax.models.bundled import DEFAULT
 
 
 @final
@@ -40,7 +40,7 @@ class Bench(Command):
         "  kvjax bench --model DIR --compression none,snapkv,kivi_4bit --length 8192\n"
     )
 
-    model: Model = BUNDLED
+    model: Model = DEFAULT
     """Checkpoint directory, hub id (owner/name), or a bundled model: kvjax-tiny,
     kvjax-tiny-seed1."""
     compression: Annotated[str, tyro.conf.arg(metavar="A,B,C")] = (

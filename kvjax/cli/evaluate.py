@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from kvjax.cli.base import (
-    BUNDLED,
     UI,
     Assignments,
     Command,
@@ -28,6 +27,7 @@ from kvjax.cli.base import (
 )
 from kvjax.cli.tables import print_scores
 from kvjax.config import parse_assignments
+from kvjax.models.bundled import DEFAULT
 
 _BUDGET = "evict.budget.keep"
 
@@ -186,7 +186,7 @@ def evaluate(
     from kvjax.eval.methods import methods
 
     methods(config)  # a misspelt name should not cost loading a model
-    model, tokenizer = load_model(config.model or BUNDLED, dtype, ui)
+    model, tokenizer = load_model(config.model or DEFAULT, dtype, ui)
     columns = (
         "[progress.description]{task.description}",
         BarColumn(),

@@ -11,7 +11,6 @@ import tyro
 from rich.console import Console
 
 from kvjax.cli.base import (
-    BUNDLED,
     UI,
     Assignments,
     Command,
@@ -26,6 +25,7 @@ from kvjax.cli.base import (
     load_model,
     pick,
 )
+from kvjax.models.bundled import DEFAULT
 
 Stops = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")
@@ -46,7 +46,7 @@ class Generate(Command):
         "      --set evict.score.window=16 --set store.keys.bits=8\n"
     )
 
-    model: Model = BUNDLED
+    model: Model = DEFAULT
     """Checkpoint directory, hub id (owner/name), or a bundled model: kvjax-tiny,
     kvjax-tiny-seed1."""
     prompt: Text = None

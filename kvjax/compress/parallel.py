@@ -28,6 +28,7 @@ def attend(
     prompt_lengths: Lengths,
     c: Compression,
     priorities: Scores | None,
+    later: int | None = None,
 ) -> tuple[Float[Array, "B H T D"], Scores | None]:
     """One layer of the parallel form.
 
@@ -36,11 +37,13 @@ def attend(
         prompt_lengths: `[B]` compression points.
         c: what is done to the prompt.
         priorities: those of the layer before, for index reuse.
+        later: no row has more tokens behind its compression point; None: any number.
 
     Returns:
         The attention output, and the priorities that this layer used.
     """
     tokens = inputs.k.shape[2]
+    later = tokens if later is None else min(later, tokens)
     inside = padded_positions(prompt_lengths, tokens)
     prompt = dataclasses.replace(inputs, positions=inside)
     before, mass = c.prefill.attend(prompt, prompt_lengths, wants_mass(c))
@@ -49,29 +52,49 @@ def attend(
         observed,
         prompt_lengths,
         c,
-        room=tokens,
+        room=later,
         priorities=priorities,
         differentiable=True,
     )
-    read = _behind if layer.tracker is None else _evicting
-    behind = read(inputs, prompt_lengths, layer)
+    # In line behind the point: [B, H, later, D], the answers first.
+    line = prompt_lengths[:, None] + jnp.arange(later)
+    moved = _taken(inputs, line)
+    if layer.tracker is None:
+        behind = _behind(moved, layer)
+    else:  # what a token sees depends on the queries before it
+        behind, _ = layer.attend(moved)
+    place = jnp.clip(jnp.arange(tokens) - prompt_lengths[:, None], 0, later - 1)
+    behind = jnp.take_along_axis(behind, place[:, None, :, None], axis=2)
     answer = (inside == EMPTY)[:, None, :, None]
     return jnp.where(answer, behind, before), priorities
 
 
-def _behind(
-    inputs: LayerInputs, prompt_lengths: Lengths, layer: LayerCache
-) -> Float[Array, "B H T D"]:
-    """Attention of the tokens behind the compression point."""
+def _taken(inputs: LayerInputs, line: Int[Array, "B L"]) -> LayerInputs:
+    """The tokens at the places `line`; padding where there are none."""
+    tokens = inputs.k.shape[2]
+    source = jnp.minimum(line, tokens - 1)
+
+    def take(x: Array) -> Array:
+        return jnp.take_along_axis(x, source[:, None, :, None], axis=2)
+
+    positions = jnp.take_along_axis(inputs.positions, source, axis=1)
+    return dataclasses.replace(
+        inputs,
+        q=take(inputs.q),
+        k=take(inputs.k),
+        v=take(inputs.v),
+        positions=jnp.where(line < tokens, positions, EMPTY),
+    )
+
+
+def _behind(inputs: LayerInputs, layer: LayerCache) -> Float[Array, "B H L D"]:
+    """Attention of the tokens behind the compression point, which `inputs` holds."""
     (b, h, tokens, _), spec = inputs.q.shape, layer.spec
-    index = jnp.arange(tokens)
-    later = (index >= prompt_lengths[:, None]) & (inputs.positions >= 0)
-    positions = jnp.where(later, inputs.positions, EMPTY)
     if layer.growth is None:
-        body, plain = layer.parts, _plain(inputs, positions)
-        edges = jnp.zeros_like(positions)
+        body, plain = layer.parts, _plain(inputs)
+        edges = jnp.zeros_like(inputs.positions)
     else:
-        grown, plain, edges = _grown(inputs, positions, prompt_lengths, layer)
+        grown, plain, edges = _grown(inputs, layer)
         body = (grown,)
     slot = jnp.arange(plain.positions.shape[-1])
 
@@ -94,35 +117,7 @@ def _behind(
     slots = nslots(body) + slot.shape[0]
     chunk = query_chunk(tokens, b * h * slots)
     queries = jnp.moveaxis(inputs.q, 1, 2)
-    return map_query_chunks(read, chunk, queries, positions, edges)[0].out
-
-
-def _evicting(
-    inputs: LayerInputs, prompt_lengths: Lengths, layer: LayerCache
-) -> Float[Array, "B H T D"]:
-    """The same where later tokens evict: in line through the layer's own cache.
-
-    What a token sees depends on the queries before it, so this is a scan; but within
-    one layer, whose queries are all known.
-    """
-    tokens = inputs.k.shape[2]
-    line = jnp.arange(tokens) + prompt_lengths[:, None]
-    source = jnp.minimum(line, tokens - 1)
-
-    def later(x: Array) -> Array:
-        return jnp.take_along_axis(x, source[:, None, :, None], axis=2)
-
-    positions = jnp.take_along_axis(inputs.positions, source, axis=1)
-    moved = dataclasses.replace(
-        inputs,
-        q=later(inputs.q),
-        k=later(inputs.k),
-        v=later(inputs.v),
-        positions=jnp.where(line < tokens, positions, EMPTY),
-    )
-    out, _ = layer.attend(moved)
-    place = jnp.maximum(jnp.arange(tokens) - prompt_lengths[:, None], 0)
-    return jnp.take_along_axis(out, place[:, None, :, None], axis=2)
+    return map_query_chunks(read, chunk, queries, inputs.positions, edges)[0].out
 
 
 def nslots(parts: tuple[AbstractPart, ...]) -> int:
@@ -130,9 +125,9 @@ def nslots(parts: tuple[AbstractPart, ...]) -> int:
     return sum(int(part.positions.shape[-1]) for part in parts)
 
 
-def _plain(inputs: LayerInputs, positions: Int[Array, "B T"]) -> Slots:
+def _plain(inputs: LayerInputs) -> Slots:
     """The later tokens themselves."""
-    b, k, t, _ = inputs.k.shape
+    (b, k, t, _), positions = inputs.k.shape, inputs.positions
     live = (positions >= 0)[:, None, :, None]
     return Slots(
         keys=PlainArray(data=jnp.where(live, inputs.k, 0)),
@@ -142,11 +137,8 @@ def _plain(inputs: LayerInputs, positions: Int[Array, "B T"]) -> Slots:
 
 
 def _grown(
-    inputs: LayerInputs,
-    positions: Int[Array, "B T"],
-    prompt_lengths: Lengths,
-    layer: LayerCache,
-) -> tuple[Slots | Pages, Slots, Int[Array, "B T"]]:
+    inputs: LayerInputs, layer: LayerCache
+) -> tuple[Slots | Pages, Slots, Int[Array, "B L"]]:
     """A body that takes up blocks of later tokens, at its final size.
 
     Returns:
@@ -160,9 +152,9 @@ def _grown(
     slots = -(-(body.positions.shape[-1] + block + tokens) // block) * block
     slot = jnp.arange(slots)
     wait = slot - body.filled[:, None]  # place in line behind the encoded prompt
-    source = prompt_lengths[:, None] + wait - tail.used[:, None]
-    plain = _line(inputs, positions, tail, wait, source)
-    edge = tail.used[:, None] + jnp.arange(tokens) - prompt_lengths[:, None]
+    source = wait - tail.used[:, None]
+    plain = _line(inputs, tail, wait, source)
+    edge = tail.used[:, None] + jnp.arange(tokens)
     edges = body.filled[:, None] + edge // block * block
     encoded = _encode_line(plain, layer)
     start = (wait < 0)[:, None, :]
@@ -196,7 +188,7 @@ def _grown(
     return dataclasses.replace(body, **fields, low=low, high=high), plain, edges
 
 
-def _line(inputs, positions, tail, wait, source) -> Slots:
+def _line(inputs, tail, wait, source) -> Slots:
     """Tokens that wait to be encoded, by slot: the prompt's rest, then later ones."""
     b, k, tokens, _ = inputs.k.shape
     in_tail = (wait >= 0) & (wait < tail.used[:, None])
@@ -214,7 +206,7 @@ def _line(inputs, positions, tail, wait, source) -> Slots:
         return jnp.where(masks[0], jnp.take_along_axis(old, index[0], axis=2), value)
 
     zero = jnp.zeros((), inputs.k.dtype)
-    at = jnp.broadcast_to(positions[:, None], (b, k, tokens))
+    at = jnp.broadcast_to(inputs.positions[:, None], (b, k, tokens))
     held = pick(tail.positions, at, EMPTY)
     live = (held >= 0)[..., None]
     return Slots(

@@ -14,6 +14,7 @@ from kvjax.pallas_kernels.dense import (
     attention_with_mass,
     map_query_chunks,
     query_chunk,
+    self_attention_with_mass,
 )
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
@@ -39,23 +40,6 @@ class AbstractPrefill(abc.ABC):
         """
 
 
-def _run(inputs: LayerInputs, mass: bool, allowed=None):
-    spec = inputs.spec
-    part, received = attention_with_mass(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.positions,
-        inputs.positions,
-        scale=spec.scale,
-        window=spec.window,
-        softcap=spec.softcap,
-        allowed=allowed,
-        mass=mass,
-    )
-    return part.out, received
-
-
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense(AbstractPrefill):
@@ -63,7 +47,17 @@ class Dense(AbstractPrefill):
 
     def attend(self, inputs, lengths, mass):
         del lengths
-        return _run(inputs, mass)
+        part, received = self_attention_with_mass(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.positions,
+            scale=inputs.spec.scale,
+            window=inputs.spec.window,
+            softcap=inputs.spec.softcap,
+            mass=mass,
+        )
+        return part.out, received
 
 
 @final
@@ -124,7 +118,20 @@ class VerticalSlash(AbstractPrefill):
             offset = block_of[0][:, :, None] - block_of[1][:, None, :]
             return columns[:, :, None, :] | _at(wide, offset[:, None])
 
-        return _run(inputs, mass, allowed)
+        spec = inputs.spec
+        part, received = attention_with_mass(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.positions,
+            inputs.positions,
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+            allowed=allowed,
+            mass=mass,
+        )
+        return part.out, received
 
     def _diagonals(self, inputs, wide):
         """Attention over the block diagonals."""

@@ -14,9 +14,9 @@ from kvjax.models.attention import causal_attention
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.rope import Rope
-from kvjax.train.__main__ import run
 from kvjax.train.config import (
     DataConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     Source,
     Stage,
@@ -25,8 +25,9 @@ from kvjax.train.config import (
 )
 from kvjax.train.data import Mixture
 from kvjax.train.loop import init_state, make_step, restore, save
-from kvjax.train.objective import next_token_loss
+from kvjax.train.objective import make_objective, next_token, predictions
 from kvjax.train.optimizer import make_optimizer, schedule
+from kvjax.train.run import run
 from kvjax.train.tokenizer import encode
 
 RECIPE = "configs/train/kvjax_tiny.yaml"
@@ -85,11 +86,11 @@ def test_loss_falls_on_one_batch(config, name):
     fast = OptimizerConfig(name=name, learning_rate=0.01, warmup=1, decay=1)
     optimizer = make_optimizer(fast, 100)
     state = init_state(model, optimizer)
-    step = make_step(model, next_token_loss, optimizer)
+    step = make_step(model, make_objective(ObjectiveConfig()), optimizer)
     batch = Mixture(config.data, config.stages, 0).batch(0)
-    state, first = step(state, batch)
+    state, first = step(state, batch, None)
     for _ in range(10):
-        state, last = step(state, batch)
+        state, last = step(state, batch, None)
     assert float(last["loss"]) < 0.9 * float(first["loss"])
     assert step._cache_size() == 1
 
@@ -97,8 +98,8 @@ def test_loss_falls_on_one_batch(config, name):
 def test_training_attention_is_causal_attention(config):
     model = Decoder(config.model, rngs=nnx.Rngs(0))
     batch = Mixture(config.data, config.stages, 0).batch(0)
-    got, _ = next_token_loss(model, batch)
-    want, _ = next_token_loss(model, batch, attention=causal_attention)
+    got, _ = next_token(predictions(model, batch), batch)
+    want, _ = next_token(predictions(model, batch, causal_attention), batch)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
