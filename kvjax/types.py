@@ -91,6 +91,8 @@ class LayerInputs:
 
     `q` and `k` are after q/k norm and RoPE, before the `scale` of the layer.
     Padding tokens have `positions == EMPTY`; what they hold is never read.
+    `retention` is what a model with an `Evictor` says of its tokens: below 0 they may
+    be evicted, and the higher the longer they stay; None without one.
     """
 
     q: Float[Array, "B H T D"]
@@ -98,6 +100,7 @@ class LayerInputs:
     v: Float[Array, "B K T D"]
     positions: Int[Array, "B T"]
     o_proj: Float[Array, "H D E"]
+    retention: Float[Array, "B K T"] | None = None
     spec: LayerSpec = static()
 
 

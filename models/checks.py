@@ -166,6 +166,15 @@ def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> No
         )
     for codec in (c.store.keys, c.store.values):
         codec.validate(config.head_dim)
+    wants = c.prefill.needs_retention or (
+        c.evict is not None and c.evict.score.needs_retention
+    )
+    if wants and config.evictor is None:
+        raise ValueError(
+            "the compression evicts what the model gives up, and this model says "
+            "nothing of it: it has no evictor. Train one (`kvjax finetune`, config "
+            "dms or surrogate), or use another compression."
+        )
     if c.evict is None:
         return
     values = _concrete(lengths)

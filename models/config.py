@@ -9,6 +9,42 @@ from kvjax.types import LayerSpec, nearest
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
+EVICTORS = ("neuron", "mlp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evictor:
+    """How a model says which of its tokens may be evicted (`LayerInputs.retention`).
+
+    `neuron`: minus `gain * x - offset`, where `x` is the last channel, before RoPE, of
+    the first query head of each KV head's group. The channel takes no part in
+    attention. No weights are added. `mlp`: two linear layers with GELU between them on
+    what enters the layer's attention.
+
+    Attributes:
+        kind: one of `EVICTORS`.
+        gain, offset: of `neuron`.
+        hidden: width of `mlp`.
+
+    Source: DMS (2506.05345) section 3 for `neuron` (offset 5); its authors' code has a
+    gain of 100, since it trains little else. KVzap for `mlp` (512).
+    """
+
+    kind: str = "neuron"
+    gain: float = 10.0
+    offset: float = 5.0
+    hidden: int = 512
+
+    def __post_init__(self):
+        if self.kind not in EVICTORS:
+            raise ValueError(
+                f"Unknown evictor {self.kind!r}; expected one of {list(EVICTORS)}."
+                f"{nearest(self.kind, EVICTORS)}"
+            )
+        if self.hidden < 1:
+            raise ValueError(f"`hidden` must be at least 1; got {self.hidden}.")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """What a decoder computes; families differ by these fields and by nothing else.
@@ -38,6 +74,7 @@ class DecoderConfig:
         attention_softcap, final_softcap: `cap * tanh(x / cap)` on logits.
         init_std: standard deviation of fresh weights.
         bos_token, pad_token, eos_tokens: special tokens, where the checkpoint has them.
+        evictor: the model's own say on eviction, or None.
     """
 
     family: str = "llama"
@@ -69,6 +106,7 @@ class DecoderConfig:
     bos_token: int | None = None
     pad_token: int | None = None
     eos_tokens: tuple[int, ...] = ()
+    evictor: Evictor | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers"):

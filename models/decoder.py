@@ -71,6 +71,10 @@ class SelfAttention(nnx.Module):
         self.o = Linear(heads, e, bias=config.o_bias, std=std, dtype=dtype, rngs=rngs)
         self.q_norm = _norm(config, d, dtype) if config.qk_norm else None
         self.k_norm = _norm(config, d, dtype) if config.qk_norm else None
+        self.evictor = config.evictor
+        own = config.evictor is not None and config.evictor.kind == "mlp"
+        head = RetentionHead(config, dtype=dtype, rngs=rngs) if own else None
+        self.retention = head
 
     def __call__(
         self, x: Array, positions: Array, spec: LayerSpec, attention: Attention
@@ -83,6 +87,7 @@ class SelfAttention(nnx.Module):
         v = self.v(x).reshape(b, t, kv_heads, d)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        q, retention = self._retention(x, q)
         turn = jnp.maximum(positions, 0)[:, None, :]
         inputs = LayerInputs(
             q=spec.rope.rotate(q.transpose(0, 2, 1, 3), turn),
@@ -90,10 +95,39 @@ class SelfAttention(nnx.Module):
             v=v.transpose(0, 2, 1, 3),
             positions=positions,
             o_proj=self.o.kernel[...].reshape(h, d, e),
+            retention=retention,
             spec=spec,
         )
         out = attention(inputs).astype(x.dtype)
         return self.o(out.transpose(0, 2, 1, 3).reshape(b, t, h * d))
+
+    def _retention(self, x: Array, q: Array) -> tuple[Array, Array | None]:
+        """Queries `[B T H D]` without a borrowed channel, and `retention [B K T]`."""
+        if self.evictor is None:
+            return q, None
+        if self.retention is not None:
+            return q, self.retention(x)
+        groups = q.shape[2] // (self.k.kernel.shape[-1] // q.shape[3])
+        lent = q[:, :, ::groups, -1].astype(jnp.float32)
+        q = q.at[:, :, ::groups, -1].set(0)
+        evict = self.evictor.gain * lent - self.evictor.offset
+        return q, -evict.transpose(0, 2, 1)
+
+
+class RetentionHead(nnx.Module):
+    """`retention` of every token and KV head from what enters attention."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        assert config.evictor is not None
+        e, f, std = config.hidden_size, config.evictor.hidden, config.init_std
+        k = config.num_kv_heads
+        self.up = Linear(e, f, bias=True, std=std, dtype=dtype, rngs=rngs)
+        self.down = Linear(f, k, bias=True, std=std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B K T"]:
+        """Float32."""
+        out = self.down(jax.nn.gelu(self.up(x)))
+        return out.astype(jnp.float32).transpose(0, 2, 1)
 
 
 class FeedForward(nnx.Module):

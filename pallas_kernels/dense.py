@@ -130,14 +130,17 @@ def attention_with_mass(
     window: int | None = None,
     softcap: float | None = None,
     allowed: Callable[[Array, Array], Array] | None = None,
+    bias: Callable[[Array, Array], Array] | None = None,
     mass: bool = True,
 ) -> tuple[Partial, Float[Array, "B H S"] | None]:
     """`causal_attention`, and the softmax weight each key received over all queries.
 
     The column sums come from the weights that the pass computes anyway: one more
-    matrix-vector product per chunk, and no S x S matrix.
+    matrix-vector product per chunk, and no S x S matrix. `bias` is like `allowed`, but
+    gives log-weights `[B, K, t, S]` that are added to the capped logits.
     """
     how = {"scale": scale, "window": window, "softcap": softcap, "allowed": allowed}
+    how["bias"] = bias
     return _attend(q, k, v, q_positions, k_positions, mass=mass, **how)
 
 
@@ -181,7 +184,18 @@ def self_attention_with_mass(
 
 
 def _attend(
-    q, k, v, q_positions, k_positions, *, scale, window, softcap, mass, allowed=None
+    q,
+    k,
+    v,
+    q_positions,
+    k_positions,
+    *,
+    scale,
+    window,
+    softcap,
+    mass,
+    allowed=None,
+    bias=None,
 ):
     """Attention in chunks of queries, over all keys."""
     (b, h, t, d), (kv_heads, s) = q.shape, k.shape[1:3]
@@ -202,7 +216,10 @@ def _attend(
             mask = mask & pattern.reshape(b, kv_heads, groups, n, s)
         mask = jnp.broadcast_to(mask, (b, mask.shape[1], groups, n, s))
         mask = mask.reshape(b, -1, groups * n, s)
-        part, weight, share = softmax_weights(cap(logits * scale, softcap), mask, v)
+        logits = cap(logits * scale, softcap)
+        if bias is not None:
+            logits = logits + jnp.tile(bias(positions, k_positions), (1, 1, groups, 1))
+        part, weight, share = softmax_weights(logits, mask, v)
         part = Partial(part.out.reshape(b, h, n, d), part.lse.reshape(b, h, n))
         if not mass:
             return part, ()

@@ -11,6 +11,7 @@ from flax import nnx
 import kvjax
 from kvjax.compress.config import Compression
 from kvjax.models import Decoder, DecoderConfig
+from kvjax.models.config import Evictor
 from kvjax.rope import Rope
 from kvjax.schedules import AfterPrefill
 
@@ -67,7 +68,10 @@ BUDGETED = tuple(
 
 @functools.lru_cache
 def small_model(dtype: str = "float32", std: float = 0.08, layers: int = 2) -> Decoder:
-    """Random weights, grouped queries, and logits that compression really changes."""
+    """Random weights, grouped queries, and logits that compression really changes.
+
+    It has an evictor, which compressions that do not ask for it ignore.
+    """
     config = DecoderConfig(
         vocab_size=VOCAB,
         hidden_size=64,
@@ -79,6 +83,7 @@ def small_model(dtype: str = "float32", std: float = 0.08, layers: int = 2) -> D
         rope=Rope(head_dim=HEAD_DIM),
         max_positions=1024,
         init_std=std,
+        evictor=Evictor(kind="mlp", hidden=16),
     )
     return Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from kvjax.config import decode, override, parse_assignments
-from kvjax.models.config import DecoderConfig
+from kvjax.models.config import DecoderConfig, Evictor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,35 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DMSConfig:
+    """Training a model to say which tokens it can do without.
+
+    Attributes:
+        window: tokens for which an evicted one is still seen.
+        ratio: compression ratio that is asked for in the end, above 1.
+        ramp: steps over which it rises from 1.
+        temperature: of the relaxed decisions.
+        weight: of the term that asks for the ratio.
+
+    Source: DMS (2506.05345) section 3: Gumbel-sigmoid decisions, one-sided term, ratio
+    raised linearly (100 steps per unit).
+    """
+
+    window: int = 16
+    ratio: float = 4.0
+    ramp: int = 300
+    temperature: float = 0.3
+    weight: float = 5.0
+
+    def __post_init__(self):
+        if self.ratio <= 1.0 or self.temperature <= 0.0 or self.window < 1:
+            raise ValueError(
+                "`ratio` must be above 1, `temperature` positive and `window` at least "
+                f"1; got {self.ratio}, {self.temperature} and {self.window}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Optimizer and schedule: warm-up, constant, linear decay to zero.
 
@@ -135,6 +164,8 @@ class TrainConfig:
         stages: row widths over time; their steps add up to the run's.
         sampling: the compressions that are simulated.
         objective: what is minimised.
+        evictor: what the model gets to say which tokens it can do without.
+        dms: how it is trained to use it, instead of `sampling`.
         optimizer: how.
         log_every, eval_every, save_every: in steps.
         eval_items: held-out items per source and width of the running evaluation.
@@ -147,6 +178,8 @@ class TrainConfig:
     stages: tuple[Stage, ...]
     sampling: SamplingConfig = SamplingConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    evictor: Evictor | None = None
+    dms: DMSConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     log_every: int = 10
     eval_every: int = 100
@@ -159,6 +192,13 @@ class TrainConfig:
                 "a recipe needs either `model` (fresh weights) or `init` (a checkpoint "
                 f"to go on from); got {'neither' if self.model is None else 'both'}."
             )
+        if self.dms is not None and self.sampling.choices:
+            raise ValueError(
+                "`dms` and `sampling.choices` exclude each other: each says what "
+                "attention sees."
+            )
+        if self.dms is not None and self.evictor is None:
+            raise ValueError("`dms` needs an `evictor`; add `evictor: {kind: neuron}`.")
 
     @property
     def steps(self) -> int:

@@ -16,7 +16,6 @@ from kvjax.train.config import DataConfig, Source, Stage
 from kvjax.train.objective import Batch
 from kvjax.train.tokenizer import BOS, EOS, PAD, encode
 
-
 LATER = 256
 """`Batch.later` is a multiple of this."""
 
@@ -64,7 +63,12 @@ def row(episode: Episode, *, context_weight: float) -> Row:
     )
 
 
-def pack(rows: Sequence[Row], width: int, points: Sequence[int] | None = None) -> Batch:
+def pack(
+    rows: Sequence[Row],
+    width: int,
+    points: Sequence[int] | None = None,
+    step: int = 0,
+) -> Batch:
     """Right-padded `[B, width]` arrays; a row that is too long is an error.
 
     `points` are the rows' compression points; None: behind each context.
@@ -83,8 +87,8 @@ def pack(rows: Sequence[Row], width: int, points: Sequence[int] | None = None) -
         answers[i, :n] = one.answers
     if points is None:
         points = [one.context for one in rows]
-    arrays = (tokens, weights, answers, np.asarray(points, np.int32))
-    names = ("tokens", "weights", "answers", "prompt_lengths")
+    arrays = (tokens, weights, answers, np.asarray(points, np.int32), np.int32(step))
+    names = ("tokens", "weights", "answers", "prompt_lengths", "step")
     later = max(len(one.tokens) - at for one, at in zip(rows, points, strict=True))
     fields = dict(zip(names, map(jnp.asarray, arrays), strict=True))
     # A multiple, since every value compiles a program.
@@ -131,7 +135,7 @@ class Mixture:
         points = [
             one.prompt if coin.random() < self.visible else one.context for one in rows
         ]
-        return pack(rows, width, points)
+        return pack(rows, width, points, step)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Batches `first .. last - 1`, the next one prepared in the background."""

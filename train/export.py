@@ -10,13 +10,13 @@ from kvjax.models.io import save
 from kvjax.train.config import TrainConfig, load_config
 from kvjax.train.loop import init_state, restore, with_params
 from kvjax.train.optimizer import make_optimizer
-from kvjax.train.run import initial
+from kvjax.train.run import initial, trained
 from kvjax.train.tokenizer import save_tokenizer
 
 
 def export(config: TrainConfig, checkpoints: pathlib.Path, target: pathlib.Path) -> int:
     """Write the newest checkpoint to `target`; returns its step."""
-    model = initial(config)
+    model = trained(initial(config), config)
     state = init_state(model, make_optimizer(config.optimizer, config.steps))
     state = restore(checkpoints, state)
     if int(state.step) == 0:

@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Decoder
-from kvjax.train.config import ObjectiveConfig
+from kvjax.train.config import ObjectiveConfig, TrainConfig
 from kvjax.train.objective import Batch, Objective, make_objective
 from kvjax.train.sampling import Sampler
 from kvjax.types import pytree
@@ -53,21 +53,24 @@ def with_params(model: Decoder, params: Any) -> Decoder:
 
 
 def make_step(
-    model: Decoder, objective: Objective, optimizer: optax.GradientTransformation
+    model: Decoder,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    teacher: Decoder | None = None,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, batch, teacher) -> (state, metrics)`, jitted, the state donated.
+    """`step(state, batch, guide) -> (state, metrics)`, jitted, the state donated.
 
-    `teacher` are the weights of the objective's teacher, or None.
+    `guide` are the weights of `teacher`, or None without one.
     """
 
-    def loss(params, batch, teacher):
-        guide = None if teacher is None else with_params(model, teacher)
-        return objective(with_params(model, params), batch, guide)
+    def loss(params, batch, guide):
+        guided = None if teacher is None else with_params(teacher, guide)
+        return objective(with_params(model, params), batch, guided)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch, teacher: Any):
+    def step(state: TrainState, batch: Batch, guide: Any):
         grad = jax.value_and_grad(loss, has_aux=True)
-        (value, metrics), grads = grad(state.params, batch, teacher)
+        (value, metrics), grads = grad(state.params, batch, guide)
         # optax divides by its integer step count, which strict promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -130,49 +133,44 @@ def _leaves(state: TrainState) -> dict[str, jax.Array]:
 
 def train(
     model: Decoder,
-    config: ObjectiveConfig,
+    config: TrainConfig,
     optimizer: optax.GradientTransformation,
     batches: Callable[[int, int], Iterator[Batch]],
     *,
-    steps: int,
     directory: pathlib.Path,
-    sampler: Sampler | None = None,
+    teacher: Decoder | None = None,
     held_out: Callable[[int], dict[str, Batch]] | None = None,
-    log_every: int = 10,
-    eval_every: int = 100,
-    save_every: int = 100,
 ) -> TrainState:
-    """Train until `steps`, from the newest checkpoint of `directory` if there is one.
+    """Train to the end, from the newest checkpoint of `directory` if there is one.
 
     Args:
         model: its weights are where a fresh run starts.
-        config: what is minimised; its teacher is `model` as it is given.
+        config: objective, sampled compressions, number of steps, when to log.
         optimizer: an optax transformation.
         batches: `(first, last) ->` the batches of those steps.
-        steps: step number to stop at.
         directory: for checkpoints and `log.jsonl`.
-        sampler: the compression of each step; None trains without.
+        teacher: what an objective that distills follows.
         held_out: batches to evaluate on at a step, by name.
-        log_every: steps between two lines of the log.
-        eval_every: steps between two evaluations.
-        save_every: steps between two checkpoints.
     """
     directory.mkdir(parents=True, exist_ok=True)
     log = Log(path=directory / "log.jsonl")
     state = restore(directory, init_state(model, optimizer))
-    teacher = init_params(model) if config.distill else None
+    guide = None if teacher is None else init_params(teacher)
     evaluate = make_eval(model)
+    sampler = Sampler(config.sampling, config.seed)
+    steps, log_every = config.steps, config.log_every
 
     @functools.cache  # one program per compression, and per width inside of it
     def compiled(c: Compression | None):
-        return make_step(model, make_objective(config, c), optimizer)
+        objective = make_objective(config.objective, c, config.dms)
+        return make_step(model, objective, optimizer, teacher)
 
     began = last = time.perf_counter()
     first = int(state.step)
     for number, batch in enumerate(batches(first, steps), first + 1):
-        sample = sampler.at(number - 1) if sampler else None
+        sample = sampler.at(number - 1)
         step = compiled(sample.compression if sample else None)
-        state, metrics = step(state, batch, teacher)
+        state, metrics = step(state, batch, guide)
         if number % log_every == 0 or number == first + 1:
             values = {k: float(v) for k, v in metrics.items()}
             now = time.perf_counter()
@@ -186,11 +184,11 @@ def train(
                 step_ms=round((now - last) / done * 1e3),
             )
             last = now
-        if held_out and (number % eval_every == 0 or number == steps):
+        if held_out and (number % config.eval_every == 0 or number == steps):
             for name, one in held_out(number).items():
                 values = {k: float(v) for k, v in evaluate(state.params, one).items()}
                 log(step=number, held_out=name, **values)
             last = time.perf_counter()
-        if number % save_every == 0 or number == steps:
+        if number % config.save_every == 0 or number == steps:
             save(directory, state)
     return state

@@ -5,13 +5,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Attention, Decoder
 from kvjax.models.simulate import simulated
 from kvjax.train.attention import prefix_attention
-from kvjax.train.config import ObjectiveConfig
+from kvjax.train.config import DMSConfig, ObjectiveConfig
+from kvjax.train.dms import relaxed
 from kvjax.types import Lengths, Tokens, pytree, static
 
 
@@ -24,13 +25,15 @@ class Batch:
         weights: loss weight of predicting `tokens[:, t]`, `[B, T]`; 0 at padding.
         answers: whether the token belongs to an answer, `[B, T]`.
         prompt_lengths: tokens before the compression point, `[B]`.
-        later: no row has more tokens behind it; static.
+        step: of the training, from 0.
+        later: no row has more tokens behind its compression point; static.
     """
 
     tokens: Tokens
     weights: Float[Array, "B T"]
     answers: Array
     prompt_lengths: Lengths
+    step: Int[Array, ""]
     later: int = static()
 
 
@@ -39,13 +42,18 @@ Objective = Callable[[Decoder, Batch, Decoder | None], tuple[Array, Metrics]]
 """Loss and metrics of a model, a batch, and the teacher if the loss needs one."""
 
 
-def make_objective(config: ObjectiveConfig, c: Compression | None = None) -> Objective:
+def make_objective(
+    config: ObjectiveConfig,
+    c: Compression | None = None,
+    dms: DMSConfig | None = None,
+) -> Objective:
     """The loss of `config` under a compression.
 
     Args:
         config: the weights of its terms. The teacher, which `distill` follows with a
             full cache, comes with the call.
         c: simulated at each row's compression point; None for plain attention.
+        dms: what the model gives up is relaxed, and asked for; instead of `c`.
     """
 
     def objective(
@@ -54,6 +62,9 @@ def make_objective(config: ObjectiveConfig, c: Compression | None = None) -> Obj
         attention = prefix_attention
         if c is not None:
             attention = simulated(batch.prompt_lengths, c, batch.later)
+        shortfalls: list[Array] = []
+        if dms is not None:
+            attention = relaxed(dms, batch.prompt_lengths, batch.step, shortfalls)
         logits = predictions(model, batch, attention)
         loss, metrics = next_token(logits, batch)
         loss = config.next_token * loss
@@ -63,6 +74,10 @@ def make_objective(config: ObjectiveConfig, c: Compression | None = None) -> Obj
             divergence = distillation(logits, wanted, batch)
             metrics["distill"] = jax.lax.stop_gradient(divergence)
             loss = loss + config.distill * divergence
+        if dms is not None:
+            missing = jnp.mean(jnp.stack(shortfalls))
+            metrics["shortfall"] = jax.lax.stop_gradient(missing)
+            loss = loss + dms.weight * missing
         return loss, metrics
 
     return objective

@@ -7,13 +7,13 @@ from flax import nnx
 
 from kvjax.models.bundled import model_directory
 from kvjax.models.decoder import Decoder
+from kvjax.models.evictor import with_evictor
 from kvjax.models.io import load
 from kvjax.train.config import TrainConfig
 from kvjax.train.data import Mixture
 from kvjax.train.evaluate import held_out_batches
 from kvjax.train.loop import TrainState, train
 from kvjax.train.optimizer import make_optimizer
-from kvjax.train.sampling import Sampler
 
 
 def initial(config: TrainConfig) -> Decoder:
@@ -23,20 +23,23 @@ def initial(config: TrainConfig) -> Decoder:
     return load(model_directory(config.init), "float32", tokenizer=False)[0]
 
 
+def trained(model: Decoder, config: TrainConfig) -> Decoder:
+    """`model` with what training adds to it."""
+    if config.evictor is None:
+        return model
+    return with_evictor(model, config.evictor, seed=config.seed)
+
+
 def run(config: TrainConfig, directory: pathlib.Path) -> TrainState:
     """Train what `config` says, or go on where `directory` stands."""
-    sampling = config.sampling
-    mixture = Mixture(config.data, config.stages, config.seed, sampling.visible)
+    mixture = Mixture(config.data, config.stages, config.seed, config.sampling.visible)
+    model = initial(config)
     return train(
-        initial(config),
-        config.objective,
+        trained(model, config),
+        config,
         make_optimizer(config.optimizer, config.steps),
         mixture.batches,
-        steps=config.steps,
         directory=directory,
-        sampler=Sampler(sampling, config.seed),
+        teacher=model if config.objective.distill else None,
         held_out=functools.partial(held_out_batches, config),
-        log_every=config.log_every,
-        eval_every=config.eval_every,
-        save_every=config.save_every,
     )

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import final
+from typing import ClassVar, final
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -26,6 +26,9 @@ from kvjax.types import EMPTY, NEG_INF, LayerInputs, Lengths
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractPrefill(abc.ABC):
     """Attention of a prompt over itself."""
+
+    needs_retention: ClassVar[bool] = False
+    """Whether the model must have an evictor (`LayerInputs.retention`)."""
 
     @abc.abstractmethod
     def attend(
@@ -241,6 +244,50 @@ def _top(scores: Float[Array, "B H S"], count: int) -> Bool[Array, "B H S"]:
     return (rank < count) & (scores > NEG_INF)
 
 
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Delayed(AbstractPrefill):
+    """Tokens that the model gives up are seen for `window` more tokens only.
+
+    Attributes:
+        window: how long; a token at `j` with a negative retention is seen by the
+            queries before `j + window`.
+
+    Source: DMS (2506.05345) section 3, delayed eviction. Deviations: masks; dropped
+    tokens are still multiplied here, and leave memory with the prompt's end.
+    """
+
+    window: int = 16
+    needs_retention: ClassVar[bool] = True
+
+    def __post_init__(self):
+        positive_int("window", self.window)
+
+    def attend(self, inputs, lengths, mass):
+        del lengths
+        assert inputs.retention is not None  # checked before any compute
+        spec = inputs.spec
+        stays = jnp.repeat(inputs.retention >= 0, spec.groups, axis=1)[:, :, None]
+
+        def allowed(q_positions: Array, k_positions: Array) -> Array:
+            distance = q_positions[:, :, None] - k_positions[:, None, :]
+            return stays | (distance < self.window)[:, None]
+
+        part, received = attention_with_mass(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.positions,
+            inputs.positions,
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+            allowed=allowed,
+            mass=mass,
+        )
+        return part.out, received
+
+
 PREFILLS: Mapping[str, type[AbstractPrefill]] = MappingProxyType(
-    {"dense": Dense, "vertical_slash": VerticalSlash}
+    {"dense": Dense, "delayed": Delayed, "vertical_slash": VerticalSlash}
 )

@@ -10,6 +10,7 @@ from kvjax.scorers._expected_attention import ExpectedAttention as ExpectedAtten
 from kvjax.scorers._keys import KeyDiff as KeyDiff
 from kvjax.scorers._keys import KNorm as KNorm
 from kvjax.scorers._lagkv import LagKV as LagKV
+from kvjax.scorers._learned import Retention as Retention
 from kvjax.scorers._positional import Random as Random
 from kvjax.scorers._positional import StreamingLLM as StreamingLLM
 from kvjax.scorers._values import CUR as CUR
@@ -30,5 +31,6 @@ SCORERS: Mapping[str, type[AbstractScorer]] = MappingProxyType(
         "critical_kv": CriticalKV,
         "lagkv": LagKV,
         "cur": CUR,
+        "retention": Retention,
     }
 )

@@ -55,6 +55,10 @@ class CriticalKV(AbstractScorer):
         return self.base.needs_column_mass
 
     @property
+    def needs_retention(self):  # type: ignore[override]
+        return self.base.needs_retention
+
+    @property
     def protected(self):
         return self.base.protected
 

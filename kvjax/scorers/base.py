@@ -24,6 +24,9 @@ class AbstractScorer(abc.ABC):
     needs_column_mass: ClassVar[bool] = False
     """Whether `observe` wants the attention mass of every key over all queries."""
 
+    needs_retention: ClassVar[bool] = False
+    """Whether the model must have an evictor (`LayerInputs.retention`)."""
+
     @property
     def protected(self) -> int:
         """Tokens that are kept whatever their score: budgets must not be below it."""

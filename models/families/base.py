@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from kvjax.models.config import DecoderConfig
+from kvjax.config import decode
+from kvjax.models.config import DecoderConfig, Evictor
 from kvjax.models.families.rotary import read_rope, rope_settings, write_rope
 from kvjax.types import nearest
+
+EVICTOR = "kvjax_evictor"
+"""Our own key of `config.json`; other libraries read over it."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -125,6 +129,8 @@ class AbstractFamily(abc.ABC):
             "pad_token": config.get("pad_token_id"),
             "eos_tokens": _tokens(config.get("eos_token_id")),
         }
+        if config.get(EVICTOR) is not None:
+            fields["evictor"] = decode(config[EVICTOR], Evictor)
         fields |= self.read_ropes(config, head_dim)
         return DecoderConfig(**(fields | self.extras(config)))
 
@@ -166,6 +172,8 @@ class AbstractFamily(abc.ABC):
             "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None,
             "torch_dtype": dtype,
         }
+        if config.evictor is not None:
+            out[EVICTOR] = dataclasses.asdict(config.evictor)
         return out | self.write_extras(config)
 
     def weights(self, config: DecoderConfig) -> dict[str, Weight]:
@@ -191,6 +199,10 @@ class AbstractFamily(abc.ABC):
         if config.qk_norm:
             out |= norm("self_attn.q_norm", "attention.q_norm")
             out |= norm("self_attn.k_norm", "attention.k_norm")
+        if config.evictor is not None and config.evictor.kind == "mlp":
+            for name in ("up", "down"):
+                where = f"retention.{name}"
+                out |= linear(f"self_attn.{where}", f"attention.{where}", bias=True)
         for name in ("gate", "up", "down"):
             out |= linear(f"mlp.{name}_proj", f"mlp.{name}", bias=config.mlp_bias)
         out |= norm("input_layernorm", "attention_norm")

@@ -70,6 +70,7 @@ def draw(seed: int, spec: LayerSpec, lengths: tuple[int, ...], width=None) -> Sa
         v=array(spec.num_kv_heads),
         positions=padded_positions(size, width),
         o_proj=jnp.asarray(o_proj, jnp.float32),
+        retention=jnp.asarray(rng.normal(size=(rows, spec.num_kv_heads, width)), "f4"),
         spec=spec,
     )
     return Sample(inputs=inputs, lengths=np.array(lengths))

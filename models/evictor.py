@@ -1,0 +1,57 @@
+"""Giving a model a say on eviction: the step before it is trained to use it."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from kvjax.models.config import Evictor
+from kvjax.models.decoder import Decoder
+
+
+def with_evictor(model: Decoder, evictor: Evictor, *, seed: int = 0) -> Decoder:
+    """A model like `model` that speaks through `evictor`, and evicts nothing yet.
+
+    A borrowed neuron starts at zero, so that its `offset` keeps every token; a head of
+    its own starts from random weights (`seed`).
+
+    Raises:
+        ValueError: the model has an evictor of another kind.
+    """
+    config = model.config
+    if config.evictor is not None:
+        if config.evictor.kind == evictor.kind:
+            return model
+        raise ValueError(
+            f"the model has an evictor of kind {config.evictor.kind!r}; got "
+            f"{evictor.kind!r}. Start from a model without one."
+        )
+    config = dataclasses.replace(config, evictor=evictor)
+    fresh = Decoder(config, dtype=model.dtype, rngs=nnx.Rngs(seed))
+    graph, state = nnx.split(fresh)
+    old = nnx.to_pure_dict(nnx.state(model))
+    state = nnx.to_pure_dict(state)
+    nnx_state = nnx.state(fresh)
+    nnx.replace_by_pure_dict(nnx_state, _over(state, old))
+    made = nnx.merge(graph, nnx_state)
+    if evictor.kind == "neuron":
+        for layer in made.layers:
+            _silence(layer.attention, config.head_dim, config.num_heads)
+    return made
+
+
+def _over(tree, other):
+    """`tree` with every leaf that `other` has too."""
+    if not isinstance(tree, dict):
+        return other
+    return {k: _over(v, other[k]) if k in other else v for k, v in tree.items()}
+
+
+def _silence(attention, head_dim: int, heads: int) -> None:
+    """Zero the channels that a `neuron` borrows."""
+    kv_heads = attention.k.kernel.shape[-1] // head_dim
+    group = heads // kv_heads
+    columns = jnp.arange(kv_heads) * group * head_dim + head_dim - 1
+    attention.q.kernel[...] = attention.q.kernel[...].at[:, columns].set(0)
+    if attention.q.bias is not None:
+        attention.q.bias[...] = attention.q.bias[...].at[columns].set(0)

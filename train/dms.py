@@ -1,0 +1,86 @@
+"""Dynamic memory sparsification: training a model to give up tokens.
+
+Every token of every KV head is given up with a probability that the model says itself;
+`window` tokens later its columns get the log-weight `log(1 - a)` of a relaxed draw `a`.
+A one-sided term asks for as many as the ratio needs; the loss pays for those that are
+missed.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.models.decoder import Attention
+from kvjax.pallas_kernels.dense import attention_with_mass
+from kvjax.train.config import DMSConfig
+from kvjax.types import LayerInputs, Lengths
+
+
+def relaxed(
+    config: DMSConfig,
+    lengths: Lengths,
+    step: Int[Array, ""],
+    shortfalls: list[Array],
+) -> Attention:
+    """Attention under relaxed evictions; adds each layer's shortfall to a list.
+
+    For a single call of a `Decoder`, inside of `jit`.
+
+    Args:
+        config: window, ratio, temperature.
+        lengths: tokens of each row that the ratio counts, `[B]`.
+        step: of the training; seeds the draws and drives the ramp.
+        shortfalls: gets one scalar per layer, see `shortfall`.
+    """
+
+    def attention(inputs: LayerInputs) -> Float[Array, "B H T D"]:
+        spec = inputs.spec
+        assert inputs.retention is not None
+        evict = -inputs.retention
+        shortfalls.append(shortfall(evict, config, lengths, step))
+        key = jax.random.fold_in(jax.random.key(step), spec.index)
+        noise = jax.random.logistic(key, evict.shape)
+        # log(1 - sigmoid(x)), without a difference that rounds to zero.
+        weight = -jax.nn.softplus((evict + noise) / config.temperature)
+
+        def bias(q_positions: Array, k_positions: Array) -> Array:
+            distance = q_positions[:, :, None] - k_positions[:, None, :]
+            late = (distance >= config.window)[:, None]
+            return jnp.where(late, weight[:, :, None, :], 0.0)
+
+        part, _ = attention_with_mass(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.positions,
+            inputs.positions,
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+            bias=bias,
+            mass=False,
+        )
+        return part.out
+
+    return attention
+
+
+def shortfall(
+    evict: Float[Array, "B K T"],
+    config: DMSConfig,
+    lengths: Lengths,
+    step: Int[Array, ""],
+) -> Float[Array, ""]:
+    """Share of the tokens that should have been given up and were not, over rows.
+
+    A row of `n` tokens may keep `n / ratio`, its last `window` among them.
+    """
+    share = jnp.clip((step + 1) / max(config.ramp, 1), 0.0, 1.0)
+    ratio = 1.0 + (config.ratio - 1.0) * share
+    outside = jnp.maximum(lengths - config.window, 1).astype(jnp.float32)
+    allowed = jnp.maximum(lengths / ratio - config.window, 0.0)
+    wanted = 1.0 - allowed / outside
+    counted = jnp.arange(evict.shape[-1]) < outside[:, None]
+    chance = jnp.where(counted[:, None], jax.nn.sigmoid(evict), 0.0)
+    given = jnp.sum(jnp.mean(chance, axis=1), axis=-1) / outside
+    return jnp.mean(jnp.maximum(wanted - given, 0.0))
