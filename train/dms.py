@@ -75,12 +75,13 @@ def shortfall(
 
     A row of `n` tokens may keep `n / ratio`, its last `window` among them.
     """
-    share = jnp.clip((step + 1) / max(config.ramp, 1), 0.0, 1.0)
+    share = jnp.minimum((step.astype(jnp.float32) + 1.0) / max(config.ramp, 1), 1.0)
     ratio = 1.0 + (config.ratio - 1.0) * share
-    outside = jnp.maximum(lengths - config.window, 1).astype(jnp.float32)
-    allowed = jnp.maximum(lengths / ratio - config.window, 0.0)
+    tokens = lengths.astype(jnp.float32)
+    outside = jnp.maximum(tokens - config.window, 1.0)
+    allowed = jnp.maximum(tokens / ratio - config.window, 0.0)
     wanted = 1.0 - allowed / outside
-    counted = jnp.arange(evict.shape[-1]) < outside[:, None]
+    counted = jnp.arange(evict.shape[-1]) < (lengths - config.window)[:, None]
     chance = jnp.where(counted[:, None], jax.nn.sigmoid(evict), 0.0)
     given = jnp.sum(jnp.mean(chance, axis=1), axis=-1) / outside
     return jnp.mean(jnp.maximum(wanted - given, 0.0))

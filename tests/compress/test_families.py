@@ -10,6 +10,7 @@ from flax import nnx
 import kvjax
 from kvjax.compress.config import Compression
 from kvjax.models import Decoder, DecoderConfig
+from kvjax.models.config import Evictor
 from kvjax.models.families import FAMILIES
 from kvjax.rope import Rope
 from tests.small import LATER, LENGTHS, PRESETS, ROWS, VOCAB, batch, preset
@@ -25,6 +26,7 @@ SHAPE = {
     "rope": Rope(head_dim=32),
     "max_positions": 512,
     "init_std": 0.08,
+    "evictor": Evictor(kind="neuron", gain=2.0, offset=0.5),
 }
 
 DIFFERENCES = {

@@ -18,6 +18,8 @@ from kvjax.eval.plan import plan
 from kvjax.eval.record import fingerprint, mean
 from kvjax.eval.results import ITEMS, ROWS, load_rows, read_header
 from kvjax.eval.timing import timed, union
+from kvjax.models.config import Evictor
+from kvjax.models.evictor import with_evictor
 from tests.eval import tiny
 
 
@@ -294,6 +296,7 @@ def test_the_bundled_model(repo, tmp_path):
 
 @pytest.mark.slow
 def test_every_preset_runs(model, tokenizer, tmp_path):
+    model = with_evictor(model, Evictor(kind="neuron"))  # which some presets ask for
     config = tiny.config(
         compressions=list(kvjax.compressions()),
         keeps=[0.5],

@@ -138,6 +138,7 @@ def test_schedule_warms_up_and_decays_to_zero():
 def test_recipe_loads_and_overrides(repo):
     config = load_config(repo / RECIPE, ["seed=3", "optimizer.warmup=7"])
     assert config.seed == 3 and config.optimizer.warmup == 7
+    assert config.model is not None
     assert config.model.num_layers >= 4 and config.model.num_kv_heads >= 4
     assert config.model.max_positions >= 1024
 

@@ -2,13 +2,15 @@
 
 import pytest
 
-from kvjax.cli.base import BUNDLED_MODELS
 from kvjax.eval.tasks import make_task
+from kvjax.models.bundled import bundled_models
 from kvjax.models.io import load
 from kvjax.train.greedy import replies
 
+BUNDLED = tuple(name for name in bundled_models() if "tiny" in name)
 
-@pytest.fixture(scope="module", params=BUNDLED_MODELS)
+
+@pytest.fixture(scope="module", params=BUNDLED)
 def directory(repo, request):
     return repo / "configs" / "model" / request.param
 
