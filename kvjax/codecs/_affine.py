@@ -4,7 +4,7 @@ import dataclasses
 from typing import final
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
 from kvjax.pallas_kernels.quantize_pack import dequantize, quantize_pack
@@ -21,12 +21,13 @@ class AffineArray(AbstractEncoded):
 
     `channel`: a group is `group` consecutive slots of one channel, so `scale` is
     `[*lead, S / group, D]`. `token`: a group is `group` channels of one slot, so
-    `scale` is `[*lead, S, D / group]`. `zero` is None for symmetric codes.
+    `scale` is `[*lead, S, D / group]`. `zero` is None for symmetric codes. Both are
+    the int16 bits of float16 numbers, see `Quantized`.
     """
 
     codes: Int[Array, "*lead S D_packed"]
-    scale: Float[Array, "*lead A C"]
-    zero: Float[Array, "*lead A C"] | None
+    scale: Int[Array, "*lead A C"]
+    zero: Int[Array, "*lead A C"] | None
     bits: int = static()
     axis: str = static()
     group: int = static()

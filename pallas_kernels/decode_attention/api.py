@@ -41,9 +41,8 @@ def decode_attention(
     in slots that no query sees, NaN included, does not matter.
 
     Keys and values are plain arrays or `Quantized`, independently of each other; a
-    dequantised copy never reaches the main memory. Scales and zeros may also be given
-    as int16, the bits of their float16: TPU kernels read no float16, and XLA copies
-    one into the other.
+    dequantised copy never reaches the main memory. Scales and zeros are the int16 bits
+    of float16 numbers; floats are taken too, but on a TPU float16 costs a copy.
 
     Args:
         q: queries after RoPE, `[B, H, T, D]`, `T <= 16`; `H` a multiple of `K`.

@@ -13,6 +13,9 @@ from kvjax.pallas_kernels.decode_attention.workloads import BF16, Codec
 from kvjax.pallas_kernels.decode_attention.workloads import WORKLOADS as WORKLOADS
 from kvjax.pallas_kernels.quantize_pack import quantize_pack
 
+NAN = jnp.int16(0x7E00)
+"""A float16 that is none, as bits."""
+
 
 def encode(x: jax.Array, held: jax.Array, codec: Codec | None, dtype: Any) -> Any:
     """A plain array with NaN, or codes with NaN scales, where nothing is held."""
@@ -26,8 +29,8 @@ def encode(x: jax.Array, held: jax.Array, codec: Codec | None, dtype: Any) -> An
     dead = ~held[..., None]
     if axis == "channel":
         dead = jnp.all(dead.reshape(*scale.shape[:-1], group, 1), axis=-2)
-    scale = jnp.where(dead, jnp.nan, scale)
-    zero = None if zero is None else jnp.where(dead, jnp.nan, zero)
+    scale = jnp.where(dead, NAN, scale)
+    zero = None if zero is None else jnp.where(dead, NAN, zero)
     codes = jnp.where(held[..., None], exact.codes, 255)
     return dataclasses.replace(exact, codes=codes, scale=scale, zero=zero)
 

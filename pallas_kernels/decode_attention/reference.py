@@ -1,8 +1,5 @@
 """The specification of `decode_attention`: everything in float32, nothing clever."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 
 from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
@@ -52,16 +49,5 @@ def decode_attention(
 def plain(side):
     """Keys or values in float32."""
     if isinstance(side, Quantized):
-        return dequantize(readable(side))
+        return dequantize(side)
     return side.astype(jnp.float32)
-
-
-def readable(side: Quantized) -> Quantized:
-    """The same with scales and zeros as floats, if they are given as bits."""
-
-    def floats(x):
-        if x is None or x.dtype != jnp.int16:
-            return x
-        return jax.lax.bitcast_convert_type(x, jnp.float16)
-
-    return dataclasses.replace(side, scale=floats(side.scale), zero=floats(side.zero))

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax.pallas_kernels.decode_attention.reference import readable
 from kvjax.pallas_kernels.partial import Partial, cap, merge, softmax_partial
 from kvjax.pallas_kernels.quantize_pack import dequantize
 from kvjax.pallas_kernels.quantized import Quantized
@@ -170,7 +169,7 @@ def _logits(how, queries, keys):
 def _decode(side, live, dtype):
     """A block in the dtype of its products, zero where nobody looks."""
     if isinstance(side, Quantized):
-        side = dequantize(readable(side), dtype)
+        side = dequantize(side, dtype)
     side = side.astype(jnp.promote_types(dtype, side.dtype))
     return jnp.where(live[..., None], side, jnp.zeros((), side.dtype))
 

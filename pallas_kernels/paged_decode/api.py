@@ -44,7 +44,7 @@ def paged_decode(
             `K`. Every query of a row sees every live slot.
         k_pages: keys, `[N, P, D]` f32 or bf16, or `Quantized` with codes
             `[N, P, D * bits / 8]`, whose groups of slots divide `P`. Scales and zeros
-            may be int16, the bits of their float16: TPU kernels read no float16.
+            are the int16 bits of float16 numbers, or (a copy on a TPU) float16.
         v_pages: values, likewise; plain and quantised, bits, axes and groups may
             differ from those of the keys.
         selected: pages each KV head reads, `[B, K, C]` int32. Entries from `counts`
@@ -70,10 +70,10 @@ def paged_decode(
         NotImplementedError: the chosen backend does not serve this case.
 
     Cost: reads the selected pages once, codes and scales, and 4 bytes per slot of
-        `bias` (or of `fill`, which becomes one). A TPU copies whole arrays of the pool
-        at every call where XLA does not keep a page in one piece: where rows are no
-        multiple of 128 channels (or bytes of codes, or scales) and `P` is not 128; and
-        float16 scales, which it turns into int16.
+        `bias` (or of `fill`, which becomes one). A TPU would copy whole arrays
+        of the pool at every call where XLA does not keep a page in one piece: where
+        rows are no multiple of 128 (channels, bytes of codes, scales) and there are
+        not 128 of them, or one scale per slot. The kernel refuses these.
 
     Source: the read of Quest (2406.10774) section 3.3; with the bias, the estimation
         zone of RetroInfer (2505.02922).

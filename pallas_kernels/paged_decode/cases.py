@@ -15,7 +15,8 @@ from kvjax.pallas_kernels.quantized import Quantized
 STORE = Mapping[str, Any]
 INT8: STORE = {"bits": 8, "axis": "token", "group": 0}  # 0: all channels
 KIVI4 = ({"bits": 4, "axis": "channel", "group": 16}, {"bits": 4, "axis": "token"})
-BITS4 = ({**KIVI4[0], "as_bits": True}, {**KIVI4[1], "as_bits": True})
+HALF4 = ({**KIVI4[0], "bits_of": False}, {**KIVI4[1], "bits_of": False})
+"""Scales as float16 and not as their bits."""
 KIVI2 = ({"bits": 2, "axis": "channel", "group": 16}, {"bits": 2, "axis": "token"})
 
 
@@ -88,7 +89,7 @@ def quantized(
     axis: str,
     group: int = 32,
     symmetric: bool = False,
-    as_bits: bool = False,
+    bits_of: bool = True,
 ) -> Quantized:
     """Any codes and scales; which values they came from does not matter."""
     n, page, d = shape
@@ -101,7 +102,7 @@ def quantized(
 
     def stored(x):
         half = x.astype(np.float16)
-        return jnp.asarray(half.view(np.int16) if as_bits else half)
+        return jnp.asarray(half.view(np.int16) if bits_of else half)
 
     return Quantized(
         codes=jnp.asarray(codes),
@@ -167,7 +168,7 @@ CASES = (
     case("int4_f32", store=KIVI4, fill=True),
     case("int4_page64", store=KIVI4, page=64, selected=2, pages=4, bias=True),
     case("int2", store=KIVI2, d=128, page=32, selected=3, dtype=BF16),
-    case("int4_page128", store=BITS4, page=128, selected=3, pages=4, tiles=WIDE),
+    case("int4_page128", store=HALF4, page=128, selected=3, pages=4, tiles=WIDE),
     case("bf16_page128_d64", page=128, selected=3, pages=4, tiles=WIDE, dtype=BF16),
     case("plain_keys", store=(None, KIVI4[1]), dtype=BF16),
 )
@@ -181,9 +182,10 @@ def workload(
     store: tuple[STORE | None, STORE | None] = (None, None),
     context: int = 128 * 1024,
     page: int = 16,
+    d: int = 128,
 ) -> Workload:
     """Llama-3.1-8B heads; `tokens` slots selected per KV head."""
-    h, kv_heads, d = 32, 8, 128
+    h, kv_heads = 32, 8
     n, c = batch * kv_heads * context // page, tokens // page
     struct = jax.ShapeDtypeStruct
 
@@ -212,17 +214,28 @@ def workload(
     return Workload(name=name, make=arguments, floor_bytes=floor)
 
 
-_int8, _int4 = (INT8, INT8), KIVI4
+SLOT8: STORE = {"bits": 8, "axis": "token", "group": 64}
+CODES = {"int8": (SLOT8, SLOT8), "int4": KIVI4, "int2": KIVI2}
+# Codes in pages of 128 slots are read in place by a TPU; the last three are refused.
 WORKLOADS = (
     workload("bf16_1k_b1", batch=1, tokens=1024),
     workload("bf16_2k_b16", batch=16, tokens=2048),
     workload("bf16_page64_2k_b16", batch=16, tokens=2048, page=64),
     workload("bf16_all_32k_b4", batch=4, tokens=32768, context=32768),
-    workload("int8_2k_b1", batch=1, tokens=2048, store=_int8),
-    workload("int8_2k_b16", batch=16, tokens=2048, store=_int8),
-    workload("int4_2k_b1", batch=1, tokens=2048, store=_int4),
-    workload("int4_2k_b16", batch=16, tokens=2048, store=_int4),
-    workload("int4_page64_2k_b16", batch=16, tokens=2048, store=_int4, page=64),
-    workload("int4_page128_2k_b1", batch=1, tokens=2048, store=BITS4, page=128),
-    workload("int4_page128_2k_b16", batch=16, tokens=2048, store=BITS4, page=128),
+    *(
+        workload(
+            f"{name}_page128_2k_b{batch}",
+            batch=batch,
+            tokens=2048,
+            store=store,
+            page=128,
+        )
+        for name, store in CODES.items()
+        for batch in (1, 16)
+    ),
+    workload("int4_page64_2k_b16", batch=16, tokens=2048, store=KIVI4, page=64),
+    workload(
+        "int8_slot_scales_2k_b16", batch=16, tokens=2048, store=(INT8, INT8), page=128
+    ),
+    workload("heads64_2k_b16", batch=16, tokens=2048, d=64),
 )

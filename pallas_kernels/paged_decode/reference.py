@@ -3,9 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.pallas_kernels.decode_attention.reference import readable
 from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
-from kvjax.pallas_kernels.quantized import Quantized
+from kvjax.pallas_kernels.quantized import Quantized, readable
 
 
 def paged_decode(

@@ -7,7 +7,7 @@ last page, whose copy the pipeline skips.
 
 A TPU copies a page at once only where its rows are whole rows of 128 lanes. XLA keeps
 narrower arrays (packed codes, scales, heads of 64) with the pages along the lanes, and
-turns such a pool over before the kernel starts: correct, but it costs the whole pool.
+would turn such a pool over before the kernel starts: refused, see `_refuse_copies`.
 """
 
 import functools
@@ -62,6 +62,8 @@ def paged_decode(
     queries = jnp.pad(queries, [(0, 0), (0, 0), (0, rows - group_rows), (0, 0)])
     arrays = [*left.arrays(k_pages, _lift), *right.arrays(v_pages, _lift)]
     if not interpret:
+        _refuse_copies("k_pages", k_pages)
+        _refuse_copies("v_pages", v_pages)
         # Else XLA may copy a whole pool into VMEM before the kernel starts.
         arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
 
@@ -89,6 +91,24 @@ def paged_decode(
         out, lse = out[:, 0], lse[:, 0]
     out, lse = out[:, :, :group_rows], lse[:, :, :group_rows, 0]
     return Partial(out.reshape(q.shape), lse.reshape(q.shape[:-1]))
+
+
+def _refuse_copies(name, pool):
+    """`NotImplementedError` for a pool that XLA would turn over at every call.
+
+    XLA's own gather does so, too, in half of the temporaries. The interpreter, which
+    knows no layouts, takes any pool.
+    """
+    for x in jax.tree.leaves(pool):
+        rows, columns = x.shape[1:]
+        # A single column puts the pages on the sublanes.
+        if columns % LANES and (rows % LANES or columns == 1):
+            raise NotImplementedError(
+                f"paged_decode: {x.dtype} {list(x.shape)} of `{name}` does not keep a "
+                f"page in one piece in the memory of a TPU, and turning it over copies "
+                f"the pool at every call. Use rows of {LANES}, or pages of {LANES} "
+                "slots with two groups of channels or more."
+            )
 
 
 def _lift(x):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kvjax.pallas_kernels.decode_attention.reference import readable
 from kvjax.pallas_kernels.paged_decode.tables import log_weights
 from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
 from kvjax.pallas_kernels.quantize_pack.xla import dequantize
@@ -47,7 +46,7 @@ def read(pool: Array | Quantized, at: Array, dtype) -> Array:
     taken = jax.tree.map(lambda x: jnp.take(x, at, axis=0, mode="clip"), pool)
     if not isinstance(taken, Quantized):
         return taken
-    return dequantize(readable(taken)).astype(dtype)
+    return dequantize(taken).astype(dtype)
 
 
 def _in_chunks(attend, at: Array, weights: Array, most: int) -> Partial:

@@ -30,7 +30,7 @@ def quantize_pack(
     tiles: Mapping[str, Any] | None = None,
     interpret: bool = False,
 ) -> Quantized:
-    """Packed codes of `x` with one float16 scale (and zero) per group.
+    """Packed codes of `x` with one float16 scale (and zero) per group, as int16 bits.
 
     Every live value within reach of float16 scales is off by half a step at most:
     scales and zeros are rounded outwards, constant groups get the scale 1, and what

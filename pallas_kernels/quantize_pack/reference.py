@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kvjax.pallas_kernels.quantized import Quantized
+from kvjax.pallas_kernels.quantized import Quantized, half_bits
 
 LARGEST, SMALLEST, ULP = 65504.0, 2.0**-24, 2.0**-10
 """Of float16: largest number, smallest one, and relative spacing of normal ones."""
@@ -37,11 +37,11 @@ def quantize_pack(
         zero = not_above(jnp.where(some, low, 0))
         scale = outwards((jnp.where(some, high, 0) - zero) / top)
         codes = jnp.round((values - zero) / scale)
-        zero = jnp.squeeze(zero, along).astype(jnp.float16)
+        zero = half_bits(jnp.squeeze(zero, along))
     codes = jnp.where(mask, jnp.clip(codes, 0, top), 0)
     return Quantized(
         codes=pack(codes.astype(jnp.uint8).reshape(x.shape), bits),
-        scale=jnp.squeeze(scale, along).astype(jnp.float16),
+        scale=half_bits(jnp.squeeze(scale, along)),
         zero=zero,
         bits=bits,
         axis=axis,

@@ -70,15 +70,14 @@ def quantize_pack(
         name=f"kv_quantize_pack_{axis}{bits}",
     )(x.reshape(rows, s, d), live.reshape(rows, 1, s).astype(jnp.int32))
 
-    def half(words: Array) -> Array:
-        out = jax.lax.bitcast_convert_type(words, jnp.float16)
-        out = out if channel else jnp.swapaxes(out, -1, -2)
+    def side_of(words: Array) -> Array:
+        out = words if channel else jnp.swapaxes(words, -1, -2)
         return out.reshape(*lead, *out.shape[1:])
 
     return Quantized(
         codes=outs[0].reshape(*lead, s, packed),
-        scale=half(outs[1]),
-        zero=None if symmetric else half(outs[2]),
+        scale=side_of(outs[1]),
+        zero=None if symmetric else side_of(outs[2]),
         bits=bits,
         axis=axis,
         group=group,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kvjax.pallas_kernels.quantized import Quantized
+from kvjax.pallas_kernels.quantized import Quantized, half_bits, readable
 
 SCALE_DTYPE = jnp.float16
 # One float16 ulp is at most 2^-10 of the value: enough to round outwards, but for
@@ -47,12 +47,11 @@ def quantize_pack(
         floor = jnp.where(floor > low, _half(floor - _SMALLEST), floor)
         scale = _outwards((high - floor) / top)
         code = jnp.round((grouped - floor) / scale)
-        zero = jnp.squeeze(floor, along).astype(SCALE_DTYPE)
+        zero = half_bits(jnp.squeeze(floor, along))
     code = jnp.where(mask, jnp.clip(code, 0, top), 0).astype(jnp.uint8)
-    scale = jnp.squeeze(scale, along).astype(SCALE_DTYPE)
     return Quantized(
         codes=pack(code.reshape(x.shape), bits),
-        scale=scale,
+        scale=half_bits(jnp.squeeze(scale, along)),
         zero=zero,
         bits=bits,
         axis=axis,
@@ -102,6 +101,7 @@ def dequantize(quantized: Quantized) -> Float[Array, "*lead S D"]:
     between them do not vectorise, and scales of channels become float32 in a loop of
     their own, since their conversion would keep the loop over codes from vectorising.
     """
+    quantized = readable(quantized)
     bits, group = quantized.bits, quantized.group
     codes = unpack(quantized.codes, bits).astype(jnp.float32)
     if quantized.zero is None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kvjax.codecs import Affine, AffineArray, LowRank, needed_rank
+from kvjax.pallas_kernels.quantized import numbers
 from kvjax.rope import Rope
 from tests import reference
 
@@ -52,7 +53,7 @@ def encoded_and_back(codec: Affine, x: np.ndarray, live=None):
 def spread(encoded: AffineArray, side) -> np.ndarray:
     """Scale or zero of every element."""
     axis = -2 if encoded.axis == "channel" else -1
-    return np.repeat(np.asarray(side, float), encoded.group, axis=axis)
+    return np.repeat(np.asarray(numbers(side), float), encoded.group, axis=axis)
 
 
 def normal(seed: int, level: float = 1.0, offset: float = 0.5) -> np.ndarray:
@@ -99,7 +100,7 @@ def test_int8_is_that_of_the_reference():
     codes = np.asarray(encoded.codes).astype(int) - 127
     for row in range(B):
         want, scales, back = reference.int8_per_token(x[row])
-        step = np.asarray(encoded.scale, float)[row]
+        step = np.asarray(numbers(encoded.scale), float)[row]
         assert (step[..., 0] >= scales).all()
         assert (step[..., 0] <= scales * (1 + 2.0**-9)).all()
         assert np.abs(codes[row] - want).max() <= 1
@@ -144,7 +145,7 @@ def test_values_beyond_the_scales_saturate(bits, axis, symmetric, value):
     x[..., 5, 5], x[..., 6, 6] = value, -value
     encoded, back = encoded_and_back(codec(bits, axis, symmetric), x)
     assert np.isfinite(back).all()
-    assert np.isfinite(np.asarray(encoded.scale, float)).all()
+    assert np.isfinite(np.asarray(numbers(encoded.scale), float)).all()
     assert back[..., 5, 5] > 0 > back[..., 6, 6]
 
 

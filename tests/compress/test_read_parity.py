@@ -16,6 +16,7 @@ from kvjax.compress.observe import observe
 from kvjax.pallas_kernels.page_score import page_score
 from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.pallas_kernels.partial import merge
+from kvjax.pallas_kernels.quantized import numbers
 from kvjax.prefills import Dense, VerticalSlash
 from kvjax.reads import Quest
 from kvjax.schedules import EveryTokens
@@ -292,7 +293,9 @@ def test_kivi_body_and_residual(bits):
     decoded, steps = {}, {}
     for name, array, axis in (("k", body.keys, -2), ("v", body.values, -1)):
         decoded[name] = np.asarray(array.decode(body.positions, spec.rope))
-        steps[name] = np.repeat(np.asarray(array.scale, float), group, axis=axis)
+        steps[name] = np.repeat(
+            np.asarray(numbers(array.scale), float), group, axis=axis
+        )
     for row, length in enumerate(LENGTHS):
         whole = length // residual * residual
         _, k, v = sample.row(row)

@@ -61,17 +61,17 @@ def test_wrong_arguments(message):
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
-def test_scales_may_be_bits(backend):
-    """int16 stands for the bits of a float16."""
+def test_scales_may_be_floats(backend):
+    """They are the bits of a float16, or float16 itself."""
     args, kwargs = made(keys=(4, "channel", 8, False), values=(8, "token", 8, True))
 
-    def bits(x):
-        if x.dtype != jnp.float16:
+    def half(x):
+        if x.dtype != jnp.int16:
             return x
-        return jax.lax.bitcast_convert_type(x, jnp.int16)
+        return jax.lax.bitcast_convert_type(x, jnp.float16)
 
     want = decode_attention(*args, **kwargs, backend=backend)
-    got = decode_attention(*jax.tree.map(bits, args), **kwargs, backend=backend)
+    got = decode_attention(*jax.tree.map(half, args), **kwargs, backend=backend)
     np.testing.assert_array_equal(got.out, want.out)
 
 

@@ -12,6 +12,7 @@ from kvjax.pallas_kernels.page_score import page_score
 from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.pallas_kernels.paged_decode import paged_decode
 from kvjax.pallas_kernels.paged_decode.cases import KIVI4, quantized
+from kvjax.pallas_kernels.paged_decode.tpu import _refuse_copies
 from kvjax.pallas_kernels.quantize_pack import dequantize
 
 B, H, K, S, D, PAGE = 2, 4, 2, 96, 32, 16
@@ -184,6 +185,18 @@ def test_errors_of_paged_decode():
     ):
         bad = dataclasses.replace(codes, **wrong)
         refused(message, call, q, bad, v, pages, counts)
+
+
+@pytest.mark.parametrize(
+    ("page", "width", "taken"),
+    [(16, 128, True), (128, 64, True), (64, 64, False), (128, 1, False)],
+)
+def test_pools_that_a_tpu_would_copy_are_refused(page, width, taken):
+    call = functools.partial(_refuse_copies, "k_pages", jnp.zeros((2, page, width)))
+    if taken:
+        return call()
+    with pytest.raises(NotImplementedError, match="paged_decode: .* `k_pages`"):
+        call()
 
 
 def test_errors_of_pages():

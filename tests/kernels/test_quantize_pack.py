@@ -10,6 +10,7 @@ import pytest
 from kvjax.pallas_kernels.quantize_pack import dequantize, quantize_pack
 from kvjax.pallas_kernels.quantize_pack.reference import half
 from kvjax.pallas_kernels.quantize_pack.rounding import half as half_in_integers
+from kvjax.pallas_kernels.quantized import numbers
 
 X = jnp.zeros((2, 64, 32))
 LIVE = jnp.ones((2, 64), bool)
@@ -55,7 +56,7 @@ def test_within_half_a_step(bits, axis, symmetric):
     }
     held = quantize_pack(x, LIVE, **how)
     along = 1 if axis == "channel" else 2
-    step = jnp.repeat(held.scale.astype(jnp.float32), 16, axis=along)
+    step = jnp.repeat(numbers(held.scale).astype(jnp.float32), 16, axis=along)
     assert held.shape == x.shape
     assert np.all(np.abs(dequantize(held) - x) <= 0.5 * step * (1 + 1e-5))
     assert dequantize(held, jnp.bfloat16).dtype == jnp.bfloat16
