@@ -22,6 +22,7 @@ def column_stats(
     window: int | None = None,
     softcap: float | None = None,
     weights: Float[Array, "B H T"] | None = None,
+    lse: Float[Array, "B H T"] | None = None,
     slash: bool = False,
     backend: Backend = "auto",
     tiles: Mapping[str, Any] | None = None,
@@ -41,6 +42,8 @@ def column_stats(
         window: sliding window in tokens, or None.
         softcap: logit soft cap, or None.
         weights: of each query's row, `[B, H, T]` f32, not negative; None is 1.
+        lse: log-sum-exp of each query's logits over the keys that it sees, `[B, H, T]`
+            f32, if an attention has it already; -inf: the query does not vote.
         slash: also sum along diagonals.
         backend: see `dispatch.Op`.
         tiles: `{"block_q": queries, "block_k": keys}` per step.
@@ -53,12 +56,14 @@ def column_stats(
         ValueError: shapes, dtypes or settings that do not fit.
         NotImplementedError: the chosen backend does not serve this case.
 
-    Cost: `O(T S)` work, temporaries linear in `S`. The kernels read the keys twice,
-        for the normalisers and for the sums.
+    Cost: `O(T S)` work, half with `lse`; temporaries linear in `S`. A TPU reads queries
+        and keys once, as far as the keys of a head fit its VMEM (128k of 128 channels
+        in bfloat16); those behind are read twice per block of queries.
 
     Source: SnapKV (2404.14469), H2O (2306.14048); MInference (2407.02490) for `slash`.
     """
-    _check(q, keys, q_positions, k_positions, window, softcap, weights)
+    _check(q, keys, q_positions, k_positions, window, softcap)
+    _check_rows(q, weights=weights, lse=lse)
     return OP(
         q,
         keys,
@@ -68,6 +73,7 @@ def column_stats(
         window=window,
         softcap=softcap,
         weights=weights,
+        lse=lse,
         slash=slash,
         backend=backend,
         tiles=tiles,
@@ -75,7 +81,7 @@ def column_stats(
     )
 
 
-def _check(q, keys, q_positions, k_positions, window, softcap, weights) -> None:
+def _check(q, keys, q_positions, k_positions, window, softcap) -> None:
     checks.shape("q", q, ("B", "H", "T", "D"))
     b, h, t, d = q.shape
     checks.shape("keys", keys, ("B", "K", "S", "D"), B=b, D=d)
@@ -91,10 +97,15 @@ def _check(q, keys, q_positions, k_positions, window, softcap, weights) -> None:
     checks.shape("k_positions", k_positions, ("B", "S"), B=b, S=keys.shape[2])
     checks.integers("q_positions", q_positions)
     checks.integers("k_positions", k_positions)
-    if weights is not None:
-        checks.shape("weights", weights, ("B", "H", "T"), B=b, H=h, T=t)
-        checks.dtype("weights", weights, ("float32",))
     if window is not None and window < 1:
         raise ValueError(f"`window` must be at least 1, or None; got {window}.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"`softcap` must be positive, or None; got {softcap}.")
+
+
+def _check_rows(q, **rows) -> None:
+    b, h, t, _ = q.shape
+    for name, array in rows.items():
+        if array is not None:
+            checks.shape(name, array, ("B", "H", "T"), B=b, H=h, T=t)
+            checks.dtype(name, array, ("float32",))

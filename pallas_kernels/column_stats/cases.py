@@ -22,6 +22,7 @@ def make(
     last: int | None = None,
     dtype: Any = jnp.float32,
     weighted: bool = False,
+    normalised: bool = False,
     scattered: bool = False,
     dead_queries: int = 0,
     **options: Any,
@@ -55,7 +56,19 @@ def make(
         jnp.asarray(k_positions, jnp.int32),
     )
     kwargs = {"scale": d**-0.5, "weights": weights if weighted else None, **options}
+    if normalised:
+        kwargs["lse"] = log_sum_exp(*arrays, d**-0.5)
     return arrays, kwargs
+
+
+def log_sum_exp(q, keys, q_positions, k_positions, scale):
+    """What an attention over the same keys knows already."""
+    keys = jnp.where((k_positions >= 0)[:, None, :, None], keys, 0)
+    keys = jnp.repeat(keys, q.shape[1] // keys.shape[1], axis=1)
+    logits = scale * jnp.einsum("BHTD,BHSD->BHTS", q, keys).astype(jnp.float32)
+    at_q, at_k = q_positions[:, None, :, None], k_positions[:, None, None]
+    seen = (at_k >= 0) & (at_k <= at_q)
+    return jax.nn.logsumexp(jnp.where(seen, logits, -jnp.inf), axis=-1)
 
 
 TILES = {"block_q": 128, "block_k": 128}
@@ -87,6 +100,8 @@ CASES = (
     case("dead_queries", t=32, s=100, d=64, dead_queries=20, slash=True),
     case("no_queries", t=8, s=100, d=64, dead_queries=8, slash=True),
     case("scattered", b=2, t=24, s=120, d=64, scattered=True, slash=True),
+    case("lse_given", b=2, t=24, s=200, d=64, h=4, k=2, slash=True, normalised=True),
+    case("lse_of_dead", t=32, s=100, d=64, dead_queries=20, normalised=True),
     case("many_blocks", b=2, t=300, s=520, d=64, h=4, k=2, slash=True, slow=True),
 )
 

@@ -17,6 +17,7 @@ def column_stats(
     window: int | None = None,
     softcap: float | None = None,
     weights: Float[Array, "B H T"] | None = None,
+    lse: Float[Array, "B H T"] | None = None,
     slash: bool = False,
 ) -> ColumnStats:
     """See `api.column_stats`."""
@@ -37,6 +38,9 @@ def column_stats(
     weight = jnp.exp(logits - jnp.where(jnp.isneginf(peak), 0.0, peak))
     total = jnp.sum(weight, axis=-1, keepdims=True)
     rows = weight / jnp.where(total > 0, total, 1.0)
+    if lse is not None:
+        off = jnp.isneginf(lse)[..., None]
+        rows = jnp.where(seen & ~off, jnp.exp(logits - lse[..., None]), 0.0)
     if weights is not None:
         rows = rows * weights[..., None]
     along = None

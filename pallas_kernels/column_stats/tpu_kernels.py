@@ -1,5 +1,6 @@
-"""Bodies of the two TPU kernels of `column_stats`."""
+"""Body of the TPU kernel of `column_stats`."""
 
+import functools
 from typing import Any
 
 import jax
@@ -35,22 +36,17 @@ def _column(row: Array) -> Array:
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
 
-def _row(column: Array) -> Array:
-    """`[n, 1]` to `[1, n]`."""
-    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
-
-
-def _seen(at_q_ref, at_k_ref, plan: Any) -> Array:
-    at_q, at_k = _column(at_q_ref[0]), at_k_ref[0]
+def _seen(at_q_ref, at_k: Array, plan: Any) -> Array:
+    at_q = _column(at_q_ref[0])
     seen = (at_k >= 0) & (at_k <= at_q)
     return seen if plan.window is None else seen & (at_q - at_k < plan.window)
 
 
-def _logits(q_ref, k_ref, head: int, plan: Any) -> Array:
-    exact = k_ref.dtype == jnp.float32
+def _logits(q_ref, held_ref, slot, head: int, plan: Any) -> Array:
+    exact = held_ref.dtype == jnp.float32
     logits = jax.lax.dot_general(
         q_ref[0, 0, head],
-        k_ref[0, 0],
+        held_ref[slot],
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if exact else None,
@@ -58,89 +54,103 @@ def _logits(q_ref, k_ref, head: int, plan: Any) -> Array:
     return cap(logits * plan.scale, plan.softcap)
 
 
-def normalisers(
-    *refs,
-    plan: Any,
-):
-    """Log-sum-exp of every query over the keys that it sees."""
-    (
-        *bounds,  # 4 of [B, blocks] int32
-        q_ref,  # [1, 1, G, block_q, D]
-        k_ref,  # [1, 1, block_k, D]
-        at_q_ref,  # [1, 1, block_q] int32
-        at_k_ref,  # [1, 1, block_k] int32
-        lse_ref,  # [1, 1, G, block_q]
-        peak_ref,  # [G, block_q, 1]
-        mass_ref,  # [G, block_q, 1]
-    ) = refs
-    i, j = pl.program_id(2), pl.program_id(3)
+def kernel(*refs, plan: Any):
+    """One tile: of the walk that normalises, or of the one that sums."""
+    bounds, refs = refs[:4], list(refs[4:])  # 4 of [B, blocks] int32
+    q_ref = refs.pop(0)  # [1, 1, G, block_q, D]
+    k_ref = refs.pop(0)  # [1, 1, block_k, D]
+    at_q_ref = refs.pop(0)  # [1, 1, block_q] int32
+    at_k_ref = refs.pop(0)  # [1, blocks_k, block_k] int32
+    weights_ref = refs.pop(0)  # [1, 1, G, block_q]
+    given_ref = refs.pop(0) if plan.given else None  # [1, 1, G, block_q]
+    sum_ref, max_ref = refs.pop(0), refs.pop(0)  # [1, 1, heads, block_k or all]
+    along_ref = refs.pop(0) if plan.slash else None  # [1, 1, G, rows, 128]
+    # lse (first: peaks) and masses [G, block_q, 1]; keys [blocks, block_k, D]
+    lse_ref, mass_ref, held_ref = refs
+    i, walk, j = (pl.program_id(axis) for axis in (2, 3, 4))
+    first = (i == 0) & (walk == 0)
+    slot = jnp.minimum(j, plan.resident)
+
+    @pl.when(first | (j >= plan.resident))
+    def _():
+        held_ref[slot] = k_ref[0, 0]
+
+    def tile():
+        seen = _seen(at_q_ref, at_k_ref[0, pl.ds(j, 1)], plan)
+        return seen, functools.partial(_logits, q_ref, held_ref, slot, plan=plan)
+
+    crossed = _crossed(bounds, i, j, plan)
+    if given_ref is not None:
+
+        @pl.when(j == 0)
+        def _():
+            for head in range(plan.groups):
+                lse = _column(given_ref[0, 0, head : head + 1])
+                lse_ref[head] = jnp.where(lse > LOW, lse, -LOW)  # -inf: no vote
+
+    else:
+        pl.when(walk == 0)(
+            lambda: _normalise(tile, crossed, j, lse_ref, mass_ref, plan)
+        )
+
+    @pl.when(walk == pl.num_programs(3) - 1)
+    def _():
+        here = pl.ds(pl.multiple_of(j * plan.block_k, LANES), plan.block_k)
+        here = here if plan.whole else slice(None)
+        head_0 = pl.program_id(1) % plan.together * plan.groups
+
+        @pl.when(i == 0)
+        def _():
+            for head in range(plan.groups):
+                at = (0, 0, pl.ds(head_0 + head, 1), here)
+                sum_ref[at] = jnp.zeros((1, plan.block_k), jnp.float32)
+                max_ref[at] = jnp.zeros((1, plan.block_k), jnp.float32)
+
+        if along_ref is not None:
+
+            @pl.when((i == 0) & (j == 0))
+            def _():
+                along_ref[...] = jnp.zeros_like(along_ref)
+
+        @pl.when(crossed)
+        def _():
+            seen, logits = tile()
+            for head in range(plan.groups):
+                factor = _column(weights_ref[0, 0, head : head + 1])
+                rows = jnp.exp(logits(head) - lse_ref[head]) * factor
+                rows = jnp.where(seen, rows, 0.0)
+                at = (0, 0, pl.ds(head_0 + head, 1), here)
+                sum_ref[at] += jnp.sum(rows, axis=0, keepdims=True)
+                highest = jnp.max(rows, axis=0, keepdims=True)
+                max_ref[at] = jnp.maximum(max_ref[at], highest)
+                if along_ref is not None:
+                    _add_diagonals(along_ref, head, rows, i, j, plan)
+
+
+def _normalise(tile, crossed, j, lse_ref, mass_ref, plan: Any) -> None:
+    """Log-sum-exp of every query over the keys that it sees, tile by tile."""
 
     @pl.when(j == 0)
     def _():
-        peak_ref[...] = jnp.full_like(peak_ref, LOW)
+        lse_ref[...] = jnp.full_like(lse_ref, LOW)
         mass_ref[...] = jnp.zeros_like(mass_ref)
 
-    @pl.when(_crossed(bounds, i, j, plan))
+    @pl.when(crossed)
     def _():
-        seen = _seen(at_q_ref, at_k_ref, plan)
-        for head in range(q_ref.shape[2]):
-            logits = jnp.where(seen, _logits(q_ref, k_ref, head, plan), LOW)
-            before = peak_ref[head]
+        seen, logits_of = tile()
+        for head in range(plan.groups):
+            logits = jnp.where(seen, logits_of(head), LOW)
+            before = lse_ref[head]
             peak = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
             weight = jnp.where(seen, jnp.exp(logits - peak), 0.0)
             mass = jnp.sum(weight, axis=1, keepdims=True)
             mass_ref[head] = mass_ref[head] * jnp.exp(before - peak) + mass
-            peak_ref[head] = peak
+            lse_ref[head] = peak
 
-    @pl.when(j == pl.num_programs(3) - 1)
+    @pl.when(j == pl.num_programs(4) - 1)
     def _():
-        for head in range(q_ref.shape[2]):
-            mass = mass_ref[head]
-            lse = peak_ref[head] + jnp.log(jnp.where(mass > 0, mass, 1.0))
-            lse_ref[0, 0, head : head + 1] = _row(lse)
-
-
-def sums(*refs, plan: Any):
-    """Sums and maxima of the normalised weights over the queries, and diagonal sums."""
-    (
-        *bounds,  # 4 of [B, blocks] int32
-        q_ref,  # [1, 1, G, block_q, D]
-        k_ref,  # [1, 1, block_k, D]
-        at_q_ref,  # [1, 1, block_q] int32
-        at_k_ref,  # [1, 1, block_k] int32
-        lse_ref,  # [1, 1, G, block_q]
-        weights_ref,  # [1, 1, G, block_q]
-    ) = refs[:10]
-    sum_ref, max_ref = refs[10:12]  # [1, 1, G, block_k]
-    along_ref = refs[12] if len(refs) > 12 else None  # [1, 1, G, rows, 128]
-    j, i = pl.program_id(2), pl.program_id(3)
-
-    @pl.when(i == 0)
-    def _():
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-        max_ref[...] = jnp.zeros_like(max_ref)
-
-    if along_ref is not None:
-
-        @pl.when((i == 0) & (j == 0))
-        def _():
-            along_ref[...] = jnp.zeros_like(along_ref)
-
-    @pl.when(_crossed(bounds, i, j, plan))
-    def _():
-        seen = _seen(at_q_ref, at_k_ref, plan)
-        for head in range(q_ref.shape[2]):
-            logits = _logits(q_ref, k_ref, head, plan)
-            lse = _column(lse_ref[0, 0, head : head + 1])
-            factor = _column(weights_ref[0, 0, head : head + 1])
-            rows = jnp.where(seen, jnp.exp(logits - lse) * factor, 0.0)
-            here = (0, 0, slice(head, head + 1))
-            sum_ref[here] += jnp.sum(rows, axis=0, keepdims=True)
-            max_ref[here] = jnp.maximum(
-                max_ref[here], jnp.max(rows, axis=0, keepdims=True)
-            )
-            if along_ref is not None:
-                _add_diagonals(along_ref, head, rows, i, j, plan)
+        mass = mass_ref[...]
+        lse_ref[...] += jnp.log(jnp.where(mass > 0, mass, 1.0))
 
 
 def _add_diagonals(along_ref, head: int, rows: Array, i, j, plan: Any) -> None:

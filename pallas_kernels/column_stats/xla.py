@@ -20,6 +20,7 @@ def column_stats(
     window: int | None = None,
     softcap: float | None = None,
     weights: Float[Array, "B H T"] | None = None,
+    lse: Float[Array, "B H T"] | None = None,
     slash: bool = False,
 ) -> ColumnStats:
     """See `api.column_stats`; queries go in chunks."""
@@ -31,16 +32,21 @@ def column_stats(
     chunk = query_chunk(t, b * h * s)
 
     def step(total: ColumnStats, x) -> tuple[ColumnStats, None]:
-        queries, positions, factors = x
+        queries, positions, factors, *given = x
         queries = queries.reshape(b, kv_heads, groups, chunk, -1)
         logits = jnp.einsum(
             "BKGTD,BKSD->BKGTS", queries, keys, preferred_element_type="f4"
         )
         mask = visible(positions, k_positions, window)[:, None, None]
         logits = jnp.where(mask, cap(logits * scale, softcap), NEG_INF)
-        peak = jnp.max(logits, axis=-1, keepdims=True)
+        if given:
+            peak = given[0].reshape(b, kv_heads, groups, chunk, 1)
+        else:
+            peak = jnp.max(logits, axis=-1, keepdims=True)
         weight = jnp.exp(logits - jnp.where(jnp.isneginf(peak), 0.0, peak))
         mass = jnp.sum(weight, axis=-1)
+        if given:
+            mass = jnp.where(jnp.isneginf(peak[..., 0]), 0.0, 1.0)
         share = jnp.where(mass > 0, 1.0 / jnp.where(mass > 0, mass, 1.0), 0.0)
         weight, share = weight.reshape(b, h, chunk, s), share.reshape(b, h, chunk)
         share = share * factors
@@ -53,7 +59,8 @@ def column_stats(
         sums = total.sum + jnp.einsum("BHTS,BHT->BHS", weight, share)
         return ColumnStats(sums, jnp.maximum(total.max, highest), along), None
 
-    xs = _in_chunks(chunk, q, q_positions, weights)
+    rows = (weights,) if lse is None else (weights, lse)
+    xs = _in_chunks(chunk, q, q_positions, *rows)
     zero = jnp.zeros((b, h, s), jnp.float32)
     start = ColumnStats(zero, zero, zero if slash else None)
     if chunk >= t:
@@ -61,7 +68,7 @@ def column_stats(
     return jax.lax.scan(jax.checkpoint(step), start, xs)[0]
 
 
-def _in_chunks(chunk: int, q: Array, q_positions: Array, weights: Array):
+def _in_chunks(chunk: int, q: Array, q_positions: Array, *rows: Array):
     """The query axis split, chunks first; padding queries are at -1."""
     count = -(-q.shape[2] // chunk)
     more = (0, count * chunk - q.shape[2])
@@ -73,7 +80,7 @@ def _in_chunks(chunk: int, q: Array, q_positions: Array, weights: Array):
         shape = (*x.shape[:axis], count, chunk, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
-    return split(q, 2), split(q_positions, 1, -1), split(weights, 2)
+    return split(q, 2), split(q_positions, 1, -1), *(split(x, 2) for x in rows)
 
 
 def _diagonals(

@@ -2,7 +2,9 @@
 
 Groups lie along sublanes: of the slots as they are for `channel`, of the transposed
 block for `token`, so that no statistic crosses lanes. TPUs hold no float16: scales and
-zeros leave the kernel as 16-bit patterns.
+zeros leave the kernel as 16-bit patterns. Codes of less than 128 bytes per slot lie in
+HBM with the slots along the lanes (XLA's own choice, nothing is padded), and so the
+kernel writes them: else XLA would turn them over behind it.
 """
 
 import functools
@@ -46,9 +48,24 @@ def quantize_pack(
     side_block = (1, size // group, d) if channel else (1, d // group, size)
     side_index = (lambda n, i: (n, i, 0)) if channel else (lambda n, i: (n, 0, i))
     sides = 1 if symmetric else 2
+    turned = packed % LANES != 0
+    codes = (rows, packed, s) if turned else (rows, s, packed)
+    shapes = (
+        jax.ShapeDtypeStruct(codes, jnp.uint8),
+        *[jax.ShapeDtypeStruct(side, jnp.int16)] * sides,
+    )
+    x, live = x.reshape(rows, s, d), live.reshape(rows, 1, s).astype(jnp.int32)
+    if not interpret:
+        # Else XLA may copy `x` into VMEM before the kernel starts.
+        x = pltpu.with_memory_space_constraint(x, pltpu.HBM)
     outs = pl.pallas_call(
         functools.partial(
-            _kernel, bits=bits, channel=channel, group=group, symmetric=symmetric
+            _kernel,
+            bits=bits,
+            channel=channel,
+            group=group,
+            symmetric=symmetric,
+            turned=turned,
         ),
         grid=(rows, pl.cdiv(s, size)),  # rows of the batch and heads, blocks of slots
         in_specs=(
@@ -56,28 +73,34 @@ def quantize_pack(
             pl.BlockSpec((1, 1, size), lambda n, i: (n, 0, i)),
         ),
         out_specs=(
-            pl.BlockSpec((1, size, packed), lambda n, i: (n, i, 0)),
+            pl.BlockSpec((1, packed, size), lambda n, i: (n, 0, i))
+            if turned
+            else pl.BlockSpec((1, size, packed), lambda n, i: (n, i, 0)),
             *[pl.BlockSpec(side_block, side_index)] * sides,
         ),
-        out_shape=(
-            jax.ShapeDtypeStruct((rows, s, packed), jnp.uint8),
-            *[jax.ShapeDtypeStruct(side, jnp.int16)] * sides,
-        ),
+        out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel")
         ),
+        cost_estimate=pl.CostEstimate(
+            flops=10 * x.size,
+            transcendentals=0,
+            bytes_accessed=x.size * x.dtype.itemsize
+            + 4 * live.size
+            + sum(o.size * o.dtype.itemsize for o in shapes),
+        ),
         interpret=compat.tpu_interpret(interpret),
         name=f"kv_quantize_pack_{axis}{bits}",
-    )(x.reshape(rows, s, d), live.reshape(rows, 1, s).astype(jnp.int32))
+    )(x, live)
 
-    def side_of(words: Array) -> Array:
-        out = words if channel else jnp.swapaxes(words, -1, -2)
+    def side_of(out: Array, turned: bool) -> Array:
+        out = jnp.swapaxes(out, -1, -2) if turned else out
         return out.reshape(*lead, *out.shape[1:])
 
     return Quantized(
-        codes=outs[0].reshape(*lead, s, packed),
-        scale=side_of(outs[1]),
-        zero=None if symmetric else side_of(outs[2]),
+        codes=side_of(outs[0], turned),
+        scale=side_of(outs[1], not channel),
+        zero=None if symmetric else side_of(outs[2], not channel),
         bits=bits,
         axis=axis,
         group=group,
@@ -108,12 +131,13 @@ def _block(slots: int, block: int, group: int) -> int:
 def _kernel(
     x_ref,  # [1, block, D]
     live_ref,  # [1, 1, block] int32
-    codes_ref,  # [1, block, D * bits / 8] uint8
+    codes_ref,  # [1, block, D * bits / 8] uint8, or turned
     *side_refs,  # scale, zero: [1, groups, D], or [1, groups, block], 16-bit patterns
     bits: int,
     channel: bool,
     group: int,
     symmetric: bool,
+    turned: bool,
 ):
     x = x_ref[0].astype(jnp.float32)
     live = jnp.broadcast_to(live_ref[0].astype(jnp.float32), x.shape[::-1])
@@ -141,8 +165,12 @@ def _kernel(
         side_refs[1][0] = zero_words[:, 0].astype(jnp.int16)
     side_refs[0][0] = words[:, 0].astype(jnp.int16)
     codes = jnp.where(mask, jnp.clip(codes, 0.0, float(top)), 0.0).astype(jnp.int32)
-    codes = _packed(codes.reshape(along, across), bits, -1 if channel else 0)
-    codes_ref[0] = (codes if channel else codes.T).astype(jnp.uint8)
+    codes = codes.reshape(along, across)
+    if channel and turned:
+        codes = codes.T
+    upright = channel and not turned  # channels along the lanes
+    codes = _packed(codes, bits, -1 if upright else 0)
+    codes_ref[0] = (codes if turned or upright else codes.T).astype(jnp.uint8)
 
 
 def _packed(codes: Array, bits: int, axis: int) -> Array:

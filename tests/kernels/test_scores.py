@@ -18,6 +18,7 @@ BLOCKS = {"block_q": 16, "block_k": 16, "stride": 8, "scale": 1.0}
         ({"window": 0}, "`window`"),
         ({"softcap": -1.0}, "`softcap`"),
         ({"weights": jnp.ones((1, 4, 31))}, "`weights`"),
+        ({"lse": jnp.ones((1, 4, 31))}, "`lse`"),
     ],
 )
 def test_bad_settings_of_column_stats(change, message):
