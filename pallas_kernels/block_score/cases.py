@@ -54,6 +54,7 @@ CASES = (
     case("not_causal", t=64, s=32, stride=8, causal=False),
     case("chunk_of_a_prompt", t=64, s=320, stride=8, block=(32, 64)),
     case("bfloat16", t=128, s=128, stride=16, d=128, dtype=jnp.bfloat16),
+    case("regrouped", t=512, s=1280, stride=16, h=4, d=128, dtype=jnp.bfloat16),
     case("wide_heads", t=64, s=64, stride=8, d=256, dtype=jnp.bfloat16),
     case("one_block", t=32, s=32, stride=16),
     # Several tiles of key groups, the last one ragged, and several of query groups.

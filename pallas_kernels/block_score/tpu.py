@@ -2,7 +2,8 @@
 
 One pass over the key groups for every tile of query groups: sums per key block are
 kept unnormalised in VMEM, scaled down whenever a higher score turns up, and divided by
-the softmax's normaliser at the end. The map over groups never leaves the chip.
+the softmax's normaliser at the end. The map over groups never leaves the chip. Keys of
+a head stay in VMEM, as many as fit: they are read once, not once per tile of queries.
 """
 
 import functools
@@ -16,17 +17,24 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from kvjax.pallas_kernels import compat, gradients, tuning
-from kvjax.pallas_kernels.block_score import xla
+from kvjax.pallas_kernels.block_score import regroup, tpu_kernel, xla
 from kvjax.pallas_kernels.block_score.groups import Groups, grouped
 
 LANES, SUBLANES = 128, 8
-LOW = -1e30
-"""Stands for -inf in running maxima: differences of it stay numbers."""
 VMEM = 60 << 20
+"""That a kernel may take; v7x has 64 MiB, the others more."""
+SPARE = 8 << 20
+"""Of it, for the temporaries of a step."""
 
 
 class Plan(NamedTuple):
-    """Static sizes of one call, in groups unless named otherwise."""
+    """Static sizes of one call, in groups unless named otherwise.
+
+    Attributes:
+        vectors: of a group, which the kernel puts one after the other; 1 where they
+            lie so already.
+        resident: tiles of key groups that stay in VMEM.
+    """
 
     rows: int
     columns: int
@@ -39,6 +47,8 @@ class Plan(NamedTuple):
     offset: int  # tokens of `k` before the first one of `q`
     scale: float
     causal: bool
+    vectors: int = 1
+    resident: int = 0
 
     @property
     def steps(self) -> int:
@@ -106,27 +116,61 @@ def _plan(g: Groups, offset: int, sizes: Mapping[str, int], causal: bool) -> Pla
 def _run(plan: Plan, g: Groups, interpret: Any) -> Array:
     b, kv_heads, heads, rows, size, d = g.q.shape
     long = size * d
-    # One long vector per group: the antidiagonal of a tile is one dot product. XLA
-    # writes this copy; strided reads of single rows in the kernel would cost more.
-    queries = jnp.flip(g.q, axis=4).reshape(b, kv_heads, heads, rows, long)
-    keys = g.k.reshape(b, kv_heads, plan.columns, long)
+    # One long vector per group: the antidiagonal of a tile is one dot product.
+    if regroup.possible(size, d, g.q.dtype, plan.tile_q, plan.tile_k):
+        plan = plan._replace(vectors=size)
+        queries = g.q.reshape(b, kv_heads, heads, rows * size, d)
+        keys = g.k.reshape(b, kv_heads, plan.columns * size, d)
+    else:  # XLA writes a copy.
+        queries = jnp.flip(g.q, axis=4).reshape(b, kv_heads, heads, rows, long)
+        keys = g.k.reshape(b, kv_heads, plan.columns, long)
+    plan = plan._replace(resident=_resident(plan, heads, long, keys.dtype))
+    if not interpret:
+        # Else XLA may copy them into VMEM before the kernel starts.
+        queries, keys = (
+            pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (queries, keys)
+        )
+    return _call(plan, queries, keys, long, interpret)
+
+
+def _resident(plan: Plan, heads: int, long: int, dtype: Any) -> int:
+    """Tiles of keys that fit beside all else."""
+    long = -(-long // LANES) * LANES * jnp.dtype(dtype).itemsize
+    tile = plan.tile_k * long
+    sums = max(LANES, plan.tile_k // plan.per_k) * plan.steps * plan.tile_q
+    room = VMEM - SPARE - 2 * tile - 3 * heads * plan.tile_q * long - 4 * heads * sums
+    fit = max(0, min(plan.steps, room // tile))
+    return fit if fit == plan.steps else max(0, fit - 1)
+
+
+def _call(plan: Plan, queries: Array, keys: Array, long: int, interpret: Any) -> Array:
+    b, kv_heads, heads, _, wide = queries.shape
+    rows, dtype = plan.rows, keys.dtype
     blocks_q, blocks_k = rows // plan.per_q, plan.columns // plan.per_k
     state = pltpu.VMEM((heads, plan.tile_q, 1), jnp.float32)
     sums = (heads, plan.steps, plan.tile_q, plan.tile_k // plan.per_k)
+    held = (plan.resident + (plan.resident < plan.steps), plan.tile_k, long)
+
+    tiles_q = -(-rows // plan.tile_q)
+    read = tiles_q - (tiles_q - 1) * plan.resident // plan.steps  # times, at most
+
+    def fetched(b, k, i, j):
+        # A tile out of sight, or in VMEM, repeats the index before it: no copy.
+        last = jax.lax.max(plan.last_step(i), jnp.int32(plan.resident))
+        last = jax.lax.min(last, jnp.int32(plan.steps - 1))
+        again = jax.lax.min(jax.lax.max(j, jnp.int32(plan.resident)), last)
+        return b, k, jax.lax.select(i == 0, j, again), 0
+
     return pl.pallas_call(
-        functools.partial(_kernel, plan=plan),
+        functools.partial(tpu_kernel.kernel, plan=plan),
         # rows, KV heads, tiles of query groups, tiles of key groups
-        grid=(b, kv_heads, -(-rows // plan.tile_q), plan.steps),
+        grid=(b, kv_heads, tiles_q, plan.steps),
         in_specs=(
             pl.BlockSpec(
-                (1, 1, heads, plan.tile_q, long),
+                (1, 1, heads, plan.tile_q * plan.vectors, wide),
                 lambda b, k, i, j: (b, k, 0, i, 0),
             ),
-            pl.BlockSpec(
-                (1, 1, plan.tile_k, long),
-                # A tile out of sight repeats the index before it: no copy.
-                lambda b, k, i, j: (b, k, jax.lax.min(j, plan.last_step(i)), 0),
-            ),
+            pl.BlockSpec((1, 1, plan.tile_k * plan.vectors, wide), fetched),
         ),
         out_specs=pl.BlockSpec(
             (1, 1, heads, plan.tile_q // plan.per_q, blocks_k),
@@ -135,112 +179,23 @@ def _run(plan: Plan, g: Groups, interpret: Any) -> Array:
         out_shape=jax.ShapeDtypeStruct(
             (b, kv_heads, heads, blocks_q, blocks_k), jnp.float32
         ),
-        scratch_shapes=(state, state, pltpu.VMEM(sums, jnp.float32)),
+        scratch_shapes=(
+            state,
+            state,
+            pltpu.VMEM(sums, jnp.float32),
+            pltpu.VMEM((heads, plan.tile_q, long), dtype),
+            pltpu.VMEM(held, dtype),
+        ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * queries.size * plan.columns,
+            transcendentals=queries.size // long * plan.columns,
+            bytes_accessed=(queries.size + read * keys.size) * dtype.itemsize
+            + 4 * b * kv_heads * heads * blocks_q * blocks_k,
         ),
         interpret=interpret,
         name="kv_block_score",
     )(queries, keys)
-
-
-def _kernel(
-    q_ref,  # [1, 1, G, tile_q, J * D]
-    k_ref,  # [1, 1, tile_k, J * D]
-    out_ref,  # [1, 1, G, tile_q / per_q, S / block_k]
-    peak_ref,  # [G, tile_q, 1]
-    mass_ref,  # [G, tile_q, 1]
-    sums_ref,  # [G, steps, tile_q, tile_k / per_k]
-    *,
-    plan: Plan,
-):
-    i, j = pl.program_id(2), pl.program_id(3)
-
-    @pl.when(j == 0)
-    def _():
-        peak_ref[...] = jnp.full_like(peak_ref, LOW)
-        mass_ref[...] = jnp.zeros_like(mass_ref)
-        sums_ref[...] = jnp.zeros_like(sums_ref)
-
-    @pl.when(j <= plan.last_step(i))
-    def _():
-        seen = _seen(i, j, plan)
-        for head in range(q_ref.shape[2]):
-            logits = jnp.where(seen, _logits(q_ref, k_ref, head, plan), LOW)
-            before = peak_ref[head]
-            peak = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
-            shrink = jnp.exp(before - peak)
-            weight = jnp.where(seen, jnp.exp(logits - peak), 0.0)
-            total = jnp.sum(weight, axis=1, keepdims=True)
-            peak_ref[head] = peak
-            mass_ref[head] = mass_ref[head] * shrink + total
-            sums_ref[head] *= shrink[None]
-            sums_ref[head, j] = _block_sums(weight, plan.per_k)
-
-    @pl.when(j == plan.steps - 1)
-    def _():
-        wide = plan.tile_k // plan.per_k
-        for head in range(q_ref.shape[2]):
-            mass = mass_ref[head]
-            share = jnp.where(mass > 0, 1.0 / jnp.where(mass > 0, mass, 1.0), 0.0)
-            for step in range(plan.steps):
-                tile = _row_sums(sums_ref[head, step] * share, plan.per_q)
-                width = min(wide, out_ref.shape[-1] - step * wide)
-                at = (0, 0, head, slice(None), slice(step * wide, step * wide + width))
-                out_ref[at] = tile[:, :width]
-
-
-def _seen(i: Any, j: Any, plan: Plan) -> Array:
-    """Which key groups a query group sees; rows and columns that exist."""
-    shape = (plan.tile_q, plan.tile_k)
-    row = i * plan.tile_q + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    column = j * plan.tile_k + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    seen = (row < plan.rows) & (column < plan.columns)
-    if not plan.causal:
-        return seen
-    end = (row + 1) * plan.size_q - 1 + plan.offset
-    return seen & (column * plan.size_k <= end)
-
-
-def _logits(q_ref, k_ref, head: int, plan: Plan) -> Array:
-    exact = k_ref.dtype == jnp.float32
-    logits = jax.lax.dot_general(
-        q_ref[0, 0, head],
-        k_ref[0, 0],
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if exact else None,
-    )
-    return logits * plan.scale
-
-
-def _block_sums(weight: Array, per_k: int) -> Array:
-    """Sums over `per_k` neighbouring lanes.
-
-    A product with zeros and ones, in two bfloat16 terms: 16 bits of the weights, a
-    third of the cost of a full float32 product.
-    """
-    if per_k == 1:
-        return weight
-    columns = weight.shape[1]
-    shape = (columns, columns // per_k)
-    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // per_k
-    block = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    inside = (lane == block).astype(jnp.float32).astype(jnp.bfloat16)
-    high = weight.astype(jnp.bfloat16)
-    low = (weight - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-    return product(high, inside) + product(low, inside)
-
-
-def _row_sums(tile: Array, per_q: int) -> Array:
-    """Sums over `per_q` neighbouring rows."""
-    if per_q == 1:
-        return tile
-    rows = tile.shape[0]
-    shape = (rows // per_q, rows)
-    block = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    row = jax.lax.broadcasted_iota(jnp.int32, shape, 1) // per_q
-    inside = (block == row).astype(jnp.float32)
-    return jax.lax.dot(inside, tile, precision=jax.lax.Precision.HIGHEST)

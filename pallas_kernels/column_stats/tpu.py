@@ -240,7 +240,7 @@ def _call(plan: Plan, bounds, q, keys, at_q, at_k, rows) -> list[Array]:
         ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", *["arbitrary"] * 4),
+            dimension_semantics=("parallel",) + ("arbitrary",) * 4,
             vmem_limit_bytes=VMEM,
         ),
         cost_estimate=pl.CostEstimate(

@@ -109,8 +109,8 @@ def kernel(*refs, plan: Any):
         if along_ref is not None:
 
             @pl.when((i == 0) & (j == 0))
-            def _():
-                along_ref[...] = jnp.zeros_like(along_ref)
+            def _(ref=along_ref):
+                ref[...] = jnp.zeros_like(ref)
 
         @pl.when(crossed)
         def _():

@@ -229,10 +229,17 @@ def _workload(
         return (q, k, k, pattern), kwargs
 
     queries, keys = heads * tokens * dim * 2, kv_heads * slots * dim * 2
-    entries = 4 * lists * int(np.prod(rows)) * (capacity + 1)
-    floor = 2 * queries + 2 * keys + 4 * heads * tokens + entries
-    if gradient:  # reads q, k, v, out, its gradient, lse; writes dq, dk, dv
-        floor += 4 * queries + 4 * keys + 8 * heads * tokens
+    table = 4 * lists * int(np.prod(rows)) * (capacity + 1)
+    # The lists are the algorithm: what they name is read for each of them, once for
+    # the query heads that share one. No order of blocks is common to all lists.
+    entries = lists * (tokens // block) * capacity
+    named = entries * 2 * block * dim * 2
+    floor = 2 * queries + named + 4 * heads * tokens + table
+    if gradient:
+        # dq: reads q, d_out and out (for delta), lse, delta, what is named; writes dq.
+        floor += 4 * queries + named + 8 * heads * tokens + table
+        # dk, dv: for each KV block the queries, d_out, lse, delta that name it.
+        floor += entries * (heads // lists) * block * (2 * dim * 2 + 8) + 4 * keys
     return Workload(
         name=name,
         make=make,

@@ -87,6 +87,11 @@ class Layout:
     capacity: int
     per_block: bool  # the table has an axis of query blocks
 
+    @property
+    def entries(self) -> int:
+        """KV blocks that all lists together name, full ones."""
+        return self.batch * self.lists * self.q_blocks * self.capacity
+
     def split_queries(self, x: Float[Array, "B H T D"]) -> Array:
         """`[B, H, T, D]` to `[B, lists, rows, q_blocks * block_q, D]`, zeros behind."""
         pad = self.q_blocks * self.block_q - self.tokens

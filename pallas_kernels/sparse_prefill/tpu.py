@@ -95,6 +95,11 @@ def _kernel(
         lse_ref[0, 0, 0, r : r + 1, :] = by_lane(lse, plan, r)
 
 
+def lse_size(lay) -> int:
+    """Rows of all queries, padding too."""
+    return lay.batch * lay.lists * lay.rows * lay.q_blocks * lay.block_q
+
+
 def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
     rules, tiles, interpret = how
     plan = make_plan(q, k, pattern, rules, dict(tiles), interpret)
@@ -109,7 +114,6 @@ def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
     lse_shape = (lay.batch, lay.lists, lay.q_blocks, lay.rows, lay.block_q)
     buffer = pltpu.VMEM((2, plan.columns, plan.dim), k.dtype)
     grid = (lay.batch, lay.lists, lay.q_blocks)  # row, list, query block
-    entries = grid[0] * grid[1] * grid[2] * lay.capacity
     out, lse = pl.pallas_call(
         lambda *refs: _kernel(*refs, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -134,9 +138,12 @@ def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
             dimension_semantics=("parallel",) * 3,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=4 * entries * plan.rows * lay.block_k * lay.dim,
-            transcendentals=entries * plan.rows * lay.block_k,
-            bytes_accessed=2 * (q.nbytes + entries * lay.block_k * lay.dim * 2),
+            flops=4 * lay.entries * plan.rows * lay.block_k * lay.dim,
+            transcendentals=lay.entries * plan.rows * lay.block_k,
+            # Each block that a list names is read for it; a full list of seen blocks.
+            bytes_accessed=2 * lay.entries * lay.block_k * plan.dim * k.dtype.itemsize
+            + 2 * queries.size * q.dtype.itemsize
+            + 4 * (lse_size(lay) + lists(pattern).size),
         ),
         interpret=compat.tpu_interpret(interpret),
         name="kv_sparse_prefill",

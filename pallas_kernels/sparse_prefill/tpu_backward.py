@@ -123,6 +123,7 @@ def _query_gradient(plan, scalars, table, queries, d_rows, stats, keys, values):
     any_spec = pl.BlockSpec(memory_space=pl.ANY)
     buffer = pltpu.VMEM((2, plan.columns, plan.dim), keys.dtype)
     column = pltpu.VMEM((plan.rows, LANES), jnp.float32)
+    named = 2 * lay.entries * lay.block_k * plan.dim  # of keys and values
     return pl.pallas_call(
         lambda *refs: _dq_kernel(*refs, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -142,6 +143,13 @@ def _query_gradient(plan, scalars, table, queries, d_rows, stats, keys, values):
         out_shape=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * 3,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=6 * lay.entries * plan.rows * lay.block_k * plan.dim,
+            transcendentals=lay.entries * plan.rows * lay.block_k,
+            bytes_accessed=named * keys.dtype.itemsize
+            + 3 * queries.size * queries.dtype.itemsize
+            + 4 * (stats.size + table.size),
         ),
         interpret=compat.tpu_interpret(plan.interpret),
         name="kv_sparse_prefill_dq",

@@ -227,6 +227,7 @@ def key_gradients(
     spec = pl.BlockSpec(block, lambda b, h, j, g, *_: (b, h, j, 0))
     any_spec = pl.BlockSpec(memory_space=pl.ANY)
     rows = (2, lay.rows, lay.block_q, plan.dim)
+    item = queries.dtype.itemsize
     return pl.pallas_call(
         lambda *refs: _kernel(*refs, plan=plan, kind=type(pattern)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -249,6 +250,13 @@ def key_gradients(
         out_shape=[jax.ShapeDtypeStruct(keys.shape, keys.dtype)] * 2,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * 3 + ("arbitrary",),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=8 * lay.entries * plan.rows * lay.block_k * plan.dim,
+            transcendentals=lay.entries * plan.rows * lay.block_k,
+            # Queries and their gradient, lse and delta, for each block that names them.
+            bytes_accessed=lay.entries * plan.rows * (2 * plan.dim * item + 8)
+            + 4 * (keys.size * keys.dtype.itemsize + table.size + flat.size),
         ),
         interpret=compat.tpu_interpret(plan.interpret),
         name="kv_sparse_prefill_dkv",
