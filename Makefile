@@ -4,7 +4,7 @@ LOCK := $(PY) -m uv pip compile pyproject.toml --extra dev --extra notebook \
 	--universal --python-version 3.12 --generate-hashes --no-header \
 	--no-annotate --quiet
 
-.PHONY: help setup demo test test-slow test-kernels lint format bench kernels lock build clean
+.PHONY: help setup demo test test-slow test-kernels test-kernels-fast lint format bench kernels lock build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -28,6 +28,9 @@ test: setup ## the tests, without those marked slow
 
 test-slow: setup ## all the tests, but for kernels in their interpreters
 	$(call pytest,-m "not interpret")
+
+test-kernels-fast: setup ## the fast cases of test-kernels
+	$(PY) -m pytest tests/kernels -m "interpret and not slow"
 
 test-kernels: setup ## every kernel in its interpreter against its reference
 	$(PY) -m pytest tests/kernels

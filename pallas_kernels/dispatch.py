@@ -15,8 +15,15 @@ from typing import Any, Literal
 
 import jax
 
+from kvjax.pallas_kernels import tuning
+from kvjax.pallas_kernels.targets import TARGETS
+
 Backend = Literal["auto", "reference", "xla", "tpu", "gpu"]
 BACKENDS = ("auto", "reference", "xla", "tpu", "gpu")
+
+Tiles = Mapping[str, Any] | str | None
+"""Block sizes; the name of a chip of `targets`, for its own; None for those of the chip
+that the program is for."""
 
 # What the automatic choice tries, in order, by platform.
 PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -56,7 +63,7 @@ class Op:
         self,
         *args: Any,
         backend: Backend = "auto",
-        tiles: Any = None,
+        tiles: Tiles = None,
         interpret: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -67,12 +74,13 @@ class Op:
             backend: an explicit choice is followed or refused, never replaced;
                 `auto` takes the first of `PREFERENCE` that serves the call and logs
                 every refusal.
-            tiles: block sizes of a Pallas backend; None takes the tuned ones.
+            tiles: block sizes of a Pallas backend, those left out being the tuned ones
+                of the chip that the trace is for; or the name of a chip.
             interpret: run a Pallas backend in its interpreter, on any machine.
             kwargs: static settings of the op.
 
         Raises:
-            ValueError: unknown backend.
+            ValueError: unknown backend, block size or chip.
             NotImplementedError: the explicit backend does not serve this call, with
                 the reason.
         """
@@ -96,7 +104,8 @@ class Op:
     def _run(self, backend, args, kwargs, tiles, interpret):
         run = self.implementation(backend)
         if backend in ("tpu", "gpu"):
-            kwargs = {**kwargs, "tiles": tiles, "interpret": interpret}
+            sizes = block_sizes(self.name, backend, tiles)
+            kwargs = {**kwargs, "tiles": sizes, "interpret": interpret}
         elif interpret or tiles is not None:
             raise ValueError(
                 f"`tiles` and `interpret` are for the Pallas backends; got "
@@ -107,9 +116,42 @@ class Op:
 
 def platform() -> str:
     """Platform that the current trace is for: the mesh's, or the default device's."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = getattr(mesh, "abstract_device", None)
+    device = _mesh_device()
     return device.platform if device is not None else jax.default_backend()
+
+
+def _mesh_device() -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    return getattr(mesh, "abstract_device", None)
+
+
+def chip() -> str | None:
+    """The target that the current trace is for, None for hardware not listed there."""
+    kind = (_mesh_device() or jax.devices()[0]).device_kind
+    return next((t.name for t in TARGETS.values() if t.device_kind == kind), None)
+
+
+def block_sizes(op: str, backend: str, tiles: Tiles) -> Mapping[str, Any] | None:
+    """What a kernel is given: `tiles` over the tuned sizes of the chip.
+
+    A kernel never asks which chip there is. Without one, or without tuned sizes for it,
+    the kernel's own defaults serve.
+
+    Raises:
+        ValueError: an unknown chip, or one that the backend is not for.
+    """
+    if isinstance(tiles, str):
+        known = [t.name for t in TARGETS.values() if t.backend == backend]
+        if tiles not in known:
+            raise ValueError(
+                f"`tiles` must be block sizes, or one of {known} with "
+                f"backend={backend!r}; got {tiles!r}."
+            )
+        return tuning.tiles(op, tiles)
+    name = chip()
+    if name not in tuning.table(op) or name not in TARGETS:
+        return tiles
+    return tuning.tiles(op, name, tiles) if TARGETS[name].backend == backend else tiles
 
 
 @functools.cache  # once per reason, not once per layer and step

@@ -1,12 +1,9 @@
 """`block_score`: validation and dispatch."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from jaxtyping import Array, Float
 
 from kvjax.pallas_kernels import checks
-from kvjax.pallas_kernels.dispatch import Backend, Op
+from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 
 OP = Op(name="block_score", backends=("reference", "xla", "tpu"))
 
@@ -24,7 +21,7 @@ def block_score(
     scale: float,
     causal: bool = True,
     backend: Backend = "auto",
-    tiles: Mapping[str, Any] | None = None,
+    tiles: Tiles = None,
     interpret: bool = False,
 ) -> Float[Array, "B H T_block_q S_block_k"]:
     """Estimated attention mass of every key block for every query block.

@@ -1,13 +1,10 @@
 """`column_stats`: validation and dispatch."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.column_stats.stats import ColumnStats as ColumnStats
-from kvjax.pallas_kernels.dispatch import Backend, Op
+from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 
 OP = Op(name="column_stats", backends=("reference", "xla", "tpu"))
 
@@ -25,7 +22,7 @@ def column_stats(
     lse: Float[Array, "B H T"] | None = None,
     slash: bool = False,
     backend: Backend = "auto",
-    tiles: Mapping[str, Any] | None = None,
+    tiles: Tiles = None,
     interpret: bool = False,
 ) -> ColumnStats:
     """Sum and maximum of each key's softmax weight over the given queries.

@@ -1,12 +1,11 @@
 """`decode_attention`: what it takes, what it refuses, who serves it."""
 
 import functools
-from typing import Any
 
 from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import checks
-from kvjax.pallas_kernels.dispatch import Backend, Op
+from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.gradients import through
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.quantized import Quantized
@@ -29,7 +28,7 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     backend: Backend = "auto",
-    tiles: Any = None,
+    tiles: Tiles = None,
     interpret: bool = False,
 ) -> Partial:
     """Attention of up to 16 queries per row over the slots each KV head holds.

@@ -1,11 +1,9 @@
 """`page_score`: validation and dispatch."""
 
-from collections.abc import Mapping
-
 from jaxtyping import Array, Float
 
 from kvjax.pallas_kernels import checks
-from kvjax.pallas_kernels.dispatch import Backend, Op
+from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 
 OP = Op(name="page_score", backends=("reference", "xla", "tpu", "gpu"))
 
@@ -22,7 +20,7 @@ def page_score(
     group: str,
     scale: float | None = None,
     backend: Backend = "auto",
-    tiles: Mapping[str, int] | None = None,
+    tiles: Tiles = None,
     interpret: bool = False,
 ) -> Float[Array, "B K T P"]:
     """How much each query wants each page, one score per KV head.

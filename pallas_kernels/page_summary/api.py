@@ -1,11 +1,9 @@
 """`page_summary`: validation and dispatch."""
 
-from collections.abc import Mapping
-
 from jaxtyping import Array, Bool, Float
 
 from kvjax.pallas_kernels import checks
-from kvjax.pallas_kernels.dispatch import Backend, Op
+from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.page_summary.summary import PageSummary
 
 OP = Op(name="page_summary", backends=("reference", "xla", "tpu", "gpu"))
@@ -17,7 +15,7 @@ def page_summary(
     *,
     page: int,
     backend: Backend = "auto",
-    tiles: Mapping[str, int] | None = None,
+    tiles: Tiles = None,
     interpret: bool = False,
 ) -> PageSummary:
     """Channel-wise minimum, maximum and mean of the live keys of each page.

@@ -1,13 +1,12 @@
 """`paged_decode`: validation and dispatch."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import checks
-from kvjax.pallas_kernels.dispatch import Backend, Op
+from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.gradients import through
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.quantized import Quantized
@@ -29,7 +28,7 @@ def paged_decode(
     scale: float,
     softcap: float | None = None,
     backend: Backend = "auto",
-    tiles: Mapping[str, int] | None = None,
+    tiles: Tiles = None,
     interpret: bool = False,
 ) -> Partial:
     """Partial attention of each query over the pages that its KV head selects.

@@ -1,6 +1,5 @@
 """`quantize_pack`: validation and dispatch; `dequantize`, its inverse."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kvjax.pallas_kernels import checks
-from kvjax.pallas_kernels.dispatch import Backend, Op
+from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.quantize_pack.xla import dequantize as _dequantize
 from kvjax.pallas_kernels.quantized import Quantized
 
@@ -27,7 +26,7 @@ def quantize_pack(
     group: int,
     symmetric: bool = False,
     backend: Backend = "auto",
-    tiles: Mapping[str, Any] | None = None,
+    tiles: Tiles = None,
     interpret: bool = False,
 ) -> Quantized:
     """Packed codes of `x` with one float16 scale (and zero) per group, as int16 bits.

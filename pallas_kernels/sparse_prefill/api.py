@@ -1,12 +1,10 @@
 """Public function of the op: validation, then dispatch."""
 
-from collections.abc import Mapping
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import checks
-from kvjax.pallas_kernels.dispatch import Backend, Op
+from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.sparse_prefill.layout import Rules
 from kvjax.pallas_kernels.sparse_prefill.patterns import (
@@ -34,7 +32,7 @@ def sparse_prefill(
     softcap: float | None = None,
     causal: bool = True,
     backend: Backend = "auto",
-    tiles: Mapping[str, int] | None = None,
+    tiles: Tiles = None,
     interpret: bool = False,
 ) -> Partial:
     """Softmax attention of queries over the KV blocks that a pattern lists for them.

@@ -124,10 +124,10 @@ def test_column_stats_of_more_keys_than_fit(monkeypatch, queries, kept):
 
 def test_column_stats_beyond_the_memory_of_a_core(monkeypatch):
     monkeypatch.setattr(column_stats_tpu, "VMEM", column_stats_tpu.SPARE + (1 << 18))
-    with pytest.raises(NotImplementedError, match="column_stats: sums of 256 queries"):
-        q, k = draw(256, 2048, 64)
+    with pytest.raises(NotImplementedError, match="column_stats: sums of 512 queries"):
+        q, k = draw(512, 2048, 64)
         at = jnp.arange(2048, dtype=jnp.int32)[None]
-        column_stats(q, k, at[:, -256:], at, scale=0.1, backend="tpu")
+        column_stats(q, k, at[:, -512:], at, scale=0.1, backend="tpu")
 
 
 @pytest.mark.interpret
