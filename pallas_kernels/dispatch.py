@@ -149,7 +149,7 @@ def block_sizes(op: str, backend: str, tiles: Tiles) -> Mapping[str, Any] | None
             )
         return tuning.tiles(op, tiles)
     name = chip()
-    if name not in tuning.table(op) or name not in TARGETS:
+    if name is None or name not in tuning.table(op):
         return tiles
     return tuning.tiles(op, name, tiles) if TARGETS[name].backend == backend else tiles
 

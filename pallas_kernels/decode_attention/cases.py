@@ -13,7 +13,7 @@ from kvjax.pallas_kernels.decode_attention.workloads import BF16, Codec
 from kvjax.pallas_kernels.decode_attention.workloads import WORKLOADS as WORKLOADS
 from kvjax.pallas_kernels.quantize_pack import quantize_pack
 
-NAN = jnp.int16(0x7E00)
+NAN = np.int16(0x7E00)
 """A float16 that is none, as bits."""
 
 
