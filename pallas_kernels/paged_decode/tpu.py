@@ -77,6 +77,7 @@ def paged_decode(
             arrays,
             left=left,
             right=right,
+            live=group_rows,
             scale=scale,
             softcap=softcap,
             interpret=interpret,
@@ -89,8 +90,7 @@ def paged_decode(
         one = functools.partial(jax.tree.map, lambda x: x[None])
         out, lse = jax.lax.map(lambda row: some(one(row)), batch)
         out, lse = out[:, 0], lse[:, 0]
-    out, lse = out[:, :, :group_rows], lse[:, :, :group_rows, 0]
-    return Partial(out.reshape(q.shape), lse.reshape(q.shape[:-1]))
+    return Partial(out.reshape(q.shape), lse[..., 0].reshape(q.shape[:-1]))
 
 
 def _refuse_copies(name, pool):
@@ -134,7 +134,18 @@ def repeated(selected, counts, pages):
 
 
 def _call(
-    queries, table, counts, bias, arrays, *, left, right, scale, softcap, interpret
+    queries,
+    table,
+    counts,
+    bias,
+    arrays,
+    *,
+    left,
+    right,
+    live,
+    scale,
+    softcap,
+    interpret,
 ):
     """The kernel over a batch whose lists fit the memory for scalars."""
     b, kv_heads, rows, d = queries.shape
@@ -165,7 +176,7 @@ def _call(
                 lambda i, k, j, *_: (i, k, j, 0, 0),
             )
         )
-    wide = [(rows, d), (rows, LANES)]
+    wide = [(live, d), (live, LANES)]  # of the rows that are queries
     touched = sum(
         x.size // x.shape[0] * x.dtype.itemsize for x in arrays
     )  # bytes of a page
@@ -201,7 +212,7 @@ def _call(
             bytes_accessed=table.size * (touched + 4)
             + queries.size * queries.dtype.itemsize
             + (0 if bias is None else 4 * bias.size)
-            + 4 * b * kv_heads * rows * (d + LANES),
+            + 4 * b * kv_heads * live * (d + LANES),
         ),
         interpret=compat.tpu_interpret(interpret),
         name="paged_decode",
@@ -252,6 +263,6 @@ def _kernel(*refs, left, right, biased, scale, softcap):
     def _():
         total = total_ref[:, :1]
         safe = jnp.where(total > 0, total, 1.0)
-        out_ref[...] = acc_ref[...] / safe
+        out_ref[...] = (acc_ref[...] / safe)[: out_ref.shape[0]]
         lse = jnp.where(total > 0, peak_ref[:, :1] + jnp.log(safe), NEG_INF)
-        lse_ref[...] = jnp.broadcast_to(lse, lse_ref.shape)
+        lse_ref[...] = jnp.broadcast_to(lse[: lse_ref.shape[0]], lse_ref.shape)
