@@ -1,6 +1,7 @@
 """The recipe of a run: frozen dataclasses, decoded strictly from YAML."""
 
 import dataclasses
+import importlib.resources
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 
 from kvjax.config import decode, override, parse_assignments
 from kvjax.models.config import DecoderConfig, Evictor
+from kvjax.types import nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,15 +208,33 @@ class TrainConfig:
         return sum(stage.steps for stage in self.stages)
 
 
-def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A `TrainConfig` from a YAML file.
+def load_config(name: str | pathlib.Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A bundled recipe of `configs/train/` or a YAML file, some fields changed.
 
     Args:
-        path: the file.
+        name: bundled name, or path to a `.yaml` file.
         overrides: `dotted.path=value`, the value in YAML.
 
     Raises:
-        ValueError: unknown key (the nearest is named) or a value of a wrong type.
+        ValueError: no such recipe, unknown key (the nearest is named) or a value of a
+            wrong type.
     """
-    tree = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+    path = pathlib.Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"no recipe at {path}.")
+        text = path.read_text(encoding="utf-8")
+    else:
+        folder = importlib.resources.files("kvjax") / "configs" / "train"
+        known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+        if str(name) not in known:
+            raise ValueError(
+                f"Unknown recipe {str(name)!r}; expected one of {known} or a path to a "
+                f".yaml file.{nearest(str(name), known)}"
+            )
+        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as wrong:
+        raise ValueError(f"{name} is not YAML: {wrong}") from None
     return decode(override(tree, parse_assignments(overrides)), TrainConfig)

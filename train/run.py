@@ -3,17 +3,20 @@
 import functools
 import pathlib
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from kvjax.models.bundled import model_directory
 from kvjax.models.decoder import Decoder
 from kvjax.models.evictor import with_evictor
-from kvjax.models.io import load
+from kvjax.models.io import load, save
 from kvjax.train.config import TrainConfig
 from kvjax.train.data import Mixture
 from kvjax.train.evaluate import held_out_batches
-from kvjax.train.loop import TrainState, train
+from kvjax.train.loop import TrainState, train, with_params
 from kvjax.train.optimizer import make_optimizer
+from kvjax.train.tokenizer import save_tokenizer
 
 
 def initial(config: TrainConfig) -> Decoder:
@@ -31,15 +34,24 @@ def trained(model: Decoder, config: TrainConfig) -> Decoder:
 
 
 def run(config: TrainConfig, directory: pathlib.Path) -> TrainState:
-    """Train what `config` says, or go on where `directory` stands."""
+    """Train what `config` says, or go on where `directory` stands.
+
+    The finished model is saved in `directory / "model"`, in bfloat16, with the
+    tokenizer of the model that training started from.
+    """
     mixture = Mixture(config.data, config.stages, config.seed, config.sampling.visible)
-    model = initial(config)
-    return train(
-        trained(model, config),
+    teacher = initial(config)
+    model = trained(teacher, config)
+    state = train(
+        model,
         config,
         make_optimizer(config.optimizer, config.steps),
         mixture.batches,
         directory=directory,
-        teacher=model if config.objective.distill else None,
+        teacher=teacher if config.objective.distill else None,
         held_out=functools.partial(held_out_batches, config),
     )
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
+    save(with_params(model, params), directory / "model")
+    save_tokenizer(directory / "model", model.config.max_positions)
+    return state
