@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import compat, gradients, tuning
 from kvjax.pallas_kernels.column_stats import tpu_kernels, xla
+from kvjax.pallas_kernels.column_stats.diagonals import by_distance, in_line, start
 from kvjax.pallas_kernels.column_stats.stats import ColumnStats
 
 LANES = tpu_kernels.LANES
@@ -75,9 +76,9 @@ def column_stats(
     def kernel(*arrays):
         if not slash:
             return _run(plan, *arrays, slash=False)
-        in_line = _in_line(arrays[2], arrays[3])
+        straight = in_line(arrays[2], arrays[3])
         return jax.lax.cond(
-            in_line, functools.partial(_run, plan, slash=True), plain, *arrays
+            straight, functools.partial(_run, plan, slash=True), plain, *arrays
         )
 
     return gradients.through(kernel, plain, q, keys, q_positions, k_positions, weights)
@@ -87,22 +88,6 @@ def _block(size: int, block: int, unit: int) -> int:
     """A multiple of the lanes, or all of a short axis rounded up to `unit`."""
     block = max(LANES, block // LANES * LANES)
     return block if size > block else -(-size // unit) * unit
-
-
-def _in_line(q_positions: Array, k_positions: Array) -> Array:
-    """Keys lie at their positions and queries one after the other: rows are skewed."""
-    slot = jnp.arange(k_positions.shape[1], dtype=jnp.int32)
-    keys = jnp.all((k_positions < 0) | (k_positions == slot))
-    offset = q_positions - jnp.arange(q_positions.shape[1], dtype=jnp.int32)
-    live = q_positions >= 0
-    same = (offset == _start(q_positions)[:, None]) | ~live
-    return keys & jnp.all(same)
-
-
-def _start(q_positions: Array) -> Array:
-    """Position of the first query, counted back from those that live."""
-    at = jnp.arange(q_positions.shape[1], dtype=jnp.int32)
-    return jnp.max(jnp.where(q_positions >= 0, q_positions - at, -FAR), axis=1)
 
 
 def _run(plan, q, keys, q_positions, k_positions, weights, *, slash: bool):
@@ -127,8 +112,8 @@ def _run(plan, q, keys, q_positions, k_positions, weights, *, slash: bool):
     )
     if along is not None:
         along = along.reshape(b, h, -1)
-        last = _start(q_positions) + plan.queries - 1  # distance of the first diagonal
-        along = _by_distance(along, last, s)
+        last = start(q_positions) + plan.queries - 1  # distance of the first diagonal
+        along = by_distance(along, last, s)
     return ColumnStats(sums.reshape(b, h, s), highest.reshape(b, h, s), along)
 
 
@@ -141,15 +126,6 @@ def _bounds(at_q: Array, at_k: Array, plan: Plan) -> tuple[Array, ...]:
         return first, jnp.max(at, axis=-1)
 
     return (*of(at_q, plan.block_q), *of(at_k, plan.block_k))
-
-
-def _by_distance(along: Array, last: Array, s: int) -> Array:
-    """`out[d] = along[last - d]`, 0 outside of what there is."""
-    width = along.shape[-1]
-    backwards = jnp.pad(jnp.flip(along, -1), [(0, 0), (0, 0), (s, s)])
-    start = jnp.clip(s + width - 1 - last, 0, s + width)
-    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=s, axis=-1)
-    return jax.vmap(cut)(backwards, start)
 
 
 def _specs(plan: Plan, groups: int, d: int, order: Any):
