@@ -101,8 +101,12 @@ def _refuse(q: Array, slash: bool) -> None:
 
 def _plans(sizes, b, heads, kv_heads, t, s, d, how) -> tuple[Plan, Plan]:
     """Of the normalisers, and of the sums."""
-    block_q = min(sizes["block_q"], -(-t // ROWS) * ROWS)
-    block_k, most = sizes["block_k"], 4 * ROWS * ROWS
+    most = 4 * ROWS * ROWS
+    block_q, block_k = (
+        max(ROWS, min(sizes[name], 4 * ROWS) // ROWS * ROWS)
+        for name in ("block_q", "block_k")
+    )
+    block_q = min(block_q, -(-t // ROWS) * ROWS)
     queries = -(-t // block_q) * block_q
     tiles = heads * queries // ROWS
     # Four warp groups of 64 x 64 logits, or two of 64 x 128, fit the registers.
@@ -144,6 +148,8 @@ def _run(plans, interpret, q, keys, q_positions, k_positions, weights) -> Column
     kv_heads, s = keys.shape[1:3]
     more = (0, first.queries - t)
     q = jnp.pad(q, [(0, 0), (0, 0), more, (0, 0)])
+    # Tiles in shared memory have 8 rows: other counts of keys are copied.
+    keys = jnp.pad(keys, [(0, 0), (0, 0), (0, -s % 8), (0, 0)])
     at_q = jnp.pad(q_positions, [(0, 0), more], constant_values=-1)
     weights = jnp.pad(weights, [(0, 0), (0, 0), more])
     if first.slash:  # Backwards, so that diagonals go up with rows and columns.
@@ -256,7 +262,7 @@ def _sums(plan: Plan, interpret, q, keys, at_q, at_k, shift) -> list[Array]:
     columns = jax.ShapeDtypeStruct((b, kv_heads, heads, plan.keys), jnp.float32)
     outs, skew = [columns, columns], {}
     if plan.slash:
-        wide = plan.queries + ROWS
+        wide = -(-(plan.queries + ROWS) // 128) * 128  # whole vectors of a warp group
         frames = (b, kv_heads, heads, plan.keys // ROWS, wide)
         outs.append(jax.ShapeDtypeStruct(frames, jnp.float32))
         tile = (plan.groups, ROWS, plan.block_q + 2 * ROWS)
