@@ -90,14 +90,7 @@ def _kernel(
             j, ok = entry(e)
             plgpu.barrier_wait(k_ready.at[slot])
             shape = (ROWS, lay.block_k)
-
-            def scores_of(acc):
-                plgpu.wgmma(acc, mine, k_smem.at[slot].transpose((1, 0)))
-                return acc[...]
-
-            scores = pl.run_scoped(
-                scores_of, plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-            )
+            scores = plan.product(mine, k_smem.at[slot].transpose((1, 0)))
             plgpu.barrier_arrive(k_free.at[slot])
             if rules.softcap is not None:
                 scores = jnp.tanh(scores * (rules.scale / rules.softcap))
@@ -124,15 +117,8 @@ def _kernel(
                 weight = staged[0].at[group]
             plgpu.barrier_wait(v_ready.at[slot])
 
-            def product_of(acc):
-                plgpu.wgmma(acc, weight, v_smem.at[slot])
-                return acc[...]
-
-            # Not accumulated in place: `pl.run_state` has no interpreter, and the
-            # rescaling becomes a fused multiply-add.
-            more = pl.run_scoped(
-                product_of, plgpu.WGMMAAccumulatorRef(out.shape, jnp.float32)
-            )
+            # Not accumulated in place: the rescaling becomes a fused multiply-add.
+            more = plan.product(weight, v_smem.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
             out = out * lax.broadcast_in_dim(shrink, out.shape, [0]) + more
             return out, top, total

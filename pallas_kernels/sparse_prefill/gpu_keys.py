@@ -121,38 +121,18 @@ def _kernel(
     lay, rules = plan.lay, plan.rules
     (k_near, v_near, *staged), nears, mine_here, here, free = scratch
     q_near, d_near, lse_near, delta_near = nears
-    (groups, stages), per_head = (k_near.shape[0], q_near.shape[0]), lay.block_q // ROWS
+    groups, stages = k_near.shape[0], q_near.shape[0]
     batch, kv_head, group = map(lax.axis_index, ("batch", "heads", "wg"))
     j = lax.axis_index("blocks")  # the first blocks are read by most queries
     start, kv_len = start_ref[batch], len_ref[batch]
-    base = j - lax.div(start, jnp.int32(lay.block_k)) if plan.diagonals else 0
-    heads = lay.heads // lay.kv_heads
 
-    def each_tile(body, carry):
-        """`body(step, query head, first query, whether it exists, carry)`, in order."""
-
-        def one_head(g, outer):
-            head = kv_head * heads + g
-            n = batch * plan.lists + lax.div(head * plan.lists, jnp.int32(lay.heads))
-            begin = begin_ref[n, j]
-            tiles = jnp.maximum(end_ref[n, j] - begin, 0) * per_head
-            done, carry = outer
-
-            def one_tile(e, carry):
-                block = entry_ref[n, begin + lax.div(e, jnp.int32(per_head))] + base
-                ok = (block >= 0) & (block < lay.q_blocks)
-                part = lax.rem(e, jnp.int32(per_head))
-                first = jnp.where(ok, block, 0) * lay.block_q + part * ROWS
-                ok = ok & (first < lay.tokens)  # a block may end behind the last query
-                return body(done + e, head, jnp.where(ok, first, 0), ok, carry)
-
-            return done + tiles, lax.fori_loop(0, tiles, one_tile, carry)
-
-        return lax.fori_loop(0, heads, one_head, (jnp.int32(0), carry))
+    each_tile = functools.partial(
+        _each_tile, plan, (entry_ref, begin_ref, end_ref), start
+    )
 
     @pl.when(group < groups)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         k0 = j * lay.block_k + group * ROWS
         keys = (batch, kv_head, pl.ds(k0, ROWS))
         mine = mine_here.at[group]
@@ -208,7 +188,7 @@ def _kernel(
 
     @pl.when(group == groups)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
 
         def copy(step, head, first, ok, carry):
             del ok
@@ -225,3 +205,40 @@ def _kernel(
         for slot in range(stages):  # the interpreter wants every phase waited for
             wait: Any = functools.partial(plgpu.barrier_wait, free.at[slot])
             pl.when(slot < steps)(wait)
+
+
+def _each_tile(plan: Plan, lists, start, body, carry):
+    """Calls `body` for every 64 queries that list the block, head by head.
+
+    Args:
+        plan: sizes.
+        lists: references to what `readers` returns.
+        start: position of the first query.
+        body: `(step, query head, first query, whether it exists, carry) -> carry`.
+        carry: of the first call.
+
+    Returns:
+        The number of steps, and the last carry.
+    """
+    lay, (entry_ref, begin_ref, end_ref) = plan.lay, lists
+    batch, kv_head, j = map(lax.axis_index, ("batch", "heads", "blocks"))
+    base = j - lax.div(start, jnp.int32(lay.block_k)) if plan.diagonals else 0
+    heads, per_block = lay.heads // lay.kv_heads, jnp.int32(lay.block_q // ROWS)
+
+    def one_head(g, outer):
+        done, carry = outer
+        head = kv_head * heads + g
+        n = batch * plan.lists + lax.div(head * plan.lists, jnp.int32(lay.heads))
+        begin = begin_ref[n, j]
+        tiles = jnp.maximum(end_ref[n, j] - begin, 0) * per_block
+
+        def one_tile(e, carry):
+            block = entry_ref[n, begin + lax.div(e, per_block)] + base
+            ok = (block >= 0) & (block < lay.q_blocks)
+            first = jnp.where(ok, block, 0) * lay.block_q + lax.rem(e, per_block) * ROWS
+            ok = ok & (first < lay.tokens)  # a block may end behind the last query
+            return body(done + e, head, jnp.where(ok, first, 0), ok, carry)
+
+        return done + tiles, lax.fori_loop(0, tiles, one_tile, carry)
+
+    return lax.fori_loop(0, heads, one_head, (jnp.int32(0), carry))

@@ -52,7 +52,7 @@ class Plan:
         return LOG2E * (self.rules.softcap or self.rules.scale)
 
     def product(self, a: Any, b: Any) -> Any:
-        """`a @ b` in float32, both in shared memory."""
+        """`a @ b` in float32, `b` in shared memory, `a` there or in registers."""
 
         def multiply(acc):
             plgpu.wgmma(acc, a, b)
