@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.pallas_kernels import compat, gradients, tuning
 from kvjax.pallas_kernels.column_stats import gpu_kernels, xla
 from kvjax.pallas_kernels.column_stats.diagonals import by_distance, in_line, start
-from kvjax.pallas_kernels.column_stats.gpu_kernels import LOW, ROWS
+from kvjax.pallas_kernels.column_stats.gpu_kernels import LOG2E, LOW, ROWS
 from kvjax.pallas_kernels.column_stats.stats import ColumnStats
 
 FAR = jnp.iinfo(jnp.int32).max
@@ -58,11 +58,12 @@ def column_stats(
     window: int | None = None,
     softcap: float | None = None,
     weights: Float[Array, "B H T"] | None = None,
+    lse: Float[Array, "B H T"] | None = None,
     slash: bool = False,
     tiles: Mapping[str, Any] | None = None,
     interpret: bool = False,
 ) -> ColumnStats:
-    """See `api.column_stats`."""
+    """See `api.column_stats`; with `lse`, of each query's logits, there is no pass 1."""
     _refuse(q, slash)
     (b, h, t, d), kv_heads = q.shape, keys.shape[1]
     weights = jnp.ones((b, h, t), jnp.float32) if weights is None else weights
@@ -72,10 +73,11 @@ def column_stats(
         sizes["block_q"] = ROWS
     plans = _plans(sizes, b, h // kv_heads, kv_heads, t, keys.shape[2], d, how)
 
-    def plain(q, keys, q_positions, k_positions, weights):
-        return xla.column_stats(
-            q, keys, q_positions, k_positions, weights=weights, **how
-        )
+    rows = {"weights": weights} | ({} if lse is None else {"lse": lse})
+
+    def plain(q, keys, q_positions, k_positions, *values):
+        known = dict(zip(rows, values, strict=True))
+        return xla.column_stats(q, keys, q_positions, k_positions, **known, **how)
 
     run = functools.partial(_run, plans, interpret)
 
@@ -84,7 +86,8 @@ def column_stats(
             return run(*arrays)
         return jax.lax.cond(in_line(arrays[2], arrays[3]), run, plain, *arrays)
 
-    return gradients.through(kernel, plain, q, keys, q_positions, k_positions, weights)
+    arrays = (q, keys, q_positions, k_positions, *rows.values())
+    return gradients.through(kernel, plain, *arrays)
 
 
 def _refuse(q: Array, slash: bool) -> None:
@@ -142,7 +145,9 @@ def _stages(most: int, d: int, rows: int, columns: int, slash: bool = False) -> 
     return max(1, min(most, room // (columns * d * 2)))
 
 
-def _run(plans, interpret, q, keys, q_positions, k_positions, weights) -> ColumnStats:
+def _run(
+    plans, interpret, q, keys, q_positions, k_positions, weights, lse=None
+) -> ColumnStats:
     first, second = plans
     b, h, t, d = q.shape
     kv_heads, s = keys.shape[1:3]
@@ -160,9 +165,15 @@ def _run(plans, interpret, q, keys, q_positions, k_positions, weights) -> Column
         more = (0, plan.keys - s)
         return jnp.pad(k_positions, [(0, 0), more], constant_values=-1)
 
-    lse = _normalisers(first, interpret, q, keys, at_q, padded(first))
+    if lse is None:
+        lse = _normalisers(first, interpret, q, keys, at_q, padded(first))
+    else:
+        lse = jnp.pad(lse * LOG2E, [(0, 0), (0, 0), more], constant_values=LOW)
+        lse = jnp.flip(lse, 2) if first.slash else lse
+        lse = lse.reshape(b, kv_heads, -1)
     # A weight is a factor in the exponent; rows that count nothing vanish there.
-    shift = jnp.where(lse > LOW / 2, lse, 0.0) - jnp.log2(weights.reshape(lse.shape))
+    shift = lse - jnp.log2(weights.reshape(lse.shape))
+    shift = jnp.where(lse > LOW / 2, shift, -LOW)
     found = _sums(second, interpret, q, keys, at_q, padded(second), shift)
     total, highest = (x.reshape(b, h, -1)[..., :s] for x in found[:2])
     along = None
