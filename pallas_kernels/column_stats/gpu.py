@@ -63,7 +63,7 @@ def column_stats(
     tiles: Mapping[str, Any] | None = None,
     interpret: bool = False,
 ) -> ColumnStats:
-    """See `api.column_stats`; with `lse`, of each query's logits, there is no pass 1."""
+    """See `api.column_stats`; with the `lse` of the queries, without the first pass."""
     _refuse(q, slash)
     (b, h, t, d), kv_heads = q.shape, keys.shape[1]
     weights = jnp.ones((b, h, t), jnp.float32) if weights is None else weights
