@@ -6,6 +6,7 @@ reads one, and training's parallel form are the same model with another callback
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,24 @@ from kvjax.models.config import DecoderConfig
 from kvjax.types import LayerInputs, LayerSpec
 
 Attention = Callable[[LayerInputs], Array]
+
+
+class Carrying:
+    """Attention that hands something on from layer to layer.
+
+    `step(inputs, state) -> (out, state)` is called once per layer; `state` is there to
+    be read behind the last one. An object serves one call of a decoder.
+    """
+
+    def __init__(self, step: Callable[[LayerInputs, Any], tuple[Array, Any]], state):
+        self.step = step
+        self.state = state
+
+    def __call__(self, inputs: LayerInputs) -> Array:
+        """Attention of one layer."""
+        out, self.state = self.step(inputs, self.state)
+        return out
+
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -34,6 +53,11 @@ class Linear(nnx.Module):
         noise = jax.random.normal(rngs.params(), (n_in, n_out), jnp.float32)
         self.kernel = nnx.Param((noise * std).astype(dtype))
         self.bias = nnx.Param(jnp.zeros((n_out,), dtype)) if bias else None
+
+    @property
+    def product(self) -> Float[Array, "in out"]:
+        """The matrix that inputs are multiplied with."""
+        return self.kernel[...]
 
     def __call__(self, x: Float[Array, "*shape in"]) -> Float[Array, "*shape out"]:
         """`[..., in]` to `[..., out]`, in the dtype of the kernel."""
@@ -94,7 +118,7 @@ class SelfAttention(nnx.Module):
             k=spec.rope.rotate(k.transpose(0, 2, 1, 3), turn),
             v=v.transpose(0, 2, 1, 3),
             positions=positions,
-            o_proj=self.o.kernel[...].reshape(h, d, e),
+            o_proj=self.o.product.reshape(h, d, e),
             retention=retention,
             spec=spec,
         )
@@ -214,15 +238,23 @@ class Decoder(nnx.Module):
             positions: absolute positions, `EMPTY` at padding.
             attention: called once per layer in order, `LayerInputs -> [B H T D]`.
             remat: recompute each layer in the backward pass instead of storing it;
-                `attention` must then be pure.
+                `attention` must then be pure, or `Carrying` all that it keeps.
         """
         x = self.embed(tokens)
+        carrying = attention if isinstance(attention, Carrying) else None
+        state = carrying.state if carrying else None
         for layer, spec in zip(self.layers, self.config.layers, strict=True):
 
-            def run(x, positions, layer=layer, spec=spec):
-                return layer(x, positions, spec, attention)
+            def run(x, positions, state, layer=layer, spec=spec):
+                if carrying is None:
+                    return layer(x, positions, spec, attention), None
+                carrying.state = state  # in and out by name, or a trace would leak it
+                return layer(x, positions, spec, attention), carrying.state
 
-            x = (jax.checkpoint(run) if remat else run)(x, positions)
+            run = jax.checkpoint(run) if remat else run
+            x, state = run(x, positions, state)
+        if carrying is not None:
+            carrying.state = state
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*shape E"]) -> Float[Array, "*shape V"]:

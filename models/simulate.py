@@ -9,9 +9,16 @@ from jaxtyping import Array, Float
 from kvjax.compress import parallel
 from kvjax.compress.config import Compression
 from kvjax.models import checks
-from kvjax.models.decoder import Attention, Decoder
+from kvjax.models.decoder import Attention, Carrying, Decoder
 from kvjax.models.inference import NONE
-from kvjax.types import LayerInputs, Lengths, LengthsLike, TokensLike, padded_positions
+from kvjax.types import (
+    LayerInputs,
+    Lengths,
+    LengthsLike,
+    Scores,
+    TokensLike,
+    padded_positions,
+)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "c"))
@@ -30,15 +37,11 @@ def simulated(
     Nothing is checked; see `simulate`. That no row has more than `later` tokens behind
     its point, where it is known, saves their work.
     """
-    priorities: list = [None]
 
-    def attention(inputs: LayerInputs) -> Array:
-        out, priorities[0] = parallel.attend(
-            inputs, prompt_lengths, c, priorities[0], later
-        )
-        return out
+    def step(inputs: LayerInputs, priorities: Scores | None):
+        return parallel.attend(inputs, prompt_lengths, c, priorities, later)
 
-    return attention
+    return Carrying(step, None)
 
 
 def simulate(

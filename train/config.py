@@ -1,6 +1,7 @@
 """The recipe of a run: frozen dataclasses, decoded strictly from YAML."""
 
 import dataclasses
+import importlib.resources
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,9 @@ import yaml
 
 from kvjax.config import decode, override, parse_assignments
 from kvjax.models.config import DecoderConfig, Evictor
+from kvjax.types import nearest
+
+COMPUTE = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +133,39 @@ class DMSConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SurrogateConfig:
+    """Training an evictor's head to predict what later queries look at.
+
+    Attributes:
+        weight: of the squared error of log scores.
+    """
+
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank updates beside frozen matrices.
+
+    Attributes:
+        rank: of an update.
+        alpha: updates are scaled by `alpha / rank`.
+        modules: matrices of each layer, of q, k, v, o, gate, up, down.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    modules: tuple[str, ...] = ("q", "k", "v", "o")
+
+    def __post_init__(self):
+        if self.rank < 1 or not self.modules:
+            raise ValueError(
+                "`lora` needs a rank of at least 1 and at least one module; got "
+                f"{self.rank} and {self.modules}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Optimizer and schedule: warm-up, constant, linear decay to zero.
 
@@ -140,6 +177,7 @@ class OptimizerConfig:
         weight_decay: decoupled.
         beta1, beta2: moments of AdamW.
         clip: bound on the global gradient norm.
+        accumulate: batches per update, whose gradients are averaged.
     """
 
     name: str = "muon"
@@ -150,6 +188,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.98
     clip: float = 1.0
+    accumulate: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +204,13 @@ class TrainConfig:
         sampling: the compressions that are simulated.
         objective: what is minimised.
         evictor: what the model gets to say which tokens it can do without.
-        dms: how it is trained to use it, instead of `sampling`.
+        dms: how it is trained to use it, instead of `sampling`; or
+        surrogate: how its head is.
+        trainable: names of the weights that are trained, as shell patterns
+            (`layers.*.attention.k.kernel`, `*norm.weight`); none: all.
+        lora: low-rank updates; they are trained, and what `trainable` names.
+        remat: recompute layers in the backward pass: less memory, a third more work.
+        compute: dtype of the passes; the weights that are trained stay in float32.
         optimizer: how.
         log_every, eval_every, save_every: in steps.
         eval_items: held-out items per source and width of the running evaluation.
@@ -180,6 +225,11 @@ class TrainConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     evictor: Evictor | None = None
     dms: DMSConfig | None = None
+    surrogate: SurrogateConfig | None = None
+    trainable: tuple[str, ...] = ()
+    lora: LoRAConfig | None = None
+    remat: bool = False
+    compute: str = "float32"
     optimizer: OptimizerConfig = OptimizerConfig()
     log_every: int = 10
     eval_every: int = 100
@@ -192,13 +242,25 @@ class TrainConfig:
                 "a recipe needs either `model` (fresh weights) or `init` (a checkpoint "
                 f"to go on from); got {'neither' if self.model is None else 'both'}."
             )
-        if self.dms is not None and self.sampling.choices:
+        ways = {
+            "dms": self.dms,
+            "surrogate": self.surrogate,
+            "sampling.choices": self.sampling.choices,
+        }
+        given = [name for name, value in ways.items() if value]
+        if len(given) > 1:
             raise ValueError(
-                "`dms` and `sampling.choices` exclude each other: each says what "
-                "attention sees."
+                f"{' and '.join(given)} exclude each other: each says what attention "
+                "sees."
             )
-        if self.dms is not None and self.evictor is None:
-            raise ValueError("`dms` needs an `evictor`; add `evictor: {kind: neuron}`.")
+        if (self.dms or self.surrogate) and self.evictor is None:
+            raise ValueError(
+                f"`{given[0]}` needs an `evictor`; add `evictor: {{kind: ...}}`."
+            )
+        if self.compute not in COMPUTE:
+            raise ValueError(
+                f"`compute` must be one of {list(COMPUTE)}; got {self.compute!r}."
+            )
 
     @property
     def steps(self) -> int:
@@ -206,15 +268,33 @@ class TrainConfig:
         return sum(stage.steps for stage in self.stages)
 
 
-def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A `TrainConfig` from a YAML file.
+def load_config(name: str | pathlib.Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A bundled recipe of `configs/train/` or a YAML file, some fields changed.
 
     Args:
-        path: the file.
+        name: bundled name, or path to a `.yaml` file.
         overrides: `dotted.path=value`, the value in YAML.
 
     Raises:
-        ValueError: unknown key (the nearest is named) or a value of a wrong type.
+        ValueError: no such recipe, unknown key (the nearest is named) or a value of a
+            wrong type.
     """
-    tree = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+    path = pathlib.Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"no recipe at {path}.")
+        text = path.read_text(encoding="utf-8")
+    else:
+        folder = importlib.resources.files("kvjax") / "configs" / "train"
+        known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+        if str(name) not in known:
+            raise ValueError(
+                f"Unknown recipe {str(name)!r}; expected one of {known} or a path to a "
+                f".yaml file.{nearest(str(name), known)}"
+            )
+        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as wrong:
+        raise ValueError(f"{name} is not YAML: {wrong}") from None
     return decode(override(tree, parse_assignments(overrides)), TrainConfig)

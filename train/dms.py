@@ -10,34 +10,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.models.decoder import Attention
+from kvjax.models.decoder import Carrying
 from kvjax.pallas_kernels.dense import attention_with_mass
 from kvjax.train.config import DMSConfig
 from kvjax.types import LayerInputs, Lengths
 
 
-def relaxed(
-    config: DMSConfig,
-    lengths: Lengths,
-    step: Int[Array, ""],
-    shortfalls: list[Array],
-) -> Attention:
-    """Attention under relaxed evictions; adds each layer's shortfall to a list.
-
-    For a single call of a `Decoder`, inside of `jit`.
+def relaxed(config: DMSConfig, lengths: Lengths, step: Int[Array, ""]) -> Carrying:
+    """Attention under relaxed evictions; its state becomes the mean `shortfall`.
 
     Args:
         config: window, ratio, temperature.
         lengths: tokens of each row that the ratio counts, `[B]`.
         step: of the training; seeds the draws and drives the ramp.
-        shortfalls: gets one scalar per layer, see `shortfall`.
     """
 
-    def attention(inputs: LayerInputs) -> Float[Array, "B H T D"]:
+    def attention(inputs: LayerInputs, total: Array) -> tuple[Array, Array]:
         spec = inputs.spec
         assert inputs.retention is not None
         evict = -inputs.retention
-        shortfalls.append(shortfall(evict, config, lengths, step))
+        missing = shortfall(evict, config, lengths, step) / spec.num_layers
         key = jax.random.fold_in(jax.random.key(step), spec.index)
         noise = jax.random.logistic(key, evict.shape)
         # log(1 - sigmoid(x)), without a difference that rounds to zero.
@@ -60,9 +52,9 @@ def relaxed(
             bias=bias,
             mass=False,
         )
-        return part.out
+        return part.out, total + missing
 
-    return attention
+    return Carrying(attention, jnp.zeros(()))
 
 
 def shortfall(

@@ -11,70 +11,95 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Decoder
-from kvjax.train.config import ObjectiveConfig, TrainConfig
-from kvjax.train.objective import Batch, Objective, make_objective
+from kvjax.train.config import TrainConfig
+from kvjax.train.objective import (
+    Batch,
+    Objective,
+    make_objective,
+    next_token,
+    predictions,
+)
+from kvjax.train.optimizer import make_optimizer
+from kvjax.train.params import Params, with_params
 from kvjax.train.sampling import Sampler
 from kvjax.types import pytree
 
 
 @pytree
 class TrainState:
-    """What a run carries from step to step; `params` is a plain nested dict."""
+    """What a run carries from step to step; `params` are the weights it trains."""
 
     step: jax.Array
-    params: Any
+    params: Params
     opt_state: Any
 
 
-def init_params(model: Decoder) -> Any:
-    """The weights of `model` as a plain dict, copied, in float32."""
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-
-
-def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 from the weights of `model`, in float32."""
-    params = init_params(model)
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0 of training `params`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params)
     )
 
 
-def with_params(model: Decoder, params: Any) -> Decoder:
-    """A model like `model` with the weights of a plain dict."""
-    graph, state = nnx.split(model)
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Where the weights of a run come from.
+
+    Attributes:
+        model: its structure; its own weights are those of step 0.
+        fixed: weights that are not trained.
+        teacher: structure of the objective's teacher, or None.
+        guide: its weights.
+        compute: dtype of the passes.
+    """
+
+    model: Decoder
+    fixed: Params
+    teacher: Decoder | None = None
+    guide: Params = dataclasses.field(default_factory=dict)
+    compute: str = "float32"
+
+    @property
+    def arrays(self) -> tuple[Params, Params]:
+        """What a step needs beside its state."""
+        return self.fixed, self.guide
+
+    def joined(self, params: Params, fixed: Params) -> Decoder:
+        """The model with trained and fixed weights."""
+        return with_params(self.model, _cast({**fixed, **params}, self.compute))
+
+    def guided(self, guide: Params) -> Decoder | None:
+        """The teacher, or None."""
+        if self.teacher is None:
+            return None
+        return with_params(self.teacher, _cast(guide, self.compute))
+
+
+def _cast(params: Params, dtype: str) -> Params:
+    return {name: x.astype(dtype) for name, x in params.items()}
 
 
 def make_step(
-    model: Decoder,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    teacher: Decoder | None = None,
+    weights: Weights, objective: Objective, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, batch, guide) -> (state, metrics)`, jitted, the state donated.
+    """`step(state, batch, weights.arrays) -> (state, metrics)`, the state donated."""
 
-    `guide` are the weights of `teacher`, or None without one.
-    """
-
-    def loss(params, batch, guide):
-        guided = None if teacher is None else with_params(teacher, guide)
-        return objective(with_params(model, params), batch, guided)
+    def loss(params, batch, arrays):
+        fixed, guide = arrays
+        return objective(weights.joined(params, fixed), batch, weights.guided(guide))
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch, guide: Any):
+    def step(state: TrainState, batch: Batch, arrays: tuple[Params, Params]):
         grad = jax.value_and_grad(loss, has_aux=True)
-        (value, metrics), grads = grad(state.params, batch, guide)
+        (value, metrics), grads = grad(state.params, batch, arrays)
         # optax divides by its integer step count, which strict promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         metrics = {"loss": value, "norm": optax.tree.norm(grads), **metrics}
         state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
         return state, metrics
@@ -82,16 +107,18 @@ def make_step(
     return step
 
 
-def make_eval(model: Decoder):
+def make_eval(
+    weights: Weights,
+) -> Callable[[Params, Batch], dict[str, jax.Array]]:
     """`evaluate(params, batch) -> metrics` with a full cache, jitted."""
-    objective = make_objective(ObjectiveConfig())
 
     @jax.jit
-    def evaluate(params, batch: Batch):
-        value, metrics = objective(with_params(model, params), batch, None)
-        return {"loss": value, **metrics}
+    def evaluate(params: Params, fixed: Params, batch: Batch):
+        model = weights.joined(params, fixed)
+        loss, metrics = next_token(predictions(model, batch), batch)
+        return {"loss": loss, **metrics}
 
-    return evaluate
+    return lambda params, batch: evaluate(params, weights.fixed, batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,45 +159,42 @@ def _leaves(state: TrainState) -> dict[str, jax.Array]:
 
 
 def train(
-    model: Decoder,
+    weights: Weights,
+    params: Params,
     config: TrainConfig,
-    optimizer: optax.GradientTransformation,
     batches: Callable[[int, int], Iterator[Batch]],
     *,
     directory: pathlib.Path,
-    teacher: Decoder | None = None,
     held_out: Callable[[int], dict[str, Batch]] | None = None,
 ) -> TrainState:
     """Train to the end, from the newest checkpoint of `directory` if there is one.
 
     Args:
-        model: its weights are where a fresh run starts.
-        config: objective, sampled compressions, number of steps, when to log.
-        optimizer: an optax transformation.
+        weights: the model, what is fixed of it, and the teacher.
+        params: what is trained, as a fresh run starts.
+        config: objective, sampled compressions, optimizer, when to log.
         batches: `(first, last) ->` the batches of those steps.
         directory: for checkpoints and `log.jsonl`.
-        teacher: what an objective that distills follows.
         held_out: batches to evaluate on at a step, by name.
     """
     directory.mkdir(parents=True, exist_ok=True)
     log = Log(path=directory / "log.jsonl")
-    state = restore(directory, init_state(model, optimizer))
-    guide = None if teacher is None else init_params(teacher)
-    evaluate = make_eval(model)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = restore(directory, init_state(params, optimizer))
+    evaluate = make_eval(weights)
     sampler = Sampler(config.sampling, config.seed)
     steps, log_every = config.steps, config.log_every
 
     @functools.cache  # one program per compression, and per width inside of it
     def compiled(c: Compression | None):
-        objective = make_objective(config.objective, c, config.dms)
-        return make_step(model, objective, optimizer, teacher)
+        return make_step(weights, make_objective(config, c), optimizer)
 
     began = last = time.perf_counter()
     first = int(state.step)
     for number, batch in enumerate(batches(first, steps), first + 1):
         sample = sampler.at(number - 1)
         step = compiled(sample.compression if sample else None)
-        state, metrics = step(state, batch, guide)
+        state, metrics = step(state, batch, weights.arrays)
         if number % log_every == 0 or number == first + 1:
             values = {k: float(v) for k, v in metrics.items()}
             now = time.perf_counter()

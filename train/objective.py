@@ -1,6 +1,7 @@
 """What training minimises: a function of a model and a batch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ from kvjax.compress.config import Compression
 from kvjax.models.decoder import Attention, Decoder
 from kvjax.models.simulate import simulated
 from kvjax.train.attention import prefix_attention
-from kvjax.train.config import DMSConfig, ObjectiveConfig
+from kvjax.train.config import TrainConfig
 from kvjax.train.dms import relaxed
+from kvjax.train.surrogate import regressing
 from kvjax.types import Lengths, Tokens, pytree, static
 
 
@@ -42,54 +44,63 @@ Objective = Callable[[Decoder, Batch, Decoder | None], tuple[Array, Metrics]]
 """Loss and metrics of a model, a batch, and the teacher if the loss needs one."""
 
 
-def make_objective(
-    config: ObjectiveConfig,
-    c: Compression | None = None,
-    dms: DMSConfig | None = None,
-) -> Objective:
-    """The loss of `config` under a compression.
+def make_objective(config: TrainConfig, c: Compression | None = None) -> Objective:
+    """The loss of a recipe under one compression.
 
     Args:
-        config: the weights of its terms. The teacher, which `distill` follows with a
-            full cache, comes with the call.
+        config: its `objective`, `dms`, `surrogate` and `remat` count. The teacher,
+            which `distill` follows with a full cache, comes with the call.
         c: simulated at each row's compression point; None for plain attention.
-        dms: what the model gives up is relaxed, and asked for; instead of `c`.
     """
+    weights = config.objective
 
     def objective(
         model: Decoder, batch: Batch, teacher: Decoder | None = None
     ) -> tuple[Array, Metrics]:
-        attention = prefix_attention
-        if c is not None:
-            attention = simulated(batch.prompt_lengths, c, batch.later)
-        shortfalls: list[Array] = []
-        if dms is not None:
-            attention = relaxed(dms, batch.prompt_lengths, batch.step, shortfalls)
-        logits = predictions(model, batch, attention)
+        attention = _attention(config, c, batch)
+        logits = predictions(model, batch, attention, remat=config.remat)
         loss, metrics = next_token(logits, batch)
-        loss = config.next_token * loss
-        if config.distill:
+        loss = weights.next_token * loss
+        terms = {}
+        if weights.distill:
             assert teacher is not None
             wanted = jax.lax.stop_gradient(predictions(teacher, batch))
-            divergence = distillation(logits, wanted, batch)
-            metrics["distill"] = jax.lax.stop_gradient(divergence)
-            loss = loss + config.distill * divergence
-        if dms is not None:
-            missing = jnp.mean(jnp.stack(shortfalls))
-            metrics["shortfall"] = jax.lax.stop_gradient(missing)
-            loss = loss + dms.weight * missing
+            terms["distill"] = weights.distill, distillation(logits, wanted, batch)
+        if config.dms is not None:
+            terms["shortfall"] = config.dms.weight, attention.state
+        if config.surrogate is not None:
+            terms["surrogate"] = config.surrogate.weight, attention.state
+        for name, (weight, value) in terms.items():
+            loss = loss + weight * value
+            metrics[name] = jax.lax.stop_gradient(value)
         return loss, metrics
 
     return objective
 
 
+def _attention(config: TrainConfig, c: Compression | None, batch: Batch) -> Any:
+    """What the model attends by."""
+    if config.dms is not None:
+        return relaxed(config.dms, batch.prompt_lengths, batch.step)
+    if config.surrogate is not None:
+        return regressing(batch.prompt_lengths, batch.later)
+    if c is not None:
+        return simulated(batch.prompt_lengths, c, batch.later)
+    return prefix_attention
+
+
 def predictions(
-    model: Decoder, batch: Batch, attention: Attention = prefix_attention
+    model: Decoder,
+    batch: Batch,
+    attention: Attention = prefix_attention,
+    *,
+    remat: bool = False,
 ) -> Float[Array, "B T-1 V"]:
     """Logits of every token but the first."""
     rows, width = batch.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
-    return model.logits(model(batch.tokens, positions, attention))[:, :-1]
+    hidden = model(batch.tokens, positions, attention, remat=remat)
+    return model.logits(hidden)[:, :-1]
 
 
 def next_token(

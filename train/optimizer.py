@@ -23,8 +23,14 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer `config` names, with clipping and its schedule."""
+    """The optimizer `config` names, with clipping and its schedule.
+
+    `steps` are those of the run; with accumulation the schedule sees fewer updates.
+    """
     rate = schedule(config, steps)
+    if config.accumulate > 1:
+        every = rate
+        rate = lambda count: every(count * config.accumulate)  # noqa: E731
     if config.name == "muon":
         inner = contrib.muon(
             rate,
@@ -43,7 +49,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             f"Unknown optimizer {config.name!r}; expected one of {list(OPTIMIZERS)}."
             f"{nearest(config.name, OPTIMIZERS)}"
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip), inner)
+    made = optax.chain(optax.clip_by_global_norm(config.clip), inner)
+    if config.accumulate == 1:
+        return made
+    many = optax.MultiSteps(made, every_k_schedule=config.accumulate)
+    return many.gradient_transformation()
 
 
 def _matrices(params):

@@ -8,12 +8,14 @@ from flax import nnx
 from kvjax.models.bundled import model_directory
 from kvjax.models.decoder import Decoder
 from kvjax.models.evictor import with_evictor
-from kvjax.models.io import load
+from kvjax.models.io import load, save
 from kvjax.train.config import TrainConfig
 from kvjax.train.data import Mixture
 from kvjax.train.evaluate import held_out_batches
-from kvjax.train.loop import TrainState, train
-from kvjax.train.optimizer import make_optimizer
+from kvjax.train.loop import TrainState, Weights, train
+from kvjax.train.lora import PATTERNS, merged, with_lora
+from kvjax.train.params import Params, params_of, split, with_params
+from kvjax.train.tokenizer import save_tokenizer
 
 
 def initial(config: TrainConfig) -> Decoder:
@@ -23,23 +25,62 @@ def initial(config: TrainConfig) -> Decoder:
     return load(model_directory(config.init), "float32", tokenizer=False)[0]
 
 
-def trained(model: Decoder, config: TrainConfig) -> Decoder:
+def extended(model: Decoder, config: TrainConfig) -> Decoder:
     """`model` with what training adds to it."""
-    if config.evictor is None:
-        return model
-    return with_evictor(model, config.evictor, seed=config.seed)
+    if config.evictor is not None:
+        model = with_evictor(model, config.evictor, seed=config.seed)
+    if config.lora is not None:
+        model = with_lora(model, config.lora, seed=config.seed)
+    return model
+
+
+def weights_of(config: TrainConfig) -> tuple[Weights, Params]:
+    """Model, teacher and fixed weights of a run, and the weights that it trains.
+
+    Weights that stay as they are take the dtype of the passes; the teacher shares them.
+    """
+    base = initial(config)
+    model = extended(base, config)
+    patterns = (*(PATTERNS if config.lora else ()), *config.trainable)
+    params, fixed = split(params_of(model), patterns)
+    fixed = {name: x.astype(config.compute) for name, x in fixed.items()}
+    teacher = base if config.objective.distill else None
+    guide = {}
+    if teacher is not None:
+        own = params_of(teacher, config.compute)
+        guide = {name: fixed.get(name, x) for name, x in own.items()}
+        if config.evictor is not None and config.evictor.kind == "neuron":
+            guide = own  # its borrowed channels are still there
+    weights = Weights(
+        model=model,
+        fixed=fixed,
+        teacher=teacher,
+        guide=guide,
+        compute=config.compute,
+    )
+    return weights, params
 
 
 def run(config: TrainConfig, directory: pathlib.Path) -> TrainState:
-    """Train what `config` says, or go on where `directory` stands."""
+    """Train what `config` says, or go on where `directory` stands.
+
+    The finished model is saved in `directory / "model"`, in bfloat16, with the
+    tokenizer of the model that training started from.
+    """
     mixture = Mixture(config.data, config.stages, config.seed, config.sampling.visible)
-    model = initial(config)
-    return train(
-        trained(model, config),
+    weights, params = weights_of(config)
+    state = train(
+        weights,
+        params,
         config,
-        make_optimizer(config.optimizer, config.steps),
         mixture.batches,
         directory=directory,
-        teacher=model if config.objective.distill else None,
         held_out=functools.partial(held_out_batches, config),
     )
+    stored = {**weights.fixed, **state.params}
+    model = with_params(
+        weights.model, {name: x.astype("bfloat16") for name, x in stored.items()}
+    )
+    save(merged(model), directory / "model")
+    save_tokenizer(directory / "model", model.config.max_positions)
+    return state

@@ -18,6 +18,7 @@ from kvjax.cli.bench import Bench
 from kvjax.cli.convert import Convert
 from kvjax.cli.demo import Demo
 from kvjax.cli.evaluate import Eval
+from kvjax.cli.finetune import Finetune
 from kvjax.cli.generate import Generate
 from kvjax.cli.report import Report
 
@@ -25,6 +26,7 @@ COMMANDS: Mapping[str, type[Command]] = MappingProxyType(
     {
         "demo": Demo,
         "eval": Eval,
+        "finetune": Finetune,
         "generate": Generate,
         "report": Report,
         "bench": Bench,

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 
-OP = Op(name="block_score", backends=("reference", "xla", "tpu"))
+OP = Op(name="block_score", backends=("reference", "xla", "tpu", "gpu"))
 
 MODES = ("mean", "antidiagonal")
 

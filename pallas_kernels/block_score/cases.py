@@ -33,6 +33,8 @@ def make(
 
 def case(name: str, gradient=(), refused=(), slow=False, tiles=None, **how) -> Case:
     """A case whose arguments are `make(rng, **how)`."""
+    if how.get("dtype", jnp.float32) == jnp.float32:
+        refused = (*refused, "gpu")  # what tensor cores do not multiply
     return Case(
         name=name,
         make=functools.partial(make, **how),
@@ -42,6 +44,8 @@ def case(name: str, gradient=(), refused=(), slow=False, tiles=None, **how) -> C
         slow=slow,
     )
 
+
+HALF: dict[str, Any] = {"dtype": jnp.bfloat16}
 
 CASES = (
     case("antidiagonal", t=128, s=128, stride=8, gradient=(0, 1)),
@@ -57,6 +61,22 @@ CASES = (
     case("regrouped", t=512, s=1280, stride=16, h=4, d=128, dtype=jnp.bfloat16),
     case("wide_heads", t=64, s=64, stride=8, d=256, dtype=jnp.bfloat16),
     case("one_block", t=32, s=32, stride=16),
+    # Dtypes that tensor cores multiply.
+    case("bfloat16_mean", t=128, s=256, mode="mean", block=(16, 64), h=4, k=2, **HALF),
+    case("bfloat16_uneven", t=64, s=192, stride=4, block=(32, 64), d=80, **HALF),
+    case("bfloat16_chunk", t=64, s=320, stride=8, block=(32, 64), **HALF),
+    case("bfloat16_all", t=64, s=32, stride=8, causal=False, gradient=(0, 1), **HALF),
+    case("bfloat16_ten", t=160, s=160, stride=4, block=(16, 16), d=96, **HALF),
+    case(
+        "bfloat16_tiles",
+        t=640,
+        s=640,
+        d=32,
+        stride=4,
+        block=(8, 8),
+        tiles={"rows": 128, "columns": 256},
+        **HALF,
+    ),
     # Several tiles of key groups, the last one ragged, and several of query groups.
     case("mean_tiles", t=128, s=2400, d=32, mode="mean", block=(8, 8)),
     case("antidiagonal_tiles", t=128, s=2400, d=32, stride=4, block=(8, 8)),

@@ -6,7 +6,7 @@ from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.column_stats.stats import ColumnStats as ColumnStats
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 
-OP = Op(name="column_stats", backends=("reference", "xla", "tpu"))
+OP = Op(name="column_stats", backends=("reference", "xla", "tpu", "gpu"))
 
 
 def column_stats(

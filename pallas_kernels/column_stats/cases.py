@@ -71,11 +71,14 @@ def log_sum_exp(q, keys, q_positions, k_positions, scale):
     return jax.nn.logsumexp(jnp.where(seen, logits, -jnp.inf), axis=-1)
 
 
+HALF: dict[str, Any] = {"dtype": jnp.bfloat16}
 TILES = {"block_q": 128, "block_k": 128}
 
 
 def case(name: str, gradient=(), refused=(), slow=False, **how) -> Case:
     """A case whose arguments are `make(rng, **how)`."""
+    if how.get("dtype", jnp.float32) == jnp.float32:
+        refused = (*refused, "gpu")  # what tensor cores do not multiply
     return Case(
         name=name,
         make=functools.partial(make, **how),
@@ -102,6 +105,38 @@ CASES = (
     case("scattered", b=2, t=24, s=120, d=64, scattered=True, slash=True),
     case("lse_given", b=2, t=24, s=200, d=64, h=4, k=2, slash=True, normalised=True),
     case("lse_of_dead", t=32, s=100, d=64, dead_queries=20, normalised=True),
+    # Dtypes that tensor cores multiply.
+    case("bfloat16_all", t=140, s=140, d=64, gradient=(0, 1), **HALF),
+    case(
+        "bfloat16_sliding", t=70, s=300, d=80, window=33, softcap=2.0, slow=True, **HALF
+    ),
+    case("bfloat16_one_query", t=1, s=70, d=64, weighted=True, **HALF),
+    case("bfloat16_dead", t=32, s=100, d=128, dead_queries=20, slash=True, **HALF),
+    case("bfloat16_slash", t=70, s=150, d=64, window=40, slash=True, **HALF),
+    case(
+        "bfloat16_many_slashed",
+        t=513,
+        s=520,
+        d=32,
+        slash=True,
+        refused=("gpu",),
+        slow=True,
+        **HALF,
+    ),
+    case("bfloat16_none", t=8, s=100, d=32, dead_queries=8, weighted=True, **HALF),
+    case("bfloat16_scattered", b=2, t=24, s=120, d=96, scattered=True, **HALF),
+    case(
+        "bfloat16_heads",
+        b=2,
+        t=130,
+        s=390,
+        d=64,
+        h=4,
+        k=2,
+        weighted=True,
+        slow=True,
+        **HALF,
+    ),
     case("many_blocks", b=2, t=300, s=520, d=64, h=4, k=2, slash=True, slow=True),
 )
 

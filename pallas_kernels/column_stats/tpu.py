@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import compat, gradients, tuning
 from kvjax.pallas_kernels.column_stats import sparing, tpu_kernels, xla
+from kvjax.pallas_kernels.column_stats.diagonals import by_distance, in_line, start
 from kvjax.pallas_kernels.column_stats.stats import ColumnStats
 
 LANES = tpu_kernels.LANES
@@ -89,7 +90,7 @@ def column_stats(
         if not slash:
             return run(*arrays)
         scattered = functools.partial(sparing.column_stats, **rules)
-        return jax.lax.cond(_in_line(arrays[2], arrays[3]), run, scattered, *arrays)
+        return jax.lax.cond(in_line(arrays[2], arrays[3]), run, scattered, *arrays)
 
     return gradients.through(
         kernel, plain, q, keys, q_positions, k_positions, weights, lse
@@ -151,22 +152,6 @@ def _block(size: int, block: int, unit: int) -> int:
     return block if size > block else -(-size // unit) * unit
 
 
-def _in_line(q_positions: Array, k_positions: Array) -> Array:
-    """Keys lie at their positions and queries one after the other: rows are skewed."""
-    slot = jnp.arange(k_positions.shape[1], dtype=jnp.int32)
-    keys = jnp.all((k_positions < 0) | (k_positions == slot))
-    offset = q_positions - jnp.arange(q_positions.shape[1], dtype=jnp.int32)
-    live = q_positions >= 0
-    same = (offset == _start(q_positions)[:, None]) | ~live
-    return keys & jnp.all(same)
-
-
-def _start(q_positions: Array) -> Array:
-    """Position of the first query, counted back from those that live."""
-    at = jnp.arange(q_positions.shape[1], dtype=jnp.int32)
-    return jnp.max(jnp.where(q_positions >= 0, q_positions - at, -FAR), axis=1)
-
-
 def _run(plan: Plan, q, keys, q_positions, k_positions, weights, lse) -> ColumnStats:
     b, h, t, d = q.shape
     kv_heads, s = keys.shape[1:3]
@@ -191,8 +176,8 @@ def _run(plan: Plan, q, keys, q_positions, k_positions, weights, lse) -> ColumnS
     sums, highest = (x.reshape(b, h, wide)[..., :s] for x in (sums, highest))
     if not along:
         return ColumnStats(sums, highest, None)
-    last = _start(q_positions) + plan.queries - 1  # distance of the first diagonal
-    along = _by_distance(along[0].reshape(b, h, -1), last, s)
+    last = start(q_positions) + plan.queries - 1  # distance of the first diagonal
+    along = by_distance(along[0].reshape(b, h, -1), last, s)
     return ColumnStats(sums, highest, along)
 
 
@@ -205,15 +190,6 @@ def _bounds(at_q: Array, at_k: Array, plan: Plan) -> tuple[Array, ...]:
         return first, jnp.max(at, axis=-1)
 
     return (*of(at_q, plan.block_q), *of(at_k, plan.block_k))
-
-
-def _by_distance(along: Array, last: Array, s: int) -> Array:
-    """`out[d] = along[last - d]`, 0 outside of what there is."""
-    width = along.shape[-1]
-    backwards = jnp.pad(jnp.flip(along, -1), [(0, 0), (0, 0), (s, s)])
-    start = jnp.clip(s + width - 1 - last, 0, s + width)
-    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=s, axis=-1)
-    return jax.vmap(cut)(backwards, start)
 
 
 def _call(plan: Plan, bounds, q, keys, at_q, at_k, rows) -> list[Array]:

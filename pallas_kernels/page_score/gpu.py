@@ -31,6 +31,9 @@ def page_score(q, a, b, *, mode, group, scale, tiles=None, interpret=False):
     if mode == "bound":
         # Negative channels of a query meet the minimum, positive ones the maximum.
         sides = [(jnp.minimum(queries, 0), a), (jnp.maximum(queries, 0), b)]
+    # Tiles in shared memory have 8 rows: other counts of pages are copied.
+    more = ((0, 0), (0, 0), (0, -pages % 8), (0, 0))
+    sides = [(queries, jnp.pad(x, more)) for queries, x in sides]
     steps = pl.cdiv(pages, block)
     swizzle = plgpu.find_swizzle(d * 16)
     near = (

@@ -11,7 +11,7 @@ from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.quantize_pack.xla import dequantize as _dequantize
 from kvjax.pallas_kernels.quantized import Quantized
 
-OP = Op(name="quantize_pack", backends=("reference", "xla", "tpu"))
+OP = Op(name="quantize_pack", backends=("reference", "xla", "tpu", "gpu"))
 
 BITS = (2, 4, 8)
 AXES = ("channel", "token")

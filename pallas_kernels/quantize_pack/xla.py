@@ -35,7 +35,7 @@ def quantize_pack(
     if symmetric:
         half = top // 2
         reach = jnp.max(jnp.where(mask, jnp.abs(grouped), 0), axis=along, keepdims=True)
-        scale = _outwards(reach / half)
+        scale = outwards(reach / half)
         code = jnp.round(grouped / scale) + half
         zero = None
     else:
@@ -43,9 +43,8 @@ def quantize_pack(
         high = jnp.max(jnp.where(mask, grouped, -jnp.inf), axis=along, keepdims=True)
         empty = low > high  # no live slot in this group
         low, high = jnp.where(empty, 0, low), jnp.where(empty, 0, high)
-        floor = _half(low - jnp.abs(low) * _ULP)
-        floor = jnp.where(floor > low, _half(floor - _SMALLEST), floor)
-        scale = _outwards((high - floor) / top)
+        floor = not_above(low)
+        scale = outwards((high - floor) / top)
         code = jnp.round((grouped - floor) / scale)
         zero = half_bits(jnp.squeeze(floor, along))
     code = jnp.where(mask, jnp.clip(code, 0, top), 0).astype(jnp.uint8)
@@ -65,7 +64,13 @@ def _half(x: Array) -> Array:
     return x.astype(SCALE_DTYPE).astype(jnp.float32)
 
 
-def _outwards(scale: Array) -> Array:
+def not_above(low: Array) -> Array:
+    """A float16 value (held in f32) not above `low`."""
+    floor = _half(low - jnp.abs(low) * _ULP)
+    return jnp.where(floor > low, _half(floor - _SMALLEST), floor)
+
+
+def outwards(scale: Array) -> Array:
     """A float16 value (held in f32) not below `scale`; 1 where a group is constant."""
     raised = _half(scale * (1 + _ULP))
     raised = jnp.where(raised < scale, _half(raised + _SMALLEST), raised)

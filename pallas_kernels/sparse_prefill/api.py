@@ -59,8 +59,7 @@ def sparse_prefill(
     Returns:
         `Partial(out [B, H, T, D], lse [B, H, T] f32)`; `out` is f32, from a Pallas
         backend in `q`'s dtype. A query that sees nothing has out 0 and lse -inf.
-        Differentiable in `q`, `k` and `v`, through `out` and through `lse`; the
-        gradient of `gpu` is the XLA path's, the others have their own.
+        Differentiable in `q`, `k` and `v`, through `out` and through `lse`.
 
     Raises:
         ValueError: shapes, dtypes or settings that do not fit together.

@@ -175,7 +175,15 @@ CASES = (
     _case("list-empty", "list", lengths=(0,), gradient=True),
     # Sizes and dtypes that a Hopper kernel takes.
     _case("list-128", "list", **HOPPER, tokens=256, gradient=True, slow=True),
-    _case("diagonals-128", "diagonals", **HOPPER, tokens=200, softcap=2.0, slow=True),
+    _case(
+        "diagonals-128",
+        "diagonals",
+        **HOPPER,
+        tokens=200,
+        softcap=2.0,
+        gradient=True,
+        slow=True,
+    ),
     _case(
         "shared-64-chunked",
         "shared",
@@ -186,6 +194,15 @@ CASES = (
         lengths=(190,),
         window=80,
         sinks=3,
+        gradient=True,
+    ),
+    _case(
+        "list-64-ragged",
+        "list",
+        **{**HOPPER, "blocks": (64, 64), "heads": (4, 2, 4)},
+        tokens=101,
+        lengths=(90,),
+        gradient=True,
     ),
 )
 

@@ -1,8 +1,8 @@
 """`sparse_prefill` on Hopper: FlashAttention over lists, one warp group copies.
 
 A thread block has one or two compute warp groups of 64 query rows, and one that copies
-the listed KV blocks to shared memory some steps ahead. The gradient is not a kernel
-here: it is the XLA path's, from this kernel's `out` and `lse`.
+the listed KV blocks to shared memory some steps ahead. The gradient is that of
+`gpu_backward`.
 """
 
 from collections.abc import Mapping
@@ -16,21 +16,25 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import compat
 from kvjax.pallas_kernels.partial import Partial
-from kvjax.pallas_kernels.sparse_prefill import xla
+from kvjax.pallas_kernels.sparse_prefill.gpu_backward import backward
 from kvjax.pallas_kernels.sparse_prefill.gpu_plan import (
     LOG2E,
     ROWS,
     Plan,
-    last_values,
+    copy_blocks,
+    last_block,
     make_lists,
     make_plan,
+    operands,
 )
 from kvjax.pallas_kernels.sparse_prefill.gradient import with_gradient
 from kvjax.pallas_kernels.sparse_prefill.layout import Rules
 from kvjax.pallas_kernels.sparse_prefill.patterns import Pattern
 from kvjax.types import NEG_INF
 
-LOW = -1e30  # no infinities: inf - inf is NaN
+# No infinity, since inf - inf is NaN; a power of two, since a fused multiply-add would
+# leave the rounding error of another number's product: 1e22, of which exp2 is infinite.
+LOW = -(2.0**100)
 
 
 def _kernel(
@@ -86,14 +90,7 @@ def _kernel(
             j, ok = entry(e)
             plgpu.barrier_wait(k_ready.at[slot])
             shape = (ROWS, lay.block_k)
-
-            def scores_of(acc):
-                plgpu.wgmma(acc, mine, k_smem.at[slot].transpose((1, 0)))
-                return acc[...]
-
-            scores = pl.run_scoped(
-                scores_of, plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-            )
+            scores = plan.product(mine, k_smem.at[slot].transpose((1, 0)))
             plgpu.barrier_arrive(k_free.at[slot])
             if rules.softcap is not None:
                 scores = jnp.tanh(scores * (rules.scale / rules.softcap))
@@ -120,15 +117,8 @@ def _kernel(
                 weight = staged[0].at[group]
             plgpu.barrier_wait(v_ready.at[slot])
 
-            def product_of(acc):
-                plgpu.wgmma(acc, weight, v_smem.at[slot])
-                return acc[...]
-
-            # Not accumulated in place: `pl.run_state` has no interpreter, and the
-            # rescaling becomes a fused multiply-add.
-            more = pl.run_scoped(
-                product_of, plgpu.WGMMAAccumulatorRef(out.shape, jnp.float32)
-            )
+            # Not accumulated in place: the rescaling becomes a fused multiply-add.
+            more = plan.product(weight, v_smem.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
             out = out * lax.broadcast_in_dim(shrink, out.shape, [0]) + more
             return out, top, total
@@ -156,36 +146,13 @@ def _kernel(
         kv_head = lax.div(head, jnp.int32(lay.heads // lay.kv_heads))
         last = lax.div(kv_len, jnp.int32(lay.block_k))  # the block with free slots
         at = (batch, kv_head)
-        sources = (k_ref.at[at], v_ref.at[at], tail_ref.at[at])
+        sources = ((k_ref.at[at], None), (v_ref.at[at], tail_ref.at[at]))
 
         def block_of(e):
             return entry(e)[0]
 
-        _copy(plan, count, block_of, last, sources, buffers[1:3], scratch[1:])
-
-
-def _copy(plan: Plan, count, block_of, last, sources, buffers, barriers):
-    """Copy the KV blocks of a list, as the compute warp groups make room for them."""
-    keys, values, last_values = sources
-    (_, k_ready, v_ready), (k_free, v_free) = barriers
-    k_smem, v_smem = buffers
-
-    @pl.loop(0, count)
-    def _(e):
-        slot = lax.rem(e, jnp.int32(plan.stages))
-        j = block_of(e)
-        block = pl.ds(j * plan.lay.block_k, plan.lay.block_k)
-
-        def wait(barrier):
-            pl.when(e >= plan.stages)(lambda: plgpu.barrier_wait(barrier.at[slot]))
-
-        wait(k_free)
-        plgpu.copy_gmem_to_smem(keys.at[block], k_smem.at[slot], k_ready.at[slot])
-        wait(v_free)
-        to = v_smem.at[slot], v_ready.at[slot]
-        whole, ends = values.at[block], last_values
-        pl.when(j < last)(lambda: plgpu.copy_gmem_to_smem(whole, *to))
-        pl.when(j >= last)(lambda: plgpu.copy_gmem_to_smem(ends, *to))
+        ready, free = (k_ready, v_ready), (k_free, v_free)
+        copy_blocks(plan, count, block_of, last, sources, buffers[1:3], ready, free)
 
 
 def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
@@ -194,11 +161,7 @@ def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
     lay = plan.lay
     index, counts = make_lists(plan, pattern, q_start, kv_len)
 
-    def smem(count: int, rows: int, columns: int = lay.dim):
-        tiling = plgpu.TilingTransform((8, 64))  # pyright: ignore[reportAbstractUsage]
-        swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
-        transforms = (tiling, swizzle)
-        return plgpu.SMEM((count, rows, columns), plan.dtype, transforms=transforms)
+    staged = operands(plan, plan.groups, ROWS, lay.block_k)
 
     def entry(*refs):
         free = plgpu.Barrier(num_arrivals=plan.groups, num_barriers=plan.stages)
@@ -206,11 +169,11 @@ def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
         pl.run_scoped(
             lambda *scratch: _kernel(*refs, scratch=scratch, plan=plan),
             (
-                smem(plan.groups, ROWS),
-                smem(plan.stages, lay.block_k),
-                smem(plan.stages, lay.block_k),
+                operands(plan, plan.groups, ROWS),
+                operands(plan, plan.stages, lay.block_k),
+                operands(plan, plan.stages, lay.block_k),
                 plgpu.SMEM((plan.groups, ROWS), jnp.float32),
-                *([smem(plan.groups, ROWS, lay.block_k)] if interpret else []),
+                *([staged] if interpret else []),
             ),
             (plgpu.Barrier(num_barriers=plan.groups), ready, ready),
             (free, free),
@@ -230,15 +193,11 @@ def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=compat.gpu_interpret(interpret),
-    )(q, k, v, last_values(plan, v, kv_len), index, counts, q_start, kv_len)
+    )(q, k, v, last_block(plan, v, kv_len), index, counts, q_start, kv_len)
     return Partial(out, lse[:, :, : lay.tokens])
 
 
-def _backward(q, k, v, pattern, q_start, kv_len, d_out, lse, delta, how):
-    return xla.backward(q, k, v, pattern, q_start, kv_len, d_out, lse, delta, how[0])
-
-
-_attend = with_gradient(_forward, _backward)
+_attend = with_gradient(_forward, backward)
 
 
 def sparse_prefill(
@@ -260,4 +219,10 @@ def sparse_prefill(
             cores' tiles do not divide, a scale that is not positive.
     """
     how = (rules, tuple(sorted((tiles or {}).items())), interpret)
-    return _attend(q, k, v, pattern, q_start, kv_len, how)
+    tokens = q.shape[2]
+    # Tiles in shared memory have 8 rows: other counts of tokens are copied.
+    q, k, v = (
+        jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % 8), (0, 0)]) for x in (q, k, v)
+    )
+    part = _attend(q, k, v, pattern, q_start, kv_len, how)
+    return Partial(part.out[:, :, :tokens], part.lse[:, :, :tokens])

@@ -1,9 +1,13 @@
-"""What the Hopper kernel is given: sizes, lists, the last block of values."""
+"""What the Hopper kernels are given and share: sizes, lists, products, copies."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from kvjax.pallas_kernels import tuning
@@ -46,6 +50,35 @@ class Plan:
     def factor(self) -> float:
         """From what the softmax is taken of to logits in base 2."""
         return LOG2E * (self.rules.softcap or self.rules.scale)
+
+    def product(self, a: Any, b: Any) -> Any:
+        """`a @ b` in float32, `b` in shared memory, `a` there or in registers."""
+
+        def multiply(acc):
+            plgpu.wgmma(acc, a, b)
+            return acc[...]
+
+        shape = (a.shape[0], b.shape[1])
+        return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+    def accumulate(self, acc: Any, a: Any, b: Any, staged: Any) -> Any:
+        """`acc + a @ b`, `a` in registers, or in `staged` for the interpreter."""
+        if self.interpret:  # multiplies from shared memory, and knows no `run_state`
+            staged[...] = a
+            plgpu.commit_smem()
+            return acc + self.product(staged, b)
+
+        def multiply(acc):
+            plgpu.wgmma(acc, a, b)
+
+        return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(acc))
+
+    def logits(self, products: Any) -> tuple[Any, Any]:
+        """Logits in base 2, and the slope of the soft cap or None."""
+        if self.rules.softcap is None:
+            return products * self.factor, None
+        bent = jnp.tanh(products * (self.rules.scale / self.rules.softcap))
+        return bent * self.factor, 1.0 - bent * bent
 
 
 def make_plan(q, k, pattern: Pattern, rules: Rules, tiles, interpret: bool) -> Plan:
@@ -109,10 +142,60 @@ def make_lists(
     return entries, jnp.max(last, axis=-1)
 
 
-def last_values(plan: Plan, v: Array, kv_len: Int[Array, "B"]) -> Array:
-    """The block of values in which row ends: 0 * NaN would reach the output."""
+def last_block(plan: Plan, x: Array, kv_len: Int[Array, "B"]) -> Array:
+    """The block of `x [B, K, S, D]` in which row ends, zeros in its free slots.
+
+    Where keys of weight 0 are multiplied, 0 * NaN would reach the output.
+    """
     size = plan.lay.block_k
     position = (kv_len // size * size)[:, None] + jnp.arange(size)
     live = (position < kv_len[:, None])[:, None, :, None]
     at = jnp.minimum(position, plan.lay.slots - 1)[:, None, :, None]
-    return jnp.where(live, jnp.take_along_axis(v, at, axis=2), 0)
+    return jnp.where(live, jnp.take_along_axis(x, at, axis=2), 0)
+
+
+def operands(plan: Plan, count: int, rows: int, columns: int | None = None) -> Any:
+    """Shared memory for `count` operands of products, `D` columns each."""
+    tiling = plgpu.TilingTransform((8, 64))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    shape = (count, rows, columns or plan.lay.dim)
+    return plgpu.SMEM(shape, plan.dtype, transforms=(tiling, swizzle))
+
+
+def copy_blocks(plan: Plan, count, block_of, last, sources, buffers, ready, free):
+    """Copy the KV blocks of a list, as the compute warp groups make room for them.
+
+    Args:
+        plan: sizes.
+        count: entries of the list.
+        block_of: KV block of an entry.
+        last: the block with free slots.
+        sources: of the two: as it is, and its `last_block` or None for as it is.
+        buffers: of the two.
+        ready: barriers of the two, for what has come.
+        free: barriers of the two, for what has been used.
+    """
+
+    @pl.loop(0, count)
+    def _(e):
+        slot = lax.rem(e, jnp.int32(plan.stages))
+        j = block_of(e)
+        block = pl.ds(j * plan.lay.block_k, plan.lay.block_k)
+        for at, (source, ends) in enumerate(sources):
+            full, to = free[at].at[slot], (buffers[at].at[slot], ready[at].at[slot])
+            pl.when(e >= plan.stages)(functools.partial(plgpu.barrier_wait, full))
+            copy_block(source.at[block], ends, j >= last, to)
+
+    for slot in range(plan.stages):  # the interpreter wants every phase waited for
+        for barrier in free:
+            used = functools.partial(plgpu.barrier_wait, barrier.at[slot])
+            pl.when(slot < count)(used)
+
+
+def copy_block(whole: Any, ends: Any, at_end: Any, to: tuple[Any, Any]) -> None:
+    """Copy `ends` where a row ends, else `whole`, `to` a buffer with a barrier."""
+    if ends is None:
+        plgpu.copy_gmem_to_smem(whole, *to)
+        return
+    pl.when(at_end)(lambda: plgpu.copy_gmem_to_smem(ends, *to))
+    pl.when(jnp.logical_not(at_end))(lambda: plgpu.copy_gmem_to_smem(whole, *to))

@@ -16,7 +16,6 @@ from kvjax.models.decoder import Decoder
 from kvjax.rope import Rope
 from kvjax.train.config import (
     DataConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     Source,
     Stage,
@@ -24,9 +23,10 @@ from kvjax.train.config import (
     load_config,
 )
 from kvjax.train.data import Mixture
-from kvjax.train.loop import init_state, make_step, restore, save
+from kvjax.train.loop import Weights, init_state, make_step, restore, save
 from kvjax.train.objective import make_objective, next_token, predictions
 from kvjax.train.optimizer import make_optimizer, schedule
+from kvjax.train.params import params_of
 from kvjax.train.run import run
 from kvjax.train.tokenizer import encode
 
@@ -73,8 +73,8 @@ def test_resumed_run_repeats_the_uninterrupted_one(config, tmp_path):
 
 
 def test_restore_of_an_empty_directory_is_a_fresh_start(config, tmp_path):
-    model = Decoder(config.model, rngs=nnx.Rngs(0))
-    state = init_state(model, make_optimizer(config.optimizer, 4))
+    params = params_of(Decoder(config.model, rngs=nnx.Rngs(0)))
+    state = init_state(params, make_optimizer(config.optimizer, 4))
     assert restore(tmp_path, state) is state
     save(tmp_path, state)
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, state), state)
@@ -85,12 +85,13 @@ def test_loss_falls_on_one_batch(config, name):
     model = Decoder(config.model, rngs=nnx.Rngs(0))
     fast = OptimizerConfig(name=name, learning_rate=0.01, warmup=1, decay=1)
     optimizer = make_optimizer(fast, 100)
-    state = init_state(model, optimizer)
-    step = make_step(model, make_objective(ObjectiveConfig()), optimizer)
+    state = init_state(params_of(model), optimizer)
+    weights = Weights(model=model, fixed={})
+    step = make_step(weights, make_objective(config), optimizer)
     batch = Mixture(config.data, config.stages, 0).batch(0)
-    state, first = step(state, batch, None)
+    state, first = step(state, batch, weights.arrays)
     for _ in range(10):
-        state, last = step(state, batch, None)
+        state, last = step(state, batch, weights.arrays)
     assert float(last["loss"]) < 0.9 * float(first["loss"])
     assert step._cache_size() == 1
 

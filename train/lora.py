@@ -1,0 +1,85 @@
+"""LoRA: low-rank updates beside frozen matrices."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kvjax.models.decoder import Decoder, Linear
+from kvjax.train.config import LoRAConfig
+from kvjax.types import nearest
+
+PATTERNS = ("*.lora_a", "*.lora_b")
+"""Names of what LoRA adds, for `params.split`."""
+
+ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+
+
+class LoRALinear(Linear):
+    """`x @ kernel + bias + alpha / rank * (x @ lora_a) @ lora_b`; `lora_b` starts at 0.
+
+    Source: LoRA (2106.09685) section 4.1.
+    """
+
+    def __init__(self, base: Linear, config: LoRAConfig, rngs: nnx.Rngs):
+        self.kernel, self.bias = base.kernel, base.bias
+        (n_in, n_out), dtype = base.kernel.shape, base.kernel.dtype
+        bound = n_in**-0.5
+        noise = jax.random.normal(rngs.params(), (n_in, config.rank), jnp.float32)
+        self.lora_a = nnx.Param((noise * bound).astype(dtype))
+        self.lora_b = nnx.Param(jnp.zeros((config.rank, n_out), dtype))
+        self.scale = config.alpha / config.rank
+
+    @property
+    def product(self) -> Float[Array, "in out"]:
+        """The matrix that inputs are multiplied with."""
+        update = self.lora_a[...] @ self.lora_b[...]
+        return self.kernel[...] + (self.scale * update).astype(self.kernel.dtype)
+
+    def __call__(self, x: Float[Array, "*shape in"]) -> Float[Array, "*shape out"]:
+        """`[..., in]` to `[..., out]`; the update is never multiplied out."""
+        update = (x @ self.lora_a[...]) @ self.lora_b[...]
+        return super().__call__(x) + (self.scale * update).astype(x.dtype)
+
+
+def with_lora(model: Decoder, config: LoRAConfig, *, seed: int = 0) -> Decoder:
+    """A copy of `model` with updates beside the matrices that `config` names.
+
+    Raises:
+        ValueError: a name that is no matrix of a layer.
+    """
+    known = (*ATTENTION, *MLP)
+    for name in config.modules:
+        if name not in known:
+            raise ValueError(
+                f"`lora.modules` has {name!r}; expected some of {list(known)}."
+                f"{nearest(name, known)}"
+            )
+    made, rngs = nnx.clone(model), nnx.Rngs(seed)
+    for layer in made.layers:
+        for name in config.modules:
+            owner = layer.attention if name in ATTENTION else layer.mlp
+            setattr(owner, name, LoRALinear(getattr(owner, name), config, rngs))
+    return made
+
+
+def merged(model: Decoder) -> Decoder:
+    """A plain decoder whose matrices hold the updates."""
+    made = nnx.clone(model)
+    for layer in made.layers:
+        for owner, names in ((layer.attention, ATTENTION), (layer.mlp, MLP)):
+            for name in names:
+                linear = getattr(owner, name)
+                if isinstance(linear, LoRALinear):
+                    setattr(owner, name, _plain(linear))
+    return made
+
+
+def _plain(linear: LoRALinear) -> Linear:
+    n_in, n_out = linear.kernel.shape
+    made = Linear(
+        n_in, n_out, bias=False, std=0.0, dtype=linear.kernel.dtype, rngs=nnx.Rngs(0)
+    )
+    made.kernel[...] = linear.product
+    made.bias = linear.bias
+    return made

@@ -1,0 +1,62 @@
+"""Weights as a flat dict of dotted names, and which of them are trained."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+from jaxtyping import Array
+
+from kvjax.models.decoder import Decoder
+from kvjax.types import nearest
+
+Params = dict[str, Array]
+
+
+def params_of(model: Decoder, dtype: Any = "float32") -> Params:
+    """The weights of `model`, copied, by names such as `layers.0.mlp.up.kernel`."""
+    tree = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    flat = traverse_util.flatten_dict(tree)
+    return {
+        ".".join(map(str, path)): jnp.array(leaf, dtype) for path, leaf in flat.items()
+    }
+
+
+def with_params(model: Decoder, params: Mapping[str, Array]) -> Decoder:
+    """A model like `model` with the weights of a flat dict."""
+    graph, state = nnx.split(model)
+    nested = traverse_util.unflatten_dict(
+        {tuple(_key(k) for k in name.split(".")): x for name, x in params.items()}
+    )
+    nnx.replace_by_pure_dict(state, nested)
+    return nnx.merge(graph, state)
+
+
+def _key(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
+def split(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
+    """What is trained and what stays: names that match a pattern, and the others.
+
+    Args:
+        params: all weights.
+        patterns: shell patterns over names, `layers.*.attention.q.kernel`; none: all.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    if not patterns:
+        return params, {}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = fnmatch.filter(params, pattern)
+        if not found:
+            raise ValueError(
+                f"`trainable` has {pattern!r}, which matches no weight. A name is "
+                f"{sorted(params)[-1]!r}.{nearest(pattern, params)}"
+            )
+        chosen.update(found)
+    trained = {name: x for name, x in params.items() if name in chosen}
+    return trained, {name: x for name, x in params.items() if name not in chosen}
