@@ -26,7 +26,6 @@ SHAPE = {
     "rope": Rope(head_dim=32),
     "max_positions": 512,
     "init_std": 0.08,
-    "evictor": Evictor(kind="neuron", gain=2.0, offset=0.5),
 }
 
 DIFFERENCES = {
@@ -55,13 +54,17 @@ DIFFERENCES = {
 
 
 @functools.lru_cache
-def model_of(family: str) -> Decoder:
-    """A random decoder whose vectors are random too.
+def model_of(family: str, name: str = "none") -> Decoder:
+    """A random decoder whose vectors are random too, with an evictor for what asks.
 
     Norms that begin as ones leave every normalised key with the same length, and then
     a method that ranks keys by length chooses among rounding errors.
     """
-    config = DecoderConfig(**{**SHAPE, "family": family, **DIFFERENCES[family]})
+    c = preset(name)
+    asks = c.evict is not None and c.evict.score.needs_retention
+    evictor = Evictor(kind="neuron", gain=2.0, offset=0.5) if asks else None
+    fields = {**SHAPE, "family": family, **DIFFERENCES[family], "evictor": evictor}
+    config = DecoderConfig(**fields)
     model = Decoder(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
 
@@ -81,7 +84,7 @@ def test_every_family_is_here():
 @pytest.mark.parametrize("name", PRESETS)
 def test_traces(family, name):
     """Prefill, compress and extend trace to the shapes they promise."""
-    graph, params = nnx.split(model_of(family))
+    graph, params = nnx.split(model_of(family, name))
     prompt, later, _ = batch()
 
     def run(params, tokens, lengths, more, new):
@@ -107,7 +110,7 @@ SLIDING = [
 @pytest.mark.parametrize("name", PRESETS)
 def test_windows_hide_what_left_them(family, name):
     """Nothing behind the window is attended, and rows are what they are alone."""
-    model, c = model_of(family), preset(name)
+    model, c = model_of(family, name), preset(name)
     prompt, later, _ = batch()
     _, cache = kvjax.prefill(model, prompt, LENGTHS, c)
     logits, _ = kvjax.extend(model, cache, later, LATER)
