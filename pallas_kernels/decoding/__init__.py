@@ -1,0 +1,1 @@
+"""What `decode_attention` and `paged_decode` share."""
