@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels.decoding import coded, walks
 from kvjax.pallas_kernels.partial import Partial, cap
 from kvjax.pallas_kernels.quantized import Quantized
 from kvjax.types import NEG_INF
@@ -43,19 +44,45 @@ def decode_attention(
     interpret=False,
 ):
     """See `api.decode_attention`."""
-    del q_positions, window
-    _refuse(q, keys, values, lengths, positions)
     (b, h, t, d), kv_heads = q.shape, lengths.shape[1]
-    slots, dtype = keys.shape[-2], keys.dtype
+    slots = keys.shape[-2]
     tile = tuning.tiles("decode_attention", "h200", tiles)
+    start = jnp.zeros_like(lengths) if offsets is None else offsets[:, :-1]
+    stop = jnp.clip(start + lengths, start, slots)
+    if coded.wanted(keys, values) or positions is not None:
+        rows = h // kv_heads * t
+        why = coded.refusal(keys, values, rows, ("keys", "values"))
+        if why:
+            raise NotImplementedError(f"decode_attention: {why}.")
+        far = {"start": start, "stop": stop}
+        now = None
+        if positions is not None:
+            far["positions"] = positions
+            now = jnp.tile(q_positions, (1, h // kv_heads))
+        call = coded.Call(
+            q=q.reshape(b, kv_heads, rows, d),
+            keys=keys,
+            values=values,
+            walk=walks.Slots(heads=kv_heads, slots=slots, ragged=offsets is not None),
+            far=far,
+            now=now,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            stages=4,
+            splits=max(1, min(396 // (b * kv_heads), -(-slots // 128))),
+            interpret=interpret,
+        )
+        part = coded.decode(call)
+        return Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:-1]))
+    _refuse(q, keys, values, lengths, positions)
+    dtype = keys.dtype
     block, stages = tile["block"], tile["stages"]
     # Queries and outputs share what is left by the stages.
     room = _SHARED - ROWS * d * (4 + dtype.itemsize)
     stages = max(1, min(stages, room // (2 * block * d * dtype.itemsize)))
     splits = max(1, min(tile["programs"] // (b * kv_heads), -(-slots // block)))
 
-    start = jnp.zeros_like(lengths) if offsets is None else offsets[:, :-1]
-    stop = jnp.clip(start + lengths, start, slots)
     rows = h // kv_heads * t
     queries = q.astype(dtype).reshape(b, kv_heads, rows, d)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, ROWS - rows), (0, 0)))

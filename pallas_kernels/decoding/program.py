@@ -69,6 +69,25 @@ class Plan:
         }
 
     @property
+    def kept(self) -> int:
+        """Registers of a lane's state."""
+        return sum(self.layout.values())
+
+    @property
+    def operands(self) -> int:
+        """Registers of a lane that hold queries."""
+        return 2 * self.columns * len(self.keys.tiles)
+
+    @property
+    def beside(self) -> int:
+        """Registers of a lane that hold what lies beside its four slots."""
+        words = self.located + self.biased
+        for side in (self.keys, self.values):
+            if side.axis == "token":
+                words += (side.groups + 1) // 2 * (1 if side.symmetric else 2)
+        return 4 * words
+
+    @property
     def results(self) -> int:
         """Registers of a lane that `finish` returns."""
         layout = self.layout
@@ -86,7 +105,7 @@ class Plan:
 def start(ops, plan: Plan) -> list:
     """The state before any slot."""
     peak = [ops.number(DEAD)] * plan.layout["peak"]
-    return peak + [ops.number(0.0)] * (sum(plan.layout.values()) - len(peak))
+    return peak + [ops.number(0.0)] * (plan.kept - len(peak))
 
 
 def queries(ops, plan: Plan, memory, first) -> list:

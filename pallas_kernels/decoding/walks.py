@@ -1,0 +1,98 @@
+"""Where the slots of a head lie: in one piece, or in listed pages; static.
+
+Both name the slots of a head by consecutive numbers, its list. `span` says which it
+holds, `pieces` where the copy engine finds those of a block, `place` where one lies.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kvjax.pallas_kernels.decoding.program import BLOCK
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Slots `start` to `stop` of `[B, K, S]`, or of `[B, S]` if ragged.
+
+    Main memory: `start` and `stop`, `[B, K]`.
+    """
+
+    heads: int
+    slots: int
+    ragged: bool
+
+    piece = BLOCK
+    """Slots per copy."""
+
+    def span(self, far: Any, row: Any, head: Any) -> tuple[Any, Any, Any]:
+        """First slot of the first block, and the slots held: from, to."""
+        start, stop = far["start"][row, head], far["stop"][row, head]
+        return lax.div(start, BLOCK) * BLOCK, start, stop
+
+    def pieces(self, far: Any, row: Any, head: Any, begin: Any) -> list[Any]:
+        """For each copy of a block: `group -> index` of its slots in steps of `group`."""
+        del far
+
+        def index(group):
+            some = pl.ds(lax.div(begin, group), BLOCK // group)
+            return (row, some) if self.ragged else (row, head, some)
+
+        return [index]
+
+    def place(self, ops: Any, far: Any, words: Any, slot: Any) -> tuple[Any, Any]:
+        """Where slot `slot` lies in the store, and in a list of weights."""
+        del far
+        last = ops.word(self.slots - 1)
+        slot = ops.choose(ops.less(slot, last), slot, last)
+        row, head = words
+        lead = row
+        if not self.ragged:
+            lead = ops.add(ops.mul(row, ops.word(self.heads)), head)
+        at = ops.add(ops.mul(lead, ops.word(self.slots)), slot)
+        return at, at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pages:
+    """Pages of `[N, page]` that a table `[B, K, entries]` lists.
+
+    Main memory: `table`, and `counts`, `[B, K]`.
+    """
+
+    heads: int
+    entries: int
+    page: int
+
+    @property
+    def piece(self) -> int:
+        """Slots per copy."""
+        return self.page
+
+    def span(self, far: Any, row: Any, head: Any) -> tuple[Any, Any, Any]:
+        """First slot of the first block, and the slots held: from, to."""
+        zero = jnp.int32(0)
+        return zero, zero, far["counts"][row, head] * self.page
+
+    def pieces(self, far: Any, row: Any, head: Any, begin: Any) -> list[Any]:
+        """For each copy of a block: `group -> index` of its page."""
+        first = lax.div(begin, self.page)
+        found = []
+        for one in range(BLOCK // self.page):
+            at = far["table"][row, head, first + one]
+            found.append(lambda group, at=at: (at,))
+        return found
+
+    def place(self, ops: Any, far: Any, words: Any, slot: Any) -> tuple[Any, Any]:
+        """Where slot `slot` lies in the store, and in a list of weights."""
+        row, head = words
+        lead = ops.add(ops.mul(row, ops.word(self.heads)), head)
+        entry = ops.right(slot, self.page.bit_length() - 1)
+        at = ops.add(ops.mul(lead, ops.word(self.entries)), entry)
+        (page,) = ops.fetch(far["table"], at, 1, 32)
+        inside = ops.low(slot, self.page - 1)
+        listed = ops.add(ops.mul(lead, ops.word(self.entries * self.page)), slot)
+        return ops.add(ops.mul(page, ops.word(self.page)), inside), listed
