@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kvjax.pallas_kernels import compat
 from kvjax.pallas_kernels.decoding import lanes, program, results, values
 from kvjax.pallas_kernels.decoding.program import BLOCK, Plan
-from kvjax.pallas_kernels.decoding.stored import Stored
+from kvjax.pallas_kernels.decoding.stored import TINY, Stored
 from kvjax.pallas_kernels.decoding.warps import THREADS
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.quantized import Quantized
@@ -193,7 +193,7 @@ def _prepared(call: Call, plan: Plan) -> dict[str, jax.Array]:
         most = jnp.max(jnp.abs(wide), axis=-1)
         most = jnp.where(most > 0, most, 1.0)
         queries = (wide / (most[..., None] * _weights(plan))).astype(jnp.float16)
-        factor = factor * most
+        factor = factor * most / TINY
     else:
         queries = call.q.astype(call.keys.dtype)
     pad = ((0, 0), (0, 0), (0, short))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvjax.pallas_kernels.decoding.stored import OWN, matrices, repeated
+from kvjax.pallas_kernels.decoding.stored import OWN, TINY, floats, matrices, repeated
 
 
 def scores(ops, plan: Any, near: dict, of_slot: list, q: list) -> list:
@@ -31,7 +31,7 @@ def _columns(plan, q, tile):
 def _code_tiles(ops, side, memory):
     """The left operands of the scores, `[2 tiles of slots][tile of channels]`."""
     found = matrices(ops, side, memory, False)
-    bytes_of = ops.word(0x64646464)
+    nothing = ops.word(0)
     out = []
     for tile in range(2):
         of_tile = []
@@ -39,23 +39,22 @@ def _code_tiles(ops, side, memory):
         for chunk, slab, _ in side.tiles:
             if chunk not in halves:
                 halves[chunk] = [
-                    ops.permute(found[tile, half, chunk], bytes_of, selector)
+                    ops.permute(found[tile, half, chunk], nothing, selector)
                     for selector in (0x4140, 0x4342)
                     for half in range(2)
                 ]
             mask = (2**side.bits - 1) << side.bits * slab
-            mask = 0xFF00FF00 | mask | mask << 16
+            mask = mask | mask << 16
             whole = side.bits == 8
             of_tile.append([x if whole else ops.low(x, mask) for x in halves[chunk]])
         out.append(of_tile)
     return out
 
 
-def _added(plan, slab):
-    """What a key's code has too much, 1024 or with the zero point; and its weight."""
-    weight = 2 ** (plan.keys.bits * slab)
-    more = plan.keys.half * weight if plan.keys.symmetric else 0
-    return 1024 + more, weight
+def _constants(ops, side, slab):
+    """Left operands that sum up a right one: for the zero point, and for zeros."""
+    weight = 2 ** (side.bits * slab) * TINY
+    return [repeated(ops, x, "f16") for x in (-side.half * weight, weight)]
 
 
 def _channel_scores(ops, plan, tiles, near, q):
@@ -83,7 +82,7 @@ def _scaled(ops, plan, near, q, tile):
     operands, sums = [], [_zeros(ops)] * plan.columns
     for number, (_, slab, channel) in enumerate(side.tiles):
         byte = ops.add(place, ops.word(2 * channel))
-        added, weight = _added(plan, slab)
+        point, once = _constants(ops, side, slab)
         scale = ops.words(near["keys_scale"], group, byte, 2)
         zero = []
         if not side.symmetric:
@@ -91,12 +90,11 @@ def _scaled(ops, plan, near, q, tile):
         of_tile = []
         for column, query in enumerate(_columns(plan, q, number)):
             right = [ops.pair_mul(x, y) for x, y in zip(query, scale, strict=True)]
-            less = repeated(ops, -added, "f16")
-            sums[column] = ops.mma(sums[column], less, right, "f16")
+            shift = right
             if zero:
                 shift = [ops.pair_mul(x, y) for x, y in zip(query, zero, strict=True)]
-                once = repeated(ops, weight, "f16")
-                sums[column] = ops.mma(sums[column], once, shift, "f16")
+            less = once if zero else point
+            sums[column] = ops.mma(sums[column], less, shift, "f16")
             of_tile.append(right)
         operands.append(of_tile)
     return operands, sums
@@ -106,6 +104,10 @@ def _token_scores(ops, plan, tiles, of_slot, q):
     """Keys whose scales belong to slots: they meet the scores of each group."""
     side = plan.keys
     out = [[_zeros(ops)] * plan.columns for _ in range(2)]
+    of_slot = [
+        {name: floats(ops, slot[name]) for name in slot if name.startswith("keys")}
+        for slot in of_slot
+    ]
     for group in range(side.groups):
         members = [
             (number, slab)
@@ -113,16 +115,14 @@ def _token_scores(ops, plan, tiles, of_slot, q):
             if channel // side.group == group
         ]
         for column in range(plan.columns):
-            start, plain = _zeros(ops), _zeros(ops)
+            shift = _zeros(ops)
             for number, slab in members:
                 right = _columns(plan, q, number)[column]
-                added, weight = _added(plan, slab)
-                start = ops.mma(start, repeated(ops, -added, "f16"), right, "f16")
-                if not side.symmetric:
-                    once = repeated(ops, weight, "f16")
-                    plain = ops.mma(plain, once, right, "f16")
+                point, once = _constants(ops, side, slab)
+                less = point if side.symmetric else once
+                shift = ops.mma(shift, less, right, "f16")
             for tile in range(2):
-                sums = start
+                sums = shift if side.symmetric else _zeros(ops)
                 for number, _ in members:
                     right = _columns(plan, q, number)[column]
                     sums = ops.mma(sums, tiles[tile][number], right, "f16")
@@ -131,7 +131,7 @@ def _token_scores(ops, plan, tiles, of_slot, q):
                     slot = of_slot[2 * tile + i // 2]
                     new = ops.fma(sums[i], slot["keys_scale"][group], old)
                     if not side.symmetric:
-                        new = ops.fma(plain[i], slot["keys_zero"][group], new)
+                        new = ops.fma(shift[i], slot["keys_zero"][group], new)
                     scaled.append(new)
                 out[tile][column] = tuple(scaled)
     return out

@@ -5,13 +5,13 @@ transposed, slots or channels along the 16 rows of an `mma` and queries along it
 columns: keys and values are then its left operand, which codes become inside of
 registers, without a detour, and the few queries of a decode step fill it.
 
-Codes become numbers by bits. Keys: the half 0x6400 + c is 1024 + c in float16, so a
-byte becomes two channels by one byte permutation, and each slab of codes by one mask
-(it leaves w * c, w = 1, 4, 16 or 64, where the slab lies; queries are divided by it).
-Values: 0x4300 + c is 128 + c in bfloat16, whose range probabilities need. What is added
-to all codes is one more product, of a constant with the scaled operand as rounded, so it
-cancels but for the sum's own rounding. Scales of channels meet the queries, scales of
-slots the scores or probabilities; zeros likewise.
+Codes become numbers by bits: as a float16 the bits of a number c < 1024 are c times
+2**-24, below its normal numbers, which products on tensor cores keep. So a byte is two
+channels' operands by one byte permutation (keys) or shift (values), and each slab of
+codes by one mask: no offset, no conversion. A slab i bits higher is 2**i times larger,
+and queries or, at the end, outputs smaller. Scales of channels meet the queries, scales
+of slots the scores or probabilities. Zeros of keys are one more product, of a constant
+with zeros times queries; zeros of values meet the probabilities, once for all channels.
 
 Which channel a code belongs to follows from where lanes find it: the left operand of the
 scores holds channels `4 t, 4 t + 1` and `4 t + 2, 4 t + 3` of each 16 where `mma` has
@@ -59,13 +59,11 @@ class Plan:
     def layout(self) -> dict[str, int]:
         """Registers of the state of a lane by name, in order."""
         groups = self.values.groups if self.values.coded else 0
-        zeros = 0 if self.values.symmetric else groups
         return {
             "peak": 2 * self.columns,
             "total": 2 * self.columns,
             "out": 4 * self.columns * len(self.values.tiles),
-            "scales": 4 * self.columns * groups,
-            "zeros": 2 * self.columns * zeros,
+            "zeros": 2 * self.columns * groups,
         }
 
     @property
@@ -172,7 +170,7 @@ def beside(ops, plan: Plan, places: list, memories: dict) -> list:
 
 
 def sorted_beside(ops, plan: Plan, words: list) -> list[dict[str, Any]]:
-    """The words of `beside` by name, for each of the four slots."""
+    """What `beside` gave by name, for each of the four slots; scales are still words."""
     words, found = list(words), []
     for _ in range(4):
         of_slot: dict[str, Any] = {}
@@ -180,10 +178,9 @@ def sorted_beside(ops, plan: Plan, words: list) -> list[dict[str, Any]]:
             if side.axis != "token":
                 continue
             for part in ("scale", "zero")[: 1 if side.symmetric else 2]:
-                numbers = []
-                for _ in range((side.groups + 1) // 2):
-                    numbers += ops.halves(words.pop(0), "f16")
-                of_slot[f"{name}_{part}"] = numbers[: side.groups]
+                count = (side.groups + 1) // 2
+                of_slot[f"{name}_{part}"] = words[:count]
+                del words[:count]
         if plan.located:
             of_slot["position"] = words.pop(0)
         if plan.biased:
@@ -208,7 +205,6 @@ def step(ops, plan: Plan, near: dict, more: list, query: dict, bounds, state) ->
     named = plan.split(state)
     weights, fade = _softmax(ops, plan, logits, named)
     named["out"] = _faded(ops, named["out"], fade, 4)
-    named["scales"] = _faded(ops, named["scales"], fade, 4)
     named["zeros"] = _faded(ops, named["zeros"], fade, 2)
     values.mix(ops, plan, near["values"], of_slot, weights, named)
     return [x for part in named.values() for x in part]
@@ -264,8 +260,9 @@ def _softmax(ops, plan, logits, named):
         peak = ops.fmax(peak, named["peak"][at])
         # A block may be hidden as a whole, and -inf - -inf is NaN.
         some = ops.above(peak, ops.number(DEAD))
-        anchor = ops.choose(some, ops.fmul(peak, ops.number(-1.0)), ops.number(0.0))
-        fade.append(ops.exp2(ops.fadd(named["peak"][at], anchor)))
+        less = ops.choose(some, ops.fmul(peak, ops.number(-1.0)), ops.number(0.0))
+        fade.append(ops.exp2(ops.fadd(named["peak"][at], less)))
+        anchor = ops.fadd(less, ops.number(values.RAISED))
         total = ops.fmul(named["total"][at], fade[-1])
         for row in range(4):
             weight = ops.exp2(ops.fadd(logits[row][at], anchor))

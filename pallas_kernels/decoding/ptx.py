@@ -67,12 +67,6 @@ class Emitted:
     def low(self, a, mask):
         return arith.andi(a, _constant(mask))
 
-    def either(self, a, bits):
-        return arith.ori(a, _constant(bits))
-
-    def flip(self, a, bits):
-        return arith.xori(a, _constant(bits) if isinstance(bits, int) else bits)
-
     def union(self, a, b):
         return arith.ori(a, b)
 
@@ -140,9 +134,6 @@ class Emitted:
     def pair_mul(self, a, b):
         return _word("mul.rn.f16x2 $0, $1, $2;", a, b)
 
-    def pair_sub(self, a, b):
-        return _word("sub.rn.bf16x2 $0, $1, $2;", a, b)
-
     def nonzero(self, pair):
         zero, found = _constant(0), _constant(0)
         for bits, all_bits in ((0x7FFF, 0xFFFF), (0x7FFF0000, 0xFFFF0000)):
@@ -206,7 +197,7 @@ class Emitted:
 
     def fetch(self, memory, index, count, bits):
         kind = ir.IntegerType.get_signless(bits)
-        wide = arith.extsi(ir.IntegerType.get_signless(64), index)
+        wide = arith.extui(ir.IntegerType.get_signless(64), index)
         pointer = utils.getelementptr(utils.memref_ptr(memory), [wide], kind)
         return _loaded(pointer, count, bits)
 
@@ -225,7 +216,7 @@ def _word(text, *operands, convergent=False):
 
 
 def _number(text, *operands):
-    constraints = ",".join(["=f"] * (1 + len(operands)))
+    constraints = ",".join(["=f", *("f" for _ in operands)])
     return llvm.inline_asm(_f32(), list(operands), text, constraints)
 
 

@@ -11,6 +11,9 @@ from kvjax.pallas_kernels.quantized import Quantized
 OWN = 32
 """Slots of a block that one warp reads."""
 
+TINY = 2.0**-24
+"""The smallest float16: bits of a code below 1024 are that many of it."""
+
 CHUNK = 16
 """Bytes of a slot that one matrix of 8 x 8 halves covers."""
 
@@ -138,3 +141,8 @@ def repeated(ops, number: float, kind: str) -> list:
     if kind == "f16":
         bits = np.asarray(number, np.float16).view(np.uint16)
     return [ops.word(int(bits) << 16 | int(bits))] * 4
+
+
+def floats(ops, words: list) -> list:
+    """Both float16 numbers of each word, in float32."""
+    return [x for word in words for x in ops.halves(word, "f16")]

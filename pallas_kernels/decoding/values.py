@@ -2,7 +2,11 @@
 
 from typing import Any
 
-from kvjax.pallas_kernels.decoding.stored import matrices, repeated
+from kvjax.pallas_kernels.decoding.stored import TINY, floats, matrices
+
+RAISED = 8
+"""Weights are 2**8 times as large: after a sink even small ones keep their digits in
+float16, and scales below 256 stay in its range."""
 
 
 def mix(ops, plan: Any, memory, of_slot: list, weights: list, named: dict) -> None:
@@ -70,33 +74,35 @@ def _mix_plain(ops, plan, found, tile, weights, named):
 def _mix_codes(ops, plan, found, tile, weights, beside, named):
     """Codes whose scales belong to slots: they meet the weights of each group."""
     side, columns = plan.values, plan.columns
+    # Scales of free slots may be NaN.
     live = [_some(ops, row) for row in weights]
-    nothing = ops.number(0.0)
+    beside = [
+        {
+            name: floats(ops, [ops.choose(on, x, ops.word(0)) for x in words])
+            for name, words in slot.items()
+            if name.startswith("values")
+        }
+        for on, slot in zip(live, beside, strict=True)
+    ]
     lefts = {
         chunk: [_numbers(ops, side.bits, found[tile, half, chunk]) for half in range(2)]
         for chunk in {chunk for chunk, _, _ in side.tiles}
     }
     for group in range(side.groups):
-        # Scales of free slots may be NaN.
-        scales = [
-            ops.choose(on, slot["values_scale"][group], nothing)
-            for on, slot in zip(live, beside, strict=True)
-        ]
+        scales = [slot["values_scale"][group] for slot in beside]
         for column in range(columns):
-            right = _right(ops, weights, column, "bf16", scales)
-            at = 4 * (group * columns + column)
-            once = repeated(ops, 1.0, "bf16")
-            _accumulate(ops, named["scales"], at, once, right, "bf16")
+            right = _right(ops, weights, column, "f16", scales)
             for number, (chunk, slab, channel) in enumerate(side.tiles):
                 if channel // side.group == group:
                     first, second = (half[slab] for half in lefts[chunk])
                     at = 4 * (number * columns + column)
                     left = [*first, *second]
-                    _accumulate(ops, named["out"], at, left, right, "bf16")
-        if side.symmetric:
-            continue
-        for on, slot, row in zip(live, beside, weights, strict=True):
-            zero = ops.choose(on, slot["values_zero"][group], nothing)
+                    _accumulate(ops, named["out"], at, left, right, "f16")
+        for slot, scale, row in zip(beside, scales, weights, strict=True):
+            if side.symmetric:
+                zero = ops.fmul(scale, ops.number(-side.half))
+            else:
+                zero = slot["values_zero"][group]
             for i, weight in enumerate(row):
                 at = 2 * group * columns + i
                 named["zeros"][at] = ops.fma(weight, zero, named["zeros"][at])
@@ -111,57 +117,32 @@ def _some(ops, row):
 
 
 def _numbers(ops, bits, word):
-    """For each slab, even and odd bytes of two slots as pairs of `added + w * code`."""
+    """For each slab, even and odd bytes of two slots as pairs of float16."""
     slabs = [[] for _ in range(8 // bits)]
     for byte in range(2):
         codes = ops.right(word, 8) if byte else word
         for slab, found in enumerate(slabs):
-            if bits == 8:
-                low = ops.either(ops.low(codes, 0x007F007F), 0x43004300)
-                high = ops.flip(ops.low(codes, 0x00800080), 0x43804380)
-                found.append(ops.pair_sub(low, high))
-                continue
-            shift, weight = placed(bits, slab)
-            moved = ops.right(codes, shift) if shift else codes
-            mask = (2**bits - 1) * weight
-            masked = ops.low(moved, mask | mask << 16)
-            found.append(ops.either(masked, 0x43004300))
+            mask = (2**bits - 1) << bits * slab
+            found.append(ops.low(codes, mask | mask << 16))
     return slabs
-
-
-def placed(bits: int, slab: int) -> tuple[int, int]:
-    """By how much codes are shifted, and their weight where they are then read.
-
-    The mantissa of bfloat16 has 7 bits: 128 + w * code must stay below 256.
-    """
-    if bits == 8:
-        return 0, 1
-    if bits == 4:
-        return 4 * slab, 1
-    return (0, 4**slab) if slab < 3 else (2, 16)
 
 
 def finish(ops, plan: Any, named: dict) -> list:
     """Peaks (of base 2), totals and outputs before the division, of this warp."""
     side, columns = plan.values, plan.columns
     totals = [_over_rows(ops, x) for x in named["total"]]
-    out = list(named["out"])
-    if side.coded:
-        zeros = [_over_rows(ops, x) for x in named["zeros"]]
-        for i, x in enumerate(out):
-            number, column, side_of = i // 4 // columns, i // 4 % columns, i % 4
-            _, slab, channel = side.tiles[number]
+    zeros = [_over_rows(ops, x) for x in named["zeros"]]
+    out = []
+    for i, x in enumerate(named["out"]):
+        number, column, register = i // 4 // columns, i // 4 % columns, i % 4
+        _, slab, channel = side.tiles[number]
+        if side.coded:
+            x = ops.fmul(x, ops.number(2 ** -(side.bits * slab) / TINY))
             at = channel // side.group * columns + column
-            _, weight = placed(side.bits, slab)
-            added = (-128 if side.bits == 8 else 128) / weight
-            added += side.half if side.symmetric else 0
-            x = ops.fmul(x, ops.number(1 / weight))
-            sums = named["scales"][4 * at + side_of]
-            x = ops.fma(sums, ops.number(-added), x)
-            if not side.symmetric:
-                x = ops.fadd(x, zeros[2 * at + i % 2])
-            out[i] = x
-    return [*named["peak"], *totals, *out]
+            x = ops.fadd(x, zeros[2 * at + register % 2])
+        out.append(x)
+    peaks = [ops.fadd(x, ops.number(-RAISED)) for x in named["peak"]]
+    return [*peaks, *totals, *out]
 
 
 def _over_rows(ops, x):
