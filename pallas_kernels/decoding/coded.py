@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvjax.pallas_kernels import compat
 from kvjax.pallas_kernels.decoding import lanes, program, results, values
+from kvjax.pallas_kernels.decoding.plain import SHARED
 from kvjax.pallas_kernels.decoding.program import BLOCK, Plan
 from kvjax.pallas_kernels.decoding.stored import TINY, Stored
 from kvjax.pallas_kernels.decoding.warps import THREADS
@@ -29,7 +30,7 @@ from kvjax.pallas_kernels.quantized import Quantized
 MOST_ROWS = 16
 """Queries of a KV head; more do not fit into registers."""
 
-_SHARED = 227 * 1024 - 4096  # bytes per thread block, less barriers and padding
+
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def decode(call: Call) -> Partial:
                 far[f"{name}_zero"] = side.zero
     buffers = {name: _buffer(array, step) for name, (array, step) in near.items()}
     each = sum(rows * width * size for (rows, width), _, size in buffers.values())
-    stages = max(1, min(call.stages, _SHARED // each))
+    stages = max(1, min(call.stages, SHARED // each))
     copies = len(buffers) * (BLOCK // call.walk.piece)
     scratch = {
         name: plgpu.SMEM(

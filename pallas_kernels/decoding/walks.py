@@ -19,26 +19,39 @@ class Slots:
     """Slots `start` to `stop` of `[B, K, S]`, or of `[B, S]` if ragged.
 
     Main memory: `start` and `stop`, `[B, K]`.
+
+    Attributes:
+        heads: KV heads.
+        slots: of the store, `S`.
+        ragged: heads share one axis.
+        block: slots per step.
+        align: what the first slot of the first block is a multiple of.
     """
 
     heads: int
     slots: int
     ragged: bool
+    block: int = BLOCK
+    align: int = BLOCK
 
-    piece = BLOCK
-    """Slots per copy."""
+    @property
+    def piece(self) -> int:
+        """Slots per copy."""
+        return self.block
 
     def span(self, far: Any, row: Any, head: Any) -> tuple[Any, Any, Any]:
         """First slot of the first block, and the slots held: from, to."""
         start, stop = far["start"][row, head], far["stop"][row, head]
-        return lax.div(start, BLOCK) * BLOCK, start, stop
+        return lax.div(start, self.align) * self.align, start, stop
 
     def pieces(self, far: Any, row: Any, head: Any, begin: Any) -> list[Any]:
         """For each copy of a block: `group -> index` of its slots in steps of `group`."""
         del far
 
         def index(group):
-            some = pl.ds(lax.div(begin, group), BLOCK // group)
+            # Tiles of shared memory want to know that they are met whole.
+            at = pl.multiple_of(begin, 8) if group == 1 else lax.div(begin, group)
+            some = pl.ds(at, self.block // group)
             return (row, some) if self.ragged else (row, head, some)
 
         return [index]
@@ -61,11 +74,18 @@ class Pages:
     """Pages of `[N, page]` that a table `[B, K, entries]` lists.
 
     Main memory: `table`, and `counts`, `[B, K]`.
+
+    Attributes:
+        heads: KV heads.
+        entries: of the table, whole blocks.
+        page: slots of a page.
+        block: slots per step.
     """
 
     heads: int
     entries: int
     page: int
+    block: int = BLOCK
 
     @property
     def piece(self) -> int:
@@ -81,7 +101,7 @@ class Pages:
         """For each copy of a block: `group -> index` of its page."""
         first = lax.div(begin, self.page)
         found = []
-        for one in range(BLOCK // self.page):
+        for one in range(self.block // self.page):
             at = far["table"][row, head, first + one]
             found.append(lambda group, at=at: (at,))
         return found
