@@ -45,6 +45,8 @@ def read_dump(folder: pathlib.Path | None) -> dict[str, int]:
             text = path.read_text(errors="replace")
             launch = r"dynamic_shared_memory_size %c(\d+)_i32"
             note("onchip_bytes", launch, text)
+            # Where the launch names no constant: without the barriers.
+            note("onchip_bytes", r"smem_scratch_bytes=(\d+)", text)
         elif path.suffix == ".ptxas":
             text = path.read_text(errors="replace")
             note("registers", r"Used (\d+) registers", text)

@@ -85,11 +85,26 @@ def build(
 def case(name: str, lengths: list[list[int]], *, tile: int = 128, **how: Any) -> Case:
     """A `Case` from the arguments of `build`."""
     slow = how.pop("slow", False)
-    plain = not ({"keys", "values", "located"} & set(how))
-    served = plain and how.get("dtype") == BF16 and how["slots"] % 8 == 0
-    refused = () if served else ("gpu",)
+    refused = () if on_gpu(**how) else ("gpu",)
     make = functools.partial(build, lengths=lengths, **how)
     return Case(name=name, make=make, tiles={"block": tile}, refused=refused, slow=slow)
+
+
+def on_gpu(
+    *,
+    slots: int,
+    d: int,
+    dtype: Any = jnp.float32,
+    keys: Codec | None = None,
+    values: Codec | None = None,
+    located: bool = False,
+    **how: Any,
+) -> bool:
+    """Whether the GPU kernels serve a case; their products are of 16-bit numbers."""
+    if keys is None and values is None and not located:
+        return dtype == BF16 and slots % 8 == 0
+    along_slots = values is not None and values[1] == "channel"
+    return dtype == BF16 and d in (64, 128) and not along_slots
 
 
 INT4: dict[str, Any] = {
@@ -217,6 +232,38 @@ CASES = (
         offsets=[[0, 130, 256]],
         located=True,
         window=100,
+    ),
+    case(
+        "int4 kivi bf16 gqa4",
+        [[256, 70]],
+        heads=8,
+        slots=256,
+        d=64,
+        dtype=BF16,
+        **INT4,
+    ),
+    case(
+        "int2 symmetric, int8 values, softcap",
+        [[130, 0]],
+        heads=4,
+        slots=160,
+        d=64,
+        t=5,
+        keys=(2, "token", 16, True),
+        values=(8, "token", 64, True),
+        softcap=10.0,
+        dtype=BF16,
+    ),
+    case(
+        "ragged int4 keys per token, plain values, positions",
+        [[100, 60]],
+        heads=4,
+        slots=192,
+        d=64,
+        offsets=[[5, 110, 192]],
+        keys=(4, "token", 32, False),
+        located=True,
+        dtype=BF16,
     ),
     case(
         "window bf16",

@@ -32,7 +32,7 @@ def decode_attention(
     slots, rows = keys.shape[-2], h // kv_heads * t
     by_registers = coded.wanted(keys, values) or positions is not None
     if by_registers:
-        why = coded.refusal(keys, values, rows, ("keys", "values"))
+        why = coded.refusal(q, keys, values, rows, ("keys", "values"))
     else:
         why = plain.refusal(keys, values, rows)
         if slots % 8:

@@ -72,6 +72,7 @@ def simulated(
     far: Mapping[str, Any],
 ) -> jax.Array:
     """`program(ops, words, arrays, near, far)` as an array `[registers, 128]`."""
+
     def run(words, arrays, near, far):
         ops = Simulated()
         with np.errstate(all="ignore"):  # infinities and NaN are part of the job
@@ -164,7 +165,8 @@ def emitted(
             _is_signed=None if dtype == jnp.float32 else False,
         )
 
-    return call(
+    # pyright does not see that the decorator drops the context.
+    return call(  # pyright: ignore[reportCallIssue]
         [*words, *stages],
         list(arrays),
         [one.ref for one in near.values()],

@@ -2,8 +2,8 @@
 
 Written once against the instructions of `warps` and `ptx`. Scores and outputs are
 transposed, slots or channels along the 16 rows of an `mma` and queries along its 8
-columns: keys and values are then its left operand, which codes become inside of
-registers, without a detour, and the few queries of a decode step fill it.
+columns: keys and values are then its left operand, which codes become in registers,
+and the few queries of a decode step fill it.
 
 Codes become numbers by bits: as a float16 the bits of a number c < 1024 are c times
 2**-24, below its normal numbers, which products on tensor cores keep. So a byte is two
@@ -13,10 +13,10 @@ and queries or, at the end, outputs smaller. Scales of channels meet the queries
 of slots the scores or probabilities. Zeros of keys are one more product, of a constant
 with zeros times queries; zeros of values meet the probabilities, once for all channels.
 
-Which channel a code belongs to follows from where lanes find it: the left operand of the
-scores holds channels `4 t, 4 t + 1` and `4 t + 2, 4 t + 3` of each 16 where `mma` has
-`2 t, 2 t + 1` and `2 t + 8, 2 t + 9`, of the outputs channels `2 g` and `2 g + 1` in rows
-`g` and `g + 8`.
+Which channel a code belongs to follows from where lanes find it: of each 16 channels the
+left operand of the scores has `4 t, 4 t + 1` and `4 t + 2, 4 t + 3` where `mma` wants
+`2 t, 2 t + 1` and `2 t + 8, 2 t + 9`; that of the outputs has `2 g` and `2 g + 1` in its
+rows `g` and `g + 8`.
 """
 
 import dataclasses
@@ -110,6 +110,8 @@ def queries(ops, plan: Plan, memory, first) -> list:
     """The right operands of the scores, two registers per tile of channels and column.
 
     Args:
+        ops: the instructions.
+        plan: the static settings.
         memory: queries `[..., 8 columns, D]`, 16-bit; divided by the slab's weight.
         first: index of the first number of this head.
     """
@@ -141,7 +143,7 @@ def per_column(ops, plan: Plan, memory, first) -> list:
 
 
 def rows(ops) -> list:
-    """The four slots of a block that belong to a lane: 8 i + its group of four lanes."""
+    """The four slots of a block that belong to a lane, 8 apart."""
     base = ops.add(ops.mul(ops.warp, ops.word(OWN)), ops.right(ops.lane, 2))
     return [ops.add(base, ops.word(8 * i)) for i in range(4)]
 
@@ -150,6 +152,8 @@ def beside(ops, plan: Plan, places: list, memories: dict) -> list:
     """What lies beside codes, per slot of the lane: scales, zeros, position, weight.
 
     Args:
+        ops: the instructions.
+        plan: the static settings.
         places: for each slot, its index in the store and in `memories["bias"]`.
         memories: main memory by name; scales and zeros per slot, 16-bit.
     """
@@ -170,7 +174,7 @@ def beside(ops, plan: Plan, places: list, memories: dict) -> list:
 
 
 def sorted_beside(ops, plan: Plan, words: list) -> list[dict[str, Any]]:
-    """What `beside` gave by name, for each of the four slots; scales are still words."""
+    """What `beside` gave by name for each of the four slots; scales stay words."""
     words, found = list(words), []
     for _ in range(4):
         of_slot: dict[str, Any] = {}
@@ -193,6 +197,8 @@ def step(ops, plan: Plan, near: dict, more: list, query: dict, bounds, state) ->
     """The state after a block.
 
     Args:
+        ops: the instructions.
+        plan: the static settings.
         near: shared memory by name: keys, keys_scale, keys_zero, values.
         more: of `beside`, for this block.
         query: `q`, `factor` and, with positions, `now`.
@@ -216,7 +222,9 @@ def _visible(ops, plan, logits, of_slot, query, bounds):
     dead = ops.number(DEAD)
     out = []
     for i, (slot, row) in enumerate(zip(of_slot, rows(ops), strict=True)):
-        held = ops.both(ops.less(row, ends), ops.less(begins, ops.add(row, ops.word(1))))
+        held = ops.both(
+            ops.less(row, ends), ops.less(begins, ops.add(row, ops.word(1)))
+        )
         tile, lower = logits[i // 2], 2 * (i % 2)
         of_row = []
         for column in range(plan.columns):

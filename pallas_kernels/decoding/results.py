@@ -41,7 +41,5 @@ def collected(plan: Plan, found: Float[Array, "B K P R 128"]) -> Partial:
     order = np.argsort([channel for _, _, channel in side.tiles])
     out = out[..., order, :].reshape(*out.shape[:-2], side.width)
     safe = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(
-        total > 0, peak * math.log(2.0) + jnp.log(safe), -jnp.inf
-    )
+    lse = jnp.where(total > 0, peak * math.log(2.0) + jnp.log(safe), -jnp.inf)
     return splits.union(out / safe[..., None], lse)

@@ -96,7 +96,9 @@ class Stored:
         if not self.coded:
             return None
         if self.axis not in other:
-            return f"`{name}` must have groups per {' or '.join(other)}; got {self.axis}"
+            return (
+                f"`{name}` must have groups per {' or '.join(other)}; got {self.axis}"
+            )
         if self.group not in (16, 32, 64, 128):
             return f"`{name}` must have groups of 16, 32, 64 or 128; got {self.group}"
         return None

@@ -13,6 +13,8 @@ def mix(ops, plan: Any, memory, of_slot: list, weights: list, named: dict) -> No
     """Add the block's values to the sums in `named`.
 
     Args:
+        ops: the instructions.
+        plan: the static settings.
         memory: values of the block.
         of_slot: scales and zeros of the lane's four slots.
         weights: of the four slots, for the lane's two queries of each column.

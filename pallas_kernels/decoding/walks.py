@@ -45,7 +45,7 @@ class Slots:
         return lax.div(start, self.align) * self.align, start, stop
 
     def pieces(self, far: Any, row: Any, head: Any, begin: Any) -> list[Any]:
-        """For each copy of a block: `group -> index` of its slots in steps of `group`."""
+        """Per copy of a block: `group -> index` of its slots, in steps of `group`."""
         del far
 
         def index(group):

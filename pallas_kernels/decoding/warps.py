@@ -113,10 +113,7 @@ class Simulated:
     def pair(self, first, second, kind):
         """A pair from two float32 numbers."""
         dtype = np.float16 if kind == "f16" else ml_dtypes.bfloat16
-        low, high = (
-            x.astype(dtype).view(np.uint16)
-            for x in (first, second)
-        )
+        low, high = (x.astype(dtype).view(np.uint16) for x in (first, second))
         return low.astype(np.uint32) | high.astype(np.uint32) << 16
 
     def pair_mul(self, a, b):
@@ -216,6 +213,4 @@ def _unrows(full):
 
 
 def _join(four):
-    return sum(
-        (four[:, i] << np.uint32(8 * i) for i in range(1, 4)), start=four[:, 0]
-    )
+    return sum((four[:, i] << np.uint32(8 * i) for i in range(1, 4)), start=four[:, 0])

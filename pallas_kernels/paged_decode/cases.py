@@ -121,13 +121,13 @@ def case(
     **how: Any,
 ) -> Case:
     """A case whose arguments are `make(rng, **how)`."""
-    plain = how.get("dtype", jnp.float32) == jnp.float32
+    wide = how.get("dtype", jnp.float32) == jnp.float32
     return Case(
         name=name,
         make=functools.partial(make, **how),
         tiles=tiles or {"slots": 32},
-        # Its products are of 16-bit numbers, and codes are not implemented.
-        refused=("gpu",) if plain or "store" in how else (),
+        # Its products are of 16-bit numbers.
+        refused=("gpu",) if wide else (),
         slow=slow,
     )
 
@@ -171,6 +171,8 @@ CASES = (
     case("int4_page128", store=HALF4, page=128, selected=3, pages=4, tiles=WIDE),
     case("bf16_page128_d64", page=128, selected=3, pages=4, tiles=WIDE, dtype=BF16),
     case("plain_keys", store=(None, KIVI4[1]), dtype=BF16),
+    case("int4_bias", store=BITS4, page=64, pages=4, selected=3, bias=True, dtype=BF16),
+    case("int2_fill", store=KIVI2, selected=3, fill=True, dtype=BF16),
 )
 
 

@@ -33,7 +33,7 @@ def paged_decode(
     page, rows = k_pages.shape[1], h // kv_heads * t
     by_registers = coded.wanted(k_pages, v_pages)
     if by_registers:
-        why = coded.refusal(k_pages, v_pages, rows, ("k_pages", "v_pages"))
+        why = coded.refusal(q, k_pages, v_pages, rows, ("k_pages", "v_pages"))
     else:
         why = plain.refusal(k_pages, v_pages, rows)
     if plain.ROWS % page and page % plain.ROWS:

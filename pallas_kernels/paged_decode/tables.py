@@ -1,10 +1,7 @@
-"""Log-weights of slots, and the union of splits; shared by the fast paths."""
+"""Log-weights of slots, shared by the fast paths."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-
-from kvjax.pallas_kernels.partial import Partial
-from kvjax.types import NEG_INF
 
 SMALLEST_PAGE, LARGEST_PAGE = 16, 128
 
@@ -37,15 +34,3 @@ def log_weights(
         filled = jnp.minimum(filled, fill)
     live = (slot < filled[..., None]).reshape(b, k, c * page)
     return jnp.where(live, 0.0 if bias is None else bias, -jnp.inf)
-
-
-def merged(out: Float[Array, "B K P X D"], lse: Float[Array, "B K P X"]) -> Partial:
-    """The exact union of the splits of each list, axis 2."""
-    peak = jnp.max(lse, axis=2, keepdims=True)
-    anchor = jnp.where(jnp.isneginf(peak), 0.0, peak)  # -inf - -inf is NaN
-    weight = jnp.exp(lse - anchor)
-    total = jnp.sum(weight, axis=2)
-    safe = jnp.where(total > 0, total, 1.0)
-    union = jnp.sum(weight[..., None] * out, axis=2) / safe[..., None]
-    found = jnp.where(total > 0, anchor[:, :, 0] + jnp.log(safe), NEG_INF)
-    return Partial(union, found)

@@ -10,8 +10,8 @@ import pytest
 
 from kvjax.pallas_kernels.decode_attention import decode_attention
 from kvjax.pallas_kernels.decode_attention.cases import build
-from kvjax.pallas_kernels.decode_attention.gpu import _merged
 from kvjax.pallas_kernels.decode_attention.workloads import BF16
+from kvjax.pallas_kernels.decoding.splits import union
 from kvjax.pallas_kernels.partial import Partial, merge
 
 LENGTHS = [[5, 12], [0, 8]]
@@ -86,13 +86,13 @@ def test_ragged_is_slots_in_one_buffer():
 
 
 def test_splits_merge_as_parts_do():
-    """The merge of the GPU's splits is that of `partial`."""
+    """The union of the GPU's splits is that of `partial`."""
     rng = np.random.default_rng(1)
     out = jnp.asarray(rng.standard_normal((1, 2, 3, 4, 8)), jnp.float32)
     lse = jnp.asarray(rng.standard_normal((1, 2, 3, 4)), jnp.float32)
     lse = lse.at[:, 0, 1].set(-jnp.inf).at[:, 1, :, 0].set(-jnp.inf)
     out = jnp.where(jnp.isneginf(lse)[..., None], 0.0, out)
-    got = _merged(out, lse, (1, 8, 1, 8))
+    got = union(out, lse)
     want = merge([Partial(out[:, :, i], lse[:, :, i]) for i in range(3)])
     np.testing.assert_allclose(got.out.ravel(), want.out.ravel(), atol=1e-6)
     np.testing.assert_allclose(got.lse.ravel(), want.lse.ravel(), atol=1e-6)
@@ -101,13 +101,16 @@ def test_splits_merge_as_parts_do():
 @pytest.mark.parametrize(
     ("message", "how"),
     [
-        ("codes", {"keys": (8, "token", 8, True), "dtype": BF16}),
-        ("bfloat16", {}),
-        ("positions", {"located": True, "dtype": BF16}),
+        ("64 or 128 channels", {"keys": (8, "token", 8, True), "dtype": BF16}),
+        ("groups per token", {"d": 64, "values": (8, "channel", 8, True)}),
+        ("groups of 16", {"d": 64, "keys": (8, "token", 8, True)}),
+        ("16 queries", {"d": 64, "t": 16, "located": True}),
+        ("64 queries", {"heads": 16, "t": 16, "located": False}),
+        ("float32", {"d": 64, "located": True, "dtype": jnp.float32}),
     ],
 )
 def test_gpu_refuses(message, how):
-    args, kwargs = made(**how)
+    args, kwargs = made(**{"dtype": BF16, **how})
     with pytest.raises(NotImplementedError, match=f"decode_attention: .*{message}"):
         decode_attention(*args, **kwargs, backend="gpu")
 

@@ -105,7 +105,8 @@ def test_one_block(name, rows, d):
     held = np.where(np.arange(program.BLOCK) < begins, -1, 0)
     want = decode_attention(
         q,
-        *sides,
+        sides[0],
+        sides[1],
         jnp.asarray([[ends]], jnp.int32),
         positions=jnp.asarray(held[None, None], jnp.int32),
         q_positions=jnp.zeros((1, 1), jnp.int32),
