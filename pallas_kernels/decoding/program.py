@@ -13,10 +13,10 @@ and queries or, at the end, outputs smaller. Scales of channels meet the queries
 of slots the scores or probabilities. Zeros of keys are one more product, of a constant
 with zeros times queries; zeros of values meet the probabilities, once for all channels.
 
-Which channel a code belongs to follows from where lanes find it: of each 16 channels the
-left operand of the scores has `4 t, 4 t + 1` and `4 t + 2, 4 t + 3` where `mma` wants
-`2 t, 2 t + 1` and `2 t + 8, 2 t + 9`; that of the outputs has `2 g` and `2 g + 1` in its
-rows `g` and `g + 8`.
+Which channel a code belongs to follows from where lanes find it: of each 16 channels
+the left operand of the scores has `4 t, 4 t + 1` and `4 t + 2, 4 t + 3` where `mma`
+wants `2 t, 2 t + 1` and `2 t + 8, 2 t + 9`; that of the outputs has `2 g` and `2 g + 1`
+in its rows `g` and `g + 8`.
 """
 
 import dataclasses
