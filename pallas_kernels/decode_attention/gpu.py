@@ -35,8 +35,8 @@ def decode_attention(
         why = coded.refusal(q, keys, values, rows, ("keys", "values"))
     else:
         why = plain.refusal(keys, values, rows)
-        if slots % 8:
-            why = f"the slots must be a multiple of 8; got {slots}"
+    if slots % 8:  # what tiles in shared memory want
+        why = f"the slots must be a multiple of 8; got {slots}"
     if why:
         raise NotImplementedError(f"decode_attention: {why}.")
     tile = tuning.tiles("decode_attention", "h200", tiles)

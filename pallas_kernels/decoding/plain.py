@@ -111,7 +111,10 @@ def decode(call: Call) -> Partial:
         ),
         grid=(call.splits, kv_heads, b),
         grid_names=("split", "head", "row"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=512,  # rows are reduced by shuffles
+        ),
         interpret=compat.gpu_interpret(call.interpret),
     )
     out, lse = run(queries, call.keys, call.values, *call.far.values())
