@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kvjax.pallas_kernels import compat, tuning
-from kvjax.pallas_kernels.decode_attention import sides
+from kvjax.pallas_kernels.decoding import sides
 from kvjax.pallas_kernels.partial import Partial, cap
 from kvjax.types import NEG_INF
 

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import jax.numpy as jnp
 
-from kvjax.pallas_kernels.decode_attention.sides import LANES, Side, _wide
+from kvjax.pallas_kernels.decoding.sides import LANES, Side, widened
 from kvjax.pallas_kernels.quantized import Quantized
 
 
@@ -60,8 +60,8 @@ class PageSide(Side):
 
     def _scales(self, refs):
         along = 1 if self.axis == "token" else 0
-        scale = jnp.concatenate([_wide(r) for r in refs[1]], axis=along)
+        scale = jnp.concatenate([widened(r) for r in refs[1]], axis=along)
         if self.symmetric:
             assert self.bits is not None
             return scale, -((2**self.bits - 1) // 2) * scale
-        return scale, jnp.concatenate([_wide(r) for r in refs[2]], axis=along)
+        return scale, jnp.concatenate([widened(r) for r in refs[2]], axis=along)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kvjax.pallas_kernels import compat, tuning
-from kvjax.pallas_kernels.decode_attention.sides import LANES
+from kvjax.pallas_kernels.decoding.sides import LANES
 from kvjax.pallas_kernels.paged_decode.sides import PageSide
 from kvjax.pallas_kernels.paged_decode.tables import kernel_page, log_weights
 from kvjax.pallas_kernels.partial import Partial, cap

@@ -239,11 +239,11 @@ class Side:
         return x.astype(jnp.float32).astype(self.dtype)
 
     def _scales(self, refs):
-        scale = _wide(refs[1])
+        scale = widened(refs[1])
         if self.symmetric:
             assert self.bits is not None
             return scale, -((2**self.bits - 1) // 2) * scale
-        return scale, _wide(refs[2])
+        return scale, widened(refs[2])
 
     def _chunks(self, wide, scale, zero):
         """Codes, scales and zeros of each chunk of slots."""
@@ -272,7 +272,7 @@ class Side:
         )
 
 
-def _wide(ref):
+def widened(ref):
     """Scales or zeros in float32; int16 stands for the bits of a float16.
 
     TPUs flush subnormal numbers, so those of float16 are built from their mantissa.
