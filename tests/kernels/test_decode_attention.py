@@ -105,7 +105,7 @@ def test_splits_merge_as_parts_do():
         ("groups per token", {"d": 64, "values": (8, "channel", 8, True)}),
         ("groups of 16", {"d": 64, "keys": (8, "token", 8, True)}),
         ("16 queries", {"d": 64, "t": 16, "located": True}),
-        ("64 queries", {"heads": 16, "t": 16, "located": False}),
+        ("64 queries", {"heads": 16, "t": 16, "d": 64}),
         ("float32", {"d": 64, "located": True, "dtype": jnp.float32}),
     ],
 )
