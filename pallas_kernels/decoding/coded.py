@@ -116,7 +116,8 @@ def decode(call: Call) -> Partial:
                 far[f"{name}_zero"] = side.zero
     buffers = {name: _buffer(array, step) for name, (array, step) in near.items()}
     each = sum(rows * width * size for (rows, width), _, size in buffers.values())
-    stages = max(1, min(call.stages, SHARED // each))
+    # Three thread blocks of an SM hide each other's waits; each wants two stages.
+    stages = min(max(2, min(call.stages, SHARED // 3 // each)), SHARED // each)
     copies = len(buffers) * (BLOCK // call.walk.piece)
     scratch = {
         name: plgpu.SMEM(

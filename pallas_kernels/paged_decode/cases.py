@@ -171,7 +171,7 @@ CASES = (
     case("int4_page128", store=HALF4, page=128, selected=3, pages=4, tiles=WIDE),
     case("bf16_page128_d64", page=128, selected=3, pages=4, tiles=WIDE, dtype=BF16),
     case("plain_keys", store=(None, KIVI4[1]), dtype=BF16),
-    case("int4_bias", store=BITS4, page=64, pages=4, selected=3, bias=True, dtype=BF16),
+    case("int4_bias", store=KIVI4, page=64, pages=4, selected=3, bias=True, dtype=BF16),
     case("int2_fill", store=KIVI2, selected=3, fill=True, dtype=BF16),
 )
 
