@@ -97,7 +97,7 @@ def scores(directory: pathlib.Path) -> dict[Cell, float]:
 
     return {
         (row["task"], row["visibility"], row["compression"], row["keep"]): row["score"]
-        for row in load_rows(directory)
+        for row in load_rows(directory).to_pylist()
     }
 
 
