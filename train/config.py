@@ -82,11 +82,14 @@ class SamplingConfig:
         ramp: steps over which the `keeps` of a choice join, from mild to hard.
         visible: share of rows that are compressed behind their first question; the
             others are compressed between context and question.
+        choice: temperature of a straight-through gradient for which tokens are kept,
+            in standard deviations of their scores; 0 gives the choice none.
     """
 
     choices: tuple[Choice, ...] = ()
     ramp: int = 0
     visible: float = 0.5
+    choice: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

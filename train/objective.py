@@ -85,7 +85,8 @@ def _attention(config: TrainConfig, c: Compression | None, batch: Batch) -> Any:
     if config.surrogate is not None:
         return regressing(batch.prompt_lengths, batch.later)
     if c is not None:
-        return simulated(batch.prompt_lengths, c, batch.later)
+        choice = config.sampling.choice
+        return simulated(batch.prompt_lengths, c, batch.later, choice)
     return prefix_attention
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import LayerCache, Pages, Slots
 from kvjax.cache.parts import AbstractPart
 from kvjax.codecs import PlainArray, straight_through
+from kvjax.compress.choice import Gates, gates, with_choice_gradient
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build
 from kvjax.compress.observe import observe, wants_mass
@@ -29,6 +30,7 @@ def attend(
     c: Compression,
     priorities: Scores | None,
     later: int | None = None,
+    choice: float = 0.0,
 ) -> tuple[Float[Array, "B H T D"], Scores | None]:
     """One layer of the parallel form.
 
@@ -38,6 +40,8 @@ def attend(
         c: what is done to the prompt.
         priorities: those of the layer before, for index reuse.
         later: no row has more tokens behind its compression point; None: any number.
+        choice: temperature of the gradient that the choice of tokens gets, see
+            `choice.gates`; 0 gives it none.
 
     Returns:
         The attention output, and the priorities that this layer used.
@@ -60,7 +64,10 @@ def attend(
     line = prompt_lengths[:, None] + jnp.arange(later)
     moved = _taken(inputs, line)
     if layer.tracker is None:
-        behind = _behind(moved, layer)
+        held = None
+        if choice and priorities is not None and layer.growth is None:
+            held = gates(layer.parts, priorities, choice)
+        behind = _behind(moved, layer, prompt, held)
     else:  # what a token sees depends on the queries before it
         behind, _ = layer.attend(moved)
     place = jnp.clip(jnp.arange(tokens) - prompt_lengths[:, None], 0, later - 1)
@@ -87,7 +94,9 @@ def _taken(inputs: LayerInputs, line: Int[Array, "B L"]) -> LayerInputs:
     )
 
 
-def _behind(inputs: LayerInputs, layer: LayerCache) -> Float[Array, "B H L D"]:
+def _behind(
+    inputs: LayerInputs, layer: LayerCache, prompt: LayerInputs, held: Gates | None
+) -> Float[Array, "B H L D"]:
     """Attention of the tokens behind the compression point, which `inputs` holds."""
     (b, h, tokens, _), spec = inputs.q.shape, layer.spec
     if layer.growth is None:
@@ -101,7 +110,7 @@ def _behind(inputs: LayerInputs, layer: LayerCache) -> Float[Array, "B H L D"]:
     def read(q: Array, at: Array, edge: Array) -> tuple[Partial, tuple[()]]:
         q = jnp.moveaxis(q, 2, 1)
         limit = None if layer.growth is None else edge
-        held = [part.attend(q, at, spec, limit) for part in body]
+        known = [part.attend(q, at, spec, limit) for part in body]
         # A token is read plain until its block has moved into the body.
         waiting = slot >= edge[:, None, :, None]
         recent = attend_block(
@@ -112,9 +121,12 @@ def _behind(inputs: LayerInputs, layer: LayerCache) -> Float[Array, "B H L D"]:
             scale=spec.scale,
             softcap=spec.softcap,
         )
-        return merge([*held, recent]), ()
+        found = merge([*known, recent])
+        if held is not None:
+            found = with_choice_gradient(found, held, prompt, q)
+        return found, ()
 
-    slots = nslots(body) + slot.shape[0]
+    slots = nslots(body) + slot.shape[0] + (0 if held is None else prompt.k.shape[2])
     chunk = query_chunk(tokens, b * h * slots)
     queries = jnp.moveaxis(inputs.q, 1, 2)
     return map_query_chunks(read, chunk, queries, inputs.positions, edges)[0].out

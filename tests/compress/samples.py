@@ -51,6 +51,9 @@ class Sample:
         return self.inputs.spec.rope.frequencies()
 
 
+SPECS = {"d16_g2": layer_spec(4, 2, 16), "d32_g3": layer_spec(6, 2, 32)}
+
+
 def draw(seed: int, spec: LayerSpec, lengths: tuple[int, ...], width=None) -> Sample:
     """A sample of rows of `lengths`, padded to `width` (default: the longest)."""
     rng = np.random.default_rng(seed)

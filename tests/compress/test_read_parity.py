@@ -25,14 +25,13 @@ from kvjax.types import EMPTY
 from kvjax.units import Chunk
 from tests import reference
 from tests.compress.samples import (
+    SPECS,
     Sample,
     decode_inputs,
     draw,
-    layer_spec,
     prefix,
 )
 
-SPECS = {"d16_g2": layer_spec(4, 2, 16), "d32_g3": layer_spec(6, 2, 32)}
 LENGTHS = np.array([75, 48, 61])
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 ATTEND = jax.jit(LayerCache.attend)

@@ -1,0 +1,121 @@
+"""The gradient of a choice is the difference that the choice makes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import kvjax
+from kvjax.cache import Slots
+from kvjax.codecs import PlainArray
+from kvjax.compress.choice import Gates, gates, with_choice_gradient
+from kvjax.models.simulate import simulated
+from kvjax.pallas_kernels.partial import Partial
+from kvjax.scorers import LagKV, Random, StreamingLLM
+from kvjax.types import EMPTY
+from kvjax.units import Token
+from tests.compress.samples import SPECS, draw
+from tests.small import BUDGETED, LENGTHS, batch, preset, small_model
+
+
+def attention(inputs, q, kept):
+    """Attention of `q` over the kept keys, in NumPy and float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, inputs.k, inputs.v))
+    group = inputs.spec.groups
+    k, v, kept = (np.repeat(x, group, axis=1) for x in (k, v, kept))
+    logits = np.einsum("bhtd,bhsd->bhts", q, k) * inputs.spec.scale
+    logits = np.where(kept[:, :, None], logits, -np.inf)
+    peak = logits.max(-1, keepdims=True)
+    weight = np.exp(logits - peak)
+    total = weight.sum(-1, keepdims=True)
+    out = np.einsum("bhts,bhsd->bhtd", weight / total, v)
+    return out, (peak + np.log(total))[..., 0]
+
+
+def test_a_token_counts_for_what_it_would_change():
+    spec = SPECS["d16_g2"]
+    inputs = draw(0, spec, (12,)).inputs
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(1, spec.num_heads, 3, spec.head_dim)), "f4")
+    kept = rng.random((1, spec.num_kv_heads, 12)) < 0.5
+    out, lse = attention(inputs, q, kept)
+    found = Partial(*(jnp.asarray(x, jnp.float32) for x in (out, lse)))
+
+    def moved(soft):
+        held = Gates(kept=jnp.asarray(kept), soft=soft)
+        return with_choice_gradient(found, held, inputs, q).out
+
+    zero = jnp.zeros(kept.shape)
+    np.testing.assert_array_equal(moved(zero), found.out)
+    slope = np.asarray(jax.jacobian(moved)(zero))
+    group = spec.groups
+    for head, token in np.ndindex(*kept.shape[1:]):
+        heads = slice(head * group, (head + 1) * group)
+        place = (0, head, token)
+        if not kept[0, head, token]:
+            more = kept.copy()
+            more[0, head, token] = True
+            want = (attention(inputs, q, more)[0] - out)[0, heads]
+        else:  # what it weighs, times how far its value is from the output
+            k, v = (
+                np.asarray(x, np.float64)[0, head, token] for x in (inputs.k, inputs.v)
+            )
+            logit = np.asarray(q, np.float64)[0, heads] @ k * spec.scale
+            weight = np.exp(logit - lse[0, heads])[..., None]
+            want = weight * (v - out[0, heads])
+        np.testing.assert_allclose(
+            slope[0, heads, :, :, 0, head, token], want, atol=1e-5
+        )
+
+
+def test_gates_are_a_sigmoid_around_the_cut():
+    scores = jnp.array([[[3.0, 1.0, jnp.inf, 2.0, -jnp.inf]]])
+    positions = jnp.array([[[0, 2, 3, EMPTY]]])
+    nothing = PlainArray(data=jnp.zeros((1, 1, 4, 2)))
+    part = Slots(keys=nothing, values=nothing, positions=positions)
+    slope = jax.grad(lambda s: gates((part,), s, 0.5).soft.sum())(scores)  # type: ignore
+    held = gates((part,), scores, 0.5)
+    assert held is not None
+    np.testing.assert_array_equal(held.kept[0, 0], [True, False, True, True, False])
+    np.testing.assert_array_equal(held.soft, np.zeros((1, 1, 5)))
+    width = 0.5 * np.std([3.0, 1.0, 2.0])
+    at = 1 / (1 + np.exp(-(np.array([3.0, 1.0, 2.0]) - 1.5) / width))
+    want = at * (1 - at) / width
+    np.testing.assert_allclose(slope[0, 0, [0, 1, 3]], want, rtol=1e-5)
+    np.testing.assert_array_equal(slope[0, 0, [2, 4]], 0.0)
+    assert gates((part, part), scores, 0.5) is None
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_the_forward_pass_does_not_change(name):
+    """And the gradient is finite, and another one where there is a choice."""
+    model, c = small_model(), preset(name)
+    _, _, whole = batch()
+    graph, params = nnx.split(model)
+    at = jnp.arange(whole.shape[1])[None, :].repeat(len(whole), 0)
+
+    def loss(params, choice):
+        attend = simulated(jnp.asarray(LENGTHS), c, None, choice)
+        found = nnx.merge(graph, params)(jnp.asarray(whole), at, attend)
+        return jnp.sum(jnp.sin(found[:, -20:])), found
+
+    (plain, one), slope = jax.value_and_grad(loss, has_aux=True)(params, 0.0)
+    (again, two), other = jax.value_and_grad(loss, has_aux=True)(params, 0.5)
+    np.testing.assert_allclose(one, two, atol=1e-5)
+    np.testing.assert_allclose(plain, again, atol=1e-3)
+    leaves = [np.asarray(x) for x in jax.tree.leaves(other)]
+    assert all(np.isfinite(x).all() for x in leaves)
+    moved = max(
+        np.abs(x - np.asarray(y)).max()
+        for x, y in zip(leaves, jax.tree.leaves(slope), strict=True)
+    )
+    assert (moved > 1e-6) == ranks_by_numbers(c)
+
+
+def ranks_by_numbers(c: kvjax.Compression) -> bool:
+    """Whether the choice follows numbers that weights can move, not places or ranks."""
+    if c.evict is None or c.evict.values is not None or c.store.residual:
+        return False
+    ranked = isinstance(c.evict.score, Random | StreamingLLM | LagKV)
+    return isinstance(c.evict.unit, Token) and not ranked
