@@ -55,7 +55,7 @@ def load(
         ValueError: with the file or tensor at fault, what was expected, and a remedy.
     """
     kind = _dtype(dtype)
-    directory = _directory(path_or_hub_id)
+    directory = checkpoint_directory(path_or_hub_id)
     config = load_config(directory)
     # Tokenizer first: it is quick, and its absence should not cost a long load.
     words = load_tokenizer(directory) if tokenizer else None
@@ -134,7 +134,12 @@ def _dtype(dtype: Any) -> np.dtype:
     return kind
 
 
-def _directory(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
+def checkpoint_directory(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
+    """The directory of a checkpoint, fetched from the hub where it is an id.
+
+    Raises:
+        ValueError: neither a directory nor an id, or it could not be fetched.
+    """
     path = pathlib.Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path

@@ -7,6 +7,11 @@ from typing import Any
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
+def has_tokenizer(directory: pathlib.Path) -> bool:
+    """Whether the directory holds files of a tokenizer."""
+    return any((directory / name).is_file() for name in _FILES)
+
+
 def load_tokenizer(directory: pathlib.Path) -> Any:
     """The directory's tokenizer, chat template included.
 

@@ -10,50 +10,12 @@ import yaml
 
 from kvjax.config import decode, override, parse_assignments
 from kvjax.models.config import DecoderConfig, Evictor
+from kvjax.train.data_config import DataConfig as DataConfig
+from kvjax.train.data_config import Source as Source
+from kvjax.train.data_config import Stage as Stage
 from kvjax.types import nearest
 
 COMPUTE = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """One task of the mixture: its name, its fields, its share of the rows."""
-
-    task: str
-    weight: float = 1.0
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """`steps` steps of `tokens_per_step`, in rows of one width.
-
-    Attributes:
-        steps: how many.
-        lengths: row widths to draw from, and their weights.
-        tokens_per_step: rows times width.
-        sources: the mixture of this stage; empty: that of the data.
-    """
-
-    steps: int
-    lengths: dict[int, float]
-    tokens_per_step: int = 8192
-    sources: tuple[Source, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The mixture and how it is packed.
-
-    Attributes:
-        sources: the tasks.
-        context_weight: loss weight of tokens outside answers.
-        turns: questions per 128 tokens of row, at most, where a task allows several.
-    """
-
-    sources: tuple[Source, ...]
-    context_weight: float = 0.03
-    turns: int = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

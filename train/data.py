@@ -1,109 +1,41 @@
-"""Training rows from the tasks: a weighted mixture, generated as it is needed.
+"""Training data: a weighted mixture of tasks and datasets, made as it is needed.
 
-Batch `i` is a pure function of the seed and `i`, so a resumed run sees the same data.
+Batch `i` is a pure function of the recipe and `i`, so a resumed run sees the same data.
 """
 
 import dataclasses
+import pathlib
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from kvjax.eval.tasks import TRAIN, Episode, Task, make_task, stream
+from kvjax.eval.tasks import HELD_OUT, TRAIN, Episode, Task, make_task, stream
 from kvjax.train.config import DataConfig, Source, Stage
 from kvjax.train.objective import Batch
-from kvjax.train.tokenizer import BOS, EOS, PAD, encode
+from kvjax.train.readers import Reader, open_reader
+from kvjax.train.rows import Row as Row
+from kvjax.train.rows import pack as pack
+from kvjax.train.rows import row as row
+from kvjax.train.words import CHARACTERS, Words
 
-LATER = 256
-"""`Batch.later` is a multiple of this."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One episode as tokens, with the loss weight of each.
-
-    Attributes:
-        tokens, weights, answers: one entry per token.
-        context: tokens before the first question.
-        prompt: tokens before the first answer.
-    """
-
-    tokens: np.ndarray
-    weights: np.ndarray
-    answers: np.ndarray
-    context: int
-    prompt: int
-
-
-def row(episode: Episode, *, context_weight: float) -> Row:
-    """`<bos>` context, then question and answer of each turn, `<eos>`.
-
-    Answers weigh 1 each; the rest, mostly filler nobody can predict, `context_weight`.
-    """
-    texts = [(episode.context, False)]
-    for turn in episode.turns:
-        texts += [(turn.question, False), (turn.answer, True)]
-    pieces = [encode(text) for text, _ in texts]
-    tokens = np.concatenate([[BOS], *pieces, [EOS]]).astype(np.int32)
-    flags = [
-        np.full(len(piece), flag)
-        for piece, (_, flag) in zip(pieces, texts, strict=True)
-    ]
-    answers = np.concatenate([[False], *flags, [False]])
-    weights = np.where(answers, 1.0, context_weight).astype(np.float32)
-    context = 1 + len(pieces[0])
-    return Row(
-        tokens=tokens,
-        weights=weights,
-        answers=answers,
-        context=context,
-        prompt=context + len(pieces[1]),
-    )
-
-
-def pack(
-    rows: Sequence[Row],
-    width: int,
-    points: Sequence[int] | None = None,
-    step: int = 0,
-) -> Batch:
-    """Right-padded `[B, width]` arrays; a row that is too long is an error.
-
-    `points` are the rows' compression points; None: behind each context.
-    """
-    tokens = np.full((len(rows), width), PAD, np.int32)
-    weights = np.zeros((len(rows), width), np.float32)
-    answers = np.zeros((len(rows), width), bool)
-    for i, one in enumerate(rows):
-        n = len(one.tokens)
-        if n > width:
-            raise ValueError(
-                f"Row {i} has {n} tokens, the batch is {width} wide. Generate "
-                f"episodes of at most {width - 2} characters."
-            )
-        tokens[i, :n], weights[i, :n] = one.tokens, one.weights
-        answers[i, :n] = one.answers
-    if points is None:
-        points = [one.context for one in rows]
-    arrays = (tokens, weights, answers, np.asarray(points, np.int32), np.int32(step))
-    names = ("tokens", "weights", "answers", "prompt_lengths", "step")
-    later = max(len(one.tokens) - at for one, at in zip(rows, points, strict=True))
-    fields = dict(zip(names, map(jnp.asarray, arrays), strict=True))
-    # A multiple, since every value compiles a program.
-    return Batch(**fields, later=min(width, -(-later // LATER) * LATER))
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Mixture:
-    """Batches of a weighted mixture of tasks.
+    """Batches of a weighted mixture of tasks and datasets.
 
     Args:
         config: sources and their weights.
         stages: how many rows of which width, when.
         seed: of the training stream; held-out items never share it.
-        visible: share of rows that are compressed behind their first question; the
-            others before it.
+        visible: share of rows that are compressed behind their (last) question; the
+            others before it. See `Row.point` for plain text.
+        words: of the model; characters unless it has a tokenizer of its own.
+
+    Raises:
+        ValueError: a source that cannot be read, or has nothing to train on.
     """
 
     def __init__(
@@ -112,30 +44,45 @@ class Mixture:
         stages: Sequence[Stage],
         seed: int,
         visible: float = 0.0,
+        words: Words = CHARACTERS,
     ):
         self.config = config
         self.visible = visible
         self.stages = tuple(stages)
         self.seed = seed
+        self.words = words
+        self.widths = sorted({width for stage in stages for width in stage.lengths})
+        self.readers: list[tuple[Source, Reader]] = []
         self.mixtures = [
-            _tasks(stage.sources or config.sources) for stage in self.stages
+            self._weights(stage.sources or config.sources) for stage in self.stages
         ]
+        self.held_out = {
+            f"{pathlib.Path(source.dataset).name}:{source.held_out}": self._open(
+                source, source.held_out
+            )
+            for source in config.sources
+            if source.held_out
+        }
+        self._at = 0  # the step before which the readers stand
 
     def batch(self, step: int) -> Batch:
-        """The batch of one step; all its rows have one width."""
+        """The batch of one step; all its rows have one width.
+
+        Raises:
+            ValueError: no record of a streamed dataset fits the step's rows.
+        """
+        self._seek(step)
         rng = stream(TRAIN, "mixture", self.seed, step)
-        stage, tasks = self._stage(step)
-        width = draw(rng, stage.lengths)
+        width, chosen = self._plan(rng, step)
         rows = [
-            self._row(draw(rng, tasks), rng, width)
-            for _ in range(max(1, stage.tokens_per_step // width))
+            one.take(width) if isinstance(one, Reader) else self._row(one, rng, width)
+            for one in chosen
         ]
+        self._at = step + 1
         # A stream of its own: rows do not depend on where they are compressed.
         coin = stream(TRAIN, "visibility", self.seed, step)
-        points = [
-            one.prompt if coin.random() < self.visible else one.context for one in rows
-        ]
-        return pack(rows, width, points, step)
+        points = [one.point(coin.random(), self.visible) for one in rows]
+        return pack(rows, width, points, step, self.words.pad)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Batches `first .. last - 1`, the next one prepared in the background."""
@@ -147,29 +94,134 @@ class Mixture:
                     ahead = pool.submit(self.batch, step + 1)
                 yield batch
 
+    def _seek(self, step: int) -> None:
+        """Bring the readers to where the steps before `step` leave them."""
+        if not self.readers:
+            return
+        if step < self._at:
+            for _, reader in self.readers:
+                reader.reset()
+            self._at = 0
+        for past in range(self._at, step):
+            rng = stream(TRAIN, "mixture", self.seed, past)
+            width, chosen = self._plan(rng, past)
+            for one in chosen:
+                if isinstance(one, Reader):
+                    one.skip(width)
+        self._at = step
+
+    def _plan(
+        self, rng: random.Random, step: int
+    ) -> tuple[int, Iterator[Task | Reader]]:
+        """Width of the step's rows and where each one comes from."""
+        stage, weights = self._stage(step)
+        width = draw(rng, stage.lengths)
+        # Where readers have to follow, sources are drawn apart from what tasks draw;
+        # where there are none, the committed models were trained with one stream.
+        if self.readers:
+            rng = stream(TRAIN, "sources", self.seed, step)
+        count = max(1, stage.tokens_per_step // width)
+        return width, (draw(rng, weights) for _ in range(count))
+
     def _row(self, task: Task, rng: random.Random, width: int) -> Row:
         # Wide rows ask many questions: answers are what teaches.
         most = max(1, self.config.turns * width // 128) if task.multi_turn else 1
-        episode = task.episode(rng, width - 2, turns=rng.randint(1, most))
-        return row(episode, context_weight=self.config.context_weight)
+        turns = rng.randint(1, most)
+        length = characters(task, self.words, width)
+        while True:
+            episode = task.episode(rng, length, turns=turns)
+            one = self.row(episode)
+            if len(one.tokens) <= width:
+                return one
+            length = length * 9 // 10  # more tokens than such text usually has
 
-    def _stage(self, step: int) -> tuple[Stage, dict[Task, float]]:
-        for stage, tasks in zip(self.stages, self.mixtures, strict=True):
+    def row(self, episode: Episode) -> Row:
+        """The row of an episode, with the tokens and weights of this mixture."""
+        weight = self.config.context_weight
+        return row(episode, context_weight=weight, words=self.words)
+
+    def _stage(self, step: int) -> tuple[Stage, dict[Task | Reader, float]]:
+        for stage, weights in zip(self.stages, self.mixtures, strict=True):
             if step < stage.steps:
-                return stage, tasks
+                return stage, weights
             step -= stage.steps
         return self.stages[-1], self.mixtures[-1]
 
+    def _weights(self, sources: Sequence[Source]) -> dict[Task | Reader, float]:
+        """Each task or reader and its weight; what is named twice weighs both."""
+        weights: dict[Task | Reader, float] = {}
+        for source in sources:
+            if source.task:
+                one = make_task(source.task, **source.fields)
+                self.words.density(one)
+            else:
+                one = self._reader(source)
+            weights[one] = weights.get(one, 0.0) + source.weight
+        return weights
 
-def _tasks(sources: Sequence[Source]) -> dict[Task, float]:
-    """Each task and its weight; a task named twice weighs both."""
-    weights: dict[Task, float] = {}
-    for source in sources:
-        task = make_task(source.task, **source.fields)
-        weights[task] = weights.get(task, 0.0) + source.weight
-    return weights
+    def _reader(self, source: Source) -> Reader:
+        """The source's reader: stages that name the same data go on in it."""
+        data = dataclasses.replace(source, weight=1.0, held_out="")
+        for known, reader in self.readers:
+            if known == data:
+                return reader
+        reader = self._open(source, source.split)
+        self.readers.append((data, reader))
+        return reader
+
+    def _open(self, source: Source, split: str) -> Reader:
+        seed = stream(TRAIN, "order", self.seed, len(self.readers)).getrandbits(32)
+        return open_reader(source, split, self.words, seed, self.widths)
+
+
+def characters(task: Task, words: Words, width: int) -> int:
+    """Characters of an episode whose row has about `width` tokens."""
+    room = width - len(words.begin) - len(words.end)
+    return int(words.density(task) * room)
 
 
 def draw[K](rng: random.Random, weights: dict[K, float]) -> K:
     """A key, with probability proportional to its weight."""
     return rng.choices(list(weights), weights=list(weights.values()))[0]
+
+
+def task_dataset(
+    task: str,
+    items: int,
+    length: int,
+    seed: int = 0,
+    *,
+    held_out: bool = False,
+    **fields: Any,
+) -> "Dataset":
+    """A synthetic task as a `datasets.Dataset`, for any trainer.
+
+    Args:
+        task: its name.
+        items: how many.
+        length: characters of an item, at most about that many.
+        seed: of the items.
+        held_out: the items that `Task.generate` gives to evaluations, instead of ones
+            that share no random stream with them.
+        fields: of the task.
+
+    Returns:
+        Columns `context`, `question` and `answer`, text each.
+
+    Raises:
+        ValueError: unknown task or field, or a length that no item fits into.
+    """
+    import datasets
+
+    maker = make_task(task, **fields)
+    kind = HELD_OUT if held_out else f"{TRAIN}/dataset"
+    table = []
+    for index in range(items):
+        episode = maker.episode(stream(kind, maker.name, seed, index), length)
+        turn = episode.turns[0]
+        table.append((episode.context, turn.question, turn.answer))
+    names = ("context", "question", "answer")
+    text = datasets.Features({name: datasets.Value("string") for name in names})
+    return datasets.Dataset.from_list(
+        [dict(zip(names, entry, strict=True)) for entry in table], features=text
+    )

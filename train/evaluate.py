@@ -13,24 +13,40 @@ from typing import Any
 from kvjax.eval.tasks import TASKS, Episode, Item, Turn, make_task
 from kvjax.models.io import load
 from kvjax.train.config import TrainConfig
-from kvjax.train.data import pack, row
+from kvjax.train.data import Mixture, Row, characters, pack
 from kvjax.train.greedy import replies
 from kvjax.train.objective import Batch
 
 
-def held_out_batches(config: TrainConfig, step: int) -> dict[str, Batch]:
-    """Held-out items of each task at the widths of the stage of `step`."""
-    out = {}
+def held_out_batches(config: TrainConfig, mixture: Mixture, step: int):
+    """Held-out rows of each source at the widths of the stage of `step`, by name.
+
+    Tasks give `eval_items` items, datasets as many rows of their `held_out` split
+    (again from its beginning where it has fewer); a dataset without one is left out.
+    """
+    out: dict[str, Batch] = {}
     for width in _widths(config, step):
-        for name in dict.fromkeys(source.task for source in config.data.sources):
-            items = make_task(name).generate(0, config.eval_items, width - 2)
-            rows = []
-            for item in items:
-                turn = Turn(question=item.question, answer=item.answer, meta=item.meta)
-                episode = Episode(context=item.context, turns=(turn,))
-                rows.append(row(episode, context_weight=config.data.context_weight))
-            out[f"{name}@{width}"] = pack(rows, width)
+        for name in dict.fromkeys(s.task for s in config.data.sources if s.task):
+            rows = _task_rows(name, config.eval_items, mixture, width)
+            out[f"{name}@{width}"] = pack(rows, width, pad=mixture.words.pad)
+        for name, reader in mixture.held_out.items():
+            reader.reset()
+            rows = [reader.take(width) for _ in range(config.eval_items)]
+            out[f"{name}@{width}"] = pack(rows, width, pad=mixture.words.pad)
     return out
+
+
+def _task_rows(name: str, items: int, mixture: Mixture, width: int) -> list[Row]:
+    task = make_task(name)
+    length = characters(task, mixture.words, width)
+    while True:
+        rows = []
+        for item in task.generate(0, items, length):
+            turn = Turn(question=item.question, answer=item.answer, meta=item.meta)
+            rows.append(mixture.row(Episode(context=item.context, turns=(turn,))))
+        if max(len(one.tokens) for one in rows) <= width:
+            return rows
+        length = length * 9 // 10  # more tokens than such text usually has
 
 
 def _widths(config: TrainConfig, step: int) -> list[int]:

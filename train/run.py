@@ -15,7 +15,7 @@ from kvjax.train.evaluate import held_out_batches
 from kvjax.train.loop import TrainState, Weights, train
 from kvjax.train.lora import PATTERNS, merged, with_lora
 from kvjax.train.params import Params, params_of, split, with_params
-from kvjax.train.tokenizer import save_tokenizer
+from kvjax.train.words import words_of
 
 
 def initial(config: TrainConfig) -> Decoder:
@@ -67,7 +67,9 @@ def run(config: TrainConfig, directory: pathlib.Path) -> TrainState:
     The finished model is saved in `directory / "model"`, in bfloat16, with the
     tokenizer of the model that training started from.
     """
-    mixture = Mixture(config.data, config.stages, config.seed, config.sampling.visible)
+    words = words_of(config)
+    visible = config.sampling.visible
+    mixture = Mixture(config.data, config.stages, config.seed, visible, words)
     weights, params = weights_of(config)
     state = train(
         weights,
@@ -75,12 +77,12 @@ def run(config: TrainConfig, directory: pathlib.Path) -> TrainState:
         config,
         mixture.batches,
         directory=directory,
-        held_out=functools.partial(held_out_batches, config),
+        held_out=functools.partial(held_out_batches, config, mixture),
     )
     stored = {**weights.fixed, **state.params}
     model = with_params(
         weights.model, {name: x.astype("bfloat16") for name, x in stored.items()}
     )
     save(merged(model), directory / "model")
-    save_tokenizer(directory / "model", model.config.max_positions)
+    words.save(directory / "model", model.config.max_positions)
     return state

@@ -1,0 +1,67 @@
+"""Tiny files and tokenizers for the tests of datasets."""
+
+import json
+import pathlib
+from typing import Any
+
+from kvjax.train.tokenizer import build_tokenizer
+from kvjax.train.words import Words
+
+CHATML = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}.\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}.\n{% endgeneration %}"
+    "{% else %}{{ m['content'] }}.\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# Ends a chat that is not to go on with a token of its own, as some models do.
+ENDED = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}.\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}{% endif %}"
+)
+# Writes an answer differently once another message has followed.
+FORGETS = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' and "
+    "loop.last %}(thought){% endif %}{{ m['content'] }}.\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def chat_words(template: str | None = CHATML) -> Words:
+    """Characters, with a chat template."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template  # type: ignore[assignment]
+    return Words(tokenizer, len(tokenizer))
+
+
+def said(*texts: str) -> list[dict[str, Any]]:
+    """A chat of user and assistant in turn."""
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)]
+
+
+def write_jsonl(path: pathlib.Path, records: list[dict[str, Any]]) -> str:
+    """Path of a file with one record a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def merging_tokenizer() -> Any:
+    """A byte-level tokenizer with a few merges: fewer tokens than characters."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<end>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["the rain is warm. the road is long. "] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")

@@ -1,0 +1,116 @@
+"""What a recipe says of its data."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """One source of rows: a task or a dataset, and its share of the rows.
+
+    Attributes:
+        task: a synthetic task; or
+        dataset: a hub id (`owner/name`), a `.jsonl`, `.json`, `.parquet` or `.txt`
+            file, a pattern of such files, or a folder of them.
+        weight: share of the rows.
+        fields: of the task; of a dataset, further arguments of
+            `datasets.load_dataset`, such as `name` or `sample_by`.
+        split: of the dataset; slices as in `train[:95%]`.
+        held_out: split of the running evaluation; empty: none.
+        streaming: read the dataset as it is needed, never all of it.
+        buffer: records that are shuffled together while streaming.
+        text: column of plain documents, packed into rows; or
+        messages: column of chats; or
+        context, prompt, answer: columns of a question; `context` may be empty.
+    """
+
+    task: str = ""
+    dataset: str = ""
+    weight: float = 1.0
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    split: str = "train"
+    held_out: str = ""
+    streaming: bool = False
+    buffer: int = 1000
+    text: str = ""
+    messages: str = ""
+    context: str = ""
+    prompt: str = ""
+    answer: str = ""
+
+    def __post_init__(self):
+        if bool(self.task) == bool(self.dataset):
+            raise ValueError(
+                "a source needs either `task` or `dataset`; got "
+                f"{'both' if self.task else 'neither'}."
+            )
+        if self.task:
+            self._check_task()
+        else:
+            self._check_dataset()
+
+    def _check_task(self) -> None:
+        shared = ("task", "weight", "fields")
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name)
+            if field.name not in shared and given != field.default:
+                raise ValueError(
+                    f"`{field.name}` is of a dataset; the source is the task "
+                    f"{self.task!r}. Put fields of the task under `fields`."
+                )
+
+    def _check_dataset(self) -> None:
+        question = bool(self.context or self.prompt or self.answer)
+        kinds = (bool(self.text), bool(self.messages), question)
+        if sum(kinds) != 1 or (question and not (self.prompt and self.answer)):
+            given = {name: getattr(self, name) for name in COLUMNS}
+            given = {name: column for name, column in given.items() if column}
+            raise ValueError(
+                f"dataset {self.dataset!r} needs the columns of one kind of record: "
+                "`text`, or `messages`, or `prompt` and `answer` (and `context`); got "
+                f"{given or 'none'}."
+            )
+        if self.buffer < 1:
+            raise ValueError(f"`buffer` must be at least 1; got {self.buffer}.")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the dataset that are read."""
+        named = (getattr(self, name) for name in COLUMNS)
+        return tuple(column for column in named if column)
+
+
+COLUMNS = ("text", "messages", "context", "prompt", "answer")
+"""Fields of `Source` that name a column."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """`steps` steps of `tokens_per_step`, in rows of one width.
+
+    Attributes:
+        steps: how many.
+        lengths: row widths to draw from, and their weights.
+        tokens_per_step: rows times width.
+        sources: the mixture of this stage; empty: that of the data.
+    """
+
+    steps: int
+    lengths: dict[int, float]
+    tokens_per_step: int = 8192
+    sources: tuple[Source, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The mixture and how it is packed.
+
+    Attributes:
+        sources: tasks and datasets.
+        context_weight: loss weight of a task's tokens outside of answers.
+        turns: questions per 128 tokens of row, at most, where a task allows several.
+    """
+
+    sources: tuple[Source, ...]
+    context_weight: float = 0.03
+    turns: int = 3

@@ -1,0 +1,107 @@
+"""Rows of tokens, and how they become a batch."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.eval.tasks import Episode
+from kvjax.train.objective import Batch
+from kvjax.train.words import CHARACTERS, Words
+
+LATER = 256
+"""`Batch.later` is a multiple of this."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row as tokens, with the loss weight of each.
+
+    Attributes:
+        tokens, weights, answers: one entry per token. In plain text everything is
+            what the model shall say, so all of it counts as answer.
+        context: tokens before the (last) question; 0: there is nothing before it.
+        prompt: tokens before its answer. In plain text both are 0.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    answers: np.ndarray
+    context: int
+    prompt: int
+
+    def point(self, draw: float, visible: float) -> int:
+        """Tokens before the compression point.
+
+        Behind the question for `draw < visible`, else between context and question;
+        behind the question also where nothing precedes it. In plain text anywhere in
+        the middle half of the row.
+
+        Args:
+            draw: in [0, 1).
+            visible: share of rows that are compressed behind their question.
+        """
+        if not self.prompt:
+            return max(1, int(len(self.tokens) * (0.25 + 0.5 * draw)))
+        return self.prompt if draw < visible or not self.context else self.context
+
+
+def row(episode: Episode, *, context_weight: float, words: Words = CHARACTERS) -> Row:
+    """`<bos>` context, then question and answer of each turn, `<eos>`.
+
+    Answers weigh 1 each; the rest, mostly filler nobody can predict, `context_weight`.
+    """
+    texts = [(episode.context, False)]
+    for turn in episode.turns:
+        texts += [(turn.question, False), (turn.answer, True)]
+    pieces = [words.encode(text) for text, _ in texts]
+    tokens = np.concatenate([words.begin, *pieces, words.end]).astype(np.int32)
+    flags = [
+        np.full(len(piece), flag)
+        for piece, (_, flag) in zip(pieces, texts, strict=True)
+    ]
+    ends = (np.zeros(len(part), bool) for part in (words.begin, words.end))
+    answers = np.concatenate([next(ends), *flags, next(ends)])
+    weights = np.where(answers, 1.0, context_weight).astype(np.float32)
+    context = len(words.begin) + len(pieces[0])
+    return Row(
+        tokens=tokens,
+        weights=weights,
+        answers=answers,
+        context=context,
+        prompt=context + len(pieces[1]),
+    )
+
+
+def pack(
+    rows: Sequence[Row],
+    width: int,
+    points: Sequence[int] | None = None,
+    step: int = 0,
+    pad: int = CHARACTERS.pad,
+) -> Batch:
+    """Right-padded `[B, width]` arrays; a row that is too long is an error.
+
+    `points` are the rows' compression points; None: behind each context.
+    """
+    tokens = np.full((len(rows), width), pad, np.int32)
+    weights = np.zeros((len(rows), width), np.float32)
+    answers = np.zeros((len(rows), width), bool)
+    for i, one in enumerate(rows):
+        n = len(one.tokens)
+        if n > width:
+            raise ValueError(
+                f"Row {i} has {n} tokens, the batch is {width} wide. Generate "
+                f"episodes of at most {width - 2} characters."
+            )
+        tokens[i, :n], weights[i, :n] = one.tokens, one.weights
+        answers[i, :n] = one.answers
+    if points is None:
+        points = [one.point(0.0, 0.0) for one in rows]
+    arrays = (tokens, weights, answers, np.asarray(points, np.int32), np.int32(step))
+    names = ("tokens", "weights", "answers", "prompt_lengths", "step")
+    later = max(len(one.tokens) - at for one, at in zip(rows, points, strict=True))
+    fields = dict(zip(names, map(jnp.asarray, arrays), strict=True))
+    # A multiple, since every value compiles a program.
+    return Batch(**fields, later=min(width, -(-later // LATER) * LATER))

@@ -1,0 +1,122 @@
+"""Between text and the tokens of the model that is trained."""
+
+import functools
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from kvjax.eval.tasks import TRAIN, Task, stream
+from kvjax.eval.text import Codec
+from kvjax.models.bundled import model_directory
+from kvjax.models.io import checkpoint_directory, load_config
+from kvjax.models.tokenizer import has_tokenizer, load_tokenizer, save_tokenizer
+from kvjax.train import tokenizer as characters
+from kvjax.train.config import TrainConfig
+
+SAMPLE = 2000
+"""Characters from which the length of a task's tokens is estimated."""
+
+
+class Words:
+    """A Hugging Face tokenizer as training uses it.
+
+    Args:
+        tokenizer: of the model that training starts from.
+        vocab_size: tokens that the model knows.
+
+    Attributes:
+        begin, end: tokens before and behind a document: `<bos>` where the tokenizer
+            itself puts one before a text, `<eos>` where it has one.
+        pad: a valid token for where there is no text.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int):
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.begin = tuple(Codec(tokenizer, vocab_size).prefix)
+        end = tokenizer.eos_token_id
+        self.end: tuple[int, ...] = () if end is None else (end,)
+        self.pad = int(tokenizer.pad_token_id or 0)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, int32, without specials.
+
+        Raises:
+            ValueError: the tokenizer has tokens that the model does not know.
+        """
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        found = np.asarray(tokens, np.int32)
+        if found.size and found.max() >= self.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {found.max()}, the model knows "
+                f"{self.vocab_size}. Use the tokenizer that belongs to the model."
+            )
+        return found
+
+    @functools.cache  # noqa: B019 - lives as long as one run
+    def density(self, task: Task) -> float:
+        """Characters per token in the text of a task, from a sample.
+
+        Raises:
+            ValueError: the task uses characters that the model has no token for.
+        """
+        episode = task.episode(stream(TRAIN, "density", 0, 0), SAMPLE)
+        turn = episode.turns[0]
+        text = episode.context + turn.question + turn.answer
+        codec = Codec(self.tokenizer, self.vocab_size)
+        codec.check(f"task {task.name!r}", [text])
+        return len(text) / len(self.encode(text))
+
+    def save(self, directory: pathlib.Path, max_positions: int) -> None:
+        """The tokenizer's files beside the weights of a model."""
+        del max_positions  # in the tokenizer's own configuration
+        save_tokenizer(self.tokenizer, directory)
+
+
+class Characters(Words):
+    """The tokenizer of kvjax-tiny: fast on ASCII, a character a token."""
+
+    def __init__(self):
+        self.vocab_size = len(characters.VOCABULARY)
+        self.begin, self.end = (characters.BOS,), (characters.EOS,)
+        self.pad = characters.PAD
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The same as a Hugging Face tokenizer, built when it is first needed."""
+        return characters.build_tokenizer()
+
+    def encode(self, text: str) -> np.ndarray:
+        return characters.encode(text) if text.isascii() else super().encode(text)
+
+    def density(self, task: Task) -> float:
+        del task
+        return 1.0
+
+    def save(self, directory: pathlib.Path, max_positions: int) -> None:
+        characters.save_tokenizer(directory, max_positions)
+
+
+CHARACTERS = Characters()
+
+
+def words_of(config: TrainConfig) -> Words:
+    """The words of the model that training starts from.
+
+    Fresh weights read characters. So does a checkpoint without a tokenizer that has as
+    many tokens as there are characters: a character model saved by its weights alone.
+
+    Raises:
+        ValueError: the checkpoint has no tokenizer, or one that cannot be read.
+    """
+    if config.model is not None:
+        return CHARACTERS
+    directory = checkpoint_directory(model_directory(config.init))
+    vocab_size = load_config(directory).vocab_size
+    if vocab_size == CHARACTERS.vocab_size and not has_tokenizer(directory):
+        return CHARACTERS
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.get_vocab() == characters.VOCABULARY:
+        return CHARACTERS
+    return Words(tokenizer, vocab_size)
