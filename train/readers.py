@@ -23,6 +23,12 @@ from kvjax.train.words import Words
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+LAYOUT = 1
+"""Of the examples that `Dataset.map` keeps on disk: raise it when their making changes.
+
+What is kept goes by the arguments of the call, not by the code that is called.
+"""
+
 LOG = logging.getLogger("kvjax.train")
 
 
@@ -63,12 +69,7 @@ def open_reader(
 ) -> Reader:
     """A reader of one split of a source.
 
-    Args:
-        source: which dataset, and what its records hold.
-        split: of the dataset.
-        words: of the model.
-        seed: of the order.
-        widths: of the rows that will be asked for.
+    `seed` is of the order, `widths` are those of the rows that will be asked for.
 
     Raises:
         ValueError: the dataset cannot be read, a column is missing, or no record can
@@ -202,7 +203,8 @@ class Streamed(Reader):
         for self.passes in itertools.count():
             self.records.set_epoch(self.passes)
             count = useful = 0
-            for count, record in enumerate(self.records, 1):
+            for record in self.records:
+                count += 1
                 example = self.prepare(record)
                 if example["fault"]:
                     self._miss(example["fault"])
@@ -258,7 +260,7 @@ def _prepared(
         length=datasets.Value("int32"),
     )
     examples = records.map(
-        functools.partial(_measured, prepare=prepare),
+        functools.partial(_measured, prepare=prepare, layout=LAYOUT),
         remove_columns=records.column_names,
         features=features,
         desc="tokenizing",
@@ -268,7 +270,8 @@ def _prepared(
     return examples, faults, np.asarray(examples["length"][:], np.int64)
 
 
-def _measured(record, prepare: Prepare) -> dict:
+def _measured(record, prepare: Prepare, layout: int) -> dict:
+    del layout
     example = prepare(record)
     return {**example, "length": len(example["tokens"])}
 

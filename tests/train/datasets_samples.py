@@ -4,8 +4,16 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
+
+from kvjax.train.config import DataConfig, Source, Stage
+from kvjax.train.data import Mixture
 from kvjax.train.tokenizer import build_tokenizer
-from kvjax.train.words import Words
+from kvjax.train.words import CHARACTERS, Words
+
+STAGES = (Stage(steps=99, lengths={48: 1.0, 64: 1.0}, tokens_per_step=192),)
+TEXTS = [f"document {i} " + "abc " * (i % 7) for i in range(12)]
 
 CHATML = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}.\n{% endfor %}"
@@ -65,3 +73,13 @@ def merging_tokenizer() -> Any:
     )
     core.train_from_iterator(["the rain is warm. the road is long. "] * 9, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+
+
+def mixture(*sources: Source, words: Words = CHARACTERS, stages=STAGES, **kwargs):
+    """Short rows from these sources, seed 0."""
+    return Mixture(DataConfig(sources=sources), stages, 0, words=words, **kwargs)
+
+
+def same(one, two) -> None:
+    """Two trees are equal, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, one, two)

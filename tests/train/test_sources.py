@@ -1,0 +1,155 @@
+"""Datasets that lack what training needs: named, counted, refused."""
+
+import logging
+
+import numpy as np
+import pytest
+
+import kvjax.train.sources
+from kvjax.train.config import Source, Stage
+from kvjax.train.tokenizer import EOS, decode
+from tests.train.datasets_samples import TEXTS, mixture, same, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def texts(tmp_path) -> str:
+    return write_jsonl(tmp_path / "texts.jsonl", [{"text": t} for t in TEXTS])
+
+
+def longer(count: int) -> list[dict]:
+    return [{"q": "long " * 20 + str(i), "a": "x"} for i in range(count)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_is_left_out_is_counted(tmp_path, streaming, caplog):
+    records = [{"q": "q", "a": "a"}, {"q": "q", "a": ""}, {"q": None, "a": "a"}]
+    path = write_jsonl(tmp_path / "mixed.jsonl", records + longer(2))
+    source = Source(dataset=path, prompt="q", answer="a", streaming=streaming)
+    stages = (Stage(steps=9, lengths={64: 1.0}, tokens_per_step=640),)
+    with caplog.at_level(logging.WARNING, logger="kvjax.train"):
+        one = mixture(source, stages=stages)
+        batch = one.batch(0)
+    assert {decode(tokens) for tokens in batch.tokens} == {"qa"}
+    want = {"without an answer": 1, "empty": 1, "longer than a row of 64 tokens": 2}
+    assert one.readers[0][1].skipped == want
+    assert "left out:" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_empty_documents_are_left_out(tmp_path, streaming):
+    records = [{"t": text} for text in ("", "one", None, " \n", "two")]
+    path = write_jsonl(tmp_path / "gaps.jsonl", records)
+    one = mixture(Source(dataset=path, text="t", streaming=streaming))
+    flow = np.asarray(one.batch(0).tokens).ravel()
+    pieces = np.split(flow, np.flatnonzero(flow == EOS) + 1)[:-1]
+    assert {decode(piece) for piece in pieces} == {"one", "two"}
+    assert one.readers[0][1].skipped == {"empty": 3}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"q": "q", "a": ""}] * 3, "no record that can be used, of 3.*3 without an"),
+        (longer(3), "3 longer than a row of 64|no record fits a row of"),
+    ],
+)
+def test_a_dataset_without_a_usable_record(tmp_path, records, message, streaming):
+    path = write_jsonl(tmp_path / "useless.jsonl", records)
+    source = Source(dataset=path, prompt="q", answer="a", streaming=streaming)
+    with pytest.raises(ValueError, match=message):
+        mixture(source).batch(0)
+
+
+def test_records_that_fit_only_some_rows(tmp_path, caplog):
+    records = [{"q": "q" * n, "a": "a"} for n in (10, 50, 55)]
+    path = write_jsonl(tmp_path / "some.jsonl", records)
+    source = Source(dataset=path, prompt="q", answer="a")
+    batches = list(mixture(source).batches(0, 9))
+    for batch in batches:
+        lengths = (np.asarray(batch.weights).cumsum(1) == 0).sum(1)
+        assert (lengths == 11).all() or batch.tokens.shape[1] == 64
+    assert "2 of 3 records are longer than 48 tokens" in caplog.text
+    path = write_jsonl(tmp_path / "wide.jsonl", records[1:])
+    with pytest.raises(ValueError, match="shortest record has 53 tokens"):
+        mixture(Source(dataset=path, prompt="q", answer="a"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_column_names_the_nearest(texts, streaming):
+    source = Source(dataset=texts, text="txt", streaming=streaming)
+    with pytest.raises(ValueError, match=r"no column 'txt'; it has \['text'\].*'text'"):
+        mixture(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone.jsonl", "gone.jsonl': no such file"),
+        ("*.parquet", r"\*.parquet': no such file"),
+        ("notes.md", r"end in \['.md'\]; expected one kind"),
+        (".", r"end in \['.jsonl', '.txt'\]; expected one kind"),
+        ("broken.jsonl", "broken.jsonl', split 'train': "),
+    ],
+)
+def test_files_that_are_not_there_or_not_readable(tmp_path, texts, name, message):
+    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "broken.jsonl").write_text("{broken")
+    with pytest.raises(ValueError, match=message):
+        mixture(Source(dataset=str(tmp_path / name), text="text"))
+
+
+def test_parquet_folders_and_patterns(tmp_path):
+    import datasets
+
+    (tmp_path / "folder").mkdir()
+    for i in range(2):
+        part = datasets.Dataset.from_dict({"text": TEXTS[6 * i : 6 * i + 6]})
+        part.to_parquet(tmp_path / "folder" / f"part{i}.parquet")
+    one, two = (
+        mixture(Source(dataset=str(tmp_path / name), text="text")).batch(0)
+        for name in ("folder", "folder/*.parquet")
+    )
+    same(one, two)
+
+
+def test_a_hub_id_goes_to_the_library(monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load_dataset(name, **options):
+        asked.update(options, name=name)
+        return datasets.Dataset.from_dict({"body": TEXTS, "other": TEXTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source(
+        dataset="owner/name", text="body", split="train[:9]", fields={"name": "en"}
+    )
+    records = kvjax.train.sources.open_dataset(source, source.split)
+    assert records.column_names == ["body"]
+    want = {"name": "en", "split": "train[:9]", "streaming": False}
+    assert asked == want
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "either `task` or `dataset`; got neither"),
+        ({"task": "fact", "dataset": "x/y"}, "got both"),
+        ({"task": "fact", "text": "t"}, "`text` is of a dataset.*'fact'"),
+        ({"dataset": "x/y"}, "columns of one kind of record.*got none"),
+        ({"dataset": "x/y", "text": "t", "messages": "m"}, "got {'text': 't', 'mess"),
+        ({"dataset": "x/y", "prompt": "p"}, "`prompt` and `answer`.*'prompt': 'p'"),
+        ({"dataset": "x/y", "text": "t", "buffer": 0}, "`buffer` must be at least 1"),
+    ],
+)
+def test_sources_that_contradict_themselves(given, message):
+    with pytest.raises(ValueError, match=message):
+        Source(**given)
