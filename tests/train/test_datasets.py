@@ -15,7 +15,6 @@ from kvjax.rope import Rope
 from kvjax.train.config import (
     Choice,
     DataConfig,
-    ObjectiveConfig,
     SamplingConfig,
     Source,
     Stage,
@@ -223,7 +222,6 @@ def test_a_run_on_text_with_the_model_of_another_tokenizer(tmp_path, texts):
         data=DataConfig(sources=(source, Source(task="fact"))),
         stages=(Stage(steps=4, lengths={64: 1.0}, tokens_per_step=192),),
         sampling=SamplingConfig(choices=(Choice(compression="knorm"),)),
-        objective=ObjectiveConfig(distill=0.5),
         log_every=1,
         eval_every=4,
         save_every=2,

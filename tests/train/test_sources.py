@@ -124,8 +124,8 @@ def test_a_hub_id_goes_to_the_library(monkeypatch):
 
     asked = {}
 
-    def load_dataset(name, **options):
-        asked.update(options, name=name)
+    def load_dataset(path, /, **options):
+        asked.update(options, path=path)
         return datasets.Dataset.from_dict({"body": TEXTS, "other": TEXTS})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -135,7 +135,7 @@ def test_a_hub_id_goes_to_the_library(monkeypatch):
     records = kvjax.train.sources.open_dataset(source, source.split)
     assert records.column_names == ["body"]
     want = {"name": "en", "split": "train[:9]", "streaming": False}
-    assert asked == want
+    assert asked == {"path": "owner/name", **want}
 
 
 @pytest.mark.parametrize(
