@@ -52,7 +52,6 @@ def test_a_token_counts_for_what_it_would_change():
     group = spec.groups
     for head, token in np.ndindex(*kept.shape[1:]):
         heads = slice(head * group, (head + 1) * group)
-        place = (0, head, token)
         if not kept[0, head, token]:
             more = kept.copy()
             more[0, head, token] = True
