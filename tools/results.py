@@ -79,6 +79,7 @@ def evaluate(name: str, work: pathlib.Path, items: int | None) -> pathlib.Path:
     run(
         *(sys.executable, "-m", "kvjax.cli", "eval", "--config", config),
         *("--model", model_path(name, work), "--out", out, *more),
+        *("--dtype", "float32"),
         *MODELS[name].options,
     )
     return out
