@@ -12,6 +12,7 @@ import kvjax
 from kvjax.compress.config import Compression
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.config import Evictor
+from kvjax.models.evictor import with_evictor
 from kvjax.rope import Rope
 from kvjax.schedules import AfterPrefill
 
@@ -83,9 +84,9 @@ def small_model(dtype: str = "float32", std: float = 0.08, layers: int = 2) -> D
         rope=Rope(head_dim=HEAD_DIM),
         max_positions=1024,
         init_std=std,
-        evictor=Evictor(kind="mlp", hidden=16),
     )
-    return Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    model = Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    return with_evictor(model, Evictor(kind="mlp", hidden=16))
 
 
 ROWS, WIDTH = 3, 112

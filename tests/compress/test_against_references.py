@@ -152,7 +152,10 @@ REFERENCES: dict[str, list[Case]] = {
         Case(CUR(n_sink=0, block=7), plain("cur", num_sinks=0, window=7), up_to_scale),
     ],
 }
-WITHOUT_REFERENCE = {"random": "its scores are a draw; see the tests at the end"}
+WITHOUT_REFERENCE = {
+    "random": "its scores are a draw; see the tests at the end",
+    "retention": "the model says them; see the test at the end",
+}
 
 
 def scores_of(scorer: AbstractScorer, sample: Sample, counts) -> np.ndarray:
@@ -210,3 +213,14 @@ def test_random_is_a_uniform_draw_per_head_and_row():
     np.testing.assert_array_equal(ours[0], ours[1])  # same length, same draw
     assert abs(np.corrcoef(ours[0, 0], ours[0, 1])[0, 1]) < 0.3
     assert (scores_of(Random(seed=1), sample, COUNTS) != ours).mean() > 0.99
+
+
+def test_retention_is_what_the_model_says():
+    sample = draw(3, layer_spec(4, 2, 16), LENGTHS, width=104)
+    scores = scores_of(SCORERS["retention"](window=5), sample, COUNTS)  # type: ignore
+    said = np.asarray(sample.inputs.retention)
+    for row, length in enumerate(LENGTHS):
+        assert np.isposinf(scores[row, :, length - 5 : length]).all()
+        np.testing.assert_array_equal(
+            scores[row, :, : length - 5], said[row, :, : length - 5]
+        )
