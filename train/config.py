@@ -13,6 +13,13 @@ from kvjax.models.config import DecoderConfig, Evictor
 from kvjax.train.data_config import DataConfig as DataConfig
 from kvjax.train.data_config import Source as Source
 from kvjax.train.data_config import Stage as Stage
+from kvjax.train.parts import (
+    DMSConfig,
+    KeepConfig,
+    LogConfig,
+    LoRAConfig,
+    SurrogateConfig,
+)
 from kvjax.types import nearest
 
 COMPUTE = ("float32", "bfloat16")
@@ -55,6 +62,20 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CachedConfig:
+    """Greedy replies through the real cache, at every evaluation.
+
+    Attributes:
+        items: held-out items in all, dealt to the tasks in turn; 0: none.
+        choices: the compressions, beside none; empty: each choice of `sampling` at
+            its hardest.
+    """
+
+    items: int = 8
+    choices: tuple[Choice, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """What is minimised: a weighted sum.
 
@@ -66,68 +87,6 @@ class ObjectiveConfig:
 
     next_token: float = 1.0
     distill: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DMSConfig:
-    """Training a model to say which tokens it can do without.
-
-    Attributes:
-        window: tokens for which an evicted one is still seen.
-        ratio: compression ratio that is asked for in the end, above 1.
-        ramp: steps over which it rises from 1.
-        temperature: of the relaxed decisions.
-        weight: of the term that asks for the ratio.
-
-    Source: DMS (2506.05345) section 3: Gumbel-sigmoid decisions, one-sided term, ratio
-    raised linearly (100 steps per unit).
-    """
-
-    window: int = 16
-    ratio: float = 4.0
-    ramp: int = 300
-    temperature: float = 0.3
-    weight: float = 5.0
-
-    def __post_init__(self):
-        if self.ratio <= 1.0 or self.temperature <= 0.0 or self.window < 1:
-            raise ValueError(
-                "`ratio` must be above 1, `temperature` positive and `window` at least "
-                f"1; got {self.ratio}, {self.temperature} and {self.window}."
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SurrogateConfig:
-    """Training an evictor's head to predict what later queries look at.
-
-    Attributes:
-        weight: of the squared error of log scores.
-    """
-
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
-    """Low-rank updates beside frozen matrices.
-
-    Attributes:
-        rank: of an update.
-        alpha: updates are scaled by `alpha / rank`.
-        modules: matrices of each layer, of q, k, v, o, gate, up, down.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    modules: tuple[str, ...] = ("q", "k", "v", "o")
-
-    def __post_init__(self):
-        if self.rank < 1 or not self.modules:
-            raise ValueError(
-                "`lora` needs a rank of at least 1 and at least one module; got "
-                f"{self.rank} and {self.modules}."
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,6 +138,10 @@ class TrainConfig:
         optimizer: how.
         log_every, eval_every, save_every: in steps.
         eval_items: held-out items per source and width of the running evaluation.
+        cached: what that evaluation decodes through the real cache.
+        keep: which checkpoints stay.
+        log: where numbers go.
+        resume: the checkpoint's step to go back to; None: the newest.
     """
 
     seed: int = 0
@@ -200,6 +163,10 @@ class TrainConfig:
     eval_every: int = 100
     save_every: int = 100
     eval_items: int = 32
+    cached: CachedConfig = CachedConfig()
+    keep: KeepConfig = KeepConfig()
+    log: LogConfig = LogConfig()
+    resume: int | None = None
 
     def __post_init__(self):
         if (self.model is None) == (not self.init):

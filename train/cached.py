@@ -1,0 +1,159 @@
+"""Held-out accuracy through the real cache: prefill, compress, ask, decode."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from kvjax.compress.config import Compression
+from kvjax.eval.tasks import STOP, Item, Task, make_task
+from kvjax.models import checks
+from kvjax.models.config import DecoderConfig
+from kvjax.models.decoder import Decoder
+from kvjax.models.generation import generate_from
+from kvjax.models.inference import extend, prefill
+from kvjax.train.config import Choice, TrainConfig
+from kvjax.train.sampling import samples
+from kvjax.train.tokenizer import BOS, decode, encode
+
+FULL = "full"
+"""What logs call the cache that nothing is done to."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Held-out items of one width, padded.
+
+    Attributes:
+        items: with the task that scores each.
+        contexts, questions: `[B, T]` token ids, right-padded.
+        context_lengths, question_lengths: `[B]`.
+    """
+
+    items: tuple[tuple[Task, Item], ...]
+    contexts: Array
+    context_lengths: Array
+    questions: Array
+    question_lengths: Array
+
+    @property
+    def reply_tokens(self) -> int:
+        """Tokens of a reply, at most."""
+        return max(task.max_new_tokens for task, _ in self.items)
+
+
+class CachedEvaluation:
+    """What a recipe decodes through the real cache at every evaluation.
+
+    The cache is compressed between context and question.
+
+    Args:
+        config: the recipe.
+        model: structure of the model.
+
+    Raises:
+        ValueError: a compression that does not fit the model or the items, by name.
+    """
+
+    def __init__(self, config: TrainConfig, model: DecoderConfig):
+        self.config = config
+        self.compressions: dict[str, Compression] = {FULL: Compression()}
+        for number, choice in enumerate(_choices(config)):
+            try:
+                made = samples(choice)
+            except ValueError as wrong:
+                raise ValueError(f"cached.choices[{number}]: {wrong}") from None
+            self.compressions |= {one.name: one.compression for one in made}
+        self.questions: dict[int, Questions] = {}
+        if not config.cached.items:
+            return
+        for stage in config.stages:
+            width = max(stage.lengths)
+            if width not in self.questions:
+                self.questions[width] = questions(config, width)
+                self._check(model, self.questions[width])
+
+    def __call__(self, model: Decoder, step: int) -> dict[str, float]:
+        """Mean score of the replies at a step, by compression; none without items."""
+        if not self.questions:
+            return {}
+        asked = self.questions[max(self.config.stage_at(step).lengths)]
+        return {name: score(model, asked, c) for name, c in self.compressions.items()}
+
+    def _check(self, model: DecoderConfig, asked: Questions) -> None:
+        for name, c in self.compressions.items():
+            try:
+                checks.compression(model, c, asked.context_lengths)
+            except ValueError as wrong:
+                raise ValueError(
+                    f"the evaluation through the cache cannot run under {name!r}: "
+                    f"{wrong} Choose others with `cached.choices`, or set "
+                    "`cached.items=0`."
+                ) from None
+
+
+def _choices(config: TrainConfig) -> tuple[Choice, ...]:
+    if config.cached.choices:
+        return config.cached.choices
+    return tuple(
+        dataclasses.replace(choice, keeps=choice.keeps[-1:])
+        for choice in config.sampling.choices
+        if choice.compression != "none"
+    )
+
+
+def questions(config: TrainConfig, width: int) -> Questions:
+    """Held-out items of the recipe's tasks in turn, prompt and answer below `width`."""
+    names = list(dict.fromkeys(source.task for source in config.data.sources))
+    count = config.cached.items
+    made = []
+    for i, name in enumerate(names):
+        task, share = make_task(name), len(range(i, count, len(names)))
+        if share:
+            made += [(task, item) for item in task.generate(0, share, width - 2)]
+    contexts = [np.concatenate([[BOS], encode(item.context)]) for _, item in made]
+    asked = [encode(item.question) for _, item in made]
+    context, context_lengths = _padded(contexts)
+    question, question_lengths = _padded(asked)
+    return Questions(
+        items=tuple(made),
+        contexts=context,
+        context_lengths=context_lengths,
+        questions=question,
+        question_lengths=question_lengths,
+    )
+
+
+def _padded(rows: list[np.ndarray]) -> tuple[Array, Array]:
+    lengths = np.array([len(row) for row in rows], np.int32)
+    out = np.zeros((len(rows), int(lengths.max())), np.int32)
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row)] = row
+    return jnp.asarray(out), jnp.asarray(lengths)
+
+
+def score(model: Decoder, asked: Questions, c: Compression) -> float:
+    """Mean score of greedy replies from the cache that `c` leaves of the contexts."""
+    most = asked.reply_tokens
+    room = asked.questions.shape[1] + most
+    _, cache = prefill(
+        model, asked.contexts, asked.context_lengths, c, max_new_tokens=room
+    )
+    logits, cache = extend(model, cache, asked.questions, asked.question_lengths)
+    last = jnp.maximum(asked.question_lengths - 1, 0)[:, None, None]
+    first = jnp.take_along_axis(logits, last, axis=1)[:, 0]
+    stop = [int(encode(STOP)[0])]
+    made = generate_from(model, cache, first, max_new_tokens=most, stop_tokens=stop)
+    tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
+    scores = [
+        task.score(item, decode(row[: min(n, task.max_new_tokens)]))
+        for (task, item), row, n in zip(asked.items, tokens, lengths, strict=True)
+    ]
+    return float(np.mean(scores))
+
+
+def named(scores: Mapping[str, float], items: int) -> list[dict[str, float | str]]:
+    """Scores as the events of a log."""
+    return [{"cached": n, "accuracy": v, "items": items} for n, v in scores.items()]

@@ -1,0 +1,167 @@
+"""Where the numbers of a run go: terminal, JSON lines, TensorBoard, a tracker."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from kvjax.train.config import TrainConfig
+from kvjax.train.parts import LogConfig
+from kvjax.train.recipe import replace_text
+
+GROUPS = ("held_out", "cached")
+"""Events of a name of their own; all others are of a training step."""
+
+
+class Writer(Protocol):
+    """What takes scalars by name, beside the file."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Values of one step."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        ...
+
+
+class TensorBoard:
+    """Event files, by tensorboardX.
+
+    Args:
+        directory: for the files.
+        first: the step that the run goes on from; later ones are overwritten.
+    """
+
+    def __init__(self, directory: pathlib.Path, first: int):
+        library = importlib.import_module("tensorboardX")
+        self.writer = library.SummaryWriter(str(directory), purge_step=first + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Writer.write`."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+        self.writer.close()
+
+
+class Tracker:
+    """trackio or wandb, which have one interface.
+
+    Args:
+        config: names the library and the project.
+        name: of the run, under which it goes on.
+        recipe: of the run.
+    """
+
+    def __init__(self, config: LogConfig, name: str, recipe: Mapping[str, Any]):
+        assert config.tracker is not None
+        self.library = importlib.import_module(config.tracker)
+        same = {"id": name} if config.tracker == "wandb" else {}
+        self.library.init(
+            project=config.project,
+            name=name,
+            config=dict(recipe),
+            resume="allow",
+            **same,
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Writer.write`."""
+        self.library.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """See `Writer.close`."""
+        self.library.finish()
+
+
+def check_writers(config: LogConfig) -> None:
+    """What a recipe logs to is installed.
+
+    Raises:
+        ValueError: it is not; says what to install.
+    """
+    wanted = {
+        "tensorboardX": ("log.tensorboard", "tensorboard", config.tensorboard),
+        "trackio": ("log.tracker", "trackio", config.tracker == "trackio"),
+        "wandb": ("log.tracker", "wandb", config.tracker == "wandb"),
+    }
+    for library, (field, extra, asked) in wanted.items():
+        if asked and importlib.util.find_spec(library) is None:
+            raise ValueError(
+                f"`{field}` needs {library}, which is not installed: "
+                f"pip install 'kvjax[{extra}]', or leave the field out."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Log:
+    """A JSON line per event in a file, a short one on the terminal, and scalars.
+
+    Attributes:
+        path: the file.
+        writers: what takes the scalars.
+    """
+
+    path: pathlib.Path
+    writers: tuple[Writer, ...] = ()
+
+    def __call__(self, *, step: int, **event: Any) -> None:
+        """Write one event; numbers go to the file as they are."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **event}) + "\n")
+        rounded = {
+            k: round(v, 5) if isinstance(v, float) else v for k, v in event.items()
+        }
+        print("  ".join(f"{k} {v}" for k, v in {"step": step, **rounded}.items()))
+        named = [f"{group}/{event[group]}" for group in GROUPS if group in event]
+        prefix = named[0] if named else "train"
+        values = {
+            f"{prefix}/{k}": float(v)
+            for k, v in event.items()
+            if isinstance(v, float | int)
+        }
+        for writer in self.writers:
+            writer.write(step, values)
+
+
+@contextlib.contextmanager
+def opened(directory: pathlib.Path, config: TrainConfig, first: int) -> Iterator[Log]:
+    """The log of a run that goes on behind step `first`.
+
+    Lines of later steps are dropped: a run that was killed behind its last checkpoint
+    does these steps again.
+    """
+    path = directory / "log.jsonl"
+    _drop_after(path, first)
+    writers: list[Writer] = []
+    if config.log.tensorboard:
+        writers.append(TensorBoard(directory / "tensorboard", first))
+    if config.log.tracker is not None:
+        recipe = dataclasses.asdict(config)
+        writers.append(Tracker(config.log, directory.name, recipe))
+    try:
+        yield Log(path=path, writers=tuple(writers))
+    finally:
+        for writer in writers:
+            writer.close()
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            event = json.loads(line)
+        except ValueError:  # the line that a killed process was writing
+            continue
+        if line.endswith("\n") and event["step"] <= step:
+            kept.append(line)
+    replace_text(path, "".join(kept))

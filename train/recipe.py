@@ -1,0 +1,100 @@
+"""The recipe of a run, kept in its directory: another one is refused there."""
+
+import dataclasses
+import fnmatch
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from kvjax.config import decode
+from kvjax.train.checkpoints import steps_in
+from kvjax.train.config import TrainConfig
+
+FREE = (
+    "resume",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "eval_items",
+    "cached.*",
+    "keep.*",
+    "log.*",
+)
+"""Fields that may change while a run goes on: none of them changes a weight."""
+
+
+def claim(directory: pathlib.Path, config: TrainConfig) -> None:
+    """Write `directory/recipe.yaml`, which `--config` reads.
+
+    What is in `FREE` may differ from an earlier call, and the steps of the last stage.
+
+    Raises:
+        ValueError: the directory has checkpoints of another recipe; the first field
+            that differs is named.
+        OSError: it cannot be written.
+    """
+    path = directory / "recipe.yaml"
+    if steps_in(directory / "checkpoints"):
+        _check_same(path, config)
+    directory.mkdir(parents=True, exist_ok=True)
+    # All fields: a default that changes must not change a run that goes on.
+    tree = _plain(dataclasses.asdict(dataclasses.replace(config, resume=None)))
+    replace_text(path, yaml.safe_dump(tree, sort_keys=False, width=88))
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """All of the file or none of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_same(path: pathlib.Path, config: TrainConfig) -> None:
+    elsewhere = "Give another directory with --out"
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has checkpoints and no recipe.yaml. {elsewhere}.")
+    try:
+        old = decode(yaml.safe_load(path.read_text(encoding="utf-8")), TrainConfig)
+    except (ValueError, yaml.YAMLError) as wrong:
+        raise ValueError(f"{path} cannot be read ({wrong}). {elsewhere}.") from None
+    last = f"stages.{len(old.stages) - 1}.steps"
+    before, now = (dict(_flat(dataclasses.asdict(one))) for one in (old, config))
+    for name in dict.fromkeys([*now, *before]):
+        free = name == last or any(fnmatch.fnmatch(name, free) for free in FREE)
+        if not free and before.get(name) != now.get(name):
+            raise ValueError(
+                f"{path.parent} holds a run of another recipe: `{name}` is "
+                f"{before.get(name)!r} there and {now.get(name)!r} here. {elsewhere}, "
+                f"or go on with the recipe that is there: --config {path}"
+            )
+
+
+def _flat(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """Scalars by dotted path; what is empty counts as one."""
+    if isinstance(tree, Mapping) and tree:
+        pairs = list(tree.items())
+    elif isinstance(tree, Sequence) and not isinstance(tree, str) and tree:
+        pairs = list(enumerate(tree))
+    else:
+        yield at, tree
+        return
+    for key, value in pairs:
+        yield from _flat(value, f"{at}.{key}" if at else str(key))
+
+
+def _plain(tree: Any) -> Any:
+    """Mappings and lists, as YAML has them."""
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_plain(value) for value in tree]
+    return tree
