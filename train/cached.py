@@ -1,7 +1,6 @@
 """Held-out accuracy through the real cache: prefill, compress, ask, decode."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +64,11 @@ class CachedEvaluation:
                 made = samples(choice)
             except ValueError as wrong:
                 raise ValueError(f"cached.choices[{number}]: {wrong}") from None
-            self.compressions |= {one.name: one.compression for one in made}
+            self.compressions |= {
+                one.name: one.compression
+                for one in made
+                if one.compression != Compression()
+            }
         self.questions: dict[int, Questions] = {}
         if not config.cached.items:
             return
@@ -79,7 +82,8 @@ class CachedEvaluation:
         """Mean score of the replies at a step, by compression; none without items."""
         if not self.questions:
             return {}
-        asked = self.questions[max(self.config.stage_at(step).lengths)]
+        stage = self.config.stages[self.config.stage_of(step)]
+        asked = self.questions[max(stage.lengths)]
         return {name: score(model, asked, c) for name, c in self.compressions.items()}
 
     def _check(self, model: DecoderConfig, asked: Questions) -> None:
@@ -100,7 +104,6 @@ def _choices(config: TrainConfig) -> tuple[Choice, ...]:
     return tuple(
         dataclasses.replace(choice, keeps=choice.keeps[-1:])
         for choice in config.sampling.choices
-        if choice.compression != "none"
     )
 
 
@@ -152,8 +155,3 @@ def score(model: Decoder, asked: Questions, c: Compression) -> float:
         for (task, item), row, n in zip(asked.items, tokens, lengths, strict=True)
     ]
     return float(np.mean(scores))
-
-
-def named(scores: Mapping[str, float], items: int) -> list[dict[str, float | str]]:
-    """Scores as the events of a log."""
-    return [{"cached": n, "accuracy": v, "items": items} for n, v in scores.items()]

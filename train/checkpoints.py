@@ -4,72 +4,33 @@ A checkpoint has its name only when it is complete. Leaves are stored by name, a
 each a sum over its bits: compression inside the files leaves some flipped bits unseen.
 """
 
+import contextlib
 import errno
-import json
 import math
 import pathlib
-import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, UInt32
+from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from kvjax.train.parts import HIGHER, KeepConfig
-
-STEP = re.compile(r"step_(\d+)")
-DIGESTS = "digests"
-
-
-def steps_in(directory: pathlib.Path) -> list[int]:
-    """The steps of which `directory` has a complete checkpoint, ascending."""
-    found = (STEP.fullmatch(path.name) for path in directory.glob("step_*"))
-    return sorted(int(match[1]) for match in found if match)
-
-
-def path_of(directory: pathlib.Path, step: int) -> pathlib.Path:
-    """The checkpoint of one step."""
-    return directory.absolute() / f"step_{step}"
-
-
-def named(state: Any) -> dict[str, Array]:
-    """The leaves of a state by their paths, `opt_state.1.0.mu.layers.0.mlp.up.kernel`.
-
-    Names outlive what numbers do not: an optimizer state that gains or loses a leaf.
-    """
-    flat, _ = jax.tree.flatten_with_path(state)
-    pairs = [(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in flat]
-    return dict(pairs)
-
-
-@jax.jit
-def _sums(leaves: Sequence[Array]) -> tuple[UInt32[Array, "N"], Bool[Array, "N"]]:
-    """Of each leaf, the sum of its bits as whole numbers, and whether it is finite."""
-
-    def bits(x: Array) -> Array:
-        if x.dtype == jnp.bool_:
-            return x.astype(jnp.uint32)
-        size = min(8 * x.dtype.itemsize, 32)
-        return jax.lax.bitcast_convert_type(x, f"uint{size}").astype(jnp.uint32)
-
-    finite = [
-        jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(1)
-        for x in leaves
-    ]
-    sums = [bits(x).sum(dtype=jnp.uint32) for x in leaves]
-    return jnp.stack(sums), jnp.stack(finite)
-
-
-def not_finite(state: Any) -> list[str]:
-    """Names of the leaves that hold NaN or infinity."""
-    leaves = named(state)
-    _, finite = _sums(list(leaves.values()))
-    return [n for n, ok in zip(leaves, np.asarray(finite), strict=True) if not ok]
+from kvjax.train.stored import (
+    DIGESTS,
+    STEP,
+    cause,
+    metadata,
+    named,
+    path_of,
+    short,
+    steps_in,
+    sums,
+)
 
 
 def restore[S](directory: pathlib.Path, state: S, resume: int | None = None) -> S:
@@ -98,7 +59,7 @@ def restore[S](directory: pathlib.Path, state: S, resume: int | None = None) -> 
     try:
         loaded = _load(path_of(directory, step), leaves)
     except Exception as wrong:  # whatever the many layers below make of damage
-        raise _damaged(directory, step, _cause(wrong)) from wrong
+        raise _damaged(directory, step, cause(wrong)) from wrong
     for later in steps[steps.index(step) + 1 :]:
         ocp.delete(str(path_of(directory, later)))
     values = [loaded[name] for name in leaves]
@@ -110,28 +71,16 @@ class _OtherLeaves(ValueError):
 
 
 def _load(path: pathlib.Path, leaves: Mapping[str, Array]) -> dict[str, Array]:
-    held = _metadata(path)
+    held = metadata(path)
     _compare(path, {n: x.shape for n, x in held.items()}, leaves)
     digests = jnp.zeros(len(leaves), jnp.uint32)
     loaded: Any = ocp.load(str(path), {**leaves, DIGESTS: digests})
     wanted = np.asarray(loaded.pop(DIGESTS))
-    got, _ = _sums([loaded[name] for name in leaves])
+    got, _ = sums([loaded[name] for name in leaves])
     wrong = [n for n, bad in zip(leaves, np.asarray(got) != wanted, strict=True) if bad]
     if wrong:
         raise ValueError(f"{len(wrong)} arrays are not what was saved, as {wrong[0]!r}")
     return loaded
-
-
-def _metadata(path: pathlib.Path) -> dict[str, Any]:
-    """Shapes and dtypes of a checkpoint's leaves; raises where it is damaged."""
-    held: Any = ocp.metadata(str(path))
-    if None in (held.commit_timestamp_nsecs, held.metadata):  # orbax makes that of it
-        raise ValueError("its metadata cannot be read")
-    # orbax opens no directory in which one of these is damaged, and has no reader.
-    metrics = path / "metrics" / "metrics"
-    if metrics.exists():
-        json.loads(metrics.read_text())
-    return held.metadata
 
 
 def _compare(path: pathlib.Path, held: Mapping[str, Any], leaves: Mapping) -> None:
@@ -158,19 +107,8 @@ def _damaged(directory: pathlib.Path, step: int, why: Exception) -> ValueError:
             f"`--set resume={before[-1]}`, which removes the damaged one."
         )
     return ValueError(
-        f"the checkpoint {path_of(directory, step)} is damaged ({_short(why)}). "
-        f"{remedy}"
+        f"the checkpoint {path_of(directory, step)} is damaged ({short(why)}). {remedy}"
     )
-
-
-def _cause(wrong: BaseException) -> Exception:
-    while wrong.__cause__ is not None:
-        wrong = wrong.__cause__
-    return wrong if isinstance(wrong, Exception) else ValueError(str(wrong))
-
-
-def _short(why: Exception) -> str:
-    return f"{type(why).__name__}: {why}".splitlines()[0][:200]
 
 
 class Checkpoints:
@@ -192,7 +130,9 @@ class Checkpoints:
         directory.mkdir(parents=True, exist_ok=True)
         policies = ocp.training.preservation_policies
         best = policies.BestN(
-            get_metric_fn=self._rank, n=keep.best, keep_checkpoints_without_metrics=False
+            get_metric_fn=self._rank,
+            n=keep.best,
+            keep_checkpoints_without_metrics=False,
         )
         if jax.process_index() == 0:
             _clean(directory)
@@ -228,10 +168,12 @@ class Checkpoints:
             self._close()
 
     @property
-    def newest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
+    def last_saved(self) -> pathlib.Path | None:
+        """The newest complete checkpoint, once it is."""
+        with contextlib.suppress(OSError):  # the caller is telling of something else
+            self.wait()
         steps = steps_in(self.directory)
-        return steps[-1] if steps else None
+        return path_of(self.directory, steps[-1]) if steps else None
 
     def improves(self, metrics: Mapping[str, Any] | None) -> bool:
         """Whether no checkpoint has better metrics."""
@@ -251,7 +193,7 @@ class Checkpoints:
             OSError: this save or the one before it failed; what is kept is named.
         """
         leaves = named(state)
-        digests, _ = _sums(list(leaves.values()))
+        digests, _ = sums(list(leaves.values()))
         tree = {**leaves, DIGESTS: digests}
         self.wait()
         step = int(state.step)
@@ -286,14 +228,14 @@ class Checkpoints:
         return float(metrics["stage"]), sign * value
 
     def _failed(self, wrong: Exception) -> OSError:
-        cause = _cause(wrong)
+        why = cause(wrong)
         kept = steps_in(self.directory)
-        code = cause.errno if isinstance(cause, OSError) else None
-        full = code == errno.ENOSPC or "No space left" in str(cause)
+        code = why.errno if isinstance(why, OSError) else None
+        full = code == errno.ENOSPC or "No space left" in str(why)
         names = ", ".join(f"step_{step}" for step in kept) or "none yet"
         return OSError(
             f"a checkpoint could not be written to {self.directory} "
-            f"({_short(cause)}). Complete ones are kept: {names}. "
+            f"({short(why)}). Complete ones are kept: {names}. "
             f"{'Free some space' if full else 'Fix that'} and give the same command "
             "again."
         )
@@ -307,8 +249,8 @@ def _clean(directory: pathlib.Path) -> None:
     for step in steps_in(directory)[:-1]:
         path = path_of(directory, step)
         try:
-            _metadata(path)
+            metadata(path)
         except Exception as wrong:
-            why = _short(_cause(wrong))
-            print(f"{path} is damaged or half removed ({why}); removed.", flush=True)
+            said = short(cause(wrong))
+            print(f"{path} is damaged or half removed ({said}); removed.", flush=True)
             shutil.rmtree(path)

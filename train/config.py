@@ -189,6 +189,11 @@ class TrainConfig:
             raise ValueError(
                 f"`{given[0]}` needs an `evictor`; add `evictor: {{kind: ...}}`."
             )
+        if min(self.log_every, self.eval_every, self.save_every) < 1:
+            raise ValueError(
+                "`log_every`, `eval_every` and `save_every` must be at least 1; got "
+                f"{self.log_every}, {self.eval_every} and {self.save_every}."
+            )
         if self.compute not in COMPUTE:
             raise ValueError(
                 f"`compute` must be one of {list(COMPUTE)}; got {self.compute!r}."
@@ -198,6 +203,14 @@ class TrainConfig:
     def steps(self) -> int:
         """Of the whole run."""
         return sum(stage.steps for stage in self.stages)
+
+    def stage_of(self, step: int) -> int:
+        """Number of the stage of a step, steps counted from 1."""
+        for number, stage in enumerate(self.stages[:-1]):
+            if step <= stage.steps:
+                return number
+            step -= stage.steps
+        return len(self.stages) - 1
 
 
 def load_config(name: str | pathlib.Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -25,7 +25,7 @@ def held_out_batches(config: TrainConfig, mixture: Mixture, step: int):
     (again from its beginning where it has fewer); a dataset without one is left out.
     """
     out: dict[str, Batch] = {}
-    for width in _widths(config, step):
+    for width in sorted(config.stages[config.stage_of(step)].lengths):
         for name in dict.fromkeys(s.task for s in config.data.sources if s.task):
             rows = _task_rows(name, config.eval_items, mixture, width)
             out[f"{name}@{width}"] = pack(rows, width, pad=mixture.words.pad)
@@ -47,14 +47,6 @@ def _task_rows(name: str, items: int, mixture: Mixture, width: int) -> list[Row]
         if max(len(one.tokens) for one in rows) <= width:
             return rows
         length = length * 9 // 10  # more tokens than such text usually has
-
-
-def _widths(config: TrainConfig, step: int) -> list[int]:
-    for stage in config.stages:
-        if step <= stage.steps:
-            return sorted(stage.lengths)
-        step -= stage.steps
-    return sorted(config.stages[-1].lengths)
 
 
 def variants(name: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import json
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from orbax.checkpoint import v1 as ocp
 
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Decoder
+from kvjax.train.checkpoints import Checkpoints, restore
 from kvjax.train.config import TrainConfig
+from kvjax.train.done import Done, Progress, diverged
+from kvjax.train.interrupt import deferred_interrupt
+from kvjax.train.logs import Log, opened
 from kvjax.train.objective import (
     Batch,
     Objective,
@@ -26,6 +29,7 @@ from kvjax.train.objective import (
 from kvjax.train.optimizer import make_optimizer
 from kvjax.train.params import Params, with_params
 from kvjax.train.sampling import Sampler
+from kvjax.train.stored import not_finite, path_of
 from kvjax.types import pytree
 
 
@@ -121,43 +125,6 @@ def make_eval(
     return lambda params, batch: evaluate(params, weights.fixed, batch)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Log:
-    """A JSON line per event in a file, and a short one on the terminal."""
-
-    path: pathlib.Path
-
-    def __call__(self, **event: Any) -> None:
-        """Write one event."""
-        event = {
-            k: round(v, 5) if isinstance(v, float) else v for k, v in event.items()
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(event) + "\n")
-        print("  ".join(f"{k} {v}" for k, v in event.items()), flush=True)
-
-
-def save(directory: pathlib.Path, state: TrainState) -> None:
-    """Write `directory/step_N`."""
-    path = directory / f"step_{int(state.step)}"
-    ocp.save(str(path.absolute()), _leaves(state), overwrite=True)
-
-
-def restore(directory: pathlib.Path, state: TrainState) -> TrainState:
-    """The newest checkpoint of `directory` in the shape of `state`, or `state`."""
-    found = sorted(directory.glob("step_*"), key=lambda p: int(p.name.split("_")[1]))
-    if not found:
-        return state
-    loaded = ocp.load(str(found[-1].absolute()), _leaves(state))
-    leaves = [loaded[str(i)] for i in range(len(loaded))]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)
-
-
-def _leaves(state: TrainState) -> dict[str, jax.Array]:
-    # Optimizer states are nested tuples and masks: numbered leaves survive any of it.
-    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}
-
-
 def train(
     weights: Weights,
     params: Params,
@@ -166,6 +133,8 @@ def train(
     *,
     directory: pathlib.Path,
     held_out: Callable[[int], dict[str, Batch]] | None = None,
+    cached: Callable[[Decoder, int], dict[str, float]] | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> TrainState:
     """Train to the end, from the newest checkpoint of `directory` if there is one.
 
@@ -174,45 +143,152 @@ def train(
         params: what is trained, as a fresh run starts.
         config: objective, sampled compressions, optimizer, when to log.
         batches: `(first, last) ->` the batches of those steps.
-        directory: for checkpoints and `log.jsonl`.
+        directory: for `checkpoints/` and `log.jsonl`.
         held_out: batches to evaluate on at a step, by name.
+        cached: accuracies through the real cache at a step, by compression.
+        progress: told of each step.
+
+    Raises:
+        ValueError: a damaged checkpoint; a step whose loss, gradient or weights are
+            not finite: nothing of it is saved.
+        OSError: a checkpoint cannot be written; those before it are kept.
+        KeyboardInterrupt: at the end of the step in which SIGINT came, whose state is
+            saved.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    log = Log(path=directory / "log.jsonl")
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = restore(directory, init_state(params, optimizer))
-    evaluate = make_eval(weights)
-    sampler = Sampler(config.sampling, config.seed)
-    steps, log_every = config.steps, config.log_every
-
-    @functools.cache  # one program per compression, and per width inside of it
-    def compiled(c: Compression | None):
-        return make_step(weights, make_objective(config, c), optimizer)
-
-    began = last = time.perf_counter()
+    fresh = init_state(params, optimizer)
+    state = restore(directory / "checkpoints", fresh, config.resume)
     first = int(state.step)
-    for number, batch in enumerate(batches(first, steps), first + 1):
-        sample = sampler.at(number - 1)
-        step = compiled(sample.compression if sample else None)
-        state, metrics = step(state, batch, weights.arrays)
-        if number % log_every == 0 or number == first + 1:
-            values = {k: float(v) for k, v in metrics.items()}
-            now = time.perf_counter()
-            done = log_every if number % log_every == 0 else 1
-            log(
-                step=number,
+    if first > config.steps:
+        raise ValueError(
+            f"{directory} has done {first} steps; the recipe asks for {config.steps}. "
+            "Give the last stage more of them, or another directory."
+        )
+    if first:
+        path = path_of(directory / "checkpoints", first)
+        print(f"resuming from {path}: {first} of {config.steps} steps are done")
+    with (
+        opened(directory, config, first) as log,
+        Checkpoints(directory / "checkpoints", config.keep) as checkpoints,
+        deferred_interrupt() as interrupted,
+    ):
+        loop = _Loop(weights, config, optimizer, state, log, checkpoints)
+        for number, batch in enumerate(batches(first, config.steps), first + 1):
+            loop.advance(number, batch)
+            if progress is not None:
+                progress(Progress(step=number, steps=config.steps, loss=loop.loss))
+            loop.say(number)
+            metrics = loop.evaluate(number, held_out, cached)
+            stop = interrupted()
+            if stop or loop.is_due(number, metrics):
+                loop.save(metrics)
+            if stop:
+                raise KeyboardInterrupt
+    return loop.state
+
+
+class _Loop:
+    """What the parts of a step share."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: TrainConfig,
+        optimizer: optax.GradientTransformation,
+        state: TrainState,
+        log: Log,
+        checkpoints: Checkpoints,
+    ):
+        self.weights, self.config, self.state = weights, config, state
+        self.log, self.checkpoints = log, checkpoints
+        self.sampler = Sampler(config.sampling, config.seed)
+        self.held_out = make_eval(weights)
+        self.last: Done | None = None
+        self.loss: float | None = None
+        self.began = self.said_at = time.perf_counter()
+        self.said = int(state.step)
+
+        @functools.cache  # one program per compression, and per width inside of it
+        def compiled(c: Compression | None):
+            return make_step(weights, make_objective(config, c), optimizer)
+
+        self.compiled = compiled
+
+    def advance(self, number: int, batch: Batch) -> None:
+        """One step; the one before it, which has finished by now, is checked."""
+        sample = self.sampler.at(number - 1)
+        step = self.compiled(sample.compression if sample else None)
+        self.state, metrics = step(self.state, batch, self.weights.arrays)
+        before, self.last = (
+            self.last,
+            Done(
+                number=number,
                 width=batch.tokens.shape[1],
-                **({"compression": sample.name} if sample else {}),
-                **values,
-                seconds=round(now - began, 1),
-                step_ms=round((now - last) / done * 1e3),
-            )
-            last = now
-        if held_out and (number % config.eval_every == 0 or number == steps):
-            for name, one in held_out(number).items():
-                values = {k: float(v) for k, v in evaluate(state.params, one).items()}
-                log(step=number, held_out=name, **values)
-            last = time.perf_counter()
-        if number % config.save_every == 0 or number == steps:
-            save(directory, state)
-    return state
+                rows=batch.tokens.shape[0],
+                compression=sample.name if sample else None,
+                metrics=metrics,
+            ),
+        )
+        if before is not None:
+            self._check(before)
+
+    def say(self, number: int) -> None:
+        """Log a step that is to be logged."""
+        if number % self.config.log_every or self.last is None:
+            return
+        self._check(self.last)
+        done, now = self.last, time.perf_counter()
+        self.log(
+            step=number,
+            width=done.width,
+            **({"compression": done.compression} if done.compression else {}),
+            **{k: float(v) for k, v in done.metrics.items()},
+            seconds=round(now - self.began, 1),
+            step_ms=round((now - self.said_at) / (number - self.said) * 1e3),
+        )
+        self.said, self.said_at = number, now
+
+    def evaluate(self, number: int, held_out, cached) -> dict[str, float] | None:
+        """Held-out metrics where they are due, averaged over the sets."""
+        if number % self.config.eval_every and number != self.config.steps:
+            return None
+        if self.last is not None:
+            self._check(self.last)
+        began, found = time.perf_counter(), []
+        for name, batch in held_out(number).items() if held_out else ():
+            values = self.held_out(self.state.params, batch)
+            found.append({k: float(v) for k, v in values.items()})
+            self.log(step=number, held_out=name, **found[-1])
+        if cached is not None:
+            model = self.weights.joined(self.state.params, self.weights.fixed)
+            for name, value in cached(model, number).items():
+                self.log(step=number, cached=name, accuracy=value)
+        self.said_at += time.perf_counter() - began  # steps are timed without it
+        if not found:
+            return None
+        means = {k: sum(one[k] for one in found) / len(found) for k in found[0]}
+        return {"stage": self.config.stage_of(number), **means}
+
+    def is_due(self, number: int, metrics: dict[str, float] | None) -> bool:
+        """Whether a state is to be saved: by its number, or for being the best."""
+        every = number % self.config.save_every == 0 or number == self.config.steps
+        return every or self.checkpoints.improves(metrics)
+
+    def save(self, metrics: dict[str, float] | None) -> None:
+        """Save the state, unless anything of it is not finite."""
+        assert self.last is not None
+        self._check(self.last)
+        if names := not_finite(self.state):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise self._diverged(self.last, f"{names[0]}{more} not finite")
+        self.checkpoints.save(self.state, metrics)
+
+    def _check(self, done: Done) -> None:
+        self.loss = done.loss
+        if not (math.isfinite(self.loss) and math.isfinite(done.norm)):
+            what = f"loss {self.loss}, gradient norm {done.norm}"
+            raise self._diverged(done, what)
+
+    def _diverged(self, done: Done, what: str) -> ValueError:
+        saved = self.checkpoints.last_saved
+        return diverged(done, what, self.config.seed, saved)

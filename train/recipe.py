@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from kvjax.config import decode
-from kvjax.train.checkpoints import steps_in
 from kvjax.train.config import TrainConfig
+from kvjax.train.stored import steps_in
 
 FREE = (
     "resume",
@@ -61,7 +61,9 @@ def replace_text(path: pathlib.Path, text: str) -> None:
 def _check_same(path: pathlib.Path, config: TrainConfig) -> None:
     elsewhere = "Give another directory with --out"
     if not path.is_file():
-        raise ValueError(f"{path.parent} has checkpoints and no recipe.yaml. {elsewhere}.")
+        raise ValueError(
+            f"{path.parent} has checkpoints and no recipe.yaml. {elsewhere}."
+        )
     try:
         old = decode(yaml.safe_load(path.read_text(encoding="utf-8")), TrainConfig)
     except (ValueError, yaml.YAMLError) as wrong:

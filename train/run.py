@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Callable
 
 from flax import nnx
 
@@ -9,12 +10,15 @@ from kvjax.models.bundled import model_directory
 from kvjax.models.decoder import Decoder
 from kvjax.models.evictor import with_evictor
 from kvjax.models.io import load, save
+from kvjax.train.cached import CachedEvaluation
 from kvjax.train.config import TrainConfig
 from kvjax.train.data import Mixture
 from kvjax.train.evaluate import held_out_batches
-from kvjax.train.loop import TrainState, Weights, train
+from kvjax.train.logs import check_writers
+from kvjax.train.loop import Progress, TrainState, Weights, train
 from kvjax.train.lora import PATTERNS, merged, with_lora
 from kvjax.train.params import Params, params_of, split, with_params
+from kvjax.train.recipe import claim
 from kvjax.train.words import words_of
 
 
@@ -61,16 +65,33 @@ def weights_of(config: TrainConfig) -> tuple[Weights, Params]:
     return weights, params
 
 
-def run(config: TrainConfig, directory: pathlib.Path) -> TrainState:
+def run(
+    config: TrainConfig,
+    directory: pathlib.Path,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+) -> TrainState:
     """Train what `config` says, or go on where `directory` stands.
 
     The finished model is saved in `directory / "model"`, in bfloat16, with the
-    tokenizer of the model that training started from.
+    tokenizer of the model that training started from; the recipe in `recipe.yaml`.
+
+    Args:
+        config: the recipe.
+        directory: of the run.
+        progress: told of each step.
+
+    Raises:
+        ValueError: a directory of another recipe; see `kvjax.train.loop.train`.
+        OSError: a checkpoint or the model cannot be written; those before are kept.
     """
+    check_writers(config.log)
     words = words_of(config)
     visible = config.sampling.visible
     mixture = Mixture(config.data, config.stages, config.seed, visible, words)
     weights, params = weights_of(config)
+    cached = CachedEvaluation(config, weights.model.config, words)
+    claim(directory, config)
     state = train(
         weights,
         params,
@@ -78,6 +99,8 @@ def run(config: TrainConfig, directory: pathlib.Path) -> TrainState:
         mixture.batches,
         directory=directory,
         held_out=functools.partial(held_out_batches, config, mixture),
+        cached=cached,
+        progress=progress,
     )
     stored = {**weights.fixed, **state.params}
     model = with_params(

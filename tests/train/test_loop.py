@@ -1,9 +1,5 @@
 """The loop: it learns, resumes where it stood, and refuses bad recipes."""
 
-import dataclasses
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,11 +19,10 @@ from kvjax.train.config import (
     load_config,
 )
 from kvjax.train.data import Mixture
-from kvjax.train.loop import Weights, init_state, make_step, restore, save
+from kvjax.train.loop import Weights, init_state, make_step
 from kvjax.train.objective import make_objective, next_token, predictions
 from kvjax.train.optimizer import make_optimizer, schedule
 from kvjax.train.params import params_of
-from kvjax.train.run import run
 from kvjax.train.tokenizer import encode
 
 RECIPE = "configs/train/kvjax_tiny.yaml"
@@ -54,30 +49,6 @@ def config() -> TrainConfig:
         save_every=2,
         eval_items=2,
     )
-
-
-def losses(directory: pathlib.Path) -> dict[int, float]:
-    lines = (directory / "log.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    return {e["step"]: e["loss"] for e in events if "held_out" not in e}
-
-
-def test_resumed_run_repeats_the_uninterrupted_one(config, tmp_path):
-    whole = run(config, tmp_path / "whole")
-    run(dataclasses.replace(config, save_every=2), tmp_path / "part")
-    for late in (tmp_path / "part").glob("step_4"):
-        late.rename(tmp_path / "late")
-    again = run(config, tmp_path / "part")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "part")
-    jax.tree.map(np.testing.assert_array_equal, whole, again)
-
-
-def test_restore_of_an_empty_directory_is_a_fresh_start(config, tmp_path):
-    params = params_of(Decoder(config.model, rngs=nnx.Rngs(0)))
-    state = init_state(params, make_optimizer(config.optimizer, 4))
-    assert restore(tmp_path, state) is state
-    save(tmp_path, state)
-    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, state), state)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

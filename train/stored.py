@@ -1,0 +1,86 @@
+"""What a checkpoint is: names, sums over bits, metadata."""
+
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, UInt32
+from orbax.checkpoint import v1 as ocp
+
+STEP = re.compile(r"step_(\d+)")
+DIGESTS = "digests"
+
+
+def steps_in(directory: pathlib.Path) -> list[int]:
+    """The steps of which `directory` has a complete checkpoint, ascending."""
+    found = (STEP.fullmatch(path.name) for path in directory.glob("step_*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def path_of(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """The checkpoint of one step."""
+    return directory.absolute() / f"step_{step}"
+
+
+def named(state: Any) -> dict[str, Array]:
+    """The leaves of a state by their paths, `opt_state.1.0.mu.layers.0.mlp.up.kernel`.
+
+    Names outlive what numbers do not: an optimizer state that gains or loses a leaf.
+    """
+    flat, _ = jax.tree.flatten_with_path(state)
+    pairs = [(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in flat]
+    return dict(pairs)
+
+
+@jax.jit
+def sums(leaves: Sequence[Array]) -> tuple[UInt32[Array, "N"], Bool[Array, "N"]]:
+    """Of each leaf, the sum of its bits as whole numbers, and whether it is finite."""
+
+    def bits(x: Array) -> Array:
+        if x.dtype == jnp.bool_:
+            return x.astype(jnp.uint32)
+        size = min(8 * x.dtype.itemsize, 32)
+        return jax.lax.bitcast_convert_type(x, f"uint{size}").astype(jnp.uint32)
+
+    finite = [
+        jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(1)
+        for x in leaves
+    ]
+    sums = [bits(x).sum(dtype=jnp.uint32) for x in leaves]
+    return jnp.stack(sums), jnp.stack(finite)
+
+
+def not_finite(state: Any) -> list[str]:
+    """Names of the leaves that hold NaN or infinity."""
+    leaves = named(state)
+    _, finite = sums(list(leaves.values()))
+    return [n for n, ok in zip(leaves, np.asarray(finite), strict=True) if not ok]
+
+
+def metadata(path: pathlib.Path) -> dict[str, Any]:
+    """Shapes and dtypes of a checkpoint's leaves; raises where it is damaged."""
+    held: Any = ocp.metadata(str(path))
+    if None in (held.commit_timestamp_nsecs, held.metadata):  # orbax makes that of it
+        raise ValueError("its metadata cannot be read")
+    # orbax opens no directory in which one of these is damaged, and has no reader.
+    metrics = path / "metrics" / "metrics"
+    if metrics.exists():
+        json.loads(metrics.read_text())
+    return held.metadata
+
+
+def cause(wrong: BaseException) -> Exception:
+    """What went wrong at first, below the layers that passed it on."""
+    while wrong.__cause__ is not None:
+        wrong = wrong.__cause__
+    return wrong if isinstance(wrong, Exception) else ValueError(str(wrong))
+
+
+def short(why: Exception) -> str:
+    """One line of an error."""
+    return f"{type(why).__name__}: {why}".splitlines()[0][:200]
