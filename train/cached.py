@@ -137,8 +137,8 @@ def _padded(rows: list[np.ndarray]) -> tuple[Array, Array]:
     return jnp.asarray(out), jnp.asarray(lengths)
 
 
-def score(model: Decoder, asked: Questions, c: Compression) -> float:
-    """Mean score of greedy replies from the cache that `c` leaves of the contexts."""
+def cached_replies(model: Decoder, asked: Questions, c: Compression) -> list[str]:
+    """Greedy replies from the cache that `c` leaves of the contexts."""
     most = asked.reply_tokens
     room = asked.questions.shape[1] + most
     _, cache = prefill(
@@ -150,8 +150,14 @@ def score(model: Decoder, asked: Questions, c: Compression) -> float:
     stop = [int(encode(STOP)[0])]
     made = generate_from(model, cache, first, max_new_tokens=most, stop_tokens=stop)
     tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
-    scores = [
-        task.score(item, decode(row[: min(n, task.max_new_tokens)]))
-        for (task, item), row, n in zip(asked.items, tokens, lengths, strict=True)
+    return [
+        decode(row[: min(n, task.max_new_tokens)])
+        for (task, _), row, n in zip(asked.items, tokens, lengths, strict=True)
     ]
-    return float(np.mean(scores))
+
+
+def score(model: Decoder, asked: Questions, c: Compression) -> float:
+    """Mean score of the replies."""
+    given = cached_replies(model, asked, c)
+    pairs = zip(asked.items, given, strict=True)
+    return float(np.mean([task.score(item, reply) for (task, item), reply in pairs]))

@@ -63,9 +63,9 @@ def diverged(
     """
     kept = f"the last good state is {saved}" if saved else "no state was saved before"
     return ValueError(
-        f"step {done.number} under compression {done.compression or 'none'} gave {what}. "
-        f"Its batch, {done.rows} rows of {done.width} tokens, follows from seed {seed} "
-        f"and the step: Mixture.batch({done.number - 1}) makes it again. Nothing of the "
-        f"step was saved; {kept}. Lower optimizer.learning_rate or optimizer.clip, or "
-        "look at that batch."
+        f"step {done.number} under compression {done.compression or 'none'} gave "
+        f"{what}. Its batch, {done.rows} rows of {done.width} tokens, follows from "
+        f"seed {seed} and the step: Mixture.batch({done.number - 1}) makes it again. "
+        f"Nothing of the step was saved; {kept}. Lower optimizer.learning_rate or "
+        "optimizer.clip, or look at that batch."
     )

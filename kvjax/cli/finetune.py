@@ -1,12 +1,21 @@
 """`kvjax finetune`."""
 
+import contextlib
 import dataclasses
+import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, final
 
 import tyro
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from kvjax.cli.base import UI, Assignments, Command, Folder, Output, compile_cache
 
@@ -23,7 +32,8 @@ class Finetune(Command):
         "  kvjax finetune --config mine.yaml --set optimizer.learning_rate=0.0005\n"
         "\n"
         "Checkpoints and log.jsonl go to OUT, the finished model to OUT/model. A run\n"
-        "that was interrupted goes on when the same command is given again."
+        "that was interrupted goes on when the same command is given again; Ctrl-C\n"
+        "saves it first. --set resume=STEP goes back to an earlier checkpoint."
     )
 
     config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")]
@@ -39,15 +49,49 @@ class Finetune(Command):
         from kvjax.train.config import load_config
         from kvjax.train.run import run
 
-        del ui  # the loop writes a line per step
         config = load_config(self.config, self.set)
         compile_cache()
         name = f"{pathlib.Path(self.config).stem}-{config.seed}"
         out = self.out or pathlib.Path("runs") / name
-        state = run(config, out)
+        with quiet(not self.output.debug), bar(ui, config.steps) as progress:
+            state = run(config, out, progress=progress)
         return {"out": str(out), "model": str(out / "model"), "steps": int(state.step)}
 
     def show(self, result: Mapping[str, Any], console: Console) -> None:
         """See `Command.show`."""
         del console
         print(f"{result['steps']} steps; the model is in {result['model']}")
+
+
+@contextlib.contextmanager
+def bar(ui: UI, steps: int) -> Iterator[Callable[[Any], None]]:
+    """A progress bar below the lines of the log, where stderr is a terminal."""
+    columns = (
+        "[progress.description]{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=ui.err, disable=not ui.bars) as shown:
+        task = shown.add_task("starting", total=steps)
+
+        def tell(done: Any) -> None:
+            loss = "training" if done.loss is None else f"loss {done.loss:.3f}"
+            shown.update(task, completed=done.step, description=loss)
+
+        yield tell
+
+
+@contextlib.contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """Without the tracebacks that orbax logs of what it raises as well."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers if wanted else ():
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,334 @@
+"""What may go wrong in a run, and what it leaves behind."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from flax import nnx
+
+from kvjax.cli.main import main
+from kvjax.compress.config import Compression
+from kvjax.models.decoder import Decoder
+from kvjax.train.cached import FULL, CachedEvaluation, cached_replies, questions
+from kvjax.train.config import (
+    CachedConfig,
+    Choice,
+    OptimizerConfig,
+    SamplingConfig,
+    Stage,
+    TrainConfig,
+    load_config,
+)
+from kvjax.train.data import Mixture
+from kvjax.train.done import Progress
+from kvjax.train.greedy import replies
+from kvjax.train.loop import TrainState, train
+from kvjax.train.parts import KeepConfig, LogConfig
+from kvjax.train.run import run, weights_of
+from kvjax.train.stored import steps_in
+from tests.train.test_checkpoints import cut, damaging, largest
+from tests.train.tiny_run import losses, recipe
+
+Whole = tuple[TrainState, pathlib.Path]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Whole:
+    """An uninterrupted run: its last state and its directory."""
+    directory = tmp_path_factory.mktemp("whole")
+    return run(recipe(), directory), directory
+
+
+def copied(whole: Whole, tmp_path: pathlib.Path, last: int = 6) -> pathlib.Path:
+    """The run as it was when `last` was its newest checkpoint, log and all."""
+    path = tmp_path / "copy"
+    shutil.copytree(whole[1], path)
+    for step in steps_in(path / "checkpoints"):
+        if step > last:
+            shutil.rmtree(path / "checkpoints" / f"step_{step}")
+    return path
+
+
+def goes_on(whole: Whole, directory: pathlib.Path) -> None:
+    """The run in `directory` ends as the uninterrupted one did, bit for bit."""
+    state = run(recipe(), directory)
+    assert losses(directory) == losses(whole[1])
+    assert [step for step, _ in losses(directory)] == [1, 2, 3, 4, 5, 6]
+    jax.tree.map(np.testing.assert_array_equal, state, whole[0])
+    checkpoints = directory / "checkpoints"
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {f"step_{step}" for step in steps_in(checkpoints)}
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(whole, tmp_path, capsys):
+    part = copied(whole, tmp_path, last=4)
+    with (part / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "los')  # the line that a killed process was writing
+    goes_on(whole, part)
+    path = part / "checkpoints" / "step_4"
+    assert f"resuming from {path}: 4 of 6 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fault", "kept"),
+    [
+        ("rename:4", [2]),
+        pytest.param("write:4", [2], marks=pytest.mark.slow),
+        pytest.param("step:5", [2, 4], marks=pytest.mark.slow),
+        pytest.param("remove", [4, 6], marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed(fault, kept, whole, tmp_path, repo):
+    command = [sys.executable, "-m", "tests.train.tiny_run", str(tmp_path), fault]
+    died = subprocess.run(command, cwd=repo, capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
+    left = steps_in(tmp_path / "checkpoints")
+    assert left == ([2, *kept] if fault == "remove" else kept)
+    goes_on(whole, tmp_path)
+
+
+@damaging
+def test_a_damaged_newest_checkpoint(whole, tmp_path, capsys):
+    part = copied(whole, tmp_path)
+    cut(largest(part / "checkpoints" / "step_6"))
+    config = ["--config", str(part / "recipe.yaml"), "--out", str(part)]
+    assert main(["finetune", *config]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("kvjax: ") and "step_6" in said[-1]
+    assert "--set resume=4" in said[-1]
+    assert steps_in(part / "checkpoints") == [4, 6]
+    assert main(["finetune", *config, "--set", "resume=4"]) == 0
+    goes_on(whole, part)
+
+
+def poisoned(config: TrainConfig, at: int):
+    """The batches of a recipe, that of one step with a weight that is not finite."""
+    mixture = Mixture(config.data, config.stages, config.seed)
+
+    def batches(first: int, last: int):
+        for step, batch in enumerate(mixture.batches(first, last), first):
+            bad = batch.weights.at[0, 5].set(jnp.nan)
+            weights = bad if step == at - 1 else batch.weights
+            yield dataclasses.replace(batch, weights=weights)
+
+    return batches
+
+
+@pytest.mark.parametrize("at", [4, 5, 6])
+def test_a_loss_that_is_not_a_number(at, tmp_path):
+    config = recipe(log_every=100)
+    weights, params = weights_of(config)
+    with pytest.raises(ValueError, match=f"step {at} under compression none") as said:
+        train(weights, params, config, poisoned(config, at), directory=tmp_path)
+    for part in ("loss nan", "2 rows of 64 tokens", "seed 0", f"batch({at - 1})"):
+        assert part in str(said.value)
+    good = [2] if at == 4 else [2, 4]
+    assert steps_in(tmp_path / "checkpoints") == good
+    assert f"last good state is {tmp_path}/checkpoints/step_{good[-1]}" in str(
+        said.value
+    )
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    # Loss and gradient of step 1 are fine; its update overflows.
+    fast = OptimizerConfig(name="adamw", learning_rate=1e39, warmup=0, decay=1)
+    config = recipe(optimizer=fast, save_every=1)
+    with pytest.raises(ValueError, match="step 1 .* not finite.* no state was saved"):
+        run(config, tmp_path)
+    assert steps_in(tmp_path / "checkpoints") == []
+
+
+@damaging
+def test_a_disk_that_is_full(whole, tmp_path, capsys):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def told(progress: Progress) -> None:
+        if progress.step == 3:  # the kernel refuses longer files, as a full disk would
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))
+
+    try:
+        with pytest.raises(OSError, match="step_4|are kept: step_2"):
+            run(recipe(), tmp_path, progress=told)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert steps_in(tmp_path / "checkpoints") == [2]
+    goes_on(whole, tmp_path)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    whole, tmp_path, monkeypatch, capsys
+):
+    def told(progress: Progress) -> None:
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(), tmp_path, progress=told)
+    assert steps_in(tmp_path / "checkpoints") == [2, 3]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    goes_on(whole, tmp_path)
+
+
+def test_ctrl_c_on_the_command_line(whole, tmp_path, monkeypatch, capsys):
+    from kvjax.train import loop
+
+    part = copied(whole, tmp_path, last=4)
+    plain = loop.Sampler.at
+
+    def interrupting(self, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, step)
+
+    monkeypatch.setattr(loop.Sampler, "at", interrupting)
+    config = ["--config", str(part / "recipe.yaml"), "--out", str(part)]
+    assert main(["finetune", *config]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert steps_in(part / "checkpoints") == [4, 5]
+    monkeypatch.undo()
+    goes_on(whole, part)
+
+
+def test_a_directory_of_another_recipe(whole, tmp_path):
+    part = copied(whole, tmp_path)
+    other = recipe(optimizer=OptimizerConfig(name="adamw", warmup=2, decay=1))
+    with pytest.raises(ValueError, match="`optimizer.warmup` is 1 there and 2 here"):
+        run(other, part)
+    with pytest.raises(ValueError, match="`seed` is 0 there and 1 here"):
+        run(recipe(seed=1), part)
+    assert load_config(part / "recipe.yaml") == recipe()
+    (part / "recipe.yaml").unlink()
+    with pytest.raises(ValueError, match="has checkpoints and no recipe.yaml"):
+        run(recipe(), part)
+
+
+def test_steps_and_logs_may_change(whole, tmp_path):
+    part = copied(whole, tmp_path)
+    longer = (Stage(steps=7, lengths={64: 1.0}, tokens_per_step=128),)
+    more = recipe(stages=longer, log_every=7, keep=KeepConfig(newest=1, best=0))
+    assert int(run(more, part).step) == 7
+    assert steps_in(part / "checkpoints") == [7]
+    assert yaml.safe_load((part / "recipe.yaml").read_text())["log_every"] == 7
+    with pytest.raises(ValueError, match="has done 7 steps; the recipe asks for 6"):
+        run(recipe(), part)
+
+
+def test_a_writer_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for log, extra in (
+        (LogConfig(tensorboard=True), "tensorboard"),
+        (LogConfig(tracker="trackio"), "trackio"),
+        (LogConfig(tracker="wandb"), "wandb"),
+    ):
+        with pytest.raises(ValueError, match=rf"'kvjax\[{extra}\]'"):
+            run(recipe(log=log), tmp_path)
+    with pytest.raises(ValueError, match="Did you mean 'wandb'"):
+        LogConfig(tracker="wand")
+    assert not list(tmp_path.iterdir())
+
+
+class Recorder:
+    """Stands for tensorboardX and for a tracker."""
+
+    def __init__(self, *given, **options):
+        self.given, self.options, self.seen = given, options, []
+
+    def add_scalar(self, name, value, step):
+        self.seen.append((step, name, value))
+
+    def close(self):
+        self.seen.append("closed")
+
+
+def test_writers_get_the_numbers_of_the_log(whole, tmp_path, monkeypatch):
+    made: list[Recorder] = []
+    board = types.ModuleType("tensorboardX")
+    board.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    board.SummaryWriter = lambda *a, **k: made.append(Recorder(*a, **k)) or made[-1]  # type: ignore[attr-defined]
+    tracker = types.ModuleType("trackio")
+    tracker.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    calls: list[tuple] = []
+    tracker.init = lambda **k: calls.append(("init", k))  # type: ignore[attr-defined]
+    tracker.log = lambda v, step: calls.append((step, v))  # type: ignore[attr-defined]
+    tracker.finish = lambda: calls.append(("finish",))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorboardX", board)
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    part = copied(whole, tmp_path, last=4)
+    run(recipe(log=LogConfig(tensorboard=True, tracker="trackio")), part)
+    (writer,) = made
+    assert writer.given == (str(part / "tensorboard"),)
+    assert writer.options == {"purge_step": 5}
+    scalars = {(e[0], e[1]): e[2] for e in writer.seen if e != "closed"}
+    assert scalars[6, "train/loss"] == dict(losses(whole[1]))[6]
+    assert (6, "held_out/recall@64/answer_loss") in scalars
+    assert (4, "train/loss") not in scalars and writer.seen[-1] == "closed"
+    assert calls[0][1]["project"] == "kvjax" and calls[0][1]["name"] == "copy"
+    assert (
+        calls[-1] == ("finish",)
+        and calls[1][1]["train/loss"] == scalars[5, "train/loss"]
+    )
+
+
+CHOICES = (
+    Choice(compression="none"),
+    Choice(compression="knorm", keeps=(0.5, 0.25)),
+    Choice(
+        compression="kivi_2bit", fields={"store.residual": 0, "store.keys.group": 8}
+    ),
+)
+
+
+def test_replies_through_the_cache_are_those_without_one():
+    config = recipe(cached=CachedConfig(items=4))
+    assert config.model is not None
+    sharp = dataclasses.replace(config.model, init_std=0.5)
+    model = Decoder(sharp, rngs=nnx.Rngs(0))
+    asked = questions(config, 64)
+    assert len(asked.items) == 4
+    task = asked.items[0][0]
+    want = replies(model, [item for _, item in asked.items], task.max_new_tokens)
+    assert cached_replies(model, asked, Compression()) == want
+    assert len(set(want)) > 1
+
+
+@pytest.mark.slow
+def test_evaluation_through_the_cache_is_logged_by_compression(tmp_path):
+    steps = (Stage(steps=1, lengths={64: 1.0}, tokens_per_step=128),)
+    config = recipe(
+        stages=steps,
+        sampling=SamplingConfig(choices=CHOICES[:2]),
+        cached=CachedConfig(items=2),
+    )
+    run(config, tmp_path)
+    events = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    cached = [(e["cached"], e["step"], e["accuracy"]) for e in events if "cached" in e]
+    assert cached == [(FULL, 1, 0.0), ("knorm-keep0.25", 1, 0.0)]
+
+
+def test_compressions_of_the_evaluation():
+    sampled = SamplingConfig(choices=CHOICES)
+    config = recipe(sampling=sampled, cached=CachedConfig(items=2))
+    assert config.model is not None
+    made = CachedEvaluation(config, config.model)
+    assert list(made.compressions) == [FULL, "knorm-keep0.25", "kivi_2bit"]
+    two = (Choice(compression="h2o", keeps=(0.5, 0.25)),)
+    chosen = dataclasses.replace(config, cached=CachedConfig(items=2, choices=two))
+    names = list(CachedEvaluation(chosen, config.model).compressions)
+    assert names == [FULL, "h2o-keep0.5", "h2o-keep0.25"]
+    wide = (Choice(compression="snapkv", keeps=(0.1,)),)
+    wrong = dataclasses.replace(config, cached=CachedConfig(items=2, choices=wide))
+    with pytest.raises(ValueError, match=r"cannot run under 'snapkv-keep0.1'.*choices"):
+        CachedEvaluation(wrong, config.model)
+    none = dataclasses.replace(config, cached=CachedConfig(items=0, choices=wide))
+    assert CachedEvaluation(none, config.model)(None, 1) == {}  # type: ignore[arg-type]
