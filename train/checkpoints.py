@@ -128,7 +128,9 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: KeepConfig):
         self.directory, self.keep = directory.absolute(), keep
         directory.mkdir(parents=True, exist_ok=True)
-        policies = ocp.training.preservation_policies
+        # Any: orbax's policies are not of the types that its own checkpointer declares.
+        policies: Any = ocp.training.preservation_policies
+        always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         best = policies.BestN(
             get_metric_fn=self._rank,
             n=keep.best,
@@ -140,9 +142,7 @@ class Checkpoints:
             str(self.directory),
             # When to save is the loop's decision; left alone, orbax skips a save
             # while another one is under way.
-            save_decision_policy=(
-                ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-            ),
+            save_decision_policy=always,
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(keep.newest), best]
             ),
@@ -179,7 +179,7 @@ class Checkpoints:
         """Whether no checkpoint has better metrics."""
         if metrics is None or not self.keep.best:
             return False
-        held = [c.metrics for c in self._orbax.checkpoints if c.metrics]
+        held: list[Any] = [c.metrics for c in self._orbax.checkpoints if c.metrics]
         return all(self._rank(metrics) > self._rank(other) for other in held)
 
     def save(self, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
