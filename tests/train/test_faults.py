@@ -1,7 +1,6 @@
 """What may go wrong in a run, and what it leaves behind."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import resource
@@ -10,33 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from flax import nnx
 
 from kvjax.cli.main import main
-from kvjax.compress.config import Compression
-from kvjax.models.decoder import Decoder
-from kvjax.train.cached import FULL, CachedEvaluation, cached_replies, questions
 from kvjax.train.config import (
-    CachedConfig,
-    Choice,
     OptimizerConfig,
-    SamplingConfig,
     Stage,
     TrainConfig,
     load_config,
 )
 from kvjax.train.data import Mixture
 from kvjax.train.done import Progress
-from kvjax.train.greedy import replies
 from kvjax.train.loop import TrainState, train
-from kvjax.train.parts import KeepConfig, LogConfig
+from kvjax.train.parts import KeepConfig
 from kvjax.train.run import run, weights_of
 from kvjax.train.stored import steps_in
 from tests.train.test_checkpoints import cut, damaging, largest
@@ -227,113 +217,3 @@ def test_steps_and_logs_may_change(whole, tmp_path):
     assert yaml.safe_load((part / "recipe.yaml").read_text())["log_every"] == 7
     with pytest.raises(ValueError, match="has done 7 steps; the recipe asks for 6"):
         run(recipe(), part)
-
-
-def test_a_writer_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for log, extra in (
-        (LogConfig(tensorboard=True), "tensorboard"),
-        (LogConfig(tracker="trackio"), "trackio"),
-        (LogConfig(tracker="wandb"), "wandb"),
-    ):
-        with pytest.raises(ValueError, match=rf"'kvjax\[{extra}\]'"):
-            run(recipe(log=log), tmp_path)
-    with pytest.raises(ValueError, match="Did you mean 'wandb'"):
-        LogConfig(tracker="wand")
-    assert not list(tmp_path.iterdir())
-
-
-class Recorder:
-    """Stands for tensorboardX and for a tracker."""
-
-    def __init__(self, *given, **options):
-        self.given, self.options, self.seen = given, options, []
-
-    def add_scalar(self, name, value, step):
-        self.seen.append((step, name, value))
-
-    def close(self):
-        self.seen.append("closed")
-
-
-def test_writers_get_the_numbers_of_the_log(whole, tmp_path, monkeypatch):
-    made: list[Recorder] = []
-    board = types.ModuleType("tensorboardX")
-    board.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    board.SummaryWriter = lambda *a, **k: made.append(Recorder(*a, **k)) or made[-1]  # type: ignore[attr-defined]
-    tracker = types.ModuleType("trackio")
-    tracker.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    calls: list[tuple] = []
-    tracker.init = lambda **k: calls.append(("init", k))  # type: ignore[attr-defined]
-    tracker.log = lambda v, step: calls.append((step, v))  # type: ignore[attr-defined]
-    tracker.finish = lambda: calls.append(("finish",))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tensorboardX", board)
-    monkeypatch.setitem(sys.modules, "trackio", tracker)
-    part = copied(whole, tmp_path, last=4)
-    run(recipe(log=LogConfig(tensorboard=True, tracker="trackio")), part)
-    (writer,) = made
-    assert writer.given == (str(part / "tensorboard"),)
-    assert writer.options == {"purge_step": 5}
-    scalars = {(e[0], e[1]): e[2] for e in writer.seen if e != "closed"}
-    assert scalars[6, "train/loss"] == dict(losses(whole[1]))[6]
-    assert (6, "held_out/recall@64/answer_loss") in scalars
-    assert (4, "train/loss") not in scalars and writer.seen[-1] == "closed"
-    assert calls[0][1]["project"] == "kvjax" and calls[0][1]["name"] == "copy"
-    assert (
-        calls[-1] == ("finish",)
-        and calls[1][1]["train/loss"] == scalars[5, "train/loss"]
-    )
-
-
-CHOICES = (
-    Choice(compression="none"),
-    Choice(compression="knorm", keeps=(0.5, 0.25)),
-    Choice(
-        compression="kivi_2bit", fields={"store.residual": 0, "store.keys.group": 8}
-    ),
-)
-
-
-def test_replies_through_the_cache_are_those_without_one():
-    config = recipe(cached=CachedConfig(items=4))
-    assert config.model is not None
-    sharp = dataclasses.replace(config.model, init_std=0.5)
-    model = Decoder(sharp, rngs=nnx.Rngs(0))
-    asked = questions(config, 64)
-    assert len(asked.items) == 4
-    task = asked.items[0][0]
-    want = replies(model, [item for _, item in asked.items], task.max_new_tokens)
-    assert cached_replies(model, asked, Compression()) == want
-    assert len(set(want)) > 1
-
-
-@pytest.mark.slow
-def test_evaluation_through_the_cache_is_logged_by_compression(tmp_path):
-    steps = (Stage(steps=1, lengths={64: 1.0}, tokens_per_step=128),)
-    config = recipe(
-        stages=steps,
-        sampling=SamplingConfig(choices=CHOICES[:2]),
-        cached=CachedConfig(items=2),
-    )
-    run(config, tmp_path)
-    events = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    cached = [(e["cached"], e["step"], e["accuracy"]) for e in events if "cached" in e]
-    assert cached == [(FULL, 1, 0.0), ("knorm-keep0.25", 1, 0.0)]
-
-
-def test_compressions_of_the_evaluation():
-    sampled = SamplingConfig(choices=CHOICES)
-    config = recipe(sampling=sampled, cached=CachedConfig(items=2))
-    assert config.model is not None
-    made = CachedEvaluation(config, config.model)
-    assert list(made.compressions) == [FULL, "knorm-keep0.25", "kivi_2bit"]
-    two = (Choice(compression="h2o", keeps=(0.5, 0.25)),)
-    chosen = dataclasses.replace(config, cached=CachedConfig(items=2, choices=two))
-    names = list(CachedEvaluation(chosen, config.model).compressions)
-    assert names == [FULL, "h2o-keep0.5", "h2o-keep0.25"]
-    wide = (Choice(compression="snapkv", keeps=(0.1,)),)
-    wrong = dataclasses.replace(config, cached=CachedConfig(items=2, choices=wide))
-    with pytest.raises(ValueError, match=r"cannot run under 'snapkv-keep0.1'.*choices"):
-        CachedEvaluation(wrong, config.model)
-    none = dataclasses.replace(config, cached=CachedConfig(items=0, choices=wide))
-    assert CachedEvaluation(none, config.model)(None, 1) == {}  # type: ignore[arg-type]
