@@ -8,14 +8,16 @@ from jaxtyping import Array
 
 from kvjax.compress.config import Compression
 from kvjax.eval.tasks import STOP, Item, Task, make_task
+from kvjax.eval.tasks.base import before_stop
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.generation import generate_from
 from kvjax.models.inference import extend, prefill
 from kvjax.train.config import Choice, TrainConfig
+from kvjax.train.data import characters
 from kvjax.train.sampling import samples
-from kvjax.train.tokenizer import BOS, decode, encode
+from kvjax.train.words import CHARACTERS, Words
 
 FULL = "full"
 """What logs call the cache that nothing is done to."""
@@ -51,13 +53,16 @@ class CachedEvaluation:
     Args:
         config: the recipe.
         model: structure of the model.
+        words: of the model.
 
     Raises:
         ValueError: a compression that does not fit the model or the items, by name.
     """
 
-    def __init__(self, config: TrainConfig, model: DecoderConfig):
-        self.config = config
+    def __init__(
+        self, config: TrainConfig, model: DecoderConfig, words: Words = CHARACTERS
+    ):
+        self.config, self.words = config, words
         self.compressions: dict[str, Compression] = {FULL: Compression()}
         for number, choice in enumerate(_choices(config)):
             try:
@@ -70,12 +75,12 @@ class CachedEvaluation:
                 if one.compression != Compression()
             }
         self.questions: dict[int, Questions] = {}
-        if not config.cached.items:
+        if not config.cached.items or not _tasks(config):
             return
         for stage in config.stages:
             width = max(stage.lengths)
             if width not in self.questions:
-                self.questions[width] = questions(config, width)
+                self.questions[width] = questions(config, width, words)
                 self._check(model, self.questions[width])
 
     def __call__(self, model: Decoder, step: int) -> dict[str, float]:
@@ -84,7 +89,10 @@ class CachedEvaluation:
             return {}
         stage = self.config.stages[self.config.stage_of(step)]
         asked = self.questions[max(stage.lengths)]
-        return {name: score(model, asked, c) for name, c in self.compressions.items()}
+        return {
+            name: score(model, asked, c, self.words)
+            for name, c in self.compressions.items()
+        }
 
     def _check(self, model: DecoderConfig, asked: Questions) -> None:
         for name, c in self.compressions.items():
@@ -107,17 +115,23 @@ def _choices(config: TrainConfig) -> tuple[Choice, ...]:
     )
 
 
-def questions(config: TrainConfig, width: int) -> Questions:
-    """Held-out items of the recipe's tasks in turn, prompt and answer below `width`."""
-    names = list(dict.fromkeys(source.task for source in config.data.sources))
+def _tasks(config: TrainConfig) -> list[str]:
+    return list(dict.fromkeys(s.task for s in config.data.sources if s.task))
+
+
+def questions(config: TrainConfig, width: int, words: Words = CHARACTERS) -> Questions:
+    """Held-out items of the recipe's tasks in turn, of about `width` tokens."""
+    names = _tasks(config)
     count = config.cached.items
     made = []
     for i, name in enumerate(names):
         task, share = make_task(name), len(range(i, count, len(names)))
         if share:
-            made += [(task, item) for item in task.generate(0, share, width - 2)]
-    contexts = [np.concatenate([[BOS], encode(item.context)]) for _, item in made]
-    asked = [encode(item.question) for _, item in made]
+            length = characters(task, words, width)
+            made += [(task, item) for item in task.generate(0, share, length)]
+    begin = np.asarray(words.begin, np.int32)
+    contexts = [np.concatenate([begin, words.encode(item.context)]) for _, item in made]
+    asked = [words.encode(item.question) for _, item in made]
     context, context_lengths = _padded(contexts)
     question, question_lengths = _padded(asked)
     return Questions(
@@ -137,7 +151,9 @@ def _padded(rows: list[np.ndarray]) -> tuple[Array, Array]:
     return jnp.asarray(out), jnp.asarray(lengths)
 
 
-def cached_replies(model: Decoder, asked: Questions, c: Compression) -> list[str]:
+def cached_replies(
+    model: Decoder, asked: Questions, c: Compression, words: Words = CHARACTERS
+) -> list[str]:
     """Greedy replies from the cache that `c` leaves of the contexts."""
     most = asked.reply_tokens
     room = asked.questions.shape[1] + most
@@ -147,17 +163,25 @@ def cached_replies(model: Decoder, asked: Questions, c: Compression) -> list[str
     logits, cache = extend(model, cache, asked.questions, asked.question_lengths)
     last = jnp.maximum(asked.question_lengths - 1, 0)[:, None, None]
     first = jnp.take_along_axis(logits, last, axis=1)[:, 0]
-    stop = [int(encode(STOP)[0])]
+    stop = words.stops(STOP)
     made = generate_from(model, cache, first, max_new_tokens=most, stop_tokens=stop)
     tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
     return [
-        decode(row[: min(n, task.max_new_tokens)])
+        _closed(words.decode(row[: min(n, task.max_new_tokens)].tolist()))
         for (task, _), row, n in zip(asked.items, tokens, lengths, strict=True)
     ]
 
 
-def score(model: Decoder, asked: Questions, c: Compression) -> float:
+def _closed(text: str) -> str:
+    """Up to the stop character: a token may go on behind it."""
+    reply = before_stop(text)
+    return reply + STOP if len(reply) < len(text) else reply
+
+
+def score(
+    model: Decoder, asked: Questions, c: Compression, words: Words = CHARACTERS
+) -> float:
     """Mean score of the replies."""
-    given = cached_replies(model, asked, c)
+    given = cached_replies(model, asked, c, words)
     pairs = zip(asked.items, given, strict=True)
     return float(np.mean([task.score(item, reply) for (task, item), reply in pairs]))

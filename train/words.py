@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,16 @@ class Words:
             )
         return found
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids; specials are dropped."""
+        return Codec(self.tokenizer, self.vocab_size).decode(tokens)
+
     @functools.cache  # noqa: B019 - lives as long as one run
+    def stops(self, stop: str) -> tuple[int, ...]:
+        """Every token whose text holds `stop`."""
+        return Codec(self.tokenizer, self.vocab_size).stops(stop)
+
+    @functools.cache  # noqa: B019
     def density(self, task: Task) -> float:
         """Characters per token in the text of a task, from a sample.
 
@@ -89,6 +99,12 @@ class Characters(Words):
 
     def encode(self, text: str) -> np.ndarray:
         return characters.encode(text) if text.isascii() else super().encode(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return characters.decode(tokens)
+
+    def stops(self, stop: str) -> tuple[int, ...]:
+        return tuple(map(int, characters.encode(stop)))
 
     def density(self, task: Task) -> float:
         del task
