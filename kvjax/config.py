@@ -19,6 +19,8 @@ from kvjax.types import nearest
 
 Registries = Mapping[type, Mapping[str, type]]
 
+_SCALARS = (int, float, str, bool)
+
 
 def decode[C](tree: Any, cls: type[C], registries: Registries | None = None) -> C:
     """`tree` (plain mappings, lists, scalars) as an instance of `cls`.
@@ -32,7 +34,7 @@ def decode[C](tree: Any, cls: type[C], registries: Registries | None = None) -> 
         ValueError: unknown or missing key, unknown component, wrong type.
     """
     converter = cattrs.Converter(detailed_validation=False)
-    for kind in (int, float, str, bool):
+    for kind in _SCALARS:
         converter.register_structure_hook(kind, _scalar)
     converter.register_structure_hook_factory(
         dataclasses.is_dataclass, lambda kind: _dataclass_hook(kind, converter)
@@ -86,7 +88,18 @@ def _dataclass_hook(
 def _check(cls: type, name: str, hint: Any, value: Any, converter: cattrs.Converter):
     """Name the field of a scalar that does not fit."""
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
-    scalars = [kind for kind in options if kind in (int, float, str, bool)]
+    many = typing.get_origin(hint) in (dict, tuple, list)
+    if many and set(typing.get_args(hint)) <= {*_SCALARS, ...}:
+        try:
+            if isinstance(value, str):  # a sequence of characters, which nobody means
+                raise ValueError("expected several values")
+            converter.structure(value, hint)
+        except (TypeError, ValueError, AttributeError) as wrong:
+            raise ValueError(
+                f"{cls.__name__}.{name}: {wrong}; got {value!r}."
+            ) from None
+        return
+    scalars = [kind for kind in options if kind in _SCALARS]
     if value is None and type(None) in options:
         return
     if scalars and len(scalars) == len([k for k in options if k is not type(None)]):

@@ -1,6 +1,6 @@
 """Decoder, families, weights in and out, generation."""
 
-from kvjax.models.attention import causal_attention as causal_attention
+from kvjax.attention import causal_attention as causal_attention
 from kvjax.models.config import DecoderConfig as DecoderConfig
 from kvjax.models.decoder import Decoder as Decoder
 from kvjax.models.io import load as load

@@ -55,7 +55,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((n_out,), dtype)) if bias else None
 
     @property
-    def product(self) -> Float[Array, "in out"]:
+    def matrix(self) -> Float[Array, "in out"]:
         """The matrix that inputs are multiplied with."""
         return self.kernel[...]
 
@@ -118,7 +118,7 @@ class SelfAttention(nnx.Module):
             k=spec.rope.rotate(k.transpose(0, 2, 1, 3), turn),
             v=v.transpose(0, 2, 1, 3),
             positions=positions,
-            o_proj=self.o.product.reshape(h, d, e),
+            o_proj=self.o.matrix.reshape(h, d, e),
             retention=retention,
             spec=spec,
         )

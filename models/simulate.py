@@ -32,18 +32,20 @@ def simulated(
     prompt_lengths: Lengths,
     c: Compression,
     later: int | None = None,
-    choice: float = 0.0,
+    choice_gradient: float = 0.0,
 ) -> Attention:
     """Attention of one pass in which prompts are compressed at `prompt_lengths`.
 
     For a single call of a `Decoder`, inside of `jit`: it carries what layers hand on.
     Nothing is checked; see `simulate`. That no row has more than `later` tokens behind
-    its point, where it is known, saves their work. `choice` above 0 is the temperature
-    of a gradient for which tokens are kept (`kvjax.compress.choice`).
+    its point, where it is known, saves their work. `choice_gradient` above 0 is the
+    temperature of a gradient for which tokens are kept (`kvjax.compress.choice`).
     """
 
     def step(inputs: LayerInputs, priorities: Scores | None):
-        return parallel.attend(inputs, prompt_lengths, c, priorities, later, choice)
+        return parallel.attend(
+            inputs, prompt_lengths, c, priorities, later, choice_gradient
+        )
 
     return Carrying(step, None)
 

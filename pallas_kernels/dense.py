@@ -105,43 +105,8 @@ def causal_attention(
 
     Cost: `O(T S)` work, temporaries linear in `S`.
     """
-    return attention_with_mass(
-        q,
-        k,
-        v,
-        q_positions,
-        k_positions,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        allowed=allowed,
-        mass=False,
-    )[0]
-
-
-def attention_with_mass(
-    q: Float[Array, "B H T D"],
-    k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S D"],
-    q_positions: Int[Array, "B T"],
-    k_positions: Int[Array, "B S"],
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    allowed: Callable[[Array, Array], Array] | None = None,
-    bias: Callable[[Array, Array], Array] | None = None,
-    mass: bool = True,
-) -> tuple[Partial, Float[Array, "B H S"] | None]:
-    """`causal_attention`, and the softmax weight each key received over all queries.
-
-    The column sums come from the weights that the pass computes anyway: one more
-    matrix-vector product per chunk, and no S x S matrix. `bias` is like `allowed`, but
-    gives log-weights `[B, K, t, S]` that are added to the capped logits.
-    """
     how = {"scale": scale, "window": window, "softcap": softcap, "allowed": allowed}
-    how["bias"] = bias
-    return _attend(q, k, v, q_positions, k_positions, mass=mass, **how)
+    return _attend(q, k, v, q_positions, k_positions, mass=False, **how)[0]
 
 
 def self_attention_with_mass(
@@ -153,12 +118,29 @@ def self_attention_with_mass(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    allowed: Callable[[Array, Array], Array] | None = None,
+    bias: Callable[[Array, Array], Array] | None = None,
     mass: bool = True,
 ) -> tuple[Partial, Float[Array, "B H T"] | None]:
-    """`attention_with_mass` of tokens in order over themselves, padding last.
+    """Tokens in order over themselves, padding last; and what each key received.
 
     The queries go in up to `PREFIXES` parts, each over the keys up to its own end:
-    five eighths of the work of all queries over all keys.
+    five eighths of the work of all queries over all keys. The column sums come from the
+    weights that the pass computes anyway: one more matrix-vector product per chunk, and
+    no T x T matrix.
+
+    Args:
+        q: queries after RoPE.
+        k: keys.
+        v: values.
+        positions: rising; -1 is padding.
+        scale: factor on `q . k`.
+        window: sliding window in tokens, or None.
+        softcap: logit soft cap, or None.
+        allowed: a sparse pattern on top, `(q_positions [B, t], k_positions [B, s])` to
+            a mask `[B, H or 1, t, s]`; the keys are the first `s` of the row.
+        bias: the same to log-weights `[B, K or 1, t, s]`, added to the capped logits.
+        mass: whether column sums are wanted.
     """
     tokens = q.shape[2]
     parts, sums = [], []
@@ -174,6 +156,8 @@ def self_attention_with_mass(
             scale=scale,
             window=window,
             softcap=softcap,
+            allowed=allowed,
+            bias=bias,
             mass=mass,
         )
         parts.append(part)
@@ -213,6 +197,7 @@ def _attend(
         mask = visible(positions, k_positions, window)[:, None, None]
         if allowed is not None:
             pattern = allowed(positions, k_positions)
+            pattern = jnp.broadcast_to(pattern, (b, h, n, s))
             mask = mask & pattern.reshape(b, kv_heads, groups, n, s)
         mask = jnp.broadcast_to(mask, (b, mask.shape[1], groups, n, s))
         mask = mask.reshape(b, -1, groups * n, s)

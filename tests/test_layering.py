@@ -14,7 +14,7 @@ from tests.tree import ROOT, tracked
 LADDER = (
     ("types", "rope", "config"),
     ("pallas_kernels",),
-    ("codecs", "cache"),
+    ("codecs", "cache", "attention"),
     ("scorers", "budgets", "units", "prefills", "reads", "schedules"),
     ("compress", "compression"),
     ("models",),

@@ -1,23 +1,18 @@
 """tools/setup.py: what it says when it cannot, what it skips when it need not."""
 
 import ast
-import importlib.util
 import types
 
 import pytest
 
-from tests.tree import ROOT
+from tests.tree import ROOT, tool
 
 SCRIPT = ROOT / "tools" / "setup.py"
 
 
 @pytest.fixture
 def setup() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("kvjax_setup", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool("setup")
 
 
 def test_runs_on_an_old_python():

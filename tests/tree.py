@@ -1,8 +1,11 @@
 """The files of the checkout, for the tests that read source as text."""
 
+import importlib.util
 import pathlib
 import shutil
 import subprocess
+import sys
+import types
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GENERATED = {".venv", ".cache", ".git", "__pycache__", "build", "dist"} | {
@@ -26,3 +29,14 @@ def tracked(suffix: str = "") -> list[pathlib.Path]:
         for path in paths
         if path.name.endswith(suffix) and path.is_file() and not path.is_symlink()
     ]
+
+
+def tool(name: str) -> types.ModuleType:
+    """A script of `tools/` as a module; they are no package."""
+    path = ROOT / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"kvjax_tool_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

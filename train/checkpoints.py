@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
-from kvjax.train.parts import HIGHER, KeepConfig
+from kvjax.train.output_config import HIGHER, KeepConfig
 from kvjax.train.stored import (
     DIGESTS,
     STEP,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.resources
+import importlib.resources.abc
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +14,8 @@ from kvjax.models.config import DecoderConfig, Evictor
 from kvjax.train.data_config import DataConfig as DataConfig
 from kvjax.train.data_config import Source as Source
 from kvjax.train.data_config import Stage as Stage
-from kvjax.train.parts import (
-    DMSConfig,
-    KeepConfig,
-    LogConfig,
-    LoRAConfig,
-    SurrogateConfig,
-)
+from kvjax.train.learned_config import DMSConfig, LoRAConfig, SurrogateConfig
+from kvjax.train.output_config import KeepConfig, LogConfig
 from kvjax.types import nearest
 
 COMPUTE = ("float32", "bfloat16")
@@ -51,14 +47,14 @@ class SamplingConfig:
         ramp: steps over which the `keeps` of a choice join, from mild to hard.
         visible: share of rows that are compressed behind their first question; the
             others are compressed between context and question.
-        choice: temperature of a straight-through gradient for which tokens are kept,
-            in standard deviations of their scores; 0 gives the choice none.
+        choice_gradient: temperature of a straight-through gradient for which tokens
+            are kept, in standard deviations of their scores; 0 gives them none.
     """
 
     choices: tuple[Choice, ...] = ()
     ramp: int = 0
     visible: float = 0.5
-    choice: float = 0.0
+    choice_gradient: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,6 +209,15 @@ class TrainConfig:
         return len(self.stages) - 1
 
 
+def _folder() -> importlib.resources.abc.Traversable:
+    return importlib.resources.files("kvjax") / "configs" / "train"
+
+
+def bundled_recipes() -> list[str]:
+    """Names of `configs/train/`."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir())
+
+
 def load_config(name: str | pathlib.Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """A bundled recipe of `configs/train/` or a YAML file, some fields changed.
 
@@ -230,14 +235,13 @@ def load_config(name: str | pathlib.Path, overrides: Sequence[str] = ()) -> Trai
             raise ValueError(f"no recipe at {path}.")
         text = path.read_text(encoding="utf-8")
     else:
-        folder = importlib.resources.files("kvjax") / "configs" / "train"
-        known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+        known = bundled_recipes()
         if str(name) not in known:
             raise ValueError(
                 f"Unknown recipe {str(name)!r}; expected one of {known} or a path to a "
                 f".yaml file.{nearest(str(name), known)}"
             )
-        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as wrong:

@@ -10,19 +10,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvjax.attention import self_attention
 from kvjax.models.decoder import Carrying
-from kvjax.pallas_kernels.dense import attention_with_mass
 from kvjax.train.config import DMSConfig
 from kvjax.types import LayerInputs, Lengths
 
 
-def relaxed(config: DMSConfig, lengths: Lengths, step: Int[Array, ""]) -> Carrying:
+def relaxed(
+    config: DMSConfig, lengths: Lengths, step: Int[Array, ""], seed: int = 0
+) -> Carrying:
     """Attention under relaxed evictions; its state becomes the mean `shortfall`.
 
     Args:
         config: window, ratio, temperature.
         lengths: tokens of each row that the ratio counts, `[B]`.
-        step: of the training; seeds the draws and drives the ramp.
+        step: of the training; drives the ramp and, with the seed, the draws.
+        seed: of the run.
     """
 
     def attention(inputs: LayerInputs, total: Array) -> tuple[Array, Array]:
@@ -30,7 +33,8 @@ def relaxed(config: DMSConfig, lengths: Lengths, step: Int[Array, ""]) -> Carryi
         assert inputs.retention is not None
         evict = -inputs.retention
         missing = shortfall(evict, config, lengths, step) / spec.num_layers
-        key = jax.random.fold_in(jax.random.key(step), spec.index)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        key = jax.random.fold_in(key, spec.index)
         noise = jax.random.logistic(key, evict.shape)
         # log(1 - sigmoid(x)), without a difference that rounds to zero.
         weight = -jax.nn.softplus((evict + noise) / config.temperature)
@@ -38,21 +42,11 @@ def relaxed(config: DMSConfig, lengths: Lengths, step: Int[Array, ""]) -> Carryi
         def bias(q_positions: Array, k_positions: Array) -> Array:
             distance = q_positions[:, :, None] - k_positions[:, None, :]
             late = (distance >= config.window)[:, None]
-            return jnp.where(late, weight[:, :, None, :], 0.0)
+            near = weight[:, :, None, : k_positions.shape[1]]
+            return jnp.where(late, near, 0.0)
 
-        part, _ = attention_with_mass(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            inputs.positions,
-            inputs.positions,
-            scale=spec.scale,
-            window=spec.window,
-            softcap=spec.softcap,
-            bias=bias,
-            mass=False,
-        )
-        return part.out, total + missing
+        out, _ = self_attention(inputs, bias=bias)
+        return out, total + missing
 
     return Carrying(attention, jnp.zeros(()))
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kvjax.attention import causal_attention
 from kvjax.eval.tasks import STOP, Item
 from kvjax.models.decoder import Decoder
-from kvjax.train.attention import prefix_attention
 from kvjax.train.tokenizer import BOS, decode, encode
 
 PASS_TOKENS = 16384
@@ -79,5 +79,5 @@ def _choices(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> jax.Ar
     """Greedy next token after every position, `[B, T]`."""
     model = nnx.merge(graph, state)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-    hidden = model(tokens, positions, prefix_attention)
+    hidden = model(tokens, positions, causal_attention)
     return jnp.argmax(model.logits(hidden), axis=-1)

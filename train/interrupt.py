@@ -1,19 +1,29 @@
-"""Ctrl-C that waits for the end of a step."""
+"""Ctrl-C and SIGTERM that wait for the end of a step."""
 
 import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
+
+DEFAULTS: Mapping[signal.Signals, Any] = MappingProxyType(
+    {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
+)
+"""Signals that stop a run, and the handlers that say nobody else wants them."""
 
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """What it gives says whether SIGINT came; the second one is raised at once.
+    """What it gives says whether a signal to stop came; a second one is raised at once.
 
-    A step donates its state: interrupted in the middle, there is none to save. Outside
-    the main thread, or where SIGINT is somebody else's, nothing changes.
+    SIGINT is Ctrl-C, SIGTERM what schedulers send before they take a machine away. A
+    step donates its state: interrupted in the middle, there is none to save. Outside
+    the main thread, and for a signal that is somebody else's, nothing changes.
     """
     asked = False
 
@@ -23,17 +33,18 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked = True
         print(
-            "stopping at the end of this step; Ctrl-C again to lose it",
+            "stopping at the end of this step; once more to lose it",
             file=sys.stderr,
             flush=True,
         )
 
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, note)
+    ours = {}
+    if threading.current_thread() is threading.main_thread():
+        ours = {s: h for s, h in DEFAULTS.items() if signal.getsignal(s) is h}
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in ours.items():
+            signal.signal(number, handler)

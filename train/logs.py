@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from kvjax.train.config import TrainConfig
-from kvjax.train.parts import LogConfig
+from kvjax.train.output_config import LogConfig
 from kvjax.train.recipe import replace_text
 
 GROUPS = ("held_out", "cached")

@@ -152,8 +152,8 @@ def train(
         ValueError: a damaged checkpoint; a step whose loss, gradient or weights are
             not finite: nothing of it is saved.
         OSError: a checkpoint cannot be written; those before it are kept.
-        KeyboardInterrupt: at the end of the step in which SIGINT came, whose state is
-            saved.
+        KeyboardInterrupt: at the end of the step in which SIGINT or SIGTERM came, whose
+            state is saved.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
     fresh = init_state(params, optimizer)

@@ -31,7 +31,7 @@ class LoRALinear(Linear):
         self.scale = config.alpha / config.rank
 
     @property
-    def product(self) -> Float[Array, "in out"]:
+    def matrix(self) -> Float[Array, "in out"]:
         """The matrix that inputs are multiplied with."""
         update = self.lora_a[...] @ self.lora_b[...]
         return self.kernel[...] + (self.scale * update).astype(self.kernel.dtype)
@@ -80,6 +80,6 @@ def _plain(linear: LoRALinear) -> Linear:
     made = Linear(
         n_in, n_out, bias=False, std=0.0, dtype=linear.kernel.dtype, rngs=nnx.Rngs(0)
     )
-    made.kernel[...] = linear.product
+    made.kernel[...] = linear.matrix
     made.bias = linear.bias
     return made

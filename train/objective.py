@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from kvjax.attention import causal_attention
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Attention, Decoder
 from kvjax.models.simulate import simulated
-from kvjax.train.attention import prefix_attention
 from kvjax.train.config import TrainConfig
 from kvjax.train.dms import relaxed
 from kvjax.train.surrogate import regressing
@@ -81,19 +81,19 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
 def _attention(config: TrainConfig, c: Compression | None, batch: Batch) -> Any:
     """What the model attends by."""
     if config.dms is not None:
-        return relaxed(config.dms, batch.prompt_lengths, batch.step)
+        return relaxed(config.dms, batch.prompt_lengths, batch.step, config.seed)
     if config.surrogate is not None:
         return regressing(batch.prompt_lengths, batch.later)
     if c is not None:
-        choice = config.sampling.choice
-        return simulated(batch.prompt_lengths, c, batch.later, choice)
-    return prefix_attention
+        gradient = config.sampling.choice_gradient
+        return simulated(batch.prompt_lengths, c, batch.later, gradient)
+    return causal_attention
 
 
 def predictions(
     model: Decoder,
     batch: Batch,
-    attention: Attention = prefix_attention,
+    attention: Attention = causal_attention,
     *,
     remat: bool = False,
 ) -> Float[Array, "B T-1 V"]:

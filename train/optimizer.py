@@ -1,7 +1,9 @@
 """Optimizers by name."""
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import ArrayLike
 from optax import contrib
 
 from kvjax.train.config import OptimizerConfig
@@ -27,10 +29,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     `steps` are those of the run; with accumulation the schedule sees fewer updates.
     """
-    rate = schedule(config, steps)
-    if config.accumulate > 1:
-        every = rate
-        rate = lambda count: every(count * config.accumulate)  # noqa: E731
+    by_step = schedule(config, steps)
+
+    def rate(count: ArrayLike) -> ArrayLike:
+        return by_step(jnp.asarray(count) * config.accumulate)
+
     if config.name == "muon":
         inner = contrib.muon(
             rate,

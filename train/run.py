@@ -65,6 +65,16 @@ def weights_of(config: TrainConfig) -> tuple[Weights, Params]:
     return weights, params
 
 
+def _check_widths(config: TrainConfig, most: int) -> None:
+    widest = max(width for stage in config.stages for width in stage.lengths)
+    if widest > most:
+        raise ValueError(
+            f"`stages` have rows of {widest} tokens; the model's `max_positions` is "
+            f"{most}. Take shorter rows, or raise it (with a RoPE scaling that goes "
+            "that far) in the model's config."
+        )
+
+
 def run(
     config: TrainConfig,
     directory: pathlib.Path,
@@ -90,6 +100,7 @@ def run(
     visible = config.sampling.visible
     mixture = Mixture(config.data, config.stages, config.seed, visible, words)
     weights, params = weights_of(config)
+    _check_widths(config, weights.model.config.max_positions)
     cached = CachedEvaluation(config, weights.model.config, words)
     claim(directory, config)
     state = train(

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kvjax.attention import causal_attention
 from kvjax.models.decoder import Carrying
 from kvjax.pallas_kernels.column_stats import column_stats
-from kvjax.train.attention import prefix_attention
 from kvjax.types import EMPTY, LayerInputs, Lengths
 
 FLOOR = 1e-4
@@ -38,7 +38,7 @@ def regressing(prompt_lengths: Lengths, later: int) -> Carrying:
         each = jnp.sum(jnp.where(counted, miss, 0.0), axis=(1, 2))
         count = prompt_lengths.astype(jnp.float32) * inputs.k.shape[1]
         mean = jnp.mean(each / count)
-        return prefix_attention(inputs), total + mean / inputs.spec.num_layers
+        return causal_attention(inputs), total + mean / inputs.spec.num_layers
 
     return Carrying(step, jnp.zeros(()))
 

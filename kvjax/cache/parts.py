@@ -104,7 +104,7 @@ def by_head(positions: Int[Array, "B K S"]) -> list[list[np.ndarray]]:
     return [[head[head >= 0] for head in row] for row in np.asarray(positions)]
 
 
-def readable(q: Array, keys: AbstractEncoded, values: AbstractEncoded) -> bool:
+def served(q: Array, keys: AbstractEncoded, values: AbstractEncoded) -> bool:
     """Whether `decode_attention` serves these queries and codecs."""
     few = q.shape[2] <= MOST_QUERIES
     return few and keys.stored is not None and values.stored is not None
@@ -154,7 +154,7 @@ class Slots(AbstractPart):
     filled: Int[Array, "B"] | None = None
 
     def attend(self, q, q_positions, spec, limit=None):
-        if limit is None and readable(q, self.keys, self.values):
+        if limit is None and served(q, self.keys, self.values):
             slot = jnp.arange(1, self.positions.shape[-1] + 1)
             held = jnp.max(jnp.where(self.positions >= 0, slot, 0), axis=-1)
             return attend_stored(q, q_positions, self, spec, held)
@@ -236,7 +236,7 @@ class Ragged(AbstractPart):
 
     def attend(self, q, q_positions, spec, limit=None):
         del limit
-        if readable(q, self.keys, self.values):
+        if served(q, self.keys, self.values):
             held = self.offsets[:, 1:] - self.offsets[:, :-1]
             return attend_stored(q, q_positions, self, spec, held, self.offsets)
         heads = self.heads

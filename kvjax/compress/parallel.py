@@ -30,7 +30,7 @@ def attend(
     c: Compression,
     priorities: Scores | None,
     later: int | None = None,
-    choice: float = 0.0,
+    choice_gradient: float = 0.0,
 ) -> tuple[Float[Array, "B H T D"], Scores | None]:
     """One layer of the parallel form.
 
@@ -40,7 +40,7 @@ def attend(
         c: what is done to the prompt.
         priorities: those of the layer before, for index reuse.
         later: no row has more tokens behind its compression point; None: any number.
-        choice: temperature of the gradient that the choice of tokens gets, see
+        choice_gradient: temperature of the gradient that the choice of tokens gets, see
             `choice.gates`; 0 gives it none.
 
     Returns:
@@ -65,8 +65,8 @@ def attend(
     moved = _taken(inputs, line)
     if layer.tracker is None:
         held = None
-        if choice and priorities is not None and layer.growth is None:
-            held = gates(layer.parts, priorities, choice)
+        if choice_gradient and priorities is not None and layer.growth is None:
+            held = gates(layer.parts, priorities, choice_gradient)
         behind = _behind(moved, layer, prompt, held)
     else:  # what a token sees depends on the queries before it
         behind, _ = layer.attend(moved)

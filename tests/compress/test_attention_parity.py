@@ -10,7 +10,7 @@ import pytest
 
 from kvjax.pallas_kernels import dense
 from kvjax.pallas_kernels.column_stats import column_stats
-from kvjax.pallas_kernels.dense import attention_with_mass
+from kvjax.pallas_kernels.dense import self_attention_with_mass
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from tests.compress.samples import draw, layer_spec
@@ -45,7 +45,7 @@ def test_outputs_and_column_sums(form, chunked, monkeypatch):
     sample, options = draw(0, SPEC, LENGTHS, width=75), FORMS[form]
     x = sample.inputs
     given = {"scale": SPEC.scale} | options
-    part, mass = attention_with_mass(x.q, x.k, x.v, x.positions, x.positions, **given)
+    part, mass = self_attention_with_mass(x.q, x.k, x.v, x.positions, **given)
     assert mass is not None
     stats = column_stats(x.q, x.k, x.positions, x.positions, **given).sum
     last = column_stats(

@@ -1,6 +1,5 @@
 """`make kernels`: what of it needs no compiler for another chip."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,18 +18,12 @@ from kvjax.pallas_kernels.dispatch import Op
 from kvjax.pallas_kernels.measured import one_line, read_dump, vmem_bytes
 from kvjax.pallas_kernels.targets import TARGETS, chosen
 from kvjax.pallas_kernels.traffic import implied_bytes
-from tests.tree import ROOT
+from tests.tree import ROOT, tool
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location(
-        "kernels_tool", ROOT / "tools/kernels.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module", name="tool")
+def kernels_tool():
+    return tool("kernels")
 
 
 def row(**fields):

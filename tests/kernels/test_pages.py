@@ -1,23 +1,14 @@
 """docs/kernels: every op has a page and a figure, and they are current."""
 
 import importlib
-import importlib.util
 import inspect
 
 import pytest
 
 from kvjax.pallas_kernels.registry import OPS
-from tests.tree import ROOT
+from tests.tree import ROOT, tool
 
 FOLDER = ROOT / "docs" / "kernels"
-
-
-def tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -15,14 +15,21 @@ from kvjax.train.checkpoints import Checkpoints, restore
 from kvjax.train.config import OptimizerConfig
 from kvjax.train.loop import TrainState, init_state
 from kvjax.train.optimizer import make_optimizer
-from kvjax.train.parts import KeepConfig
+from kvjax.train.output_config import KeepConfig
 from kvjax.train.stored import named, not_finite, steps_in
 
-# orbax leaves tasks of a failed read behind, of which Python says so later.
-damaging = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning",
-)
+
+def damaging(test: Callable) -> Callable:
+    """Marks a test in which orbax fails to read or to write.
+
+    It leaves coroutines behind that nobody awaited, of which Python says so when it
+    collects them: here, and not in the midst of whatever test comes next.
+    """
+    quiet = pytest.mark.filterwarnings(
+        "ignore::pytest.PytestUnraisableExceptionWarning",
+        "ignore::pytest.PytestUnhandledThreadExceptionWarning",
+    )
+    return pytest.mark.usefixtures("collected")(quiet(test))
 
 
 @pytest.fixture

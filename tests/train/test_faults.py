@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ from kvjax.train.config import (
 )
 from kvjax.train.data import Mixture
 from kvjax.train.done import Progress
+from kvjax.train.interrupt import DEFAULTS
 from kvjax.train.loop import TrainState, train
-from kvjax.train.parts import KeepConfig
+from kvjax.train.output_config import KeepConfig
 from kvjax.train.run import run, weights_of
 from kvjax.train.stored import steps_in
 from tests.train.test_checkpoints import cut, damaging, largest
@@ -162,21 +164,35 @@ def test_a_disk_that_is_full(whole, tmp_path, capsys):
     goes_on(whole, tmp_path)
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(
-    whole, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Handlers as of a process in the foreground.
+
+    Shells start background jobs with SIGINT ignored, which children inherit.
+    """
+    found = {number: signal.getsignal(number) for number in DEFAULTS}
+    for number, handler in DEFAULTS.items():
+        signal.signal(number, handler)
+    yield
+    for number, handler in found.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", list(DEFAULTS), ids=lambda s: s.name)
+def test_a_signal_saves_and_the_same_command_goes_on(whole, tmp_path, number, signals):
     def told(progress: Progress) -> None:
         if progress.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     with pytest.raises(KeyboardInterrupt):
         run(recipe(), tmp_path, progress=told)
     assert steps_in(tmp_path / "checkpoints") == [2, 3]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    for one, handler in DEFAULTS.items():
+        assert signal.getsignal(one) is handler
     goes_on(whole, tmp_path)
 
 
-def test_ctrl_c_on_the_command_line(whole, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_on_the_command_line(whole, tmp_path, monkeypatch, capsys, signals):
     from kvjax.train import loop
 
     part = copied(whole, tmp_path, last=4)
@@ -193,6 +209,15 @@ def test_ctrl_c_on_the_command_line(whole, tmp_path, monkeypatch, capsys):
     assert steps_in(part / "checkpoints") == [4, 5]
     monkeypatch.undo()
     goes_on(whole, part)
+
+
+def test_rows_wider_than_the_context(tmp_path):
+    model = recipe().model
+    assert model is not None
+    short = dataclasses.replace(model, max_positions=48)
+    with pytest.raises(ValueError, match="rows of 64 tokens.*`max_positions`.* 48"):
+        run(recipe(model=short), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_of_another_recipe(whole, tmp_path):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kvjax.attention import causal_attention
 from kvjax.eval.tasks import STOP, make_task
-from kvjax.models.attention import causal_attention
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.rope import Rope

@@ -1,12 +1,14 @@
 """The loop: it learns, resumes where it stood, and refuses bad recipes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtyping import Array
 
-from kvjax.models.attention import causal_attention
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.rope import Rope
@@ -16,14 +18,17 @@ from kvjax.train.config import (
     Source,
     Stage,
     TrainConfig,
+    bundled_recipes,
     load_config,
 )
 from kvjax.train.data import Mixture
 from kvjax.train.loop import Weights, init_state, make_step
-from kvjax.train.objective import make_objective, next_token, predictions
+from kvjax.train.objective import make_objective, predictions
 from kvjax.train.optimizer import make_optimizer, schedule
 from kvjax.train.params import params_of
+from kvjax.train.sampling import Sampler
 from kvjax.train.tokenizer import encode
+from kvjax.types import LayerInputs
 
 RECIPE = "configs/train/kvjax_tiny.yaml"
 
@@ -67,12 +72,35 @@ def test_loss_falls_on_one_batch(config, name):
     assert step._cache_size() == 1
 
 
-def test_training_attention_is_causal_attention(config):
-    model = Decoder(config.model, rngs=nnx.Rngs(0))
+def written_out(inputs: LayerInputs) -> Array:
+    """Attention with all its weights at once."""
+    spec, at = inputs.spec, inputs.positions
+    k, v = (jnp.repeat(x, spec.groups, axis=1) for x in (inputs.k, inputs.v))
+    logits = jnp.einsum("BHTD,BHSD->BHTS", inputs.q, k) * spec.scale
+    if spec.softcap is not None:
+        logits = spec.softcap * jnp.tanh(logits / spec.softcap)
+    distance = (at[:, :, None] - at[:, None, :])[:, None]
+    seen = (distance >= 0) & (distance < (spec.window or at.shape[1]))
+    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+    return jnp.einsum("BHTS,BHSD->BHTD", weights, v)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"windows": (8, None)}, {"attention_softcap": 0.05}], ids=str
+)
+def test_plain_passes_attend_as_the_layers_say(config, change):
+    shape = dataclasses.replace(config.model, init_std=0.3, **change)
+    model = Decoder(shape, rngs=nnx.Rngs(0))
     batch = Mixture(config.data, config.stages, 0).batch(0)
-    got, _ = next_token(predictions(model, batch), batch)
-    want, _ = next_token(predictions(model, batch, causal_attention), batch)
-    np.testing.assert_allclose(got, want, rtol=1e-5)
+    got = predictions(model, batch)
+    np.testing.assert_allclose(
+        got, predictions(model, batch, written_out), rtol=1e-4, atol=1e-4
+    )
+    if change:
+        same = nnx.merge(
+            nnx.graphdef(Decoder(config.model, rngs=nnx.Rngs(0))), nnx.state(model)
+        )
+        assert not np.allclose(got, predictions(same, batch), atol=1e-2)
 
 
 def test_batches_are_a_function_of_seed_and_step(config):
@@ -115,11 +143,25 @@ def test_recipe_loads_and_overrides(repo):
     assert config.model.max_positions >= 1024
 
 
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_bundled_recipes_are_whole(name, repo):
+    """Every compression of theirs can be drawn and every optimizer made."""
+    config = load_config(name, ["data.sources=[{task: recall}]"])
+    assert config.stages
+    sampler = Sampler(config.sampling, config.seed)
+    assert (sampler.at(0) is None) == (not config.sampling.choices)
+    make_optimizer(config.optimizer, config.steps)
+
+
 def test_unknown_keys_name_the_nearest(repo):
     with pytest.raises(ValueError, match="'learning_rate'"):
         load_config(repo / RECIPE, ["optimizer.learning_rat=1.0"])
     with pytest.raises(ValueError, match="'num_layers'"):
         load_config(repo / RECIPE, ["model.num_layer=2"])
+    with pytest.raises(ValueError, match="Stage.lengths: expected float; got None"):
+        load_config(repo / RECIPE, ["stages.0.lengths={64: }"])
+    with pytest.raises(ValueError, match="trainable: .*several values; got 'norm'"):
+        load_config(repo / RECIPE, ["trainable=norm"])
     with pytest.raises(ValueError, match="dotted.path=value"):
         load_config(repo / RECIPE, ["seed"])
     with pytest.raises(ValueError, match="'muon'"):

@@ -13,7 +13,7 @@ from kvjax.models.decoder import Decoder
 from kvjax.train.cached import FULL, CachedEvaluation, cached_replies, questions
 from kvjax.train.config import CachedConfig, Choice, SamplingConfig, Stage
 from kvjax.train.greedy import replies
-from kvjax.train.parts import LogConfig
+from kvjax.train.output_config import LogConfig
 from kvjax.train.run import run
 from tests.train.tiny_run import losses, recipe
 

@@ -1,0 +1,49 @@
+"""Attention of a pass over its own tokens, as a layer hands them over."""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Float
+
+from kvjax.pallas_kernels.dense import self_attention_with_mass
+from kvjax.types import LayerInputs
+
+
+def causal_attention(inputs: LayerInputs) -> Float[Array, "B H T D"]:
+    """Full (or sliding-window) causal attention of tokens in order, padding last.
+
+    Masks come from `positions`; padding attends to nothing and is attended by nothing.
+    Temporaries grow linearly with the context.
+    """
+    return self_attention(inputs)[0]
+
+
+def self_attention(
+    inputs: LayerInputs,
+    *,
+    allowed: Callable[[Array, Array], Array] | None = None,
+    bias: Callable[[Array, Array], Array] | None = None,
+    mass: bool = False,
+) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T"] | None]:
+    """`causal_attention` under a pattern; with `mass` also the weight per key.
+
+    Args:
+        inputs: a layer's queries, keys and values, in order, right-padded.
+        allowed: a sparse pattern on top, `(q_positions [B, t], k_positions [B, s])` to
+            a mask `[B, H or 1, t, s]`; called with the first `s` keys of the row.
+        bias: the same to log-weights `[B, K or 1, t, s]`.
+        mass: whether to return what each key receives over all queries.
+    """
+    spec = inputs.spec
+    part, received = self_attention_with_mass(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.positions,
+        scale=spec.scale,
+        window=spec.window,
+        softcap=spec.softcap,
+        allowed=allowed,
+        bias=bias,
+        mass=mass,
+    )
+    return part.out, received

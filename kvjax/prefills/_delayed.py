@@ -1,0 +1,44 @@
+"""What a model gives up itself is seen for a while."""
+
+import dataclasses
+from typing import ClassVar, final
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from kvjax.attention import self_attention
+from kvjax.prefills.base import AbstractPrefill
+from kvjax.scorers.base import positive_int
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Delayed(AbstractPrefill):
+    """Tokens that the model gives up are seen for `window` more tokens only.
+
+    Attributes:
+        window: how long; a token at `j` with a negative retention is seen by the
+            queries before `j + window`.
+
+    Source: DMS (2506.05345) section 3, delayed eviction. Deviations: masks; dropped
+    tokens are still multiplied here, and leave memory with the prompt's end.
+    """
+
+    window: int = 16
+    needs_retention: ClassVar[bool] = True
+
+    def __post_init__(self):
+        positive_int("window", self.window)
+
+    def attend(self, inputs, lengths, mass):
+        del lengths
+        assert inputs.retention is not None  # checked before any compute
+        spec = inputs.spec
+        stays = jnp.repeat(inputs.retention >= 0, spec.groups, axis=1)[:, :, None]
+
+        def allowed(q_positions: Array, k_positions: Array) -> Array:
+            distance = q_positions[:, :, None] - k_positions[:, None, :]
+            near = stays[..., : k_positions.shape[1]]
+            return near | (distance < self.window)[:, None]
+
+        return self_attention(inputs, allowed=allowed, mass=mass)

@@ -1,0 +1,17 @@
+"""Every token sees all before it."""
+
+import dataclasses
+from typing import final
+
+from kvjax.attention import self_attention
+from kvjax.prefills.base import AbstractPrefill
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dense(AbstractPrefill):
+    """Full causal attention."""
+
+    def attend(self, inputs, lengths, mass):
+        del lengths
+        return self_attention(inputs, mass=mass)

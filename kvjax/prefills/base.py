@@ -1,0 +1,29 @@
+"""What attention of a prompt over itself is to the library."""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+from jaxtyping import Array, Float
+
+from kvjax.types import LayerInputs, Lengths
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbstractPrefill(abc.ABC):
+    """Attention of a prompt over itself."""
+
+    needs_retention: ClassVar[bool] = False
+    """Whether the model must have an evictor (`LayerInputs.retention`)."""
+
+    @abc.abstractmethod
+    def attend(
+        self, inputs: LayerInputs, lengths: Lengths, mass: bool
+    ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H S"] | None]:
+        """Output `[B, H, T, D]`, and per key the weight received if `mass`.
+
+        Args:
+            inputs: the layer's queries, keys and values, right-padded.
+            lengths: tokens of each prompt; only those queries are compressed.
+            mass: whether a scorer wants column sums.
+        """

@@ -1,0 +1,43 @@
+"""A small model and its recipe, for tests of training."""
+
+from flax import nnx
+
+from kvjax.models import Decoder, DecoderConfig
+from kvjax.rope import Rope
+from kvjax.train.config import (
+    DataConfig,
+    Source,
+    Stage,
+    TrainConfig,
+)
+from kvjax.train.data import Mixture
+from kvjax.train.objective import (
+    Batch,
+)
+
+SHAPE = DecoderConfig(
+    vocab_size=100,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rope=Rope(head_dim=16),
+    tie_embeddings=True,
+    init_std=0.2,
+)
+DATA = DataConfig(sources=(Source(task="recall"),), turns=2)
+STAGES = (Stage(steps=3, lengths={96: 1.0}, tokens_per_step=288),)
+
+
+def model_of(config: DecoderConfig = SHAPE) -> Decoder:
+    return Decoder(config, rngs=nnx.Rngs(0))
+
+
+def recipe(**fields) -> TrainConfig:
+    return TrainConfig(model=SHAPE, data=DATA, stages=STAGES, **fields)
+
+
+def a_batch(visible: float = 0.5) -> Batch:
+    return Mixture(DATA, STAGES, 0, visible).batch(0)

@@ -1,0 +1,114 @@
+"""Which weights are trained, in which dtype, over how many batches."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import kvjax
+from kvjax.models.io import load
+from kvjax.train.config import (
+    LoRAConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+)
+from kvjax.train.data import Mixture
+from kvjax.train.loop import init_state, make_step
+from kvjax.train.lora import merged, with_lora
+from kvjax.train.objective import (
+    make_objective,
+    predictions,
+)
+from kvjax.train.optimizer import make_optimizer
+from kvjax.train.params import params_of
+from kvjax.train.run import run, weights_of
+from tests.train.small import DATA, SHAPE, STAGES, a_batch, model_of, recipe
+
+
+def test_only_what_is_named_is_trained(tmp_path):
+    fast = OptimizerConfig(learning_rate=0.05, warmup=1, decay=1)
+    config = recipe(trainable=("*.attention.k.kernel", "norm.weight"), optimizer=fast)
+    weights, params = weights_of(config)
+    before = params_of(model_of())
+    assert set(params) == {
+        "norm.weight",
+        *(f"layers.{i}.attention.k.kernel" for i in range(SHAPE.num_layers)),
+    }
+    assert set(params) | set(weights.fixed) == set(before)
+    run(dataclasses.replace(config, log_every=1), tmp_path)
+    model, _ = load(tmp_path / "model", "float32", tokenizer=False)
+    for name, after in params_of(model).items():
+        stored = before[name].astype("bfloat16").astype("float32")
+        assert np.array_equal(after, stored) == (name not in params), name
+    with pytest.raises(ValueError, match="matches no weight.*Did you mean"):
+        weights_of(recipe(trainable=("layers.0.attention.kk.kernel",)))
+
+
+def test_lora_starts_as_the_model_and_merges_into_it(tmp_path):
+    lora = LoRAConfig(rank=4, modules=("q", "v", "down"))
+    config = recipe(lora=lora, objective=ObjectiveConfig(distill=1.0), log_every=1)
+    weights, params = weights_of(config)
+    assert len(params) == 2 * 3 * SHAPE.num_layers
+    for name, array in weights.guide.items():
+        assert array is weights.fixed[name], "the teacher has no weights of its own"
+    batch = a_batch()
+    start = predictions(weights.joined(params, weights.fixed), batch)
+    np.testing.assert_array_equal(start, predictions(model_of(), batch))
+    noise = np.random.default_rng(0)
+    moved = {k: x + noise.normal(size=x.shape) * 0.1 for k, x in params.items()}
+    moved = {k: jnp.asarray(x, jnp.float32) for k, x in moved.items()}
+    tuned = weights.joined(moved, weights.fixed)
+    found, plain = predictions(tuned, batch), merged(tuned)
+    assert set(params_of(plain)) == set(params_of(model_of()))
+    np.testing.assert_allclose(predictions(plain, batch), found, atol=1e-4)
+    assert float(jnp.abs(found - start).max()) > 1e-2
+    run(config, tmp_path)
+    load(tmp_path / "model", "float32", tokenizer=False)
+    with pytest.raises(ValueError, match="'gates'.*Did you mean 'gate'"):
+        with_lora(model_of(), LoRAConfig(modules=("gates",)))
+
+
+def test_accumulated_batches_are_one_update(tmp_path):
+    config = recipe(
+        optimizer=OptimizerConfig(name="adamw", accumulate=3, warmup=1, decay=1)
+    )
+    weights, params = weights_of(config)
+    optimizer = make_optimizer(config.optimizer, 3)
+    step = make_step(weights, make_objective(config), optimizer)
+    state = init_state(params_of(weights.model), optimizer)
+    for number in range(3):
+        batch = Mixture(DATA, STAGES, 0).batch(number)
+        old = jax.tree.map(np.asarray, state.params)
+        state, _ = step(state, batch, weights.arrays)
+        moved = any((old[k] != np.asarray(x)).any() for k, x in state.params.items())
+        assert moved == (number == 2)
+
+
+def test_bfloat16_passes_keep_float32_weights():
+    config = recipe(compute="bfloat16")
+    weights, params = weights_of(config)
+    assert {x.dtype.name for x in params.values()} == {"float32"}
+    assert weights.joined(params, weights.fixed).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="`compute` must be one of"):
+        recipe(compute="float16")
+
+
+@pytest.mark.parametrize("name", ["chunkkv", "knorm"])
+def test_recomputed_layers_change_nothing(name):
+    """`chunkkv` hands indices from layer to layer, which `remat` must carry."""
+    c = kvjax.compression(name)
+    model, batch = model_of(), a_batch()
+    graph, state = nnx.split(model)
+
+    def slope(remat):
+        objective = make_objective(recipe(remat=remat), c)
+        loss = lambda s: objective(nnx.merge(graph, s), batch, None)[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(state)
+
+    (plain, one), (again, other) = slope(False), slope(True)
+    np.testing.assert_allclose(plain, again, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
