@@ -84,6 +84,7 @@ def header(model: Decoder, config: EvalConfig) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "date": now(),
         "model": config.model,
+        "dtype": model.dtype.name,
         "model_fingerprint": fingerprint(model),
         "config": dataclasses.asdict(config),
     }

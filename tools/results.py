@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from results_pages import GAP, Cell, cells_table, dms_page, plot, tolerance
+from results_pages import GAP, Cell, cells_table, conditions, dms_page, plot, tolerance
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"
@@ -133,15 +133,15 @@ def main() -> int:
     if not args.report_only:
         for name in args.models:
             evaluate(name, args.work.absolute(), args.items)
-    found, config = {}, {}
+    found, headers = {}, []
     for name in args.models:
         directory = args.work / "evals" / name
         if directory.is_dir():
             found[name] = scores(directory)
-            config = json.loads((directory / "run.json").read_text())["config"]
+            headers.append(json.loads((directory / "run.json").read_text()))
     if not found:
         sys.exit(f"error: no evaluations in {args.work}.")
-    notes = {"items per cell": config["items"], "tokens": config["lengths"][0]}
+    notes = conditions(headers)
     OUT.mkdir(parents=True, exist_ok=True)
     if "base" in found:
         report(found, notes)

@@ -5,6 +5,7 @@ import math
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 EVICTION = ("snapkv", "tova", "h2o", "knorm", "chunkkv")
 LEFT_OUT = ("expected_attention", "keydiff", "lagkv", "pyramidkv", "adakv_snapkv")
@@ -98,6 +99,25 @@ def tolerance(found: Mapping[str, Mapping[Cell, float]]) -> list[str]:
         shown = " | ".join(f"{100 * value:.1f}" for value in values)
         lines.append(f"| {task} | {shown} |")
     return lines
+
+
+def conditions(headers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """How evaluations were run, by their `run.json`; all values where they differ."""
+    rows = [
+        {
+            "items per cell": header["config"]["items"],
+            "tokens": " ".join(map(str, header["config"]["lengths"])),
+            "dtype": header["dtype"],
+            "JAX": header["jax"],
+            "device": header["device"],
+            "date": header["date"][:10],
+        }
+        for header in headers
+    ]
+    return {
+        key: " and ".join(dict.fromkeys(str(row[key]) for row in rows))
+        for key in rows[0]
+    }
 
 
 def cells_table(found: Mapping[str, Mapping[Cell, float]]) -> list[str]:

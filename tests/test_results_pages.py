@@ -1,0 +1,67 @@
+"""What `tools/results.py` makes of accuracies."""
+
+import math
+
+import pytest
+
+from tests.tree import tool
+
+pages = tool("results_pages")
+
+SEEN = "query_aware"
+BASE = {
+    ("recall", SEEN, "none", None): 1.0,
+    ("recall", SEEN, "knorm", 0.25): 0.2,
+    ("recall", SEEN, "knorm", 0.125): 0.0,
+    ("chain", SEEN, "none", None): 0.8,
+    ("chain", SEEN, "knorm", 0.25): 0.4,
+    ("fact", SEEN, "none", None): 1.0,
+    ("fact", SEEN, "knorm", 0.25): 0.91,
+}
+
+
+def quarter(cell) -> bool:
+    return cell[3] == 0.25
+
+
+def test_share_is_the_mean_over_cells_with_a_gap():
+    tuned = {**BASE, ("recall", SEEN, "knorm", 0.25): 0.6}  # half of its gap
+    tuned["chain", SEEN, "knorm", 0.25] = 0.9  # 125 % of it
+    tuned["fact", SEEN, "knorm", 0.25] = 0.0  # a gap of 9 points does not count
+    got = pages.closed(BASE, tuned, quarter)
+    assert got.cells == 2
+    assert got.share == pytest.approx((0.5 + 1.25) / 2)
+    assert (got.before, got.after, got.full) == pytest.approx((0.3, 0.75, 0.9))
+
+
+def test_a_loss_counts_against_the_share():
+    tuned = {**BASE, ("recall", SEEN, "knorm", 0.25): 0.0}
+    assert pages.closed(BASE, tuned, quarter).share == pytest.approx(-0.125)
+
+
+def test_no_gap_is_no_number():
+    got = pages.closed(BASE, BASE, lambda cell: cell[0] == "fact")
+    assert math.isnan(got.share)
+    assert got.cells == 0
+
+
+def test_claims_are_about_their_own_cells():
+    picked = {title: chosen for title, _, chosen in pages.claims()}
+    cells = [cell for cell in BASE if picked["eviction, keep 1/8"](cell)]
+    assert cells == [("recall", SEEN, "knorm", 0.125)]
+    assert not picked["methods left out, keep 1/4"](("recall", SEEN, "knorm", 0.25))
+
+
+def test_conditions_say_where_evaluations_differ():
+    one = {
+        "config": {"items": 500, "lengths": [512]},
+        "dtype": "float32",
+        "jax": "1.2",
+        "device": "cpu",
+        "date": "2030-01-02T03:04",
+    }
+    other = {**one, "dtype": "bfloat16"}
+    got = pages.conditions([one, other, one])
+    assert got["dtype"] == "float32 and bfloat16"
+    assert got["date"] == "2030-01-02"
+    assert got["items per cell"] == "500"
