@@ -5,6 +5,7 @@ from collections.abc import Callable
 from jaxtyping import Array, Float
 
 from kvjax.pallas_kernels.dense import self_attention_with_mass
+from kvjax.pallas_kernels.held import Held, held_attention
 from kvjax.types import LayerInputs
 
 
@@ -22,6 +23,7 @@ def self_attention(
     *,
     allowed: Callable[[Array, Array], Array] | None = None,
     bias: Callable[[Array, Array], Array] | None = None,
+    held: Held | None = None,
     mass: bool = False,
 ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T"] | None]:
     """`causal_attention` under a pattern; with `mass` also the weight per key.
@@ -31,9 +33,24 @@ def self_attention(
         allowed: a sparse pattern on top, `(q_positions [B, t], k_positions [B, s])` to
             a mask `[B, H or 1, t, s]`; called with the first `s` keys of the row.
         bias: the same to log-weights `[B, K or 1, t, s]`.
+        held: what tokens behind a compression point see of those before it; not
+            together with the others.
         mass: whether to return what each key receives over all queries.
     """
     spec = inputs.spec
+    if allowed is None and bias is None and not mass:
+        out = held_attention(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.positions,
+            held,
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+        )
+        return out, None
+    assert held is None
     part, received = self_attention_with_mass(
         inputs.q,
         inputs.k,

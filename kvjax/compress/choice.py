@@ -2,49 +2,30 @@
 
 What a body keeps is a ranking cut off at a budget. In the backward pass a token's score
 gets the effect that keeping it would have (or has) on the output, through a sigmoid
-around the cut. The forward pass does not change.
+around the cut; the effect is what `kvjax.pallas_kernels.held` gives the zeros made
+here. The forward pass does not change.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kvjax.cache import Ragged, Slots
-from kvjax.cache.parts import AbstractPart
-from kvjax.pallas_kernels.partial import Partial
-from kvjax.pallas_kernels.slots import slot_logits
-from kvjax.types import LayerInputs, Scores, pytree
+from kvjax.types import Scores
 
 SMALL = 1e-6
 
 
-@pytree
-class Gates:
-    """Which prompt tokens a body keeps.
-
-    Attributes:
-        kept: `[B, K, S]`.
-        soft: `[B, K, S]`, the relaxed choice minus its own value: 0, with a gradient.
-    """
-
-    kept: Bool[Array, "B K S"]
-    soft: Float[Array, "B K S"]
-
-
-def gates(
-    parts: tuple[AbstractPart, ...], scores: Scores, temperature: float
-) -> Gates | None:
-    """Gates of a body's tokens; None for bodies that hold more than one kind.
+def relaxed_choice(
+    kept: Bool[Array, "B K S"], scores: Scores, temperature: float
+) -> Float[Array, "B K S"]:
+    """The relaxed choice minus its own value: 0, with a gradient for the scores.
 
     Args:
-        parts: the body.
-        scores: what ranked the prompt's tokens; `+inf` is always kept, `-inf` never,
-            and neither gets a gradient.
+        kept: which tokens of the prompt were chosen.
+        scores: what ranked them; `+inf` is always kept, `-inf` never, and neither gets
+            a gradient.
         temperature: width of the sigmoid, in standard deviations of a head's scores.
     """
-    if len(parts) != 1 or not isinstance(parts[0], Slots | Ragged):
-        return None
-    kept = _kept(parts[0], scores)
     finite = jnp.isfinite(scores)
     plain = jnp.where(finite, scores, 0.0)
     fixed = jax.lax.stop_gradient(plain)
@@ -60,53 +41,4 @@ def gates(
     cut = jnp.where(jnp.isfinite(least), (least + most) / 2, 0.0)
     relaxed = jax.nn.sigmoid((plain - cut) / (temperature * spread))
     relaxed = jnp.where(finite, relaxed, 0.0)
-    return Gates(kept=kept, soft=relaxed - jax.lax.stop_gradient(relaxed))
-
-
-def _kept(part: Slots | Ragged, scores: Scores) -> Bool[Array, "B K S"]:
-    """Prompt tokens that a part holds; positions of a prompt are its places."""
-    b, kv_heads, s = scores.shape
-    row = jnp.arange(b)[:, None]
-    none = jnp.zeros((b, kv_heads, s), bool)
-    if isinstance(part, Ragged):
-        at = jnp.where(part.positions >= 0, part.positions, s)
-        return none.at[row, part.heads, at].set(True, mode="drop")
-    at = jnp.where(part.positions >= 0, part.positions, s)
-    head = jnp.arange(kv_heads)[:, None]
-    return none.at[row[..., None], head, at].set(True, mode="drop")
-
-
-def with_choice_gradient(
-    found: Partial, gates: Gates, prompt: LayerInputs, q: Float[Array, "B H T D"]
-) -> Partial:
-    """`found`, with a gradient for what its body keeps.
-
-    A token that is not kept would add `sigmoid(l - lse) (v - out)` to the output, with
-    its logit `l`: exactly the difference that it makes. A kept one contributes
-    `exp(l - lse) (v - out)`.
-
-    Args:
-        found: attention over the body and what came later.
-        gates: of the body.
-        prompt: keys and values that were chosen from.
-        q: the queries of `found`, all of them behind the prompt.
-    """
-    spec = prompt.spec
-    out, lse, q, k, v = jax.lax.stop_gradient(
-        (found.out, found.lse, q, prompt.k, prompt.v)
-    )
-    b, h, t, d = q.shape
-    kv_heads, s = k.shape[1:3]
-    live = (prompt.positions >= 0)[:, None, :]
-    k, v = (jnp.where(live[..., None], x, 0) for x in (k, v))
-    logits = slot_logits(q, k, scale=spec.scale, softcap=spec.softcap)
-    seen = jnp.isfinite(lse)
-    anchor = jnp.where(seen, lse, 0.0).reshape(b, kv_heads, -1, t, 1)
-    kept = gates.kept[:, :, None, None]
-    share = logits - anchor
-    share = jnp.where(kept, jnp.exp(jnp.minimum(share, 0.0)), jax.nn.sigmoid(share))
-    share = jnp.where(live[:, :, None, None], share, 0.0)
-    moved = (share * gates.soft[:, :, None, None]).reshape(b, kv_heads, -1, s)
-    added = jnp.einsum("BKXS,BKSD->BKXD", moved, v, preferred_element_type=jnp.float32)
-    added = added.reshape(b, h, t, d) - jnp.sum(moved, -1).reshape(b, h, t, 1) * out
-    return Partial(found.out + jnp.where(seen[..., None], added, 0.0), found.lse)
+    return relaxed - jax.lax.stop_gradient(relaxed)

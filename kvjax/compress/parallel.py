@@ -8,12 +8,14 @@ in prefill. Nothing here knows a method: the recurrent form's own parts do the w
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.attention import self_attention
 from kvjax.cache import LayerCache, Pages, Slots
 from kvjax.cache.parts import AbstractPart
 from kvjax.codecs import PlainArray, straight_through
-from kvjax.compress.choice import Gates, gates, with_choice_gradient
+from kvjax.compress import in_place
+from kvjax.compress.choice import relaxed_choice
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build
 from kvjax.compress.observe import observe, wants_mass
@@ -41,7 +43,7 @@ def attend(
         priorities: those of the layer before, for index reuse.
         later: no row has more tokens behind its compression point; None: any number.
         choice_gradient: temperature of the gradient that the choice of tokens gets, see
-            `choice.gates`; 0 gives it none.
+            `choice.relaxed_choice`; 0 gives it none.
 
     Returns:
         The attention output, and the priorities that this layer used.
@@ -50,7 +52,9 @@ def attend(
     later = tokens if later is None else min(later, tokens)
     inside = padded_positions(prompt_lengths, tokens)
     prompt = dataclasses.replace(inputs, positions=inside)
-    before, mass = c.prefill.attend(prompt, prompt_lengths, wants_mass(c))
+    before, mass = None, None
+    if wants_mass(c) or not c.prefill.causal:
+        before, mass = c.prefill.attend(prompt, prompt_lengths, wants_mass(c))
     observed = observe(prompt, prompt_lengths, c, mass)
     layer, priorities = build(
         observed,
@@ -62,18 +66,42 @@ def attend(
     )
     # In line behind the point: [B, H, later, D], the answers first.
     line = prompt_lengths[:, None] + jnp.arange(later)
-    moved = _taken(inputs, line)
-    if layer.tracker is None:
-        held = None
-        if choice_gradient and priorities is not None and layer.growth is None:
-            held = gates(layer.parts, priorities, choice_gradient)
-        behind = _behind(moved, layer, prompt, held)
-    else:  # what a token sees depends on the queries before it
-        behind, _ = layer.attend(moved)
-    place = jnp.clip(jnp.arange(tokens) - prompt_lengths[:, None], 0, later - 1)
-    behind = jnp.take_along_axis(behind, place[:, None, :, None], axis=2)
-    answer = (inside == EMPTY)[:, None, :, None]
-    return jnp.where(answer, behind, before), priorities
+    moved, behind = _taken(inputs, line), inside == EMPTY
+    if in_place.fits(layer):
+        body, edge = layer.parts[0], jnp.ones(behind.shape, jnp.int32)
+        if layer.growth is not None:
+            body, _, edges = _grown(moved, layer)
+            edge = jnp.take_along_axis(edges, _places(behind, later), axis=1)
+        held = in_place.held(body, edge, layer, c, behind)
+        if choice_gradient and priorities is not None:
+            soft = relaxed_choice(held.kept, priorities, choice_gradient)
+            held = dataclasses.replace(held, soft=soft)
+        out = self_attention(inputs, held=held)[0]
+        if c.prefill.causal:
+            return out, priorities
+    else:
+        out = _in_line(inputs, moved, layer, behind)
+    if before is None:
+        before, _ = c.prefill.attend(prompt, prompt_lengths, False)
+    return jnp.where(behind[:, None, :, None], out, before), priorities
+
+
+def _in_line(
+    inputs: LayerInputs, moved: LayerInputs, layer: LayerCache, behind: Array
+) -> Float[Array, "B H T D"]:
+    """Attention of the tokens behind the point by the parts of the cache themselves.
+
+    For parts of which every query reads something else, and caches that evict while
+    decoding: there, what a token sees depends on the queries before it.
+    """
+    out = _behind(moved, layer) if layer.tracker is None else layer.attend(moved)[0]
+    place = _places(behind, moved.q.shape[2])
+    return jnp.take_along_axis(out, place[:, None, :, None], axis=2)
+
+
+def _places(behind: Bool[Array, "B T"], later: int) -> Int[Array, "B T"]:
+    """Places in line of the tokens behind the point; anything for the others."""
+    return jnp.clip(jnp.cumsum(behind, axis=1) - 1, 0, later - 1)
 
 
 def _taken(inputs: LayerInputs, line: Int[Array, "B L"]) -> LayerInputs:
@@ -94,9 +122,7 @@ def _taken(inputs: LayerInputs, line: Int[Array, "B L"]) -> LayerInputs:
     )
 
 
-def _behind(
-    inputs: LayerInputs, layer: LayerCache, prompt: LayerInputs, held: Gates | None
-) -> Float[Array, "B H L D"]:
+def _behind(inputs: LayerInputs, layer: LayerCache) -> Float[Array, "B H L D"]:
     """Attention of the tokens behind the compression point, which `inputs` holds."""
     (b, h, tokens, _), spec = inputs.q.shape, layer.spec
     if layer.growth is None:
@@ -121,12 +147,9 @@ def _behind(
             scale=spec.scale,
             softcap=spec.softcap,
         )
-        found = merge([*known, recent])
-        if held is not None:
-            found = with_choice_gradient(found, held, prompt, q)
-        return found, ()
+        return merge([*known, recent]), ()
 
-    slots = nslots(body) + slot.shape[0] + (0 if held is None else prompt.k.shape[2])
+    slots = nslots(body) + slot.shape[0]
     chunk = query_chunk(tokens, b * h * slots)
     queries = jnp.moveaxis(inputs.q, 1, 2)
     return map_query_chunks(read, chunk, queries, inputs.positions, edges)[0].out

@@ -1,7 +1,7 @@
 """Every token sees all before it."""
 
 import dataclasses
-from typing import final
+from typing import ClassVar, final
 
 from kvjax.attention import self_attention
 from kvjax.prefills.base import AbstractPrefill
@@ -11,6 +11,8 @@ from kvjax.prefills.base import AbstractPrefill
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense(AbstractPrefill):
     """Full causal attention."""
+
+    causal: ClassVar[bool] = True
 
     def attend(self, inputs, lengths, mass):
         del lengths

@@ -16,6 +16,9 @@ class AbstractPrefill(abc.ABC):
     needs_retention: ClassVar[bool] = False
     """Whether the model must have an evictor (`LayerInputs.retention`)."""
 
+    causal: ClassVar[bool] = False
+    """Whether every token sees all before it."""
+
     @abc.abstractmethod
     def attend(
         self, inputs: LayerInputs, lengths: Lengths, mass: bool

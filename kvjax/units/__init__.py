@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import final
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.types import Lengths, Scores
 
@@ -70,6 +71,9 @@ class Chunk(AbstractUnit):
             is met exactly: protected tokens first, then chunks by score, the last
             one trimmed.
 
+    Priorities are ranks; their gradient is that of the scores of the chunks, in units
+    of spread, so that the choice can be learned (`kvjax.compress.choice`).
+
     Source: ChunkKV (2502.00299) algorithm 1 (`sum`, size 10, trimmed, reuse 2);
     kvpress `ChunkKVPress` (`mean`, size 20, shared heads, whole).
     """
@@ -89,10 +93,13 @@ class Chunk(AbstractUnit):
     def priorities(self, scores, lengths, counts):
         s = scores.shape[-1]
         protected, forbidden = jnp.isposinf(scores), jnp.isneginf(scores)
-        rank = self._chunk_ranks(scores, lengths)
+        total, held = self._chunk_scores(scores, lengths)
+        rank = self._chunk_ranks(total, held, lengths)
         chunk = jnp.arange(s) // self.size
         order = jnp.take(rank, chunk, axis=-1) * self.size + jnp.arange(s) % self.size
         priority = -order.astype(jnp.float32)
+        slope = (total - jax.lax.stop_gradient(total)) * _steepness(total, priority)
+        priority = priority + jnp.take(slope, chunk, axis=-1)
         if self.whole:
             chunks = -(-lengths // self.size)
             kept = jnp.maximum(1, chunks * counts // jnp.maximum(lengths, 1))
@@ -102,21 +109,27 @@ class Chunk(AbstractUnit):
             priority = jnp.where(protected, jnp.inf, priority)
         return jnp.where(forbidden, -jnp.inf, priority)
 
-    def _chunk_ranks(self, scores: Scores, lengths: Lengths) -> Float[Array, "B K C"]:
-        """0 for the best chunk of each head; ties go to the earlier chunk."""
+    def _chunk_scores(
+        self, scores: Scores, lengths: Lengths
+    ) -> tuple[Float[Array, "B K C"], Bool[Array, "B K C"]]:
+        """Finite scores of the chunks, and which hold a protected token."""
         b, k, s = scores.shape
-        protected = jnp.isposinf(scores)
         finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
         pad = [(0, 0), (0, 0), (0, -s % self.size)]
         total = jnp.pad(finite, pad).reshape(b, k, -1, self.size).sum(-1)
-        held = jnp.pad(protected, pad).reshape(b, k, -1, self.size).any(-1)
+        held = jnp.pad(jnp.isposinf(scores), pad).reshape(b, k, -1, self.size).any(-1)
         if self.share_heads:
             total = jnp.broadcast_to(total.sum(1, keepdims=True), total.shape)
             held = jnp.broadcast_to(held.any(1, keepdims=True), held.shape)
-        start = jnp.arange(total.shape[-1]) * self.size
         if self.reduce == "mean":
+            start = jnp.arange(total.shape[-1]) * self.size
             live = jnp.clip(lengths[:, None, None] - start, 1, self.size)
             total = total / live.astype(total.dtype)
+        return total, held
+
+    def _chunk_ranks(self, total: Array, held: Array, lengths: Lengths) -> Array:
+        """0 for the best chunk of each head; ties go to the earlier chunk."""
+        start = jnp.arange(total.shape[-1]) * self.size
         if self.whole:
             total = jnp.where(held, jnp.inf, total)
         total = jnp.where(start < lengths[:, None, None], total, -jnp.inf)
@@ -129,6 +142,12 @@ class Chunk(AbstractUnit):
         chunks = -(-lengths // self.size)
         kept = np.maximum(1, chunks * counts // np.maximum(lengths, 1))
         return np.minimum(kept * self.size, lengths)
+
+
+def _steepness(total: Array, priority: Array) -> Array:
+    """Spread of the priorities of a head over that of its chunks' scores."""
+    spreads = [jnp.std(x, axis=-1, keepdims=True) for x in (priority, total)]
+    return jax.lax.stop_gradient(spreads[0] / jnp.maximum(spreads[1], 1e-6))
 
 
 UNITS: Mapping[str, type[AbstractUnit]] = MappingProxyType(

@@ -7,20 +7,18 @@ import pytest
 from flax import nnx
 
 import kvjax
-from kvjax.cache import Slots
-from kvjax.codecs import PlainArray
-from kvjax.compress.choice import Gates, gates, with_choice_gradient
+from kvjax.attention import self_attention
+from kvjax.compress.choice import relaxed_choice
 from kvjax.models.simulate import simulated
-from kvjax.pallas_kernels.partial import Partial
+from kvjax.pallas_kernels.held import Held
+from kvjax.schedules import EveryTokens
 from kvjax.scorers import LagKV, Random, StreamingLLM
-from kvjax.types import EMPTY
-from kvjax.units import Token
 from tests.compress.samples import SPECS, draw
 from tests.small import BUDGETED, LENGTHS, batch, preset, small_model
 
 
 def attention(inputs, q, kept):
-    """Attention of `q` over the kept keys, in NumPy and float64."""
+    """Attention of the queries over the kept keys before them, NumPy and float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, inputs.k, inputs.v))
     group = inputs.spec.groups
     k, v, kept = (np.repeat(x, group, axis=1) for x in (k, v, kept))
@@ -34,56 +32,55 @@ def attention(inputs, q, kept):
 
 
 def test_a_token_counts_for_what_it_would_change():
+    """The slope of `soft`, for the last token of a row, which is alone behind."""
     spec = SPECS["d16_g2"]
     inputs = draw(0, spec, (12,)).inputs
     rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.normal(size=(1, spec.num_heads, 3, spec.head_dim)), "f4")
     kept = rng.random((1, spec.num_kv_heads, 12)) < 0.5
-    out, lse = attention(inputs, q, kept)
-    found = Partial(*(jnp.asarray(x, jnp.float32) for x in (out, lse)))
+    kept[:, :, 11] = True  # it sees itself
+    last = inputs.q[:, :, 11:]
+    out, lse = attention(inputs, last, kept)
+    behind = jnp.arange(12)[None] == 11
 
     def moved(soft):
-        held = Gates(kept=jnp.asarray(kept), soft=soft)
-        return with_choice_gradient(found, held, inputs, q).out
+        held = Held(behind=behind, kept=jnp.asarray(kept), soft=soft)
+        return self_attention(inputs, held=held)[0][:, :, 11:]
 
     zero = jnp.zeros(kept.shape)
-    np.testing.assert_array_equal(moved(zero), found.out)
-    slope = np.asarray(jax.jacobian(moved)(zero))
+    np.testing.assert_allclose(moved(zero), out, atol=1e-5)
+    slope = np.asarray(jax.jacrev(moved)(zero))
     group = spec.groups
-    for head, token in np.ndindex(*kept.shape[1:]):
+    for head, token in np.ndindex(spec.num_kv_heads, 11):
         heads = slice(head * group, (head + 1) * group)
         if not kept[0, head, token]:
             more = kept.copy()
             more[0, head, token] = True
-            want = (attention(inputs, q, more)[0] - out)[0, heads]
+            want = (attention(inputs, last, more)[0] - out)[0, heads]
         else:  # what it weighs, times how far its value is from the output
             k, v = (
                 np.asarray(x, np.float64)[0, head, token] for x in (inputs.k, inputs.v)
             )
-            logit = np.asarray(q, np.float64)[0, heads] @ k * spec.scale
+            logit = np.asarray(last, np.float64)[0, heads] @ k * spec.scale
             weight = np.exp(logit - lse[0, heads])[..., None]
             want = weight * (v - out[0, heads])
         np.testing.assert_allclose(
             slope[0, heads, :, :, 0, head, token], want, atol=1e-5
         )
+    assert not slope[..., 11].any()
 
 
-def test_gates_are_a_sigmoid_around_the_cut():
+def test_the_relaxed_choice_is_a_sigmoid_around_the_cut():
     scores = jnp.array([[[3.0, 1.0, jnp.inf, 2.0, -jnp.inf]]])
-    positions = jnp.array([[[0, 2, 3, EMPTY]]])
-    nothing = PlainArray(data=jnp.zeros((1, 1, 4, 2)))
-    part = Slots(keys=nothing, values=nothing, positions=positions)
-    slope = jax.grad(lambda s: gates((part,), s, 0.5).soft.sum())(scores)  # type: ignore
-    held = gates((part,), scores, 0.5)
-    assert held is not None
-    np.testing.assert_array_equal(held.kept[0, 0], [True, False, True, True, False])
-    np.testing.assert_array_equal(held.soft, np.zeros((1, 1, 5)))
+    kept = jnp.array([[[True, False, True, True, False]]])
+    np.testing.assert_array_equal(
+        relaxed_choice(kept, scores, 0.5), np.zeros((1, 1, 5))
+    )
+    slope = jax.grad(lambda s: relaxed_choice(kept, s, 0.5).sum())(scores)
     width = 0.5 * np.std([3.0, 1.0, 2.0])
     at = 1 / (1 + np.exp(-(np.array([3.0, 1.0, 2.0]) - 1.5) / width))
     want = at * (1 - at) / width
     np.testing.assert_allclose(slope[0, 0, [0, 1, 3]], want, rtol=1e-5)
     np.testing.assert_array_equal(slope[0, 0, [2, 4]], 0.0)
-    assert gates((part, part), scores, 0.5) is None
 
 
 @pytest.mark.parametrize("name", BUDGETED)
@@ -114,7 +111,8 @@ def test_the_forward_pass_does_not_change(name):
 
 def ranks_by_numbers(c: kvjax.Compression) -> bool:
     """Whether the choice follows numbers that weights can move, not places or ranks."""
-    if c.evict is None or c.evict.values is not None or c.store.residual:
+    if c.evict is None or c.evict.values is not None:
         return False
-    ranked = isinstance(c.evict.score, Random | StreamingLLM | LagKV)
-    return isinstance(c.evict.unit, Token) and not ranked
+    if isinstance(c.schedule, EveryTokens):
+        return False
+    return not isinstance(c.evict.score, Random | StreamingLLM | LagKV)
