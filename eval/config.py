@@ -65,7 +65,8 @@ class EvalConfig:
         reply_tokens: caches get room for replies of at least this many tokens. Tasks
             whose caches have the same room share their compiled programs.
         window: longest observation or recent window; longer ones are cut to it, so
-            that small budgets of short prompts hold what a method protects.
+            that small budgets of short prompts hold what a method protects. The delay
+            of `dms` is one: 1 is immediate eviction.
         share_passes: methods that read prompts in the same way look at one pass over
             each batch. Keeps queries, keys and values of all prompts of a task in
             memory; `prefill_ms` is that of the pass and of the method's own statistics.

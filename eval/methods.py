@@ -19,6 +19,7 @@ _WINDOWS = (
     "evict.score.recent",
     "evict.score.base.window",
     "evict.budget.window",
+    "prefill.window",
 )
 
 

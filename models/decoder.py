@@ -6,35 +6,16 @@ reads one, and training's parallel form are the same model with another callback
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kvjax.models.carrying import Attention as Attention
+from kvjax.models.carrying import Carrying as Carrying
 from kvjax.models.config import DecoderConfig
 from kvjax.types import LayerInputs, LayerSpec
-
-Attention = Callable[[LayerInputs], Array]
-
-
-class Carrying:
-    """Attention that hands something on from layer to layer.
-
-    `step(inputs, state) -> (out, state)` is called once per layer; `state` is there to
-    be read behind the last one. An object serves one call of a decoder.
-    """
-
-    def __init__(self, step: Callable[[LayerInputs, Any], tuple[Array, Any]], state):
-        self.step = step
-        self.state = state
-
-    def __call__(self, inputs: LayerInputs) -> Array:
-        """Attention of one layer."""
-        out, self.state = self.step(inputs, self.state)
-        return out
-
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -249,7 +230,9 @@ class Decoder(nnx.Module):
                 if carrying is None:
                     return layer(x, positions, spec, attention), None
                 carrying.state = state  # in and out by name, or a trace would leak it
-                return layer(x, positions, spec, attention), carrying.state
+                x = layer(x, positions, spec, attention)
+                carrying.leave(x)
+                return x, carrying.state
 
             run = jax.checkpoint(run) if remat else run
             x, state = run(x, positions, state)

@@ -15,6 +15,7 @@ from kvjax.train.data_config import DataConfig as DataConfig
 from kvjax.train.data_config import Source as Source
 from kvjax.train.data_config import Stage as Stage
 from kvjax.train.learned_config import DMSConfig, LoRAConfig, SurrogateConfig
+from kvjax.train.objective_config import ObjectiveConfig as ObjectiveConfig
 from kvjax.train.output_config import KeepConfig, LogConfig
 from kvjax.types import nearest
 
@@ -69,20 +70,6 @@ class CachedConfig:
 
     items: int = 8
     choices: tuple[Choice, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """What is minimised: a weighted sum.
-
-    Attributes:
-        next_token: weight of the cross-entropy of the next token.
-        distill: weight of the KL divergence from the initial model with a full cache,
-            on answer tokens.
-    """
-
-    next_token: float = 1.0
-    distill: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

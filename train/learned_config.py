@@ -8,7 +8,8 @@ class DMSConfig:
     """Training a model to say which tokens it can do without.
 
     Attributes:
-        window: tokens for which an evicted one is still seen.
+        window: queries that still see an evicted token, its own first. 1 is immediate
+            eviction: it sees itself and nothing else ever does.
         ratio: compression ratio that is asked for in the end, above 1.
         ramp: steps over which it rises from 1.
         temperature: of the relaxed decisions.

@@ -12,7 +12,8 @@ from kvjax.attention import causal_attention
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Attention, Decoder
 from kvjax.models.simulate import simulated
-from kvjax.train.config import TrainConfig
+from kvjax.train.config import ObjectiveConfig, TrainConfig
+from kvjax.train.distillation import PLACES, Watched, distances, watched
 from kvjax.train.dms import relaxed
 from kvjax.train.surrogate import regressing
 from kvjax.types import Lengths, Tokens, pytree, static
@@ -49,7 +50,7 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
 
     Args:
         config: its `objective`, `dms`, `surrogate` and `remat` count. The teacher,
-            which `distill` follows with a full cache, comes with the call.
+            which attends to a full cache, comes with the call.
         c: simulated at each row's compression point; None for plain attention.
     """
     weights = config.objective
@@ -58,14 +59,19 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
         model: Decoder, batch: Batch, teacher: Decoder | None = None
     ) -> tuple[Array, Metrics]:
         attention = _attention(config, c, batch)
-        logits = predictions(model, batch, attention, remat=config.remat)
+        ours = watched(model, batch.tokens, attention, weights, remat=config.remat)
+        logits = model.logits(ours.last)[:, :-1]
         loss, metrics = next_token(logits, batch)
         loss = weights.next_token * loss
         terms = {}
-        if weights.distill:
+        if weights.needs_teacher:
             assert teacher is not None
-            wanted = jax.lax.stop_gradient(predictions(teacher, batch))
-            terms["distill"] = weights.distill, distillation(logits, wanted, batch)
+            wanted = watched(teacher, batch.tokens, causal_attention, weights)
+            wanted = jax.lax.stop_gradient(wanted)
+            terms |= _followed(weights, ours, wanted, batch)
+            if weights.distill:
+                aim = jax.lax.stop_gradient(teacher.logits(wanted.last)[:, :-1])
+                terms["distill"] = weights.distill, distillation(logits, aim, batch)
         if config.dms is not None:
             terms["shortfall"] = config.dms.weight, attention.state
         if config.surrogate is not None:
@@ -76,6 +82,15 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
         return loss, metrics
 
     return objective
+
+
+def _followed(
+    weights: ObjectiveConfig, ours: Watched, wanted: Watched, batch: Batch
+) -> dict[str, tuple[float, Array]]:
+    """Weight and value of the terms that compare what two passes computed inside."""
+    places = PLACES[weights.tokens](batch.answers, batch.weights, batch.prompt_lengths)
+    found = distances(ours, wanted, places)
+    return {name: (getattr(weights, name), value) for name, value in found.items()}
 
 
 def _attention(config: TrainConfig, c: Compression | None, batch: Batch) -> Any:

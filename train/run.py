@@ -48,7 +48,7 @@ def weights_of(config: TrainConfig) -> tuple[Weights, Params]:
     patterns = (*(PATTERNS if config.lora else ()), *config.trainable)
     params, fixed = split(params_of(model), patterns)
     fixed = {name: x.astype(config.compute) for name, x in fixed.items()}
-    teacher = base if config.objective.distill else None
+    teacher = base if config.objective.needs_teacher else None
     guide = {}
     if teacher is not None:
         own = params_of(teacher, config.compute)

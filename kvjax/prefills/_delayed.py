@@ -18,7 +18,7 @@ class Delayed(AbstractPrefill):
 
     Attributes:
         window: how long; a token at `j` with a negative retention is seen by the
-            queries before `j + window`.
+            queries before `j + window`. 1 is immediate eviction: by itself alone.
 
     Source: DMS (2506.05345) section 3, delayed eviction. Deviations: masks; dropped
     tokens are still multiplied here, and leave memory with the prompt's end.

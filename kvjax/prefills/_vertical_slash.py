@@ -3,6 +3,7 @@
 import dataclasses
 from typing import final
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -37,6 +38,8 @@ class VerticalSlash(AbstractPrefill):
 
     Source: MInference (2407.02490) section 3 and `vertical_and_slash_kernel`
     (1000 / 6096 / 64 / 30 / 100).
+    In training the gradient passes through what is computed, by the op's own backward
+    pass; the choice has none.
     Deviations: blocks of 128 at multiples of 128, as TPUs want them, where the CUDA
     index has 64 keys from any key on: an isolated diagonal costs up to two blocks.
     Where a scorer wants the mass of every column, dense attention is masked to the
@@ -57,7 +60,9 @@ class VerticalSlash(AbstractPrefill):
             positive_int(name, getattr(self, name), 0)
 
     def attend(self, inputs, lengths, mass):
-        columns, diagonals = self.pattern(inputs, lengths)
+        inputs = _cleared(inputs)
+        # The choice is no function to differentiate: its kernels need no gradient.
+        columns, diagonals = self.pattern(jax.lax.stop_gradient(inputs), lengths)
         wide = widened(diagonals, self.block)
         if mass or self.block == 1:
             return self._masked(inputs, columns, wide, mass)
@@ -148,6 +153,13 @@ class VerticalSlash(AbstractPrefill):
             _top(jnp.where(live, vertical, NEG_INF), self.vertical),
             _top(jnp.where(live, slash, NEG_INF), self.slash),
         )
+
+
+def _cleared(inputs: LayerInputs) -> LayerInputs:
+    """`inputs` with zeros in padding: what it holds must not reach a gradient."""
+    live = (inputs.positions >= 0)[:, None, :, None]
+    q, k, v = (jnp.where(live, x, 0) for x in (inputs.q, inputs.k, inputs.v))
+    return dataclasses.replace(inputs, q=q, k=k, v=v)
 
 
 def widened(

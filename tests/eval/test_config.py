@@ -43,6 +43,8 @@ def test_windows_are_cut_and_recorded():
     assert changed["criticalkv_snapkv"] == {"evict.score.base.window": 4}
     assert changed["h2o_decode"] == {"evict.score.recent": 4}
     assert changed["knorm"] == changed["random"] == changed["none"] == {}
+    delayed = methods(tiny.config(compressions=["dms"], window=1))[-1]
+    assert delayed.overrides == {"evict.score.window": 1, "prefill.window": 1}
     long = methods(tiny.config(window=1000))
     assert not any(method.overrides for method in long)
 

@@ -21,6 +21,7 @@ from kvjax.train.config import (
     ObjectiveConfig,
     OptimizerConfig,
     SurrogateConfig,
+    load_config,
 )
 from kvjax.train.dms import relaxed, shortfall
 from kvjax.train.objective import (
@@ -75,17 +76,25 @@ def retained(seed: int, sure: float) -> Decoder:
     return model
 
 
-def test_relaxed_evictions_become_the_delayed_ones():
+@pytest.mark.parametrize("window", [1, 8])
+def test_relaxed_evictions_become_the_delayed_ones(window):
     """With decisions beyond doubt the relaxed pass is the masked one."""
     model, batch = retained(0, 1e5), a_batch()
-    soft = relaxed(DMSConfig(window=8), batch.prompt_lengths, jnp.int32(0))
+    soft = relaxed(DMSConfig(window=window), batch.prompt_lengths, jnp.int32(0))
     found = predictions(model, batch, soft)
-    hard = Delayed(window=8)
+    hard = Delayed(window=window)
     want = predictions(model, batch, lambda x: hard.attend(x, x.positions, False)[0])
     np.testing.assert_allclose(found, want, atol=2e-4)
     full = predictions(model, batch)
     assert float(jnp.abs(full - want).max()) > 1e-2
     assert 0.0 <= float(soft.state) < 1.0
+
+
+def test_immediate_eviction_is_one_setting_of_the_recipe():
+    config = load_config("dms", ["dms.window=1"])
+    assert config.dms is not None and config.dms.window == 1
+    with pytest.raises(ValueError, match="`window` at least 1"):
+        load_config("dms", ["dms.window=0"])
 
 
 def test_shortfall_counts_what_a_row_may_keep():
