@@ -123,8 +123,8 @@ class Affine(AbstractCodec):
         assert self.group is not None
         return self.group
 
-    def encode(self, x, live, positions, rope):
-        del positions, rope
+    def encode(self, x, live, positions, rope, basis=None):
+        del positions, rope, basis
         group = self._group(x.shape[-1])
         if self.axis == "channel" and x.shape[-2] % group:
             raise ValueError(
