@@ -93,6 +93,8 @@ class LayerInputs:
     Padding tokens have `positions == EMPTY`; what they hold is never read.
     `retention` is what a model with an `Evictor` says of its tokens: below 0 they may
     be evicted, and the higher the longer they stay; None without one.
+    `key_basis` (before RoPE) and `value_basis` belong to a model with a `Projection`:
+    each head's vectors, the most important first, orthonormal only after a QR.
     """
 
     q: Float[Array, "B H T D"]
@@ -101,6 +103,8 @@ class LayerInputs:
     positions: Int[Array, "B T"]
     o_proj: Float[Array, "H D E"]
     retention: Float[Array, "B K T"] | None = None
+    key_basis: Float[Array, "K D D"] | None = None
+    value_basis: Float[Array, "K D D"] | None = None
     spec: LayerSpec = static()
 
 

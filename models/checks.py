@@ -164,8 +164,15 @@ def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> No
             f"`c` must be a kvjax.Compression; got {c!r}. Names become one by "
             'kvjax.compression("snapkv").'
         )
-    for codec in (c.store.keys, c.store.values):
+    bases = config.projection.sides if config.projection else ()
+    for side, codec in (("key", c.store.keys), ("value", c.store.values)):
         codec.validate(config.head_dim)
+        if codec.needs_basis and side not in bases:
+            raise ValueError(
+                f"store.{side}s holds coefficients in the model's own basis of its "
+                f"{side}s, and this model has none. Train one (`kvjax finetune`, "
+                "config matryoshka), or use another compression."
+            )
     wants = c.prefill.needs_retention or (
         c.evict is not None and c.evict.score.needs_retention
     )

@@ -46,6 +46,34 @@ class Evictor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Projection:
+    """Bases in which a model lets its keys or values be cut short.
+
+    Weights of `[K, D, D]` per layer and side, which take no part in the model itself:
+    `LayerInputs.key_basis` and `value_basis`.
+
+    Attributes:
+        keys: whether keys, before RoPE, have one.
+        values: whether values have one.
+    """
+
+    keys: bool = True
+    values: bool = True
+
+    def __post_init__(self):
+        if not (self.keys or self.values):
+            raise ValueError(
+                "a projection needs `keys`, `values` or both; got neither. Leave it "
+                "out instead."
+            )
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """`key` and `value`, those that have one."""
+        return ("key",) * self.keys + ("value",) * self.values
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """What a decoder computes; families differ by these fields and by nothing else.
 
@@ -75,6 +103,7 @@ class DecoderConfig:
         init_std: standard deviation of fresh weights.
         bos_token, pad_token, eos_tokens: special tokens, where the checkpoint has them.
         evictor: the model's own say on eviction, or None.
+        projection: the model's own bases of keys and values, or None.
     """
 
     family: str = "llama"
@@ -107,6 +136,7 @@ class DecoderConfig:
     pad_token: int | None = None
     eos_tokens: tuple[int, ...] = ()
     evictor: Evictor | None = None
+    projection: Projection | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers"):

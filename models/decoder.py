@@ -80,6 +80,10 @@ class SelfAttention(nnx.Module):
         own = config.evictor is not None and config.evictor.kind == "mlp"
         head = RetentionHead(config, dtype=dtype, rngs=rngs) if own else None
         self.retention = head
+        sides = config.projection.sides if config.projection else ()
+        unit = jnp.broadcast_to(jnp.eye(d, dtype=dtype), (config.num_kv_heads, d, d))
+        self.key_basis = nnx.Param(unit) if "key" in sides else None
+        self.value_basis = nnx.Param(unit) if "value" in sides else None
 
     def __call__(
         self, x: Array, positions: Array, spec: LayerSpec, attention: Attention
@@ -101,6 +105,8 @@ class SelfAttention(nnx.Module):
             positions=positions,
             o_proj=self.o.matrix.reshape(h, d, e),
             retention=retention,
+            key_basis=None if self.key_basis is None else self.key_basis[...],
+            value_basis=None if self.value_basis is None else self.value_basis[...],
             spec=spec,
         )
         out = attention(inputs).astype(x.dtype)

@@ -3,10 +3,10 @@
 import dataclasses
 
 import jax.numpy as jnp
-from flax import nnx
 
 from kvjax.models.config import Evictor
 from kvjax.models.decoder import Decoder
+from kvjax.models.extension import extended
 
 
 def with_evictor(model: Decoder, evictor: Evictor, *, seed: int = 0) -> Decoder:
@@ -27,24 +27,11 @@ def with_evictor(model: Decoder, evictor: Evictor, *, seed: int = 0) -> Decoder:
             f"{evictor.kind!r}. Start from a model without one."
         )
     config = dataclasses.replace(config, evictor=evictor)
-    fresh = Decoder(config, dtype=model.dtype, rngs=nnx.Rngs(seed))
-    graph, state = nnx.split(fresh)
-    old = nnx.to_pure_dict(nnx.state(model))
-    state = nnx.to_pure_dict(state)
-    nnx_state = nnx.state(fresh)
-    nnx.replace_by_pure_dict(nnx_state, _over(state, old))
-    made = nnx.merge(graph, nnx_state)
+    made = extended(model, config, seed=seed)
     if evictor.kind == "neuron":
         for layer in made.layers:
             _silence(layer.attention, config.head_dim, config.num_heads)
     return made
-
-
-def _over(tree, other):
-    """`tree` with every leaf that `other` has too."""
-    if not isinstance(tree, dict):
-        return other
-    return {k: _over(v, other[k]) if k in other else v for k, v in tree.items()}
 
 
 def _silence(attention, head_dim: int, heads: int) -> None:

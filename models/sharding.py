@@ -34,6 +34,8 @@ _PARAMETERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "attention.q.bias": ("heads",),
         "attention.k.bias": ("kv_heads",),
         "attention.v.bias": ("kv_heads",),
+        "attention.key_basis": ("kv_heads", "head_dim", "head_dim"),
+        "attention.value_basis": ("kv_heads", "head_dim", "head_dim"),
         "mlp.gate.kernel": ("embed", "mlp"),
         "mlp.up.kernel": ("embed", "mlp"),
         "mlp.down.kernel": ("mlp", "embed"),

@@ -9,6 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.types import pytree, static
 
+BITS = (1, 2, 4, 8)
+"""Of a code: those that fill bytes."""
+
 
 @final
 @pytree

@@ -11,8 +11,9 @@ from flax import nnx
 import kvjax
 from kvjax.compress.config import Compression
 from kvjax.models import Decoder, DecoderConfig
-from kvjax.models.config import Evictor
+from kvjax.models.config import Evictor, Projection
 from kvjax.models.evictor import with_evictor
+from kvjax.models.projection import with_projection
 from kvjax.rope import Rope
 from kvjax.schedules import AfterPrefill
 
@@ -71,7 +72,8 @@ BUDGETED = tuple(
 def small_model(dtype: str = "float32", std: float = 0.08, layers: int = 2) -> Decoder:
     """Random weights, grouped queries, and logits that compression really changes.
 
-    It has an evictor, which compressions that do not ask for it ignore.
+    It has an evictor and a projection, which compressions that do not ask for them
+    ignore.
     """
     config = DecoderConfig(
         vocab_size=VOCAB,
@@ -86,7 +88,14 @@ def small_model(dtype: str = "float32", std: float = 0.08, layers: int = 2) -> D
         init_std=std,
     )
     model = Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-    return with_evictor(model, Evictor(kind="mlp", hidden=16))
+    model = with_evictor(model, Evictor(kind="mlp", hidden=16))
+    model = with_projection(model, Projection())
+    rng = np.random.default_rng(0)
+    for layer in model.layers:
+        for side in Projection().sides:
+            basis = getattr(layer.attention, f"{side}_basis")
+            basis[...] = jnp.asarray(rng.standard_normal(basis.shape), basis.dtype)
+    return model
 
 
 ROWS, WIDTH = 3, 112

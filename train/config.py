@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from kvjax.config import decode, override, parse_assignments
-from kvjax.models.config import DecoderConfig, Evictor
+from kvjax.models.config import DecoderConfig, Evictor, Projection
 from kvjax.train.data_config import DataConfig as DataConfig
 from kvjax.train.data_config import Source as Source
 from kvjax.train.data_config import Stage as Stage
@@ -28,7 +28,8 @@ class Choice:
 
     Attributes:
         compression: a preset or a YAML file.
-        keeps: fractions to draw from, from mild to hard; empty: the preset's own.
+        keeps: fractions to draw from, from mild to hard (`Compression.with_keep`:
+            kept tokens, read tokens or rank); empty: the preset's own.
         fields: dotted paths to values, as in `kvjax.compression`.
         weight: share of the steps.
     """
@@ -113,6 +114,8 @@ class TrainConfig:
         evictor: what the model gets to say which tokens it can do without.
         dms: how it is trained to use it, instead of `sampling`; or
         surrogate: how its head is.
+        projection: bases of keys and values that the model gets, principal components
+            of the first batch; they are trained, and what `trainable` names.
         trainable: names of the weights that are trained, as shell patterns
             (`layers.*.attention.k.kernel`, `*norm.weight`); none: all.
         lora: low-rank updates; they are trained, and what `trainable` names.
@@ -137,6 +140,7 @@ class TrainConfig:
     evictor: Evictor | None = None
     dms: DMSConfig | None = None
     surrogate: SurrogateConfig | None = None
+    projection: Projection | None = None
     trainable: tuple[str, ...] = ()
     lora: LoRAConfig | None = None
     remat: bool = False
@@ -171,6 +175,11 @@ class TrainConfig:
         if (self.dms or self.surrogate) and self.evictor is None:
             raise ValueError(
                 f"`{given[0]}` needs an `evictor`; add `evictor: {{kind: ...}}`."
+            )
+        if self.projection is not None and not self.sampling.choices:
+            raise ValueError(
+                "`projection` is trained by cutting keys and values short; got no "
+                "`sampling.choices`. Add `{compression: matryoshka, keeps: [...]}`."
             )
         if min(self.log_every, self.eval_every, self.save_every) < 1:
             raise ValueError(

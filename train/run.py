@@ -4,12 +4,15 @@ import functools
 import pathlib
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from kvjax.models.bundled import model_directory
 from kvjax.models.decoder import Decoder
 from kvjax.models.evictor import with_evictor
 from kvjax.models.io import load, save
+from kvjax.models.projection import with_projection
 from kvjax.train.cached import CachedEvaluation
 from kvjax.train.config import TrainConfig
 from kvjax.train.data import Mixture
@@ -17,6 +20,7 @@ from kvjax.train.evaluate import held_out_batches
 from kvjax.train.logs import check_writers
 from kvjax.train.loop import Progress, TrainState, Weights, train
 from kvjax.train.lora import PATTERNS, merged, with_lora
+from kvjax.train.objective import Batch
 from kvjax.train.params import Params, params_of, split, with_params
 from kvjax.train.recipe import claim
 from kvjax.train.words import words_of
@@ -29,24 +33,44 @@ def initial(config: TrainConfig) -> Decoder:
     return load(model_directory(config.init), "float32", tokenizer=False)[0]
 
 
-def extended(model: Decoder, config: TrainConfig) -> Decoder:
-    """`model` with what training adds to it."""
+def extended(
+    model: Decoder, config: TrainConfig, sample: Batch | None = None
+) -> Decoder:
+    """`model` with what training adds to it; `sample` is for what starts from data."""
     if config.evictor is not None:
         model = with_evictor(model, config.evictor, seed=config.seed)
+    if config.projection is not None:
+        tokens = None if sample is None else sample.tokens
+        lengths = None if sample is None else _lengths(sample)
+        model = with_projection(model, config.projection, tokens, lengths)
     if config.lora is not None:
         model = with_lora(model, config.lora, seed=config.seed)
     return model
 
 
-def weights_of(config: TrainConfig) -> tuple[Weights, Params]:
+def _lengths(sample: Batch) -> Array:
+    """Tokens of each row, up to the last one that counts."""
+    counts = jnp.flip(sample.weights > 0, axis=1)
+    return sample.tokens.shape[1] - jnp.argmax(counts, axis=1).astype(jnp.int32)
+
+
+def _trained(config: TrainConfig) -> tuple[str, ...]:
+    """Patterns of what is trained; none: all."""
+    sides = config.projection.sides if config.projection else ()
+    added = (*(PATTERNS if config.lora else ()), *(f"*.{s}_basis" for s in sides))
+    return (*added, *config.trainable)
+
+
+def weights_of(
+    config: TrainConfig, sample: Batch | None = None
+) -> tuple[Weights, Params]:
     """Model, teacher and fixed weights of a run, and the weights that it trains.
 
     Weights that stay as they are take the dtype of the passes; the teacher shares them.
     """
     base = initial(config)
-    model = extended(base, config)
-    patterns = (*(PATTERNS if config.lora else ()), *config.trainable)
-    params, fixed = split(params_of(model), patterns)
+    model = extended(base, config, sample)
+    params, fixed = split(params_of(model), _trained(config))
     fixed = {name: x.astype(config.compute) for name, x in fixed.items()}
     teacher = base if config.objective.needs_teacher else None
     guide = {}
@@ -99,7 +123,8 @@ def run(
     words = words_of(config)
     visible = config.sampling.visible
     mixture = Mixture(config.data, config.stages, config.seed, visible, words)
-    weights, params = weights_of(config)
+    sample = None if config.projection is None else mixture.batch(0)
+    weights, params = weights_of(config, sample)
     _check_widths(config, weights.model.config.max_positions)
     cached = CachedEvaluation(config, weights.model.config, words)
     claim(directory, config)

@@ -8,8 +8,6 @@ from kvjax.eval.tasks import TRAIN, stream
 from kvjax.train.config import Choice, SamplingConfig
 from kvjax.train.data import draw
 
-KEEP = "evict.budget.keep"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -54,15 +52,12 @@ class Sampler:
 
 def samples(choice: Choice) -> tuple[Sample, ...]:
     """The compressions of a choice, one per `keep`."""
+    made = compression(choice.compression, **choice.fields)
     if not choice.keeps:
-        made = compression(choice.compression, **choice.fields)
         return (Sample(name=choice.compression, compression=made),)
     return tuple(
         Sample(
-            name=f"{choice.compression}-keep{keep:g}",
-            compression=compression(
-                choice.compression, **{**choice.fields, KEEP: keep}
-            ),
+            name=f"{choice.compression}-keep{keep:g}", compression=made.with_keep(keep)
         )
         for keep in choice.keeps
     )

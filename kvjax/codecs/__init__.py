@@ -1,4 +1,4 @@
-"""How keys and values are held: plain, quantised, low rank."""
+"""How keys and values are held: plain, quantised, low rank, projected."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -10,10 +10,12 @@ from kvjax.codecs._low_rank import LowRankArray as LowRankArray
 from kvjax.codecs._low_rank import needed_rank as needed_rank
 from kvjax.codecs._plain import Plain as Plain
 from kvjax.codecs._plain import PlainArray as PlainArray
+from kvjax.codecs._projected import Projected as Projected
+from kvjax.codecs._projected import ProjectedArray as ProjectedArray
 from kvjax.codecs.base import AbstractCodec as AbstractCodec
 from kvjax.codecs.base import AbstractEncoded as AbstractEncoded
 from kvjax.codecs.base import straight_through as straight_through
 
 CODECS: Mapping[str, type[AbstractCodec]] = MappingProxyType(
-    {"plain": Plain, "affine": Affine, "low_rank": LowRank}
+    {"plain": Plain, "affine": Affine, "low_rank": LowRank, "projected": Projected}
 )

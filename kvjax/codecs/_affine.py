@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
 from kvjax.pallas_kernels.quantize_pack import dequantize, quantize_pack
-from kvjax.pallas_kernels.quantized import Quantized
+from kvjax.pallas_kernels.quantized import BITS, Quantized
 from kvjax.types import pytree, static
 
 AXES = ("channel", "token")
@@ -78,18 +78,21 @@ class Affine(AbstractCodec):
     """`x ~ code * scale + zero` with `bits` per element, scales in float16.
 
     Attributes:
-        bits: 2, 4 or 8; codes are packed into bytes along the channels.
+        bits: 1, 2, 4 or 8; codes are packed into bytes along the channels.
         axis: `channel` groups consecutive slots of a channel (right for keys, whose
             outliers live in channels), `token` groups channels of a slot (values).
         group: elements per group; along channels it is cut to `D`. None is the
             whole slot (`token` only).
-        symmetric: no zero point; codes are signed around 0.
+        symmetric: no zero point; codes are signed around 0; not with 1 bit.
 
     Cost: `D * bits / 8` bytes per slot and head, plus 4 (symmetric: 2) per group.
 
     Source: KIVI (2402.02750) section 3; asymmetric min/scale, round to nearest.
     Deviations: scale and zero are rounded outwards to float16, so that every value
-    stays within half a step; a trailing partial group uses its live slots only.
+    stays within half a step; a trailing partial group uses its live slots only. KIVI
+    stops at 2 bits: with 1 the two levels are the means of the values below and above
+    the middle of a group's range, since its ends are off by more than the values
+    spread.
     """
 
     bits: int = 4
@@ -98,8 +101,13 @@ class Affine(AbstractCodec):
     symmetric: bool = False
 
     def __post_init__(self):
-        if self.bits not in (2, 4, 8):
-            raise ValueError(f"`bits` must be 2, 4 or 8; got {self.bits}.")
+        if self.bits not in BITS:
+            raise ValueError(f"`bits` must be 1, 2, 4 or 8; got {self.bits}.")
+        if self.symmetric and self.bits == 1:
+            raise ValueError(
+                "`symmetric` needs a bit for the sign; got bits=1. Use "
+                "symmetric=false, or more bits."
+            )
         if self.axis not in AXES:
             raise ValueError(f"`axis` must be one of {list(AXES)}; got {self.axis!r}.")
         if self.group is None and self.axis == "channel":
@@ -115,8 +123,8 @@ class Affine(AbstractCodec):
         assert self.group is not None
         return self.group
 
-    def encode(self, x, live, positions, rope):
-        del positions, rope
+    def encode(self, x, live, positions, rope, basis=None):
+        del positions, rope, basis
         group = self._group(x.shape[-1])
         if self.axis == "channel" and x.shape[-2] % group:
             raise ValueError(

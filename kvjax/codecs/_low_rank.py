@@ -85,7 +85,8 @@ class LowRank(AbstractCodec):
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"`{name}` must be in (0, 1]; got {value}.")
 
-    def encode(self, x, live, positions, rope):
+    def encode(self, x, live, positions, rope, basis=None):
+        del basis
         if x.ndim != 4:
             raise ValueError(
                 "low-rank storage needs the same number of slots in every head; got "

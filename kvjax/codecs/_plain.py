@@ -42,8 +42,8 @@ class Plain(AbstractCodec):
     Cost: `D * itemsize` bytes per slot and head.
     """
 
-    def encode(self, x, live, positions, rope):
-        del positions, rope
+    def encode(self, x, live, positions, rope, basis=None):
+        del positions, rope, basis
         return PlainArray(data=jnp.where(live[..., None], x, 0))
 
     def slot_bytes(self, head_dim, itemsize):

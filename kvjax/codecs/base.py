@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,12 @@ class AbstractEncoded(abc.ABC):
 class AbstractCodec(abc.ABC):
     """Turns a plain array into an encoded one, once; holds hyper-parameters only."""
 
+    needs_basis: ClassVar[bool] = False
+    """Whether the model must have a `Projection` of these keys or values."""
+
+    differentiable: ClassVar[bool] = False
+    """Whether gradients go through what is decoded; if not, straight past it."""
+
     @abc.abstractmethod
     def encode(
         self,
@@ -78,6 +84,7 @@ class AbstractCodec(abc.ABC):
         live: Bool[Array, "*lead S"],
         positions: Int[Array, "*lead S"],
         rope: Rope,
+        basis: Float[Array, "K D D"] | None = None,
     ) -> AbstractEncoded:
         """Encode; slots that are not `live` are never read and may hold NaN.
 
@@ -86,6 +93,8 @@ class AbstractCodec(abc.ABC):
             live: which slots count.
             positions: absolute positions, for codecs that undo the rotation.
             rope: the layer's rotary embedding.
+            basis: what the model has learnt to cut short (`LayerInputs.key_basis` or
+                `value_basis`), for codecs that ask for it.
         """
 
     @abc.abstractmethod

@@ -1,16 +1,19 @@
 """`Compression`: one declarative record, the same in training and evaluation."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 from kvjax.budgets import AbstractBudget, Uniform
-from kvjax.codecs import AbstractCodec, LowRank, Plain
+from kvjax.codecs import AbstractCodec, LowRank, Plain, Projected
 from kvjax.prefills import AbstractPrefill, Dense
 from kvjax.reads import AbstractRead, All, Quest
 from kvjax.schedules import AbstractSchedule, AfterPrefill, EveryTokens
 from kvjax.scorers import AbstractScorer, StreamingLLM
 from kvjax.types import LayerSpec
 from kvjax.units import AbstractUnit, Token
+
+RANKED = LowRank | Projected
+"""Codecs that hold fewer numbers per slot, of slots that all heads have."""
 
 VISIBILITIES = ("query_agnostic", "query_aware")
 
@@ -148,7 +151,7 @@ class Compression:
         headwise = self.evict is not None and self.evict.budget.per_head
         split = self.evict is not None and self.evict.values is not None
         low_rank = any(
-            isinstance(codec, LowRank) for codec in (self.store.keys, self.store.values)
+            isinstance(codec, RANKED) for codec in (self.store.keys, self.store.values)
         )
         if headwise and (low_rank or self.store.residual or self._pages()):
             raise ValueError(
@@ -196,7 +199,7 @@ class Compression:
             return self.evict.budget.keep
         if isinstance(self.read, Quest):
             return self.read.keep
-        if isinstance(self.store.keys, LowRank):
+        if isinstance(self.store.keys, RANKED):
             return self.store.keys.keep
         return None
 
@@ -206,13 +209,14 @@ class Compression:
         return (
             self.evict is not None
             or isinstance(self.read, Quest)
-            or isinstance(self.store.keys, LowRank)
+            or isinstance(self.store.keys, RANKED)
         )
 
     def with_keep(self, keep: float) -> Self:
         """The same method at another budget: kept tokens, read tokens, or rank.
 
-        A separate budget for values scales along, so that its share of the keys stays.
+        What values have of their own, budget or rank, scales along, so that its share
+        of the keys' stays.
         """
         if self.evict is not None:
             old, values = self.evict.budget, self.evict.values
@@ -228,9 +232,13 @@ class Compression:
         if isinstance(self.read, Quest):
             read = dataclasses.replace(self.read, keep=keep, slots=None)
             return dataclasses.replace(self, read=read)
-        if isinstance(self.store.keys, LowRank):
-            keys = dataclasses.replace(self.store.keys, keep=keep)
-            store = dataclasses.replace(self.store, keys=keys)
+        if isinstance(self.store.keys, RANKED):
+            keys, values = self.store.keys, self.store.values
+            fields: dict[str, Any] = {"keys": dataclasses.replace(keys, keep=keep)}
+            if isinstance(values, RANKED):
+                other = min(1.0, values.keep * keep / keys.keep)
+                fields["values"] = dataclasses.replace(values, keep=other)
+            store = dataclasses.replace(self.store, **fields)
             return dataclasses.replace(self, store=store)
         raise ValueError(
             "this compression has no token budget (nothing is evicted, retrieved or "

@@ -107,13 +107,27 @@ class _Builder:
         live = index < self.lengths[:, None, None]
         return Choice(jnp.broadcast_to(index, shape), jnp.broadcast_to(live, shape))
 
-    def encode(self, x, live, positions, codec: AbstractCodec) -> AbstractEncoded:
+    def keys(self, k, live, positions) -> AbstractEncoded:
+        """Keys as they are held."""
+        codec, basis = self.c.store.keys, self.observed.key_basis
+        return self.encode(k, live, positions, codec, basis)
+
+    def values(self, v, live, positions) -> AbstractEncoded:
+        """Values as they are held."""
+        codec, basis = self.c.store.values, self.observed.value_basis
+        return self.encode(v, live, positions, codec, basis)
+
+    def encode(
+        self, x, live, positions, codec: AbstractCodec, basis: Array | None
+    ) -> AbstractEncoded:
         """Codes, or in the parallel form what they decode to."""
         x = jnp.where(live[..., None], x, 0)
-        encoded = codec.encode(x, live, positions, self.spec.rope)
+        encoded = codec.encode(x, live, positions, self.spec.rope, basis)
         if not self.differentiable or isinstance(encoded, PlainArray):
             return encoded
         decoded = encoded.decode(positions, self.spec.rope)
+        if codec.differentiable:
+            return PlainArray(data=jnp.where(live[..., None], decoded, 0))
         return PlainArray(data=straight_through(x, decoded))
 
     def part(self, choice: Choice, slots: int, filled=None) -> Slots:
@@ -123,10 +137,8 @@ class _Builder:
         choice = _fit(choice, -(-slots // multiple) * multiple)
         positions = jnp.where(choice.live, choice.index, EMPTY)
         return Slots(
-            keys=self.encode(take(self.k, choice), choice.live, positions, store.keys),
-            values=self.encode(
-                take(self.v, choice), choice.live, positions, store.values
-            ),
+            keys=self.keys(take(self.k, choice), choice.live, positions),
+            values=self.values(take(self.v, choice), choice.live, positions),
             positions=positions,
             filled=filled,
         )
@@ -201,10 +213,8 @@ class _Builder:
         flat = choose_flat(priorities, counts, slots, evict.budget.safeguard)
         positions = jnp.where(flat.live, flat.index, EMPTY)
         part = Ragged(
-            keys=self.encode(take_flat(self.k, flat), flat.live, positions, store.keys),
-            values=self.encode(
-                take_flat(self.v, flat), flat.live, positions, store.values
-            ),
+            keys=self.keys(take_flat(self.k, flat), flat.live, positions),
+            values=self.values(take_flat(self.v, flat), flat.live, positions),
             positions=positions,
             offsets=flat.offsets,
         )
@@ -257,7 +267,7 @@ class _Builder:
         mean = jnp.sum(values, axis=2) / held[..., None].astype(jnp.float32)
         keys = take(self.k, choice)
         return KeysOnly(
-            keys=self.encode(keys, choice.live, positions, self.c.store.keys),
+            keys=self.keys(keys, choice.live, positions),
             rest=mean.astype(self.v.dtype),
             positions=positions,
         )

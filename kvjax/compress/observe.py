@@ -18,6 +18,7 @@ class Observed:
         k, v: `[B, K, S, D]`, keys after RoPE.
         seen: the scorer's observation, or None.
         seed: the tracker's observation, or None.
+        key_basis, value_basis: of the model, see `LayerInputs`.
         spec: the layer.
     """
 
@@ -25,6 +26,8 @@ class Observed:
     v: Float[Array, "B K S D"]
     seen: Any
     seed: Any
+    key_basis: Float[Array, "K D D"] | None = None
+    value_basis: Float[Array, "K D D"] | None = None
     spec: LayerSpec = static()
 
 
@@ -62,4 +65,12 @@ def observe(
         seen = evict.score.observe(inputs, lengths, column_mass)
     if tracker is not None:
         seed = tracker.observe(inputs, lengths, seen)
-    return Observed(k=inputs.k, v=inputs.v, seen=seen, seed=seed, spec=inputs.spec)
+    return Observed(
+        k=inputs.k,
+        v=inputs.v,
+        seen=seen,
+        seed=seed,
+        key_basis=inputs.key_basis,
+        value_basis=inputs.value_basis,
+        spec=inputs.spec,
+    )

@@ -7,12 +7,13 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from kvjax.config import decode
-from kvjax.models.config import DecoderConfig, Evictor
+from kvjax.models.config import DecoderConfig, Evictor, Projection
 from kvjax.models.families.rotary import read_rope, rope_settings, write_rope
 from kvjax.types import nearest
 
 EVICTOR = "kvjax_evictor"
-"""Our own key of `config.json`; other libraries read over it."""
+PROJECTION = "kvjax_projection"
+"""Our own keys of `config.json`; other libraries read over them."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -131,6 +132,8 @@ class AbstractFamily(abc.ABC):
         }
         if config.get(EVICTOR) is not None:
             fields["evictor"] = decode(config[EVICTOR], Evictor)
+        if config.get(PROJECTION) is not None:
+            fields["projection"] = decode(config[PROJECTION], Projection)
         fields |= self.read_ropes(config, head_dim)
         return DecoderConfig(**(fields | self.extras(config)))
 
@@ -174,6 +177,8 @@ class AbstractFamily(abc.ABC):
         }
         if config.evictor is not None:
             out[EVICTOR] = dataclasses.asdict(config.evictor)
+        if config.projection is not None:
+            out[PROJECTION] = dataclasses.asdict(config.projection)
         return out | self.write_extras(config)
 
     def weights(self, config: DecoderConfig) -> dict[str, Weight]:
@@ -203,6 +208,9 @@ class AbstractFamily(abc.ABC):
             for name in ("up", "down"):
                 where = f"retention.{name}"
                 out |= linear(f"self_attn.{where}", f"attention.{where}", bias=True)
+        for side in config.projection.sides if config.projection else ():
+            paths = (f"attention.{side}_basis",)
+            out[f"self_attn.{side}_basis"] = Weight(paths=paths)
         for name in ("gate", "up", "down"):
             out |= linear(f"mlp.{name}_proj", f"mlp.{name}", bias=config.mlp_bias)
         out |= norm("input_layernorm", "attention_norm")

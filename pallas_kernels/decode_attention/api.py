@@ -8,7 +8,7 @@ from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.gradients import through
 from kvjax.pallas_kernels.partial import Partial
-from kvjax.pallas_kernels.quantized import Quantized
+from kvjax.pallas_kernels.quantized import BITS, Quantized
 
 OP = Op(name="decode_attention", backends=("reference", "xla", "tpu", "gpu"))
 
@@ -120,8 +120,8 @@ def _check(q, keys, values, lengths, offsets) -> None:
 
 def _check_codes(name: str, side: Quantized) -> None:
     """Codes, scales and zeros that belong together."""
-    if side.bits not in (2, 4, 8):
-        raise ValueError(f"`{name}.bits` must be 2, 4 or 8; got {side.bits}.")
+    if side.bits not in BITS:
+        raise ValueError(f"`{name}.bits` must be 1, 2, 4 or 8; got {side.bits}.")
     if side.axis not in ("channel", "token"):
         raise ValueError(
             f"`{name}.axis` must be 'channel' or 'token'; got {side.axis!r}."

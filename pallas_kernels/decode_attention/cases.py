@@ -13,6 +13,7 @@ from kvjax.pallas_kernels.decode_attention.workloads import BF16, Codec
 from kvjax.pallas_kernels.decode_attention.workloads import WORKLOADS as WORKLOADS
 from kvjax.pallas_kernels.quantize_pack import quantize_pack
 
+SIDES = ("keys", "values")
 NAN = np.int16(0x7E00)
 """A float16 that is none, as bits."""
 
@@ -86,6 +87,8 @@ def case(name: str, lengths: list[list[int]], *, tile: int = 128, **how: Any) ->
     """A `Case` from the arguments of `build`."""
     slow = how.pop("slow", False)
     refused = () if on_gpu(**how) else ("gpu",)
+    if any(codec is not None and codec[0] == 1 for codec in map(how.get, SIDES)):
+        refused = ("tpu", "gpu")
     make = functools.partial(build, lengths=lengths, **how)
     return Case(name=name, make=make, tiles={"block": tile}, refused=refused, slow=slow)
 
@@ -154,6 +157,26 @@ CASES = (
         values=(2, "token", 32, False),
         dtype=BF16,
         tile=64,
+    ),
+    case(
+        "int2 keys int1 values",
+        [[192, 50]],
+        heads=4,
+        slots=192,
+        d=64,
+        keys=(2, "channel", 32, False),
+        values=(1, "token", 32, False),
+        dtype=BF16,
+    ),
+    case(
+        "ragged int1 keys",
+        [[100, 60]],
+        heads=4,
+        slots=192,
+        d=64,
+        offsets=[[0, 100, 192]],
+        keys=(1, "token", 16, False),
+        values=(1, "channel", 32, False),
     ),
     case(
         "int8 channel both d128",

@@ -52,12 +52,15 @@ class Side:
         """The description of `side`.
 
         Raises:
-            NotImplementedError: blocks or lanes cannot be cut into its groups.
+            NotImplementedError: no blocks or lanes of its groups, or codes of 1 bit.
         """
         if not isinstance(side, Quantized):
             dtype = jnp.promote_types(q_dtype, side.dtype)
             d = side.shape[-1]
             return cls(block=block, width=d, packed=d, dtype=dtype)
+        if side.bits == 1:
+            why = f"`{name}` has 1-bit codes, which have no TPU kernel."
+            raise NotImplementedError(f"decode_attention: {why}")
         chunk = min(block, LANES)
         if side.axis == "channel" and (
             block % side.group or (chunk % side.group and side.group % chunk)

@@ -95,6 +95,8 @@ class Stored:
             return f"heads must have 64 or 128 channels; got {self.width}"
         if not self.coded:
             return None
+        if self.bits == 1:
+            return f"`{name}` has 1-bit codes, which have no GPU kernel"
         if self.axis not in other:
             return (
                 f"`{name}` must have groups per {' or '.join(other)}; got {self.axis}"

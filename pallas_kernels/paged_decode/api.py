@@ -9,7 +9,7 @@ from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.gradients import through
 from kvjax.pallas_kernels.partial import Partial
-from kvjax.pallas_kernels.quantized import Quantized
+from kvjax.pallas_kernels.quantized import BITS, Quantized
 
 OP = Op(name="paged_decode", backends=("reference", "xla", "tpu", "gpu"))
 
@@ -144,10 +144,10 @@ def check_pool(name: str, pool: Any, d: int) -> tuple[int, int]:
 
 def check_quantized(name: str, pool: Quantized, n: int, page: int, d: int) -> None:
     """Refuse codes, scales or settings that do not describe `[n, page, d]`."""
-    if pool.bits not in (2, 4, 8) or d % (8 // pool.bits):
+    if pool.bits not in BITS or d % (8 // pool.bits):
         raise ValueError(
-            f"`{name}.bits` must be 2, 4 or 8 with D={d} a multiple of the codes per "
-            f"byte; got {pool.bits}."
+            f"`{name}.bits` must be 1, 2, 4 or 8 with D={d} a multiple of the codes "
+            f"per byte; got {pool.bits}."
         )
     checks.shape(f"{name}.codes", pool.codes, (n, page, d * pool.bits // 8))
     checks.dtype(f"{name}.codes", pool.codes, ("uint8",))

@@ -17,6 +17,7 @@ INT8: STORE = {"bits": 8, "axis": "token", "group": 0}  # 0: all channels
 KIVI4 = ({"bits": 4, "axis": "channel", "group": 16}, {"bits": 4, "axis": "token"})
 HALF4 = ({**KIVI4[0], "bits_of": False}, {**KIVI4[1], "bits_of": False})
 """Scales as float16 and not as their bits."""
+KIVI1 = ({"bits": 1, "axis": "channel", "group": 16}, {"bits": 1, "axis": "token"})
 KIVI2 = ({"bits": 2, "axis": "channel", "group": 16}, {"bits": 2, "axis": "token"})
 
 
@@ -122,12 +123,14 @@ def case(
 ) -> Case:
     """A case whose arguments are `make(rng, **how)`."""
     wide = how.get("dtype", jnp.float32) == jnp.float32
+    refused = ("gpu",) if wide else ()  # its products are of 16-bit numbers
+    if how.get("store") == KIVI1:
+        refused = ("tpu", "gpu")
     return Case(
         name=name,
         make=functools.partial(make, **how),
         tiles=tiles or {"slots": 32},
-        # Its products are of 16-bit numbers.
-        refused=("gpu",) if wide else (),
+        refused=refused,
         slow=slow,
     )
 
@@ -168,6 +171,7 @@ CASES = (
     case("int4_f32", store=KIVI4, fill=True),
     case("int4_page64", store=KIVI4, page=64, selected=2, pages=4, bias=True),
     case("int2", store=KIVI2, d=128, page=32, selected=3, dtype=BF16),
+    case("int1", store=KIVI1, d=128, page=32, selected=3, fill=True, dtype=BF16),
     case("int4_page128", store=HALF4, page=128, selected=3, pages=4, tiles=WIDE),
     case("bf16_page128_d64", page=128, selected=3, pages=4, tiles=WIDE, dtype=BF16),
     case("plain_keys", store=(None, KIVI4[1]), dtype=BF16),

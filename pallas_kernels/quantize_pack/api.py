@@ -9,11 +9,10 @@ from jaxtyping import Array, Bool, Float
 from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.quantize_pack.xla import dequantize as _dequantize
-from kvjax.pallas_kernels.quantized import Quantized
+from kvjax.pallas_kernels.quantized import BITS, Quantized
 
 OP = Op(name="quantize_pack", backends=("reference", "xla", "tpu", "gpu"))
 
-BITS = (2, 4, 8)
 AXES = ("channel", "token")
 
 
@@ -36,14 +35,19 @@ def quantize_pack(
     float16 cannot reach saturates. Statistics come from live slots alone; dead slots,
     which may hold NaN, get code 0. Codes have no gradient, and none flows.
 
+    With 1 bit the two levels are no extremes, which would be off by more than the mean
+    is, but the means of the values below and above the middle of the range; a value
+    takes the nearer one.
+
     Args:
         x: values, `[*lead, S, D]`; f32, bf16 or f16.
         live: which slots count, `[*lead, S]`.
-        bits: per code, 2, 4 or 8.
+        bits: per code, 1, 2, 4 or 8.
         axis: `channel`: a group is `group` consecutive slots of one channel;
             `token`: it is `group` channels of one slot.
         group: elements that share a scale; divides `S` or `D`.
-        symmetric: no zero; codes are signed around `(2**bits - 1) // 2`.
+        symmetric: no zero; codes are signed around `(2**bits - 1) // 2`; not with 1
+            bit, which leaves no sign.
         backend: see `dispatch.Op`.
         tiles: `{"block": slots per program}`.
         interpret: run a Pallas backend in its interpreter.
@@ -59,8 +63,14 @@ def quantize_pack(
         (symmetric: 2).
 
     Source: KIVI (2402.02750) section 3; asymmetric min/scale, round to nearest.
+    Deviation: the levels of 1 bit, which KIVI does not have.
     """
     _check(x, live, bits, axis, group)
+    if symmetric and bits == 1:
+        raise ValueError(
+            "1-bit codes have no sign; got symmetric=True. Use symmetric=False, or "
+            "more bits."
+        )
     return OP(
         jax.lax.stop_gradient(x),
         live,

@@ -56,6 +56,26 @@ CASES = (
     case("int4_token", shape=(2, 2, 128, 64), bits=4, axis="token", group=32),
     case("int2_channel", shape=(2, 96, 128), bits=2, axis="channel", group=32),
     case("int2_token", shape=(2, 96, 128), bits=2, axis="token", group=64),
+    case(
+        "int1_channel",
+        shape=(2, 96, 64),
+        bits=1,
+        axis="channel",
+        group=32,
+        refused=HARD,
+    ),
+    case(
+        "int1_token", shape=(2, 96, 128), bits=1, axis="token", group=64, refused=HARD
+    ),
+    case(
+        "int1_saturated",
+        shape=(1, 64, 128),
+        bits=1,
+        axis="token",
+        group=32,
+        size=1e6,
+        refused=HARD,
+    ),
     case("int8_channel", shape=(1, 64, 128), bits=8, axis="channel", group=64),
     case(
         "int8_whole_token",

@@ -45,7 +45,7 @@ def quantize_pack(
     """See `api.quantize_pack`."""
     *lead, s, d = x.shape
     channel = axis == "channel"
-    _refuse(d, d * bits // 8, group, channel)
+    _refuse(d, bits, group, channel)
     block = tuning.tiles("quantize_pack", "h200", tiles)["block"]
     unit = group if channel else ROWS
     most = min(MOST_ROWS, NEAR_BYTES // (d * x.dtype.itemsize))
@@ -109,9 +109,11 @@ def _run(x, live, block: int, how: dict[str, Any], interpret: Any) -> list[Array
     return run(x, live)
 
 
-def _refuse(d: int, packed: int, group: int, channel: bool) -> None:
-    why = None
-    if packed % 16:
+def _refuse(d: int, bits: int, group: int, channel: bool) -> None:
+    why, packed = None, d * bits // 8
+    if bits == 1:
+        why = "1-bit codes have no GPU kernel"
+    elif packed % 16:
         why = f"a slot must have a multiple of 16 bytes of codes; got {packed}"
     elif group % 8:
         why = f"groups must be a multiple of 8; got {group}"

@@ -34,8 +34,16 @@ def quantize_pack(
         low = jnp.min(jnp.where(mask, values, jnp.inf), axis=along, keepdims=True)
         high = jnp.max(jnp.where(mask, values, -jnp.inf), axis=along, keepdims=True)
         some = jnp.any(mask, axis=along, keepdims=True)
-        zero = not_above(jnp.where(some, low, 0))
-        scale = outwards((jnp.where(some, high, 0) - zero) / top)
+        low, high = jnp.where(some, low, 0), jnp.where(some, high, 0)
+        if bits == 1:
+            low, high, near = (
+                jnp.clip(x, -LARGEST, LARGEST) for x in (low, high, values)
+            )
+            above = near > (low + high) / 2
+            low = mean(near, mask & ~above, along, low)
+            high = mean(near, mask & above, along, high)
+        zero = not_above(low)
+        scale = outwards((high - zero) / top)
         codes = jnp.round((values - zero) / scale)
         zero = half_bits(jnp.squeeze(zero, along))
     codes = jnp.where(mask, jnp.clip(codes, 0, top), 0)
@@ -47,6 +55,13 @@ def quantize_pack(
         axis=axis,
         group=group,
     )
+
+
+def mean(x: Array, of: Array, along: int, otherwise: Array) -> Array:
+    """Mean of the marked values of each group, `otherwise` where there are none."""
+    total = jnp.sum(jnp.where(of, x, 0), axis=along, keepdims=True)
+    count = jnp.sum(of, axis=along, keepdims=True, dtype=jnp.float32)
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), otherwise)
 
 
 def half(x: Array) -> Array:

@@ -108,6 +108,8 @@ def quantize_pack(
 
 
 def _refuse(x: Array, bits: int, group: int) -> None:
+    if bits == 1:
+        raise NotImplementedError("quantize_pack: 1-bit codes have no TPU kernel.")
     if x.dtype == jnp.float16:
         raise NotImplementedError("quantize_pack: TPUs hold no float16; convert `x`.")
     if group % 8:

@@ -43,6 +43,8 @@ def quantize_pack(
         high = jnp.max(jnp.where(mask, grouped, -jnp.inf), axis=along, keepdims=True)
         empty = low > high  # no live slot in this group
         low, high = jnp.where(empty, 0, low), jnp.where(empty, 0, high)
+        if bits == 1:
+            low, high = halves(grouped, mask, low, high, along)
         floor = not_above(low)
         scale = outwards((high - floor) / top)
         code = jnp.round((grouped - floor) / scale)
@@ -56,6 +58,19 @@ def quantize_pack(
         axis=axis,
         group=group,
     )
+
+
+def halves(x: Array, mask: Array, low: Array, high: Array, along: int) -> list[Array]:
+    """Means of a group's values up to the middle of its range, and above it."""
+    # Sums stay finite.
+    x, low, high = (jnp.clip(one, -_LARGEST, _LARGEST) for one in (x, low, high))
+    above = x > (low + high) / 2
+    means = []
+    for side, otherwise in ((mask & ~above, low), (mask & above, high)):
+        count = jnp.sum(side, axis=along, keepdims=True, dtype=jnp.float32)
+        total = jnp.sum(jnp.where(side, x, 0), axis=along, keepdims=True)
+        means.append(jnp.where(count > 0, total / jnp.maximum(count, 1), otherwise))
+    return means
 
 
 def _half(x: Array) -> Array:
@@ -92,9 +107,10 @@ def unpack(packed: Array, bits: int) -> Array:
     """Inverse of `pack`, uint8."""
     if bits == 8:
         return packed
-    if bits == 2:  # four copies in one loop do not vectorise, two do
-        packed = jnp.concatenate([packed, packed >> jnp.uint8(2)], axis=-1)
-        packed = jax.lax.optimization_barrier(packed)
+    for shift in (1, 2):  # four copies in one loop do not vectorise, two do
+        if bits <= shift:
+            packed = jnp.concatenate([packed, packed >> jnp.uint8(shift)], axis=-1)
+            packed = jax.lax.optimization_barrier(packed)
     wide = jnp.concatenate([packed, packed >> jnp.uint8(4)], axis=-1)
     return wide & jnp.uint8(2**bits - 1)
 

@@ -20,6 +20,7 @@ ROPE = Rope(head_dim=D)
 HALF_MAX = float(np.finfo(np.float16).max)
 AXES, BITS = ("channel", "token"), (2, 4, 8)
 CASES = [(bits, axis, sym) for bits in BITS for axis in AXES for sym in (False, True)]
+CASES += [(1, axis, False) for axis in AXES]
 EVERY = pytest.mark.parametrize(("bits", "axis", "symmetric"), CASES)
 PROPERTY = settings(max_examples=15, deadline=None)
 
@@ -54,6 +55,21 @@ def spread(encoded: AffineArray, side) -> np.ndarray:
     """Scale or zero of every element."""
     axis = -2 if encoded.axis == "channel" else -1
     return np.repeat(np.asarray(numbers(side), float), encoded.group, axis=axis)
+
+
+def reach(encoded: AffineArray, x: np.ndarray) -> np.ndarray:
+    """Error that each element may have: half a step.
+
+    The two levels of 1 bit lie inside of a group's range: beyond them an element may be
+    as far off as it lies outside.
+    """
+    step = spread(encoded, encoded.scale)
+    half = step * 0.5 * (1 + 1e-5)
+    if encoded.bits > 1:
+        return half
+    low = spread(encoded, encoded.zero)
+    outside = np.maximum(low - x, x - low - step)
+    return np.maximum(half, outside * (1 + 1e-5))
 
 
 def normal(seed: int, level: float = 1.0, offset: float = 0.5) -> np.ndarray:
@@ -93,6 +109,38 @@ def test_asymmetric_codes_are_those_of_kivi(bits, axis):
     assert (np.abs(ours - theirs) <= step * 0.25).mean() > (0.9 if bits < 8 else 0.5)
 
 
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("seed", range(3))
+def test_one_bit_is_that_of_the_reference(axis, seed):
+    x = normal(seed)
+    encoded, ours = encoded_and_back(codec(1, axis, False), x)
+    theirs = np.stack([reference.one_bit(row, axis=axis, group=GROUP) for row in x])
+    assert encoded.codes.shape == (B, K, S, D // 8)
+    zero, scale = (spread(encoded, side) for side in (encoded.zero, encoded.scale))
+    # Levels are rounded outwards to float16, which has 11 bits; so is their middle.
+    slack = (np.abs(zero) + scale) * 2.0**-9
+    between = np.abs(x - zero - scale / 2) <= slack
+    assert ((np.abs(ours - theirs) <= slack) | between).all()
+    assert between.mean() < 0.01
+
+
+@pytest.mark.parametrize("axis", AXES)
+@PROPERTY
+@given(seed=st.integers(0, 1000), offset=st.sampled_from([0.0, 3.0]))
+def test_one_bit_is_nearer_than_the_ends_of_the_range(axis, seed, offset):
+    """By squares in every group; on the whole several times."""
+    x = normal(seed, offset=offset)
+    _, ours = encoded_and_back(codec(1, axis, False), x)
+    read = reference.kivi_keys if axis == "channel" else reference.kivi_values
+    ends = np.stack([read(row, bits=1, group=GROUP) for row in x])
+    shape = (B, K, S // GROUP, GROUP, D) if axis == "channel" else (B, K, S, -1, GROUP)
+    along = 3 if axis == "channel" else 4
+    errors = [((back - x).reshape(shape) ** 2).sum(along) for back in (ours, ends)]
+    size = (x.reshape(shape) ** 2).sum(along)
+    assert (errors[0] <= errors[1] + size * 2.0**-16).all()
+    assert errors[0].sum() < errors[1].sum() / 2
+
+
 def test_int8_is_that_of_the_reference():
     x = normal(0)
     whole = Affine(bits=8, axis="token", group=None, symmetric=True)
@@ -120,10 +168,9 @@ def test_error_is_within_half_a_step(bits, axis, symmetric, x, exponent, offset)
     x = ((x + np.float32(offset)) * np.float32(2.0**exponent)).astype(np.float32)
     x = np.clip(x, -HALF_MAX / 2, HALF_MAX / 2)
     encoded, back = encoded_and_back(codec(bits, axis, symmetric), x)
-    step = spread(encoded, encoded.scale)
     # float32 arithmetic on numbers as large as the group's.
     rounding = np.abs(x).max() * 2.0**-21
-    assert (np.abs(back - x) <= step * 0.5 * (1 + 1e-5) + rounding).all()
+    assert (np.abs(back - x) <= reach(encoded, x) + rounding).all()
 
 
 @EVERY
@@ -176,10 +223,9 @@ def test_dead_slots_are_never_read(bits, axis, symmetric, seed, holes):
     for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert np.isfinite(back).all()
-    step = spread(one, one.scale)
     inside = np.broadcast_to(live[..., None], x.shape)
-    half = step * 0.5 * (1 + 1e-5) + np.abs(x) * 2.0**-22  # float32 arithmetic
-    assert (np.abs(back - x) <= half)[inside].all()
+    most = reach(one, x) + np.abs(x) * 2.0**-22  # float32 arithmetic
+    assert (np.abs(back - x) <= most)[inside].all()
 
 
 @EVERY

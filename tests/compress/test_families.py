@@ -10,7 +10,7 @@ from flax import nnx
 import kvjax
 from kvjax.compress.config import Compression
 from kvjax.models import Decoder, DecoderConfig
-from kvjax.models.config import Evictor
+from kvjax.models.config import Evictor, Projection
 from kvjax.models.families import FAMILIES
 from kvjax.rope import Rope
 from tests.small import LATER, LENGTHS, PRESETS, ROWS, VOCAB, batch, preset
@@ -55,7 +55,7 @@ DIFFERENCES = {
 
 @functools.lru_cache
 def model_of(family: str, name: str = "none") -> Decoder:
-    """A random decoder whose vectors are random too, with an evictor for what asks.
+    """A random decoder whose vectors are random too, with what some presets ask for.
 
     Norms that begin as ones leave every normalised key with the same length, and then
     a method that ranks keys by length chooses among rounding errors.
@@ -64,7 +64,7 @@ def model_of(family: str, name: str = "none") -> Decoder:
     asks = c.evict is not None and c.evict.score.needs_retention
     evictor = Evictor(kind="neuron", gain=2.0, offset=0.5) if asks else None
     fields = {**SHAPE, "family": family, **DIFFERENCES[family], "evictor": evictor}
-    config = DecoderConfig(**fields)
+    config = DecoderConfig(**fields, projection=Projection())
     model = Decoder(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
 

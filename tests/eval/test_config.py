@@ -8,7 +8,7 @@ from kvjax.eval import harness
 from kvjax.eval.config import TaskEntry, decode_config, load_config
 from kvjax.eval.methods import has, methods
 from kvjax.eval.plan import plan
-from kvjax.models.config import Evictor
+from kvjax.models.config import Evictor, Projection
 from tests.eval import tiny
 
 BUNDLED = sorted(
@@ -19,7 +19,8 @@ BUNDLED = sorted(
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_evaluations_can_run(name):
-    model = tiny.model(max_positions=2048, evictor=Evictor())  # which some ask for
+    asked = {"evictor": Evictor(), "projection": Projection()}  # by some
+    model = tiny.model(max_positions=2048, **asked)
     made = plan(model.config, tiny.tokenizer(), load_config(name))
     ran = {cell.method.name for cell in made.all_cells()}
     assert {"none", "random", *made.config.compressions} == ran

@@ -45,7 +45,7 @@ WRONG = {
     "`window` must be at least 1": {"window": 0},
     "`window` needs": {"positions": None, "q_positions": None, "window": 3},
     "`softcap` must be positive": {"softcap": 0.0},
-    "bits` must be 2, 4 or 8": {"keys": dataclasses.replace(CODES, bits=1)},
+    "bits` must be 1, 2, 4 or 8": {"keys": dataclasses.replace(CODES, bits=3)},
     "axis` must be": {"keys": dataclasses.replace(CODES, axis="slot")},
     "group` must divide the 16 slots": {"keys": dataclasses.replace(CODES, group=5)},
     "`keys.scale` must be": {"keys": dataclasses.replace(CODES, group=4)},

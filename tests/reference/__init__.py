@@ -4,7 +4,7 @@ They share no code with kvjax and favour clarity: float64, loops, one sequence.
 """
 
 from .base import attention, kept, kept_mask, rotate
-from .codecs import int8_per_token, kivi_keys, kivi_values, low_rank_keys
+from .codecs import int8_per_token, kivi_keys, kivi_values, low_rank_keys, one_bit
 from .decoding import H2OTrace, h2o_decode
 from .reading import (
     attend,
@@ -51,6 +51,7 @@ __all__ = [
     "kivi_keys",
     "kivi_values",
     "low_rank_keys",
+    "one_bit",
     "page_mask",
     "pyramidkv_layer_budgets",
     "quest_bounds",

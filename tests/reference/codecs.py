@@ -63,6 +63,28 @@ def kivi_values(
     return back
 
 
+def one_bit(x: np.ndarray, *, axis: str, group: int) -> np.ndarray:
+    """`[K, S, D]` read back from 1 bit an element; groups of slots or of channels.
+
+    Two levels per group: the means of the elements up to the middle of its range and of
+    those above it. Every element takes the nearer level, the lower one between them.
+    """
+    x = np.asarray(x, np.float64)
+    if axis == "channel":
+        return one_bit(x.swapaxes(1, 2), axis="token", group=group).swapaxes(1, 2)
+    back = np.zeros_like(x)
+    for head, slot in np.ndindex(x.shape[:2]):
+        for start in range(0, x.shape[2], group):
+            one = x[head, slot, start : start + group]
+            middle = (one.min() + one.max()) / 2
+            low, high = one[one <= middle].mean(), one.max()
+            if (one > middle).any():
+                high = one[one > middle].mean()
+            near = np.where(one - low <= high - one, low, high)
+            back[head, slot, start : start + group] = near
+    return back
+
+
 def int8_per_token(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes `[K, S, D]`, scales `[K, S]` and read-back of symmetric int8.
 
