@@ -7,12 +7,12 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from kvjax.config import decode
-from kvjax.models.config import DecoderConfig, Evictor
+from kvjax.models.config import DecoderConfig, Evictor, read_gates
 from kvjax.models.families.rotary import read_rope, rope_settings, write_rope
 from kvjax.types import nearest
 
-EVICTOR = "kvjax_evictor"
-"""Our own key of `config.json`; other libraries read over it."""
+EVICTOR, HEAD_GATES = "kvjax_evictor", "kvjax_head_gates"
+"""Our own keys of `config.json`; other libraries read over them."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -131,6 +131,8 @@ class AbstractFamily(abc.ABC):
         }
         if config.get(EVICTOR) is not None:
             fields["evictor"] = decode(config[EVICTOR], Evictor)
+        if config.get(HEAD_GATES) is not None:
+            fields["head_gates"] = read_gates(config[HEAD_GATES])
         fields |= self.read_ropes(config, head_dim)
         return DecoderConfig(**(fields | self.extras(config)))
 
@@ -174,6 +176,8 @@ class AbstractFamily(abc.ABC):
         }
         if config.evictor is not None:
             out[EVICTOR] = dataclasses.asdict(config.evictor)
+        if config.head_gates:
+            out[HEAD_GATES] = [list(row) for row in config.head_gates]
         return out | self.write_extras(config)
 
     def weights(self, config: DecoderConfig) -> dict[str, Weight]:
