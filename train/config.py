@@ -14,7 +14,12 @@ from kvjax.models.config import DecoderConfig, Evictor
 from kvjax.train.data_config import DataConfig as DataConfig
 from kvjax.train.data_config import Source as Source
 from kvjax.train.data_config import Stage as Stage
-from kvjax.train.learned_config import DMSConfig, LoRAConfig, SurrogateConfig
+from kvjax.train.learned_config import (
+    DMSConfig,
+    DuoConfig,
+    LoRAConfig,
+    SurrogateConfig,
+)
 from kvjax.train.output_config import KeepConfig, LogConfig
 from kvjax.types import nearest
 
@@ -125,7 +130,8 @@ class TrainConfig:
         objective: what is minimised.
         evictor: what the model gets to say which tokens it can do without.
         dms: how it is trained to use it, instead of `sampling`; or
-        surrogate: how its head is.
+        surrogate: how its head is; or
+        duo: how gates of its heads are, and nothing else of it.
         trainable: names of the weights that are trained, as shell patterns
             (`layers.*.attention.k.kernel`, `*norm.weight`); none: all.
         lora: low-rank updates; they are trained, and what `trainable` names.
@@ -150,6 +156,7 @@ class TrainConfig:
     evictor: Evictor | None = None
     dms: DMSConfig | None = None
     surrogate: SurrogateConfig | None = None
+    duo: DuoConfig | None = None
     trainable: tuple[str, ...] = ()
     lora: LoRAConfig | None = None
     remat: bool = False
@@ -173,6 +180,7 @@ class TrainConfig:
         ways = {
             "dms": self.dms,
             "surrogate": self.surrogate,
+            "duo": self.duo,
             "sampling.choices": self.sampling.choices,
         }
         given = [name for name, value in ways.items() if value]
@@ -185,6 +193,17 @@ class TrainConfig:
             raise ValueError(
                 f"`{given[0]}` needs an `evictor`; add `evictor: {{kind: ...}}`."
             )
+        others = {
+            "trainable": self.trainable,
+            "lora": self.lora,
+            "evictor": self.evictor,
+        }
+        if self.duo and any(others.values()):
+            names = " and ".join(f"`{name}`" for name in others if others[name])
+            raise ValueError(
+                f"`duo` trains gates on a model that stays as it is; got {names} too. "
+                "Leave it out, or train in two runs."
+            )
         if min(self.log_every, self.eval_every, self.save_every) < 1:
             raise ValueError(
                 "`log_every`, `eval_every` and `save_every` must be at least 1; got "
@@ -194,6 +213,11 @@ class TrainConfig:
             raise ValueError(
                 f"`compute` must be one of {list(COMPUTE)}; got {self.compute!r}."
             )
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Between which values the weights that are trained stay; None: anywhere."""
+        return (0.0, 1.0) if self.duo else None
 
     @property
     def steps(self) -> int:

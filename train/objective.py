@@ -12,6 +12,7 @@ from kvjax.attention import causal_attention
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Attention, Decoder
 from kvjax.models.simulate import simulated
+from kvjax.train import duo
 from kvjax.train.config import TrainConfig
 from kvjax.train.dms import relaxed
 from kvjax.train.surrogate import regressing
@@ -48,8 +49,8 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
     """The loss of a recipe under one compression.
 
     Args:
-        config: its `objective`, `dms`, `surrogate` and `remat` count. The teacher,
-            which `distill` follows with a full cache, comes with the call.
+        config: its `objective`, `dms`, `surrogate`, `duo` and `remat` count. The
+            teacher, which `distill` follows with a full cache, comes with the call.
         c: simulated at each row's compression point; None for plain attention.
     """
     weights = config.objective
@@ -57,8 +58,9 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
     def objective(
         model: Decoder, batch: Batch, teacher: Decoder | None = None
     ) -> tuple[Array, Metrics]:
-        attention = _attention(config, c, batch)
-        logits = predictions(model, batch, attention, remat=config.remat)
+        attention = _attention(config, c, model, batch)
+        states = hidden_states(model, batch, attention, remat=config.remat)
+        logits = model.logits(states)[:, :-1]
         loss, metrics = next_token(logits, batch)
         loss = weights.next_token * loss
         terms = {}
@@ -70,6 +72,10 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
             terms["shortfall"] = config.dms.weight, attention.state
         if config.surrogate is not None:
             terms["surrogate"] = config.surrogate.weight, attention.state
+        if config.duo is not None:  # its teacher is the model itself
+            full = jax.lax.stop_gradient(hidden_states(model, batch))
+            gates = duo.gates_of(model)
+            terms |= duo.terms(config.duo, gates, states, full, batch.answers)
         for name, (weight, value) in terms.items():
             loss = loss + weight * value
             metrics[name] = jax.lax.stop_gradient(value)
@@ -78,8 +84,12 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
     return objective
 
 
-def _attention(config: TrainConfig, c: Compression | None, batch: Batch) -> Any:
+def _attention(
+    config: TrainConfig, c: Compression | None, model: Decoder, batch: Batch
+) -> Any:
     """What the model attends by."""
+    if config.duo is not None:
+        return duo.mixed(config.duo, duo.gates_of(model))
     if config.dms is not None:
         return relaxed(config.dms, batch.prompt_lengths, batch.step, config.seed)
     if config.surrogate is not None:
@@ -98,10 +108,20 @@ def predictions(
     remat: bool = False,
 ) -> Float[Array, "B T-1 V"]:
     """Logits of every token but the first."""
+    return model.logits(hidden_states(model, batch, attention, remat=remat))[:, :-1]
+
+
+def hidden_states(
+    model: Decoder,
+    batch: Batch,
+    attention: Attention = causal_attention,
+    *,
+    remat: bool = False,
+) -> Float[Array, "B T E"]:
+    """Of every token, after the final norm."""
     rows, width = batch.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
-    hidden = model(batch.tokens, positions, attention, remat=remat)
-    return model.logits(hidden)[:, :-1]
+    return model(batch.tokens, positions, attention, remat=remat)
 
 
 def next_token(

@@ -10,13 +10,15 @@ from kvjax.models.bundled import model_directory
 from kvjax.models.decoder import Decoder
 from kvjax.models.evictor import with_evictor
 from kvjax.models.io import load, save
+from kvjax.train import duo, lora
 from kvjax.train.cached import CachedEvaluation
 from kvjax.train.config import TrainConfig
 from kvjax.train.data import Mixture
+from kvjax.train.duo import GatedDecoder, exported
 from kvjax.train.evaluate import held_out_batches
 from kvjax.train.logs import check_writers
 from kvjax.train.loop import Progress, TrainState, Weights, train
-from kvjax.train.lora import PATTERNS, merged, with_lora
+from kvjax.train.lora import merged, with_lora
 from kvjax.train.params import Params, params_of, split, with_params
 from kvjax.train.recipe import claim
 from kvjax.train.words import words_of
@@ -35,7 +37,7 @@ def extended(model: Decoder, config: TrainConfig) -> Decoder:
         model = with_evictor(model, config.evictor, seed=config.seed)
     if config.lora is not None:
         model = with_lora(model, config.lora, seed=config.seed)
-    return model
+    return model if config.duo is None else GatedDecoder(model)
 
 
 def weights_of(config: TrainConfig) -> tuple[Weights, Params]:
@@ -45,7 +47,11 @@ def weights_of(config: TrainConfig) -> tuple[Weights, Params]:
     """
     base = initial(config)
     model = extended(base, config)
-    patterns = (*(PATTERNS if config.lora else ()), *config.trainable)
+    patterns = (
+        *(lora.PATTERNS if config.lora else ()),
+        *(duo.PATTERNS if config.duo else ()),
+        *config.trainable,
+    )
     params, fixed = split(params_of(model), patterns)
     fixed = {name: x.astype(config.compute) for name, x in fixed.items()}
     teacher = base if config.objective.distill else None
@@ -114,9 +120,8 @@ def run(
         progress=progress,
     )
     stored = {**weights.fixed, **state.params}
-    model = with_params(
-        weights.model, {name: x.astype("bfloat16") for name, x in stored.items()}
-    )
+    model = exported(with_params(weights.model, stored))
+    model = with_params(model, params_of(model, "bfloat16"))
     save(merged(model), directory / "model")
     words.save(directory / "model", model.config.max_positions)
     return state
