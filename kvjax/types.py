@@ -67,6 +67,8 @@ class LayerSpec:
         window: sliding window in tokens (a query at `p` sees `p - window < j <= p`),
             or None for full causal attention.
         softcap: `cap * tanh(logit / cap)` on attention logits, or None.
+        head_ranks: place of each KV head among all those of the model by its need of
+            the whole context, 0 first; empty where the model does not say.
     """
 
     index: int
@@ -78,6 +80,7 @@ class LayerSpec:
     rope: Rope
     window: int | None = None
     softcap: float | None = None
+    head_ranks: tuple[int, ...] = ()
 
     @property
     def groups(self) -> int:

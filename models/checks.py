@@ -184,6 +184,12 @@ def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> No
         )
     if c.evict is None:
         return
+    if c.evict.budget.needs_gates and not config.head_gates:
+        raise ValueError(
+            f"{type(c.evict.budget).__name__} gives slots to the heads that need the "
+            "whole context, and this model does not know them: it has no gates. Train "
+            "them (`kvjax finetune --config duo`), or use another compression."
+        )
     values = _concrete(lengths)
     if values is None:
         return
@@ -202,7 +208,7 @@ def _protected(c: Compression, spec, lengths: np.ndarray) -> None:
         table = budget.table(int(lengths.max()), spec, slot_bytes=4.0)
         if budget.bytes is not None:
             continue  # depends on the stored width; checked by its own table
-        slots = table[lengths]
+        slots = budget.fewest(table)[lengths]
         wanted = np.minimum(needed, lengths)
         if isinstance(c.schedule, EveryTokens) and budget.slots is not None:
             slots = np.full_like(slots, budget.slots)

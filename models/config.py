@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+from typing import Any
+
+import numpy as np
 
 from kvjax.rope import Rope
 from kvjax.types import LayerSpec, nearest
@@ -10,6 +13,9 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 EVICTORS = ("neuron", "mlp")
+
+HeadGates = tuple[tuple[float, ...], ...]
+"""A number per layer and KV head, `[L][K]`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,8 @@ class DecoderConfig:
         bos_token, pad_token, eos_tokens: special tokens, where the checkpoint has them.
         evictor: the model's own say on eviction, or None.
         projection: the model's own bases of keys and values, or None.
+        head_gates: `[L][K]` in [0, 1], how much each KV head needs the whole context
+            (`LayerSpec.head_ranks` is their order); empty: unknown.
     """
 
     family: str = "llama"
@@ -137,6 +145,7 @@ class DecoderConfig:
     eos_tokens: tuple[int, ...] = ()
     evictor: Evictor | None = None
     projection: Projection | None = None
+    head_gates: HeadGates = ()
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers"):
@@ -166,6 +175,19 @@ class DecoderConfig:
                     f"RoPE is for head_dim={rope.head_dim}, the model has "
                     f"head_dim={self.head_dim}."
                 )
+        if self.head_gates:
+            self._check_gates()
+
+    def _check_gates(self) -> None:
+        shape = [len(row) for row in self.head_gates]
+        if shape != [self.num_kv_heads] * self.num_layers:
+            raise ValueError(
+                f"`head_gates` needs {self.num_layers} rows (layers) of "
+                f"{self.num_kv_heads} numbers (KV heads); got rows of {shape}."
+            )
+        wrong = [x for row in self.head_gates for x in row if not 0.0 <= x <= 1.0]
+        if wrong:
+            raise ValueError(f"`head_gates` must be in [0, 1]; got {wrong[0]}.")
 
     def _positive(self, name: str) -> None:
         value = getattr(self, name)
@@ -178,6 +200,7 @@ class DecoderConfig:
         windows = self.windows or (None,) * self.num_layers
         scale = self.attention_scale
         local = self.local_rope or self.rope
+        ranks = _ranks(self.head_gates) or ((),) * self.num_layers
         return tuple(
             LayerSpec(
                 index=index,
@@ -189,6 +212,29 @@ class DecoderConfig:
                 rope=self.rope if window is None else local,
                 window=window,
                 softcap=self.attention_softcap,
+                head_ranks=ranks[index],
             )
             for index, window in enumerate(windows)
         )
+
+
+def read_gates(rows: Any) -> HeadGates:
+    """Gates as they stand in a file.
+
+    Raises:
+        ValueError: not a list of numbers per layer.
+    """
+    try:
+        return tuple(tuple(float(gate) for gate in row) for row in rows)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`head_gates` must be a list of numbers per layer; got {rows!r}."
+        ) from None
+
+
+def _ranks(gates: HeadGates) -> tuple[tuple[int, ...], ...]:
+    """Place of every gate among all, the largest first; ties go to the lower head."""
+    flat = np.array([gate for row in gates for gate in row])
+    ranks = np.argsort(np.argsort(-flat, kind="stable"), kind="stable").tolist()
+    sizes = np.cumsum([0, *map(len, gates)])
+    return tuple(tuple(ranks[a:b]) for a, b in zip(sizes[:-1], sizes[1:], strict=True))

@@ -11,7 +11,7 @@ from flax import nnx
 import kvjax
 from kvjax.compress.config import Compression
 from kvjax.models import Decoder, DecoderConfig
-from kvjax.models.config import Evictor, Projection
+from kvjax.models.config import Evictor, Projection, read_gates
 from kvjax.models.evictor import with_evictor
 from kvjax.models.projection import with_projection
 from kvjax.rope import Rope
@@ -68,12 +68,19 @@ BUDGETED = tuple(
 )
 
 
+def gates(layers: int, kv_heads: int) -> tuple[tuple[float, ...], ...]:
+    """Gates of which every second one is high, no two of them alike."""
+    wide = np.arange(layers * kv_heads).reshape(layers, kv_heads) / 100
+    high = np.indices((layers, kv_heads)).sum(axis=0) % 2
+    return read_gates(0.6 * high + wide)
+
+
 @functools.lru_cache
 def small_model(dtype: str = "float32", std: float = 0.08, layers: int = 2) -> Decoder:
     """Random weights, grouped queries, and logits that compression really changes.
 
-    It has an evictor and a projection, which compressions that do not ask for them
-    ignore.
+    It has an evictor, a projection and gates, which compressions that do not ask for
+    them ignore.
     """
     config = DecoderConfig(
         vocab_size=VOCAB,
@@ -86,6 +93,7 @@ def small_model(dtype: str = "float32", std: float = 0.08, layers: int = 2) -> D
         rope=Rope(head_dim=HEAD_DIM),
         max_positions=1024,
         init_std=std,
+        head_gates=gates(layers, 2),
     )
     model = Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     model = with_evictor(model, Evictor(kind="mlp", hidden=16))

@@ -16,6 +16,7 @@ from kvjax.models.generation import generate_from
 from kvjax.models.inference import extend, prefill
 from kvjax.train.config import Choice, TrainConfig
 from kvjax.train.data import characters
+from kvjax.train.duo import exported
 from kvjax.train.sampling import samples
 from kvjax.train.words import CHARACTERS, Words
 
@@ -89,6 +90,7 @@ class CachedEvaluation:
             return {}
         stage = self.config.stages[self.config.stage_of(step)]
         asked = self.questions[max(stage.lengths)]
+        model = exported(model)
         return {
             name: score(model, asked, c, self.words)
             for name, c in self.compressions.items()

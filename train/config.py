@@ -14,7 +14,12 @@ from kvjax.models.config import DecoderConfig, Evictor, Projection
 from kvjax.train.data_config import DataConfig as DataConfig
 from kvjax.train.data_config import Source as Source
 from kvjax.train.data_config import Stage as Stage
-from kvjax.train.learned_config import DMSConfig, LoRAConfig, SurrogateConfig
+from kvjax.train.learned_config import (
+    DMSConfig,
+    DuoConfig,
+    LoRAConfig,
+    SurrogateConfig,
+)
 from kvjax.train.objective_config import ObjectiveConfig as ObjectiveConfig
 from kvjax.train.output_config import KeepConfig, LogConfig
 from kvjax.types import nearest
@@ -113,7 +118,8 @@ class TrainConfig:
         objective: what is minimised.
         evictor: what the model gets to say which tokens it can do without.
         dms: how it is trained to use it, instead of `sampling`; or
-        surrogate: how its head is.
+        surrogate: how its head is; or
+        duo: how gates of its heads are, and nothing else of it.
         projection: bases of keys and values that the model gets, principal components
             of the first batch; they are trained, and what `trainable` names.
         trainable: names of the weights that are trained, as shell patterns
@@ -141,6 +147,7 @@ class TrainConfig:
     dms: DMSConfig | None = None
     surrogate: SurrogateConfig | None = None
     projection: Projection | None = None
+    duo: DuoConfig | None = None
     trainable: tuple[str, ...] = ()
     lora: LoRAConfig | None = None
     remat: bool = False
@@ -164,6 +171,7 @@ class TrainConfig:
         ways = {
             "dms": self.dms,
             "surrogate": self.surrogate,
+            "duo": self.duo,
             "sampling.choices": self.sampling.choices,
         }
         given = [name for name, value in ways.items() if value]
@@ -181,6 +189,18 @@ class TrainConfig:
                 "`projection` is trained by cutting keys and values short; got no "
                 "`sampling.choices`. Add `{compression: matryoshka, keeps: [...]}`."
             )
+        others = {
+            "trainable": self.trainable,
+            "lora": self.lora,
+            "evictor": self.evictor,
+            "projection": self.projection,
+        }
+        if self.duo and any(others.values()):
+            names = " and ".join(f"`{name}`" for name in others if others[name])
+            raise ValueError(
+                f"`duo` trains gates on a model that stays as it is; got {names} too. "
+                "Leave it out, or train in two runs."
+            )
         if min(self.log_every, self.eval_every, self.save_every) < 1:
             raise ValueError(
                 "`log_every`, `eval_every` and `save_every` must be at least 1; got "
@@ -190,6 +210,11 @@ class TrainConfig:
             raise ValueError(
                 f"`compute` must be one of {list(COMPUTE)}; got {self.compute!r}."
             )
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Between which values the weights that are trained stay; None: anywhere."""
+        return (0.0, 1.0) if self.duo else None
 
     @property
     def steps(self) -> int:

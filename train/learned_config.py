@@ -45,6 +45,31 @@ class SurrogateConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DuoConfig:
+    """Training gates that tell retrieval heads from streaming heads.
+
+    Attributes:
+        sink: first tokens that a streaming head sees.
+        recent: newest tokens that it sees, the query's own among them.
+        weight: of the mean gate in the loss.
+
+    Source: DuoAttention (2410.10819) section 2.2: weight 0.05; 128 sinks and 256 recent
+    tokens, for contexts of 1,000 to 32,000.
+    """
+
+    sink: int = 4
+    recent: int = 32
+    weight: float = 0.05
+
+    def __post_init__(self):
+        if self.sink < 0 or self.recent < 1 or self.weight < 0.0:
+            raise ValueError(
+                "`sink` and `weight` must not be negative and `recent` at least 1; got "
+                f"{self.sink}, {self.weight} and {self.recent}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """Low-rank updates beside frozen matrices.
 

@@ -155,7 +155,7 @@ def train(
         KeyboardInterrupt: at the end of the step in which SIGINT or SIGTERM came, whose
             state is saved.
     """
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.bounds)
     fresh = init_state(params, optimizer)
     state = restore(directory / "checkpoints", fresh, config.resume)
     first = int(state.step)

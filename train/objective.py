@@ -12,6 +12,7 @@ from kvjax.attention import causal_attention
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Attention, Decoder
 from kvjax.models.simulate import simulated
+from kvjax.train import duo
 from kvjax.train.config import ObjectiveConfig, TrainConfig
 from kvjax.train.distillation import PLACES, Watched, distances, watched
 from kvjax.train.dms import relaxed
@@ -49,8 +50,8 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
     """The loss of a recipe under one compression.
 
     Args:
-        config: its `objective`, `dms`, `surrogate` and `remat` count. The teacher,
-            which attends to a full cache, comes with the call.
+        config: its `objective`, `dms`, `surrogate`, `duo` and `remat` count. The
+            teacher, which attends to a full cache, comes with the call.
         c: simulated at each row's compression point; None for plain attention.
     """
     weights = config.objective
@@ -58,7 +59,7 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
     def objective(
         model: Decoder, batch: Batch, teacher: Decoder | None = None
     ) -> tuple[Array, Metrics]:
-        attention = _attention(config, c, batch)
+        attention = _attention(config, c, model, batch)
         ours = watched(model, batch.tokens, attention, weights, remat=config.remat)
         logits = model.logits(ours.last)[:, :-1]
         loss, metrics = next_token(logits, batch)
@@ -76,6 +77,11 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
             terms["shortfall"] = config.dms.weight, attention.state
         if config.surrogate is not None:
             terms["surrogate"] = config.surrogate.weight, attention.state
+        if config.duo is not None:  # its teacher is the model itself
+            full = watched(model, batch.tokens, causal_attention, weights)
+            full = jax.lax.stop_gradient(full.last)
+            gates = duo.gates_of(model)
+            terms |= duo.terms(config.duo, gates, ours.last, full, batch.answers)
         for name, (weight, value) in terms.items():
             loss = loss + weight * value
             metrics[name] = jax.lax.stop_gradient(value)
@@ -93,8 +99,12 @@ def _followed(
     return {name: (getattr(weights, name), value) for name, value in found.items()}
 
 
-def _attention(config: TrainConfig, c: Compression | None, batch: Batch) -> Any:
+def _attention(
+    config: TrainConfig, c: Compression | None, model: Decoder, batch: Batch
+) -> Any:
     """What the model attends by."""
+    if config.duo is not None:
+        return duo.mixed(config.duo, duo.gates_of(model))
     if config.dms is not None:
         return relaxed(config.dms, batch.prompt_lengths, batch.step, config.seed)
     if config.surrogate is not None:

@@ -24,10 +24,13 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules(parts, ends)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, bounds: tuple[float, float] | None = None
+) -> optax.GradientTransformation:
     """The optimizer `config` names, with clipping and its schedule.
 
     `steps` are those of the run; with accumulation the schedule sees fewer updates.
+    `bounds` are the least and the largest value that a weight may get.
     """
     by_step = schedule(config, steps)
 
@@ -53,10 +56,21 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             f"{nearest(config.name, OPTIMIZERS)}"
         )
     made = optax.chain(optax.clip_by_global_norm(config.clip), inner)
+    if bounds is not None:
+        made = optax.chain(made, _within(*bounds))
     if config.accumulate == 1:
         return made
     many = optax.MultiSteps(made, every_k_schedule=config.accumulate)
     return many.gradient_transformation()
+
+
+def _within(low: float, high: float) -> optax.GradientTransformation:
+    """Updates cut to what leaves every weight between `low` and `high`."""
+
+    def cut(update: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.clip(weight + update, low, high) - weight
+
+    return optax.stateless(lambda updates, params: jax.tree.map(cut, updates, params))
 
 
 def _matrices(params):

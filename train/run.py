@@ -13,13 +13,15 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.evictor import with_evictor
 from kvjax.models.io import load, save
 from kvjax.models.projection import with_projection
+from kvjax.train import duo, lora
 from kvjax.train.cached import CachedEvaluation
 from kvjax.train.config import TrainConfig
 from kvjax.train.data import Mixture
+from kvjax.train.duo import GatedDecoder, exported
 from kvjax.train.evaluate import held_out_batches
 from kvjax.train.logs import check_writers
 from kvjax.train.loop import Progress, TrainState, Weights, train
-from kvjax.train.lora import PATTERNS, merged, with_lora
+from kvjax.train.lora import merged, with_lora
 from kvjax.train.objective import Batch
 from kvjax.train.params import Params, params_of, split, with_params
 from kvjax.train.recipe import claim
@@ -45,7 +47,7 @@ def extended(
         model = with_projection(model, config.projection, tokens, lengths)
     if config.lora is not None:
         model = with_lora(model, config.lora, seed=config.seed)
-    return model
+    return model if config.duo is None else GatedDecoder(model)
 
 
 def _lengths(sample: Batch) -> Array:
@@ -57,8 +59,12 @@ def _lengths(sample: Batch) -> Array:
 def _trained(config: TrainConfig) -> tuple[str, ...]:
     """Patterns of what is trained; none: all."""
     sides = config.projection.sides if config.projection else ()
-    added = (*(PATTERNS if config.lora else ()), *(f"*.{s}_basis" for s in sides))
-    return (*added, *config.trainable)
+    return (
+        *(lora.PATTERNS if config.lora else ()),
+        *(duo.PATTERNS if config.duo else ()),
+        *(f"*.{side}_basis" for side in sides),
+        *config.trainable,
+    )
 
 
 def weights_of(
@@ -139,9 +145,8 @@ def run(
         progress=progress,
     )
     stored = {**weights.fixed, **state.params}
-    model = with_params(
-        weights.model, {name: x.astype("bfloat16") for name, x in stored.items()}
-    )
+    model = exported(with_params(weights.model, stored))
+    model = with_params(model, params_of(model, "bfloat16"))
     save(merged(model), directory / "model")
     words.save(directory / "model", model.config.max_positions)
     return state

@@ -5,10 +5,16 @@ from types import MappingProxyType
 
 from kvjax.budgets._ada import AdaKV as AdaKV
 from kvjax.budgets._pyramid import Pyramid as Pyramid
+from kvjax.budgets._retrieval import RetrievalHeads as RetrievalHeads
 from kvjax.budgets.base import AbstractBudget as AbstractBudget
 from kvjax.budgets.base import Uniform as Uniform
 from kvjax.budgets.base import slots_to_keep as slots_to_keep
 
 BUDGETS: Mapping[str, type[AbstractBudget]] = MappingProxyType(
-    {"uniform": Uniform, "pyramid": Pyramid, "ada": AdaKV}
+    {
+        "uniform": Uniform,
+        "pyramid": Pyramid,
+        "ada": AdaKV,
+        "retrieval_heads": RetrievalHeads,
+    }
 )

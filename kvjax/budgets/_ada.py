@@ -3,6 +3,8 @@
 import dataclasses
 from typing import ClassVar, final
 
+import numpy as np
+
 from kvjax.budgets.base import AbstractBudget
 
 
@@ -33,3 +35,9 @@ class AdaKV(AbstractBudget):
     def layer_counts(self, mean, lengths, spec):
         del lengths, spec
         return mean
+
+    def shares(self, slots, lengths, spec):
+        del lengths
+        safe = np.floor(slots * self.safeguard + 1e-9)  # 0.29 * 100 is 28.9999...
+        safe = np.maximum(safe.astype(np.int32), 1)
+        return np.tile(safe[:, None], spec.num_kv_heads), slots * spec.num_kv_heads

@@ -39,7 +39,10 @@ class AbstractBudget(abc.ABC):
     bytes: int | None = None
 
     per_head: ClassVar[bool] = False
-    """Whether heads of a layer share the layer's slots by their scores."""
+    """Whether heads of a layer may get different numbers of slots (see `shares`)."""
+
+    needs_gates: ClassVar[bool] = False
+    """Whether the model must know its heads (`LayerSpec.head_ranks`)."""
 
     def __post_init__(self):
         given = {
@@ -72,6 +75,26 @@ class AbstractBudget(abc.ABC):
             lengths: row lengths, every integer from 0 up.
             spec: the layer.
         """
+
+    def shares(
+        self, slots: np.ndarray, lengths: np.ndarray, spec: LayerSpec
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How the heads of a layer share its slots; for budgets that are `per_head`.
+
+        Args:
+            slots: slots per head of this layer, on average, `[N]`.
+            lengths: row lengths, every integer from 0 up, `[N]`.
+            spec: the layer.
+
+        Returns:
+            Slots that each head surely gets, `[N, K]`, and those of the whole layer,
+            `[N]`: what is left goes to the highest scores of all heads together.
+        """
+        raise AssertionError(f"{type(self).__name__} gives all heads the same")
+
+    def fewest(self, table: Int[np.ndarray, "N+1"]) -> Int[np.ndarray, "N+1"]:
+        """Slots that must do for what a score protects in every head of a `table`."""
+        return table
 
     def table(
         self, longest: int, spec: LayerSpec, slot_bytes: float

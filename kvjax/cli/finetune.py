@@ -37,8 +37,8 @@ class Finetune(Command):
     )
 
     config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")]
-    """A bundled recipe (tolerant, eviction, kv2bit, dms, surrogate, text, kvjax_tiny)
-    or a YAML file."""
+    """A bundled recipe (tolerant, eviction, kv2bit, dms, surrogate, duo, text,
+    kvjax_tiny) or a YAML file."""
     set: Assignments = ()
     """A field of the recipe, as in --set seed=1; repeatable."""
     out: Folder = None

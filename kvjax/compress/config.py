@@ -37,6 +37,12 @@ class Eviction:
     values: AbstractBudget | None = None
 
     def __post_init__(self):
+        if self.budget.needs_gates and not isinstance(self.unit, Token):
+            raise ValueError(
+                f"{type(self.budget).__name__} keeps all tokens in some heads, which "
+                f"whole chunks of one size for all do not; got "
+                f"evict.unit={type(self.unit).__name__}. Use single tokens."
+            )
         if self.values is None:
             return
         if self.budget.per_head or self.values.per_head:

@@ -51,7 +51,7 @@ def build(
     if priorities is None or not shared:
         priorities = builder.priorities(evict, counts)
     if evict.budget.per_head:
-        return builder.ragged(evict, priorities, held, slots), priorities
+        return builder.ragged(evict, priorities), priorities
     if c.evict is not None and isinstance(c.schedule, EveryTokens):
         return builder.bounded(evict, priorities, counts, slots), priorities
     if evict.values is not None:
@@ -84,10 +84,15 @@ class _Builder:
         Whole chunks may hold a few more tokens than the budget, or fewer. Last: the
         slots of the longest row.
         """
-        table = evict.budget.table(self.tokens, self.spec, self.slot_bytes())
-        slots = evict.unit.slots(table, np.arange(self.tokens + 1)).astype(np.int32)
+        table, slots = self.tables(evict)
         counts, held = (jnp.take(jnp.asarray(x), self.lengths) for x in (table, slots))
         return counts, held, int(slots.max())
+
+    def tables(self, evict: Eviction) -> tuple[np.ndarray, np.ndarray]:
+        """Both of `counts`, for rows of `0 .. T` tokens."""
+        table = evict.budget.table(self.tokens, self.spec, self.slot_bytes())
+        slots = evict.unit.slots(table, np.arange(self.tokens + 1))
+        return table, slots.astype(np.int32)
 
     def priorities(self, evict: Eviction, counts: Int[Array, "B"]) -> Scores:
         """Priorities of all prompt tokens; padding and dead tokens are `-inf`."""
@@ -204,13 +209,18 @@ class _Builder:
             most=int(pages.max()),
         )
 
-    def ragged(self, evict, priorities, counts, slots) -> LayerCache:
+    def ragged(self, evict: Eviction, priorities: Scores) -> LayerCache:
         """One flat buffer whose heads share the layer's slots."""
         store = self.c.store
+        _, slots = self.tables(evict)
+        each, all_heads = evict.budget.shares(
+            slots, np.arange(self.tokens + 1), self.spec
+        )
+        sure = jnp.take(jnp.asarray(each), self.lengths, axis=0)
+        counts = jnp.take(jnp.asarray(all_heads), self.lengths)
         multiple = math.lcm(store.keys.append_multiple, store.values.append_multiple)
-        each = math.lcm(multiple, self.kv_heads) // self.kv_heads
-        slots = -(-slots // each) * each
-        flat = choose_flat(priorities, counts, slots, evict.budget.safeguard)
+        capacity = -(-int(all_heads.max()) // multiple) * multiple
+        flat = choose_flat(priorities, sure, counts, capacity)
         positions = jnp.where(flat.live, flat.index, EMPTY)
         part = Ragged(
             keys=self.keys(take_flat(self.k, flat), flat.live, positions),

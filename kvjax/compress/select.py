@@ -62,20 +62,21 @@ def choose(priorities: Scores, counts: Int[Array, "B"], capacity: int) -> Choice
 
 
 def choose_flat(
-    priorities: Scores, counts: Int[Array, "B"], capacity: int, safeguard: float
+    priorities: Scores,
+    sure: Int[Array, "B K"],
+    counts: Int[Array, "B"],
+    capacity: int,
 ) -> FlatChoice:
-    """The best `K * counts[b]` tokens of a layer, heads sharing `K * capacity` slots.
+    """The best `counts[b]` tokens of a layer, in `capacity` slots for all heads.
 
-    Each head first gets its own best `safeguard * counts[b]`.
+    Each head first gets its own best `sure[b, k]`.
     """
     b, kv_heads, s = priorities.shape
     order = jnp.argsort(-priorities, axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1)
-    # 1e-4: 0.2 * 35 is 6.9999 in float32.
-    safe = jnp.floor(counts.astype(jnp.float32) * safeguard + 1e-4)
-    safe = jnp.maximum(safe.astype(jnp.int32), 1)[:, None, None]
-    guarded = jnp.where((rank < safe) & (priorities > NEG_INF), jnp.inf, priorities)
-    index, live = top(guarded.reshape(b, -1), counts * kv_heads, capacity * kv_heads)
+    safe = (rank < sure[..., None]) & (priorities > NEG_INF)
+    guarded = jnp.where(safe, jnp.inf, priorities)
+    index, live = top(guarded.reshape(b, -1), counts, capacity)
     head = index // s
     owner = jnp.where(live, head, kv_heads)
     edges = jnp.arange(kv_heads + 1)

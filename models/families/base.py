@@ -7,11 +7,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from kvjax.config import decode
-from kvjax.models.config import DecoderConfig, Evictor, Projection
+from kvjax.models.config import DecoderConfig, Evictor, Projection, read_gates
 from kvjax.models.families.rotary import read_rope, rope_settings, write_rope
 from kvjax.types import nearest
 
-EVICTOR = "kvjax_evictor"
+EVICTOR, HEAD_GATES = "kvjax_evictor", "kvjax_head_gates"
 PROJECTION = "kvjax_projection"
 """Our own keys of `config.json`; other libraries read over them."""
 
@@ -134,6 +134,8 @@ class AbstractFamily(abc.ABC):
             fields["evictor"] = decode(config[EVICTOR], Evictor)
         if config.get(PROJECTION) is not None:
             fields["projection"] = decode(config[PROJECTION], Projection)
+        if config.get(HEAD_GATES) is not None:
+            fields["head_gates"] = read_gates(config[HEAD_GATES])
         fields |= self.read_ropes(config, head_dim)
         return DecoderConfig(**(fields | self.extras(config)))
 
@@ -179,6 +181,8 @@ class AbstractFamily(abc.ABC):
             out[EVICTOR] = dataclasses.asdict(config.evictor)
         if config.projection is not None:
             out[PROJECTION] = dataclasses.asdict(config.projection)
+        if config.head_gates:
+            out[HEAD_GATES] = [list(row) for row in config.head_gates]
         return out | self.write_extras(config)
 
     def weights(self, config: DecoderConfig) -> dict[str, Weight]:

@@ -37,6 +37,10 @@ PROMPT, LATER, _ = batch()
         ("none", {"schedule": {"type": "every_tokens"}}, "`evict` is not set"),
         ("adakv_snapkv", {"store.residual": 32}, "head-wise budgets"),
         ("decoupled", {"evict.values.keep": 0.75}, "must not be above"),
+        ("duo", {"evict.budget.slots": 64}, "share of heads that keep everything"),
+        ("duo", {"evict.budget.others": 0}, "`others` must be an integer >= 1"),
+        ("duo", {"evict.unit": "chunk"}, "Use single tokens"),
+        ("duo", {"schedule": "every_tokens"}, "head-wise budgets"),
         ("quest", {"read.page": 16, "read.keep": 1.5}, "must be in \\(0, 1\\]"),
     ],
 )

@@ -13,7 +13,7 @@ from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.config import Evictor, Projection
 from kvjax.models.families import FAMILIES
 from kvjax.rope import Rope
-from tests.small import LATER, LENGTHS, PRESETS, ROWS, VOCAB, batch, preset
+from tests.small import LATER, LENGTHS, PRESETS, ROWS, VOCAB, batch, gates, preset
 
 SHAPE = {
     "vocab_size": VOCAB,
@@ -26,6 +26,7 @@ SHAPE = {
     "rope": Rope(head_dim=32),
     "max_positions": 512,
     "init_std": 0.08,
+    "head_gates": gates(2, 2),
 }
 
 DIFFERENCES = {

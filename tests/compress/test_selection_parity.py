@@ -207,7 +207,10 @@ def test_head_wise_choice(alpha, protect):
     # Heads on different levels: without a safe part one would take all.
     scores[:, 1] += 2.0
     scores[:, 2] -= 2.0
-    flat = choose_flat(jnp.asarray(scores), jnp.asarray(counts, jnp.int32), 40, alpha)
+    spec = layer_spec(2 * KV_HEADS, KV_HEADS, 16)
+    shares = AdaKV(keep=0.5, safeguard=alpha).shares(counts, LENGTHS, spec)
+    sure, total = (jnp.asarray(x, jnp.int32) for x in shares)
+    flat = choose_flat(jnp.asarray(scores), sure, total, 40 * KV_HEADS)
     offsets = np.asarray(flat.offsets)
     for row, n in enumerate(counts):
         live = scores[row, :, : LENGTHS[row]].astype(float)

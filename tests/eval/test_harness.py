@@ -20,6 +20,7 @@ from kvjax.eval.results import ITEMS, ROWS, load_rows, read_header
 from kvjax.eval.timing import timed, union
 from kvjax.models.config import Evictor, Projection
 from kvjax.models.evictor import with_evictor
+from kvjax.models.gates import with_gates
 from kvjax.models.projection import with_projection
 from tests.eval import tiny
 
@@ -299,6 +300,7 @@ def test_the_bundled_model(repo, tmp_path):
 def test_every_preset_runs(model, tokenizer, tmp_path):
     model = with_evictor(model, Evictor(kind="neuron"))  # which some presets ask for
     model = with_projection(model, Projection())
+    model = with_gates(model, np.linspace(0, 1, 16).reshape(4, 4))  # and these
     config = tiny.config(
         compressions=list(kvjax.compressions()),
         keeps=[0.5],

@@ -13,6 +13,7 @@ from .reading import (
     page_mask,
     quest_bounds,
     quest_pages,
+    streaming_mask,
     vertical_slash_mask,
 )
 from .scorers import (
@@ -32,6 +33,7 @@ from .selection import (
     adakv_kept,
     chunkkv_kept,
     chunkkv_paper_kept,
+    duo_kept,
     pyramidkv_layer_budgets,
 )
 
@@ -44,6 +46,7 @@ __all__ = [
     "attention",
     "chunkkv_kept",
     "chunkkv_paper_kept",
+    "duo_kept",
     "h2o_decode",
     "int8_per_token",
     "kept",
@@ -68,5 +71,6 @@ __all__ = [
     "score_snapkv",
     "score_streaming_llm",
     "score_tova",
+    "streaming_mask",
     "vertical_slash_mask",
 ]

@@ -22,6 +22,19 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, allowed) -> np.ndarray:
     return out
 
 
+def streaming_mask(length: int, *, sink: int, recent: int) -> np.ndarray:
+    """What each token of a prompt sees in a streaming head, `[T, S]`.
+
+    Source: METHODS B, DuoAttention (2410.10819) section 2.2: the first `sink` tokens
+    and the last `recent`, itself among them.
+    """
+    mask = np.zeros((length, length), bool)
+    for at in range(length):
+        mask[at, : min(sink, at + 1)] = True
+        mask[at, max(0, at - recent + 1) : at + 1] = True
+    return mask
+
+
 def attend_kept(
     q: np.ndarray,
     k: np.ndarray,

@@ -40,6 +40,21 @@ def adakv_kept(scores: np.ndarray, n: int, *, alpha: float = 0.2) -> list[np.nda
     return [np.flatnonzero(row) for row in chosen.reshape(kv_heads, length)]
 
 
+def duo_kept(
+    gates: np.ndarray, length: int, *, sparsity: float, sink: int, recent: int
+) -> list[list[np.ndarray]]:
+    """Sorted kept positions by layer and KV head.
+
+    Source: METHODS B, DuoAttention (2410.10819): of the gates `[L, K]` the share
+    `sparsity` with the lowest are streaming heads, which keep the first `sink` and
+    the last `recent` tokens; the others keep all. Gates are taken to be distinct.
+    """
+    edge = np.quantile(gates, sparsity)
+    everything = np.arange(length)
+    ends = everything[(everything < sink) | (everything >= length - recent)]
+    return [[everything if x >= edge else ends for x in row] for row in gates]
+
+
 def chunks(length: int, size: int) -> list[np.ndarray]:
     """Positions of each contiguous chunk; the last may be shorter."""
     return [

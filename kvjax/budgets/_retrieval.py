@@ -1,0 +1,64 @@
+"""DuoAttention: some heads keep the whole context, the others a fixed piece of it."""
+
+import dataclasses
+from typing import ClassVar, final
+
+import numpy as np
+
+from kvjax.budgets.base import AbstractBudget, slots_to_keep
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RetrievalHeads(AbstractBudget):
+    """The heads that need the whole context keep it, the others `others` tokens.
+
+    `keep` is the share of the model's KV heads that keep everything, rounded up to
+    whole heads: those whose gates are the highest of all layers. With long contexts it
+    is also the kept fraction of the tokens. Budgets in slots or bytes have no meaning.
+
+    Attributes:
+        others: slots of every other head.
+
+    Source: DuoAttention (2410.10819) sections 2.2 and 2.3: retrieval heads by a
+    quantile of trained gates (half of them with grouped queries), 64 sinks and 256
+    recent tokens elsewhere. Deviations: ties go to the lower layer and head, where the
+    authors' code breaks them at random.
+    """
+
+    others: int = 36
+    per_head: ClassVar[bool] = True
+    needs_gates: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep is None:
+            raise ValueError(
+                "retrieval_heads takes the share of heads that keep everything; got "
+                f"slots={self.slots}, bytes={self.bytes}. Set `keep`, and `others` for "
+                "the slots of the other heads."
+            )
+        if not isinstance(self.others, int) or self.others < 1:
+            raise ValueError(f"`others` must be an integer >= 1; got {self.others!r}.")
+
+    def layer_counts(self, mean, lengths, spec):
+        del mean
+        each = self._by_head(lengths, spec)
+        return -(-each.sum(axis=1) // spec.num_kv_heads)
+
+    def shares(self, slots, lengths, spec):
+        del slots
+        each = self._by_head(lengths, spec)
+        return each, each.sum(axis=1)
+
+    def fewest(self, table):
+        return np.minimum(table, self.others)
+
+    def _by_head(self, lengths: np.ndarray, spec):
+        """Slots of every head, `[N, K]`; a window leaves no more than its tokens."""
+        assert spec.head_ranks and self.keep is not None  # checked before any compute
+        heads = np.array(spec.num_layers * spec.num_kv_heads)
+        whole = np.array(spec.head_ranks) < slots_to_keep(heads, self.keep)
+        seen = lengths if spec.window is None else np.minimum(lengths, spec.window)
+        few = np.minimum(seen, self.others)
+        return np.where(whole, seen[:, None], few[:, None]).astype(np.int32)
