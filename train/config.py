@@ -15,6 +15,7 @@ from kvjax.train.data_config import DataConfig as DataConfig
 from kvjax.train.data_config import Source as Source
 from kvjax.train.data_config import Stage as Stage
 from kvjax.train.learned_config import DMSConfig, LoRAConfig, SurrogateConfig
+from kvjax.train.mesh_config import MeshConfig as MeshConfig
 from kvjax.train.output_config import KeepConfig, LogConfig
 from kvjax.types import nearest
 
@@ -131,6 +132,7 @@ class TrainConfig:
         lora: low-rank updates; they are trained, and what `trainable` names.
         remat: recompute layers in the backward pass: less memory, a third more work.
         compute: dtype of the passes; the weights that are trained stay in float32.
+        mesh: devices, and what they split; one unless it says more.
         optimizer: how.
         log_every, eval_every, save_every: in steps.
         eval_items: held-out items per source and width of the running evaluation.
@@ -154,6 +156,7 @@ class TrainConfig:
     lora: LoRAConfig | None = None
     remat: bool = False
     compute: str = "float32"
+    mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     log_every: int = 10
     eval_every: int = 100

@@ -17,7 +17,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kvjax.cli.base import UI, Assignments, Command, Folder, Output, compile_cache
+from kvjax.cli.base import (
+    UI,
+    Assignments,
+    Command,
+    Flag,
+    Folder,
+    Output,
+    compile_cache,
+)
 
 
 @final
@@ -43,15 +51,20 @@ class Finetune(Command):
     """A field of the recipe, as in --set seed=1; repeatable."""
     out: Folder = None
     """Directory of the run; default: runs/NAME-SEED."""
+    distributed: Flag = False
+    """One of several processes of a run, found by jax.distributed."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:
         """See `Command.run`."""
         from kvjax.train.config import load_config
+        from kvjax.train.processes import join
         from kvjax.train.run import run
 
         config = load_config(self.config, self.set)
         compile_cache()
+        if self.distributed:
+            join()
         name = f"{pathlib.Path(self.config).stem}-{config.seed}"
         out = self.out or pathlib.Path("runs") / name
         with quiet(not self.output.debug), bar(ui, config.steps) as progress:
