@@ -1,7 +1,14 @@
-"""The models that come with the package, by name."""
+"""The models that come with the package, by name, and shapes of others."""
 
 import importlib.resources
 import pathlib
+
+import yaml
+
+from kvjax.models.config import DecoderConfig
+from kvjax.models.families import read_config
+from kvjax.models.io import load_config
+from kvjax.types import nearest
 
 DEFAULT = "kvjax-tiny"
 
@@ -11,7 +18,7 @@ def bundled_models() -> tuple[str, ...]:
     return tuple(
         sorted(
             entry.name
-            for entry in _folder().iterdir()
+            for entry in _folder("model").iterdir()
             if (entry / "config.json").is_file()
         )
     )
@@ -21,8 +28,36 @@ def model_directory(name: str) -> str:
     """Path of a bundled model, or `name` as it is."""
     if name not in bundled_models() or pathlib.Path(name).is_dir():
         return name
-    return str(_folder() / name)
+    return str(_folder("model") / name)
 
 
-def _folder():
-    return importlib.resources.files("kvjax") / "configs" / "model"
+def shapes() -> tuple[str, ...]:
+    """Hub ids of the models whose shape is known without their weights."""
+    names = (entry.name for entry in _folder("shape").iterdir())
+    return tuple(sorted(n.removesuffix(".yaml").replace("--", "/") for n in names))
+
+
+def shape_of(name: str) -> DecoderConfig:
+    """The shape of a model, without weights and without the network.
+
+    Args:
+        name: a bundled model, a directory with a `config.json`, or an id of `shapes()`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    directory = pathlib.Path(model_directory(name)).expanduser()
+    if directory.is_dir():
+        return load_config(directory)
+    if name not in shapes():
+        raise ValueError(
+            f"the shape of {name!r} is not known here; expected a directory with a "
+            f"config.json or one of {[*bundled_models(), *shapes()]}."
+            f"{nearest(name, shapes())}"
+        )
+    file = _folder("shape") / f"{name.replace('/', '--')}.yaml"
+    return read_config(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def _folder(kind: str):
+    return importlib.resources.files("kvjax") / "configs" / kind

@@ -210,8 +210,10 @@ def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return int(np.prod(shape)) * dtype.itemsize
 
 
-def _host(array: jax.Array) -> np.ndarray:
+def _host(array: jax.Array | np.ndarray) -> np.ndarray:
     """A host view or copy that goes away with its last user."""
+    if isinstance(array, np.ndarray):
+        return array
     if not array.is_fully_addressable:
         raise ValueError(
             "`save` needs every shard of the parameters in this process; gather them "

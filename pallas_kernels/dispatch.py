@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
+from jax.sharding import AxisType
 
 from kvjax.pallas_kernels import tuning
 from kvjax.pallas_kernels.targets import TARGETS
@@ -73,7 +74,8 @@ class Op:
             args: arrays.
             backend: an explicit choice is followed or refused, never replaced;
                 `auto` takes the first of `PREFERENCE` that serves the call and logs
-                every refusal.
+                every refusal. A program that XLA's partitioner splits over devices
+                gets the XLA path, the only one that it can split.
             tiles: block sizes of a Pallas backend, those left out being the tuned ones
                 of the chip that the trace is for; or the name of a chip.
             interpret: run a Pallas backend in its interpreter, on any machine.
@@ -90,8 +92,8 @@ class Op:
             )
         if backend != "auto":
             return self._run(backend, args, kwargs, tiles, interpret)
-        here = platform()
-        for name in PREFERENCE.get(here, ("xla",)):
+        choices = ("xla",) if partitioned() else PREFERENCE.get(platform(), ("xla",))
+        for name in choices:
             if name == "xla":
                 break
             try:
@@ -118,6 +120,13 @@ def platform() -> str:
     """Platform that the current trace is for: the mesh's, or the default device's."""
     device = _mesh_device()
     return device.platform if device is not None else jax.default_backend()
+
+
+def partitioned() -> bool:
+    """Whether the current trace is left to the partitioner on several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind == AxisType.Auto for size, kind in kinds)
 
 
 def _mesh_device() -> Any:

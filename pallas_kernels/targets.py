@@ -1,10 +1,10 @@
-"""The chips that kernels are compiled for when none is attached, as data.
+"""The chips that programs are compiled for when none is attached, as data.
 
 Standard library only: `tools/kernels.py` reads this file without importing JAX.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -26,10 +26,13 @@ class Target:
         device_kind: what JAX calls the device.
         topology: arguments of `jax.experimental.topologies.get_topology_desc`.
         environment: to be set before JAX is imported.
+        slices: topologies by their number of chips; `topology` has the name of one.
+        hbm_bytes: of one device of the topology.
         hbm_bandwidth: bytes per second of one device of the topology.
         onchip: what a kernel's blocks live in.
         onchip_bytes: of it, for one TensorCore or one thread block.
-        source: of the two numbers.
+        source: of these numbers.
+        kernels: whether `make kernels` compiles for it.
     """
 
     name: str
@@ -38,13 +41,45 @@ class Target:
     device_kind: str
     topology: Mapping[str, Any]
     environment: Mapping[str, str]
+    slices: Mapping[int, str]
+    hbm_bytes: int
     hbm_bandwidth: int
     onchip: Literal["VMEM", "SMEM"]
     onchip_bytes: int
     source: str
+    kernels: bool = True
+
+    def of(self, chips: int) -> Mapping[str, Any]:
+        """`topology` for some chips.
+
+        Raises:
+            ValueError: the chip comes in no such slice.
+        """
+        if chips not in self.slices:
+            raise ValueError(
+                f"{self.name} is known in slices of {[*self.slices]} chips; got "
+                f"{chips}. Take one of them."
+            )
+        return {**self.topology, "topology_name": self.slices[chips]}
 
 
-def _tpu(name: str, kind: str, topology: str, slice_: str, **known: Any) -> Target:
+_FLAT = MappingProxyType(
+    {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}
+)
+_CUBE = MappingProxyType(
+    {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8"}
+)
+
+
+def _tpu(
+    name: str,
+    kind: str,
+    topology: str,
+    slice_: str,
+    shapes: Mapping[int, str],
+    **known: Any,
+) -> Target:
+    prefix = topology.partition(":")[0]
     return Target(
         name=name,
         family="tpu",
@@ -62,6 +97,7 @@ def _tpu(name: str, kind: str, topology: str, slice_: str, **known: Any) -> Targ
                 "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             }
         ),
+        slices=MappingProxyType({n: f"{prefix}:{s}" for n, s in shapes.items()}),
         onchip="VMEM",
         source="jax 0.11.2, `jax._src.tpu_info`; per TensorCore",
         **known,
@@ -91,6 +127,8 @@ _ALL = (
         "TPU v5 lite",
         "v5e:2x2",
         "v5litepod-4",
+        _FLAT,
+        hbm_bytes=16 << 30,
         hbm_bandwidth=820_000_000_000,
         onchip_bytes=128 << 20,
     ),
@@ -99,6 +137,8 @@ _ALL = (
         "TPU v6 lite",
         "v6e:2x2",
         "v6e-4",
+        _FLAT,
+        hbm_bytes=32 << 30,
         hbm_bandwidth=1_640_000_000_000,
         onchip_bytes=128 << 20,
     ),
@@ -107,8 +147,21 @@ _ALL = (
         "TPU7x",
         "tpu7x:2x2x1",
         "tpu7x-8",
+        _CUBE,
+        hbm_bytes=96 << 30,
         hbm_bandwidth=3_700_000_000_000,
         onchip_bytes=64 << 20,
+    ),
+    _tpu(
+        "v5p",
+        "TPU v5",
+        "v5p:2x2x1",
+        "v5p-8",
+        _CUBE,
+        hbm_bytes=95 << 30,
+        hbm_bandwidth=2_460_000_000_000,
+        onchip_bytes=64 << 20,
+        kernels=False,
     ),
     Target(
         name="h200",
@@ -124,6 +177,8 @@ _ALL = (
             }
         ),
         environment=MappingProxyType(_QUIET),
+        slices=MappingProxyType({1: "h200"}),
+        hbm_bytes=141_000_000_000,
         hbm_bandwidth=4_800_000_000_000,
         onchip="SMEM",
         onchip_bytes=232_448,
@@ -135,14 +190,15 @@ TARGETS: Mapping[str, Target] = MappingProxyType({one.name: one for one in _ALL}
 FAMILIES = ("tpu", "cuda")
 
 
-def chosen(words: list[str]) -> list[Target]:
+def chosen(words: Sequence[str]) -> list[Target]:
     """Targets of a command line: names of chips, or of families for all of theirs.
 
     Raises:
         ValueError: a word that is neither.
     """
-    known = [*FAMILIES, *TARGETS]
+    known = [*FAMILIES, *(t.name for t in _ALL if t.kernels)]
     for word in words:
         if word not in known:
             raise ValueError(f"`targets` must be of {known}; got {word!r}.")
-    return [t for t in _ALL if t.name in words or t.family in words]
+    named = [t for t in _ALL if t.name in words or t.family in words]
+    return [t for t in named if t.kernels]

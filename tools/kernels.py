@@ -269,7 +269,7 @@ def main() -> int:
     """Compile, print the table; 1 if something failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    known = [*TARGETS.FAMILIES, *TARGETS.TARGETS]
+    known = [*TARGETS.FAMILIES, *(t.name for t in TARGETS.chosen(TARGETS.FAMILIES))]
     parser.add_argument(
         "--targets", nargs="+", choices=known, default=list(TARGETS.FAMILIES)
     )

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
+from kvjax.train import processes
 from kvjax.train.output_config import HIGHER, KeepConfig
 from kvjax.train.stored import (
     DIGESTS,
@@ -30,6 +31,7 @@ from kvjax.train.stored import (
     short,
     steps_in,
     sums,
+    whole,
 )
 
 
@@ -60,8 +62,10 @@ def restore[S](directory: pathlib.Path, state: S, resume: int | None = None) -> 
         loaded = _load(path_of(directory, step), leaves)
     except Exception as wrong:  # whatever the many layers below make of damage
         raise _damaged(directory, step, cause(wrong)) from wrong
-    for later in steps[steps.index(step) + 1 :]:
+    processes.barrier("restored")
+    for later in steps[steps.index(step) + 1 :] if processes.first() else ():
         shutil.rmtree(path_of(directory, later))  # orbax deletes no damaged ones
+    processes.barrier("removed")
     values = [loaded[name] for name in leaves]
     return jax.tree.unflatten(jax.tree.structure(state), values)
 
@@ -73,7 +77,7 @@ class _OtherLeaves(ValueError):
 def _load(path: pathlib.Path, leaves: Mapping[str, Array]) -> dict[str, Array]:
     held = metadata(path)
     _compare(path, {n: x.shape for n, x in held.items()}, leaves)
-    digests = jnp.zeros(len(leaves), jnp.uint32)
+    digests = jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=_where(leaves))
     loaded: Any = ocp.load(str(path), {**leaves, DIGESTS: digests})
     wanted = np.asarray(loaded.pop(DIGESTS))
     got, _ = sums([loaded[name] for name in leaves])
@@ -81,6 +85,11 @@ def _load(path: pathlib.Path, leaves: Mapping[str, Array]) -> dict[str, Array]:
     if wrong:
         raise ValueError(f"{len(wrong)} arrays are not what was saved, as {wrong[0]!r}")
     return loaded
+
+
+def _where(leaves: Mapping[str, Array]) -> jax.sharding.Sharding:
+    one = next(iter(leaves.values())).sharding
+    return whole(one) or one
 
 
 def _compare(path: pathlib.Path, held: Mapping[str, Any], leaves: Mapping) -> None:
@@ -136,8 +145,9 @@ class Checkpoints:
             n=keep.best,
             keep_checkpoints_without_metrics=False,
         )
-        if jax.process_index() == 0:
+        if processes.first():
             _clean(directory)
+        processes.barrier("cleaned")
         self._orbax = ocp.training.Checkpointer(
             str(self.directory),
             # When to save is the loop's decision; left alone, orbax skips a save
@@ -180,7 +190,8 @@ class Checkpoints:
         if metrics is None or not self.keep.best:
             return False
         held: list[Any] = [c.metrics for c in self._orbax.checkpoints if c.metrics]
-        return all(self._rank(metrics) > self._rank(other) for other in held)
+        better = all(self._rank(metrics) > self._rank(other) for other in held)
+        return processes.agreed(better)  # they must all save, or none
 
     def save(self, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Copy `state`, and write it while training goes on.

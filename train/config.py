@@ -20,6 +20,7 @@ from kvjax.train.learned_config import (
     LoRAConfig,
     SurrogateConfig,
 )
+from kvjax.train.mesh_config import MeshConfig as MeshConfig
 from kvjax.train.objective_config import ObjectiveConfig as ObjectiveConfig
 from kvjax.train.output_config import KeepConfig, LogConfig
 from kvjax.types import nearest
@@ -127,6 +128,7 @@ class TrainConfig:
         lora: low-rank updates; they are trained, and what `trainable` names.
         remat: recompute layers in the backward pass: less memory, a third more work.
         compute: dtype of the passes; the weights that are trained stay in float32.
+        mesh: devices, and what they split; one unless it says more.
         optimizer: how.
         log_every, eval_every, save_every: in steps.
         eval_items: held-out items per source and width of the running evaluation.
@@ -152,6 +154,7 @@ class TrainConfig:
     lora: LoRAConfig | None = None
     remat: bool = False
     compute: str = "float32"
+    mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     log_every: int = 10
     eval_every: int = 100

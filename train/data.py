@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvjax.eval.tasks import HELD_OUT, TRAIN, Episode, Task, make_task, stream
 from kvjax.train.config import DataConfig, Source, Stage
+from kvjax.train.mesh import WHOLE, Share
 from kvjax.train.objective import Batch
 from kvjax.train.readers import Reader, open_reader
 from kvjax.train.rows import Row as Row
@@ -33,6 +34,7 @@ class Mixture:
         visible: share of rows that are compressed behind their (last) question; the
             others before it. See `Row.point` for plain text.
         words: of the model; characters unless it has a tokenizer of its own.
+        share: the rows of each batch that are made here.
 
     Raises:
         ValueError: a source that cannot be read, or has nothing to train on.
@@ -45,8 +47,10 @@ class Mixture:
         seed: int,
         visible: float = 0.0,
         words: Words = CHARACTERS,
+        share: Share = WHOLE,
     ):
         self.config = config
+        self.share = share
         self.visible = visible
         self.stages = tuple(stages)
         self.seed = seed
@@ -66,7 +70,7 @@ class Mixture:
         self._at = 0  # the step before which the readers stand
 
     def batch(self, step: int) -> Batch:
-        """The batch of one step; all its rows have one width.
+        """The batch of one step, or this process's share; its rows have one width.
 
         Raises:
             ValueError: no record of a streamed dataset fits the step's rows.
@@ -74,15 +78,33 @@ class Mixture:
         self._seek(step)
         rng = stream(TRAIN, "mixture", self.seed, step)
         width, chosen = self._plan(rng, step)
-        rows = [
-            one.take(width) if isinstance(one, Reader) else self._row(one, rng, width)
-            for one in chosen
+        mine = self.share.rows(self._stage(step)[0].rows(width))
+        made = [
+            self._take(one, rng, width, number in mine)
+            for number, one in enumerate(chosen)
         ]
         self._at = step + 1
         # A stream of its own: rows do not depend on where they are compressed.
         coin = stream(TRAIN, "visibility", self.seed, step)
-        points = [one.point(coin.random(), self.visible) for one in rows]
-        return pack(rows, width, points, step, self.words.pad)
+        draws = [coin.random() for _ in made]
+        rows = [one for one in made if one is not None]
+        points = [rows[i].point(draws[n], self.visible) for i, n in enumerate(mine)]
+        batch = pack(rows, width, points, step, self.words.pad)
+        if self.share == WHOLE:
+            return batch
+        # Static, so it must be the same everywhere: what no row can exceed.
+        return dataclasses.replace(batch, later=width)
+
+    def _take(
+        self, source: Task | Reader, rng: random.Random, width: int, mine: bool
+    ) -> Row | None:
+        """The next row of a source; None where another process makes it."""
+        if not isinstance(source, Reader):
+            made = self._row(source, rng, width)  # the rows behind it go on in `rng`
+            return made if mine else None
+        if mine:
+            return source.take(width)
+        return source.skip(width)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Batches `first .. last - 1`, the next one prepared in the background."""
@@ -120,8 +142,8 @@ class Mixture:
         # where there are none, the committed models were trained with one stream.
         if self.readers:
             rng = stream(TRAIN, "sources", self.seed, step)
-        count = max(1, stage.tokens_per_step // width)
-        return width, (draw(rng, weights) for _ in range(count))
+        # Drawn as rows are made: in one stream, what a task draws comes in between.
+        return width, (draw(rng, weights) for _ in range(stage.rows(width)))
 
     def _row(self, task: Task, rng: random.Random, width: int) -> Row:
         # Wide rows ask many questions: answers are what teaches.

@@ -100,6 +100,10 @@ class Stage:
     tokens_per_step: int = 8192
     sources: tuple[Source, ...] = ()
 
+    def rows(self, width: int) -> int:
+        """Of a step, at one width; at least one."""
+        return max(1, self.tokens_per_step // width)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:

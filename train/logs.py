@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+from kvjax.train import processes
 from kvjax.train.config import TrainConfig
 from kvjax.train.output_config import LogConfig
 from kvjax.train.recipe import replace_text
@@ -105,15 +106,17 @@ class Log:
     """A JSON line per event in a file, a short one on the terminal, and scalars.
 
     Attributes:
-        path: the file.
+        path: the file; None: nothing is said, since another process does.
         writers: what takes the scalars.
     """
 
-    path: pathlib.Path
+    path: pathlib.Path | None
     writers: tuple[Writer, ...] = ()
 
     def __call__(self, *, step: int, **event: Any) -> None:
         """Write one event; numbers go to the file as they are."""
+        if self.path is None:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **event}) + "\n")
         rounded = {
@@ -136,8 +139,11 @@ def opened(directory: pathlib.Path, config: TrainConfig, first: int) -> Iterator
     """The log of a run that goes on behind step `first`.
 
     Lines of later steps are dropped: a run that was killed behind its last checkpoint
-    does these steps again.
+    does these steps again. Of several processes the first one speaks.
     """
+    if not processes.first():
+        yield Log(path=None)
+        return
     path = directory / "log.jsonl"
     _drop_after(path, first)
     writers: list[Writer] = []

@@ -1,128 +1,33 @@
 """The loop: one jitted step, logs, checkpoints, a running evaluation."""
 
-import dataclasses
 import functools
 import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Decoder
+from kvjax.train import processes
 from kvjax.train.checkpoints import Checkpoints, restore
 from kvjax.train.config import TrainConfig
 from kvjax.train.done import Done, Progress, diverged
 from kvjax.train.interrupt import deferred_interrupt
 from kvjax.train.logs import Log, opened
-from kvjax.train.objective import (
-    Batch,
-    Objective,
-    make_objective,
-    next_token,
-    predictions,
-)
+from kvjax.train.mesh import WHOLE, share_of, spread
+from kvjax.train.objective import Batch, make_objective
 from kvjax.train.optimizer import make_optimizer
-from kvjax.train.params import Params, with_params
+from kvjax.train.params import Params
 from kvjax.train.sampling import Sampler
+from kvjax.train.step import TrainState as TrainState
+from kvjax.train.step import Weights as Weights
+from kvjax.train.step import init_state as init_state
+from kvjax.train.step import make_eval
+from kvjax.train.step import make_step as make_step
 from kvjax.train.stored import not_finite, path_of
-from kvjax.types import pytree
-
-
-@pytree
-class TrainState:
-    """What a run carries from step to step; `params` are the weights it trains."""
-
-    step: jax.Array
-    params: Params
-    opt_state: Any
-
-
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 of training `params`."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params)
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Weights:
-    """Where the weights of a run come from.
-
-    Attributes:
-        model: its structure; its own weights are those of step 0.
-        fixed: weights that are not trained.
-        teacher: structure of the objective's teacher, or None.
-        guide: its weights.
-        compute: dtype of the passes.
-    """
-
-    model: Decoder
-    fixed: Params
-    teacher: Decoder | None = None
-    guide: Params = dataclasses.field(default_factory=dict)
-    compute: str = "float32"
-
-    @property
-    def arrays(self) -> tuple[Params, Params]:
-        """What a step needs beside its state."""
-        return self.fixed, self.guide
-
-    def joined(self, params: Params, fixed: Params) -> Decoder:
-        """The model with trained and fixed weights."""
-        return with_params(self.model, _cast({**fixed, **params}, self.compute))
-
-    def guided(self, guide: Params) -> Decoder | None:
-        """The teacher, or None."""
-        if self.teacher is None:
-            return None
-        return with_params(self.teacher, _cast(guide, self.compute))
-
-
-def _cast(params: Params, dtype: str) -> Params:
-    return {name: x.astype(dtype) for name, x in params.items()}
-
-
-def make_step(
-    weights: Weights, objective: Objective, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, batch, weights.arrays) -> (state, metrics)`, the state donated."""
-
-    def loss(params, batch, arrays):
-        fixed, guide = arrays
-        return objective(weights.joined(params, fixed), batch, weights.guided(guide))
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch, arrays: tuple[Params, Params]):
-        grad = jax.value_and_grad(loss, has_aux=True)
-        (value, metrics), grads = grad(state.params, batch, arrays)
-        # optax divides by its integer step count, which strict promotion forbids.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, "norm": optax.tree.norm(grads), **metrics}
-        state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
-        return state, metrics
-
-    return step
-
-
-def make_eval(
-    weights: Weights,
-) -> Callable[[Params, Batch], dict[str, jax.Array]]:
-    """`evaluate(params, batch) -> metrics` with a full cache, jitted."""
-
-    @jax.jit
-    def evaluate(params: Params, fixed: Params, batch: Batch):
-        model = weights.joined(params, fixed)
-        loss, metrics = next_token(predictions(model, batch), batch)
-        return {"loss": loss, **metrics}
-
-    return lambda params, batch: evaluate(params, weights.fixed, batch)
 
 
 def train(
@@ -156,7 +61,7 @@ def train(
             state is saved.
     """
     optimizer = make_optimizer(config.optimizer, config.steps, config.bounds)
-    fresh = init_state(params, optimizer)
+    fresh = init_state(params, optimizer, weights.mesh)
     state = restore(directory / "checkpoints", fresh, config.resume)
     first = int(state.step)
     if first > config.steps:
@@ -164,7 +69,7 @@ def train(
             f"{directory} has done {first} steps; the recipe asks for {config.steps}. "
             "Give the last stage more of them, or another directory."
         )
-    if first:
+    if first and processes.first():
         path = path_of(directory / "checkpoints", first)
         print(f"resuming from {path}: {first} of {config.steps} steps are done")
     with (
@@ -179,7 +84,7 @@ def train(
                 progress(Progress(step=number, steps=config.steps, loss=loop.loss))
             loop.say(number)
             metrics = loop.evaluate(number, held_out, cached)
-            stop = interrupted()
+            stop = loop.stops(number, interrupted)
             if stop or loop.is_due(number, metrics):
                 loop.save(metrics)
             if stop:
@@ -203,6 +108,7 @@ class _Loop:
         self.log, self.checkpoints = log, checkpoints
         self.sampler = Sampler(config.sampling, config.seed)
         self.held_out = make_eval(weights)
+        self.share = WHOLE if weights.mesh is None else share_of(weights.mesh)
         self.last: Done | None = None
         self.loss: float | None = None
         self.began = self.said_at = time.perf_counter()
@@ -218,6 +124,8 @@ class _Loop:
         """One step; the one before it, which has finished by now, is checked."""
         sample = self.sampler.at(number - 1)
         step = self.compiled(sample.compression if sample else None)
+        if self.weights.mesh is not None:
+            batch = spread(batch, self.weights.mesh, self.share)
         self.state, metrics = step(self.state, batch, self.weights.arrays)
         before, self.last = (
             self.last,
@@ -256,6 +164,8 @@ class _Loop:
             self._check(self.last)
         began, found = time.perf_counter(), []
         for name, batch in held_out(number).items() if held_out else ():
+            if self.weights.mesh is not None:  # every process has all of it
+                batch = spread(batch, self.weights.mesh)
             values = self.held_out(self.state.params, batch)
             found.append({k: float(v) for k, v in values.items()})
             self.log(step=number, held_out=name, **found[-1])
@@ -268,6 +178,12 @@ class _Loop:
             return None
         means = {k: sum(one[k] for one in found) / len(found) for k in found[0]}
         return {"stage": self.config.stage_of(number), **means}
+
+    def stops(self, number: int, interrupted: Callable[[], bool]) -> bool:
+        """Whether to stop behind a step; several processes ask one another when due."""
+        if number % self.config.log_every and jax.process_count() > 1:
+            return False
+        return processes.agreed(interrupted())
 
     def is_due(self, number: int, metrics: dict[str, float] | None) -> bool:
         """Whether a state is to be saved: by its number, or for being the best."""

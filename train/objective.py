@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import causal_attention
 from kvjax.compress.config import Compression
@@ -18,6 +18,9 @@ from kvjax.train.distillation import PLACES, Watched, distances, watched
 from kvjax.train.dms import relaxed
 from kvjax.train.surrogate import regressing
 from kvjax.types import Lengths, Tokens, pytree, static
+
+LOGITS = 1 << 28
+"""Logits that are held at a time, over all devices: a gibibyte in float32."""
 
 
 @pytree
@@ -61,18 +64,18 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
     ) -> tuple[Array, Metrics]:
         attention = _attention(config, c, model, batch)
         ours = watched(model, batch.tokens, attention, weights, remat=config.remat)
-        logits = model.logits(ours.last)[:, :-1]
-        loss, metrics = next_token(logits, batch)
-        loss = weights.next_token * loss
-        terms = {}
+        terms, wanted = {}, None
         if weights.needs_teacher:
             assert teacher is not None
             wanted = watched(teacher, batch.tokens, causal_attention, weights)
             wanted = jax.lax.stop_gradient(wanted)
             terms |= _followed(weights, ours, wanted, batch)
-            if weights.distill:
-                aim = jax.lax.stop_gradient(teacher.logits(wanted.last)[:, :-1])
-                terms["distill"] = weights.distill, distillation(logits, aim, batch)
+        aim = (teacher, wanted.last) if weights.distill and wanted else (None, None)
+        tokens = said(model, ours.last, batch, *aim)
+        loss, metrics = next_token(tokens, batch)
+        loss = weights.next_token * loss
+        if tokens.apart is not None:
+            terms["distill"] = weights.distill, answer_mean(tokens.apart, batch)
         if config.dms is not None:
             terms["shortfall"] = config.dms.weight, attention.state
         if config.surrogate is not None:
@@ -115,23 +118,102 @@ def _attention(
     return causal_attention
 
 
-def predictions(
+def states(
     model: Decoder,
     batch: Batch,
     attention: Attention = causal_attention,
     *,
     remat: bool = False,
-) -> Float[Array, "B T-1 V"]:
-    """Logits of every token but the first."""
+) -> Float[Array, "B T E"]:
+    """Hidden states of every token."""
     rows, width = batch.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
-    hidden = model(batch.tokens, positions, attention, remat=remat)
-    return model.logits(hidden)[:, :-1]
+    return model(batch.tokens, positions, attention, remat=remat)
 
 
-def next_token(
-    logits: Float[Array, "B T-1 V"], batch: Batch
-) -> tuple[Float[Array, ""], Metrics]:
+def predictions(
+    model: Decoder, batch: Batch, attention: Attention = causal_attention
+) -> Float[Array, "B T-1 V"]:
+    """Logits of every token but the first, all at once."""
+    return model.logits(states(model, batch, attention))[:, :-1]
+
+
+@pytree
+class Said:
+    """What a model says of every token but the first.
+
+    Attributes:
+        loss: cross-entropy, `[B, T-1]`, in nats.
+        right: whether the token is the likeliest one, `[B, T-1]`.
+        apart: KL divergence from the teacher, `[B, T-1]`, in nats; None without one.
+    """
+
+    loss: Float[Array, "B T-1"]
+    right: Bool[Array, "B T-1"]
+    apart: Float[Array, "B T-1"] | None
+
+
+def said(
+    model: Decoder,
+    hidden: Float[Array, "B T E"],
+    batch: Batch,
+    teacher: Decoder | None = None,
+    wanted: Float[Array, "B T E"] | None = None,
+    *,
+    most: int = LOGITS,
+) -> Said:
+    """Scores of the tokens behind `hidden`; logits are made for some of them at a time.
+
+    Args:
+        model: its head is used.
+        hidden: its states of every token.
+        batch: the tokens.
+        teacher: to be compared with, or None.
+        wanted: its states.
+        most: logits that may be held at a time. Where all of them are fewer, there is
+            one chunk; else chunks follow one another, each made again in the backward
+            pass.
+    """
+    rows, width = batch.tokens.shape
+    count = -(-rows * width * model.config.vocab_size // most)
+    targets = jnp.pad(batch.tokens[:, 1:], [(0, 0), (0, 1)])
+
+    def score(hidden: Array, targets: Array, wanted: Array | None) -> Said:
+        logits = model.logits(hidden)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        apart = None
+        if teacher is not None and wanted is not None:
+            apart = divergence(logits, jax.lax.stop_gradient(teacher.logits(wanted)))
+        right = jnp.argmax(logits, axis=-1) == targets
+        return Said(loss=loss, right=right, apart=apart)
+
+    if count == 1:
+        found = score(hidden, targets, wanted)
+    else:
+        pieces = jax.tree.map(lambda x: _cut(x, count), (hidden, targets, wanted))
+        scan = jax.checkpoint(lambda _, piece: ((), score(*piece)))
+        _, found = jax.lax.scan(scan, (), pieces)
+        found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1), found)
+    return jax.tree.map(lambda x: x[:, : width - 1], found)
+
+
+def _cut(x: Array, count: int) -> Array:
+    """`[B, T, ...]` as `[count, B, t, ...]`, padded behind with zeros."""
+    rows, width = x.shape[:2]
+    size = -(-width // count)
+    x = jnp.pad(x, [(0, 0), (0, count * size - width)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(rows, count, size, *x.shape[2:]), 1, 0)
+
+
+def divergence(
+    logits: Float[Array, "*shape V"], wanted: Float[Array, "*shape V"]
+) -> Float[Array, "*shape"]:
+    """KL divergence of `logits` from `wanted`, in nats."""
+    log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(logits)
+    return optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+
+
+def next_token(tokens: Said, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
     """Weighted mean cross-entropy of the next token, and what to log.
 
     Returns:
@@ -139,26 +221,18 @@ def next_token(
         the share of rows whose answers are right at every token: what greedy decoding
         would give, since it leaves the gold path at its first error.
     """
-    targets, weights = batch.tokens[:, 1:], batch.weights[:, 1:]
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    answers = batch.answers[:, 1:]
-    right = jnp.argmax(logits, axis=-1) == targets
-    count = jnp.maximum(jnp.sum(answers, dtype=jnp.float32), 1.0)
+    weights, answers = batch.weights[:, 1:], batch.answers[:, 1:]
     metrics = {
-        "answer_loss": jnp.where(answers, loss, 0.0).sum() / count,
-        "answer_accuracy": jnp.sum(answers & right, dtype=jnp.float32) / count,
-        "exact": (right | ~answers).all(axis=1).mean(),
+        "answer_loss": answer_mean(tokens.loss, batch),
+        "answer_accuracy": answer_mean(tokens.right.astype(jnp.float32), batch),
+        "exact": (tokens.right | ~answers).all(axis=1).mean(),
     }
-    total = (loss * weights).sum() / jnp.maximum(weights.sum(), 1e-6)
+    total = (tokens.loss * weights).sum() / jnp.maximum(weights.sum(), 1e-6)
     return total, jax.lax.stop_gradient(metrics)
 
 
-def distillation(
-    logits: Float[Array, "B T-1 V"], wanted: Float[Array, "B T-1 V"], batch: Batch
-) -> Float[Array, ""]:
-    """Mean KL divergence of `logits` from `wanted` over answer tokens, in nats."""
+def answer_mean(each: Float[Array, "B T-1"], batch: Batch) -> Float[Array, ""]:
+    """Mean over the answer tokens."""
     answers = batch.answers[:, 1:]
-    log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(logits)
-    each = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
     count = jnp.maximum(jnp.sum(answers, dtype=jnp.float32), 1.0)
     return jnp.where(answers, each, 0.0).sum() / count

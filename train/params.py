@@ -16,11 +16,14 @@ Params = dict[str, Array]
 
 def params_of(model: Decoder, dtype: Any = "float32") -> Params:
     """The weights of `model`, copied, by names such as `layers.0.mlp.up.kernel`."""
-    tree = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    flat = traverse_util.flatten_dict(tree)
-    return {
-        ".".join(map(str, path)): jnp.array(leaf, dtype) for path, leaf in flat.items()
-    }
+    return {name: jnp.array(x, dtype) for name, x in leaves_of(model).items()}
+
+
+def leaves_of(model: Decoder) -> Params:
+    """The weights of `model` themselves."""
+    tree: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    flat: Any = traverse_util.flatten_dict(tree)
+    return {".".join(map(str, path)): leaf for path, leaf in flat.items()}
 
 
 def with_params(model: Decoder, params: Mapping[str, Array]) -> Decoder:

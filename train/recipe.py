@@ -10,11 +10,13 @@ from typing import Any
 import yaml
 
 from kvjax.config import decode
+from kvjax.train import processes
 from kvjax.train.config import TrainConfig
 from kvjax.train.stored import steps_in
 
 FREE = (
     "resume",
+    "mesh.*",
     "log_every",
     "eval_every",
     "save_every",
@@ -23,7 +25,7 @@ FREE = (
     "keep.*",
     "log.*",
 )
-"""Fields that may change while a run goes on: none of them changes a weight."""
+"""Fields that may change while a run goes on: none changes a weight, rounding aside."""
 
 
 def claim(directory: pathlib.Path, config: TrainConfig) -> None:
@@ -39,10 +41,18 @@ def claim(directory: pathlib.Path, config: TrainConfig) -> None:
     path = directory / "recipe.yaml"
     if steps_in(directory / "checkpoints"):
         _check_same(path, config)
+    processes.barrier("recipe")  # nobody writes what another one still compares
+    if not processes.first():
+        return
     directory.mkdir(parents=True, exist_ok=True)
     # All fields: a default that changes must not change a run that goes on.
-    tree = _plain(dataclasses.asdict(dataclasses.replace(config, resume=None)))
+    tree = as_tree(dataclasses.replace(config, resume=None))
     replace_text(path, yaml.safe_dump(tree, sort_keys=False, width=88))
+
+
+def as_tree(config: TrainConfig) -> Any:
+    """All fields of a recipe, as YAML and JSON have them."""
+    return _plain(dataclasses.asdict(config))
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:

@@ -4,16 +4,20 @@ import functools
 import pathlib
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from kvjax.models.bundled import model_directory
+from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.evictor import with_evictor
-from kvjax.models.io import load, save
+from kvjax.models.io import checkpoint_directory, load, load_config, save
 from kvjax.models.projection import with_projection
-from kvjax.train import duo, lora
+from kvjax.train import duo, lora, processes
 from kvjax.train.cached import CachedEvaluation
 from kvjax.train.config import TrainConfig
 from kvjax.train.data import Mixture
@@ -22,17 +26,32 @@ from kvjax.train.evaluate import held_out_batches
 from kvjax.train.logs import check_writers
 from kvjax.train.loop import Progress, TrainState, Weights, train
 from kvjax.train.lora import merged, with_lora
+from kvjax.train.mesh import (
+    RULES,
+    WHOLE,
+    check_mesh,
+    make_mesh,
+    placed,
+    share_of,
+)
 from kvjax.train.objective import Batch
-from kvjax.train.params import Params, params_of, split, with_params
+from kvjax.train.params import Params, leaves_of, params_of, split, with_params
 from kvjax.train.recipe import claim
-from kvjax.train.words import words_of
+from kvjax.train.words import Words, words_of
 
 
-def initial(config: TrainConfig) -> Decoder:
-    """The model that training starts from, in float32."""
+def _shape(config: TrainConfig) -> DecoderConfig:
+    if config.model is not None:
+        return config.model
+    return load_config(checkpoint_directory(model_directory(config.init)))
+
+
+def initial(config: TrainConfig, mesh: Mesh | None = None) -> Decoder:
+    """The model that training starts from, in float32, spread over `mesh`."""
     if config.model is not None:
         return Decoder(config.model, rngs=nnx.Rngs(config.seed))
-    return load(model_directory(config.init), "float32", tokenizer=False)[0]
+    path, rules = model_directory(config.init), RULES
+    return load(path, "float32", mesh=mesh, rules=rules, tokenizer=False)[0]
 
 
 def extended(
@@ -68,13 +87,23 @@ def _trained(config: TrainConfig) -> tuple[str, ...]:
 
 
 def weights_of(
-    config: TrainConfig, sample: Batch | None = None
+    config: TrainConfig,
+    sample: Batch | None = None,
+    *,
+    base: Decoder | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Weights, Params]:
     """Model, teacher and fixed weights of a run, and the weights that it trains.
 
     Weights that stay as they are take the dtype of the passes; the teacher shares them.
+
+    Args:
+        config: the recipe.
+        sample: rows for what starts from data.
+        base: the model that training starts from; None: the recipe's.
+        mesh: devices to spread the weights over; None: one.
     """
-    base = initial(config)
+    base = initial(config, mesh) if base is None else base
     model = extended(base, config, sample)
     params, fixed = split(params_of(model), _trained(config))
     fixed = {name: x.astype(config.compute) for name, x in fixed.items()}
@@ -85,17 +114,21 @@ def weights_of(
         guide = {name: fixed.get(name, x) for name, x in own.items()}
         if config.evictor is not None and config.evictor.kind == "neuron":
             guide = own  # its borrowed channels are still there
+    if mesh is not None:
+        params, fixed, guide = placed((params, fixed, guide), mesh)
     weights = Weights(
         model=model,
         fixed=fixed,
         teacher=teacher,
         guide=guide,
         compute=config.compute,
+        mesh=mesh,
     )
     return weights, params
 
 
-def _check_widths(config: TrainConfig, most: int) -> None:
+def check_widths(config: TrainConfig, most: int) -> None:
+    """Rows fit a model of `most` positions, or a `ValueError` says what to do."""
     widest = max(width for stage in config.stages for width in stage.lengths)
     if widest > most:
         raise ValueError(
@@ -126,12 +159,22 @@ def run(
         OSError: a checkpoint or the model cannot be written; those before are kept.
     """
     check_writers(config.log)
+    shape = _shape(config)
+    check_mesh(config, shape, jax.device_count())
+    check_widths(config, shape.max_positions)
+    alone = config.mesh.devices == jax.process_count() == 1
+    mesh = None if alone else make_mesh(config.mesh)
     words = words_of(config)
-    visible = config.sampling.visible
-    mixture = Mixture(config.data, config.stages, config.seed, visible, words)
+    mixture = Mixture(
+        config.data,
+        config.stages,
+        config.seed,
+        config.sampling.visible,
+        words,
+        WHOLE if mesh is None else share_of(mesh),
+    )
     sample = None if config.projection is None else mixture.batch(0)
-    weights, params = weights_of(config, sample)
-    _check_widths(config, weights.model.config.max_positions)
+    weights, params = weights_of(config, sample, mesh=mesh)
     cached = CachedEvaluation(config, weights.model.config, words)
     claim(directory, config)
     state = train(
@@ -144,9 +187,20 @@ def run(
         cached=cached,
         progress=progress,
     )
+    _export(weights, state, words, directory / "model")
+    return state
+
+
+def _export(
+    weights: Weights, state: TrainState, words: Words, directory: pathlib.Path
+) -> None:
     stored = {**weights.fixed, **state.params}
     model = exported(with_params(weights.model, stored))
-    model = with_params(model, params_of(model, "bfloat16"))
-    save(merged(model), directory / "model")
-    words.save(directory / "model", model.config.max_positions)
-    return state
+    model = merged(with_params(model, params_of(model, "bfloat16")))
+    if jax.process_count() > 1:
+        whole = functools.partial(multihost_utils.process_allgather, tiled=True)
+        model = with_params(model, jax.tree.map(whole, leaves_of(model)))
+    if processes.first():
+        save(model, directory)
+        words.save(directory, model.config.max_positions)
+    processes.barrier("exported")

@@ -1,14 +1,16 @@
 """What a checkpoint is: names, sums over bits, metadata."""
 
+import functools
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, UInt32
 from orbax.checkpoint import v1 as ocp
 
@@ -37,10 +39,30 @@ def named(state: Any) -> dict[str, Array]:
     return dict(pairs)
 
 
-@jax.jit
-def sums(leaves: Sequence[Array]) -> tuple[UInt32[Array, "N"], Bool[Array, "N"]]:
-    """Of each leaf, the sum of its bits as whole numbers, and whether it is finite."""
+Sums = tuple[UInt32[Array, "N"], Bool[Array, "N"]]
 
+
+def sums(leaves: Sequence[Array]) -> Sums:
+    """Of each leaf, the sum of its bits as whole numbers, and whether it is finite.
+
+    Whole on every device that holds the leaves, however these are split.
+    """
+    return _summing(whole(leaves[0].sharding))(leaves)
+
+
+def whole(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding | None:
+    """A copy on each device of a mesh; None for one device."""
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec())
+
+
+@functools.cache
+def _summing(where: Any) -> Callable[[Sequence[Array]], Sums]:
+    return jax.jit(_sums, out_shardings=where)
+
+
+def _sums(leaves: Sequence[Array]) -> Sums:
     def bits(x: Array) -> Array:
         if x.dtype == jnp.bool_:
             return x.astype(jnp.uint32)

@@ -17,7 +17,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kvjax.cli.base import UI, Assignments, Command, Folder, Output, compile_cache
+from kvjax.cli.base import (
+    UI,
+    Assignments,
+    Command,
+    Flag,
+    Folder,
+    Output,
+    Text,
+    compile_cache,
+)
+from kvjax.cli.tables import print_dry_run
 
 
 @final
@@ -33,34 +43,64 @@ class Finetune(Command):
         "\n"
         "Checkpoints and log.jsonl go to OUT, the finished model to OUT/model. A run\n"
         "that was interrupted goes on when the same command is given again; Ctrl-C\n"
-        "saves it first. --set resume=STEP goes back to an earlier checkpoint."
+        "saves it first. --set resume=STEP goes back to an earlier checkpoint.\n"
+        "\n"
+        "  kvjax finetune --config lora_llama3_8b --dry-run --device v6e --chips 8\n"
+        "\n"
+        "compiles the steps for chips that are not here and prints what they need."
     )
 
     config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")]
-    """A bundled recipe (tolerant, eviction, kv2bit, dms, surrogate, duo, text,
-    kvjax_tiny) or a YAML file."""
+    """A bundled recipe (tolerant, eviction, kv2bit, dms, surrogate, duo, matryoshka,
+    text, kvjax_tiny, lora_llama3_8b) or a YAML file."""
     set: Assignments = ()
     """A field of the recipe, as in --set seed=1; repeatable."""
     out: Folder = None
     """Directory of the run; default: runs/NAME-SEED."""
+    distributed: Flag = False
+    """One of several processes of a run, found by jax.distributed."""
+    dry_run: Flag = False
+    """Only compile, for DEVICE; print memory and operations."""
+    device: Text = None
+    """With --dry-run: v5e, v5p, v6e, v7x or h200."""
+    chips: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """With --dry-run: chips of the slice."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:
         """See `Command.run`."""
         from kvjax.train.config import load_config
+        from kvjax.train.processes import join
         from kvjax.train.run import run
 
         config = load_config(self.config, self.set)
+        if self.dry_run or self.device is not None:
+            return self._compiled(config, ui)
         compile_cache()
+        if self.distributed:
+            join()
         name = f"{pathlib.Path(self.config).stem}-{config.seed}"
         out = self.out or pathlib.Path("runs") / name
         with quiet(not self.output.debug), bar(ui, config.steps) as progress:
             state = run(config, out, progress=progress)
         return {"out": str(out), "model": str(out / "model"), "steps": int(state.step)}
 
+    def _compiled(self, config: Any, ui: UI) -> Mapping[str, Any]:
+        from kvjax.train.dry_run import dry_run
+
+        if not self.dry_run or self.device is None or self.distributed:
+            raise ValueError(
+                "--dry-run and --device need one another, and exclude --distributed. "
+                "Say --dry-run --device v5e --chips 8."
+            )
+        with ui.status("compiling"):
+            return dry_run(config, self.device, self.chips)
+
     def show(self, result: Mapping[str, Any], console: Console) -> None:
         """See `Command.show`."""
-        del console
+        if "rows" in result:
+            print_dry_run(console, result)
+            return
         print(f"{result['steps']} steps; the model is in {result['model']}")
 
 

@@ -39,6 +39,46 @@ def print_scores(console: Console, rows: Sequence[Row]) -> None:
         console.print()
 
 
+def print_dry_run(console: Console, result: Mapping[str, Any]) -> None:
+    """What compilers say of the steps of a recipe: a line per compression."""
+    known = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    table = Table(
+        title=f"{result['chips']} x {result['device']}: compiled, not run; {known}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("compression", no_wrap=True)
+    names = ("arguments", "outputs", "temporaries", "total")
+    heads = ("rows", "width", *(f"{n} GiB" for n in names), "HBM GiB")
+    for head in (*heads, "matmul TFLOP", "status", "s"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        table.add_row(
+            row["compression"],
+            str(row["rows"]),
+            str(row["width"]),
+            *(_scaled(row[name], 1 << 30) for name in (*names, "hbm")),
+            _scaled(row["matmul_flops"], 10**12),
+            row["status"],
+            f"{row['compile_s']:.0f}",
+        )
+    print_table(console, table)
+    for row in result["rows"]:
+        if row["reason"]:
+            console.print(f"{row['compression']}: {row['reason']}", soft_wrap=True)
+    console.print(
+        "bytes are of one device, operations of all of them; outputs in place of "
+        "arguments do not count again in the total",
+        soft_wrap=True,
+    )
+
+
+def _scaled(value: int | None, unit: int) -> str:
+    return "-" if value is None else f"{value / unit:.2f}"
+
+
 def _groups(rows: Sequence[Row], *names: str) -> Iterator[tuple[Any, list[Row]]]:
     keys = dict.fromkeys(tuple(row[name] for name in names) for row in rows)
     for key in keys:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from kvjax.pallas_kernels import dispatch, tuning
 from kvjax.pallas_kernels.page_score import page_score
@@ -80,6 +80,20 @@ def test_unknown_chips(chip):
     how = {"mode": "dot", "group": "max", "backend": "tpu", "tiles": chip}
     with pytest.raises(ValueError, match="`tiles` must be block sizes, or one of"):
         page_score(Q, MEANS, **how)
+
+
+def test_what_is_split_over_devices_gets_no_kernel():
+    """XLA's partitioner cannot split one; inside of `shard_map` nothing is left."""
+
+    def split(size: int, kind: AxisType) -> bool:
+        device = AbstractDevice("TPU v6 lite", None, platform="tpu")
+        mesh = AbstractMesh((size,), ("x",), (kind,), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return dispatch.partitioned()
+
+    assert not dispatch.partitioned()
+    assert split(2, AxisType.Auto)
+    assert not split(1, AxisType.Auto) and not split(2, AxisType.Manual)
 
 
 def test_unknown_sizes(tuned):

@@ -1,0 +1,93 @@
+"""Small runs on meshes of virtual devices, or as one of several processes.
+
+    python -m tests.train.mesh_run DIRECTORY plain|sampled MESH...
+
+MESH is `data,fsdp,tensor`; each run goes to a folder of that name, with `held.json`:
+the share of its state's bytes that the fullest device holds. `DEVICES` in the
+environment is how many devices a process has; with the variables of
+`kvjax.train.processes` it is one of several.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+from kvjax.train.config import (
+    Choice,
+    MeshConfig,
+    ObjectiveConfig,
+    SamplingConfig,
+    Stage,
+    TrainConfig,
+)
+from tests.train.tiny_run import recipe
+
+PLAIN: dict[str, Any] = {}
+SAMPLED: dict[str, Any] = {
+    "sampling": SamplingConfig(
+        visible=0.5,
+        choice_gradient=0.5,
+        choices=(
+            Choice(
+                compression="snapkv_kivi",
+                keeps=(0.5,),
+                fields={"evict.score.window": 4, "store.residual": 0},
+            ),
+            Choice(compression="none"),
+        ),
+    ),
+    "objective": ObjectiveConfig(distill=0.5),
+}
+KINDS = {"plain": PLAIN, "sampled": SAMPLED}
+
+
+def spread_recipe(kind: str, mesh: MeshConfig, **fields: Any) -> TrainConfig:
+    """Four rows a step and heads that two devices can share."""
+    base = recipe(
+        stages=(Stage(steps=6, lengths={64: 1.0}, tokens_per_step=256),),
+        eval_items=4,
+        mesh=mesh,
+        **KINDS[kind],
+    )
+    assert base.model is not None
+    shape = dataclasses.replace(
+        base.model, num_heads=4, num_kv_heads=2, num_layers=1, init_std=0.2
+    )
+    return dataclasses.replace(base, model=shape, **fields)
+
+
+def mesh_of(text: str) -> MeshConfig:
+    data, fsdp, tensor = map(int, text.split(","))
+    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+
+
+def fullest(state: Any) -> float:
+    """Bytes of `state` on the device that holds most, over its own bytes."""
+    import jax
+
+    held = collections.Counter()
+    for leaf in jax.tree.leaves(state):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return max(held.values()) / sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+if __name__ == "__main__":
+    import jax
+
+    from kvjax.train.processes import VARIABLES, join
+    from kvjax.train.run import run
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
+    if VARIABLES[0] in os.environ:
+        join()
+    where, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
+    for name in sys.argv[3:]:
+        state = run(spread_recipe(kind, mesh_of(name)), where / name)
+        if jax.process_index() == 0:
+            (where / name / "held.json").write_text(json.dumps(fullest(state)))

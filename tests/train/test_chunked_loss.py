@@ -1,0 +1,66 @@
+"""A loss whose logits are made in pieces is the loss of all of them at once."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from kvjax.models import Decoder
+from kvjax.train.objective import answer_mean, next_token, said, states
+from kvjax.train.params import params_of, with_params
+from tests.train.small import SHAPE, a_batch, model_of
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Decoder:
+    return Decoder(SHAPE, rngs=nnx.Rngs(1))
+
+
+def scored(params, teacher: Decoder, most: int):
+    model, batch = with_params(model_of(), params), a_batch()
+    hidden, wanted = states(model, batch), states(teacher, batch)
+    tokens = said(model, hidden, batch, teacher, wanted, most=most)
+    loss, metrics = next_token(tokens, batch)
+    assert tokens.apart is not None
+    return loss + answer_mean(tokens.apart, batch), metrics
+
+
+@pytest.mark.parametrize("pieces", [2, 7, 96])
+def test_pieces_add_up(teacher, pieces):
+    batch, params = a_batch(), params_of(model_of())
+    every = batch.tokens.size * SHAPE.vocab_size
+    grad = jax.jit(jax.value_and_grad(scored, has_aux=True), static_argnums=(1, 2))
+    (wanted, metrics), slope = grad(params, teacher, every)
+    (found, others), other = grad(params, teacher, every // pieces)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(others[name], value, rtol=1e-6, err_msg=name)
+    for name, value in slope.items():
+        np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_no_array_holds_all_logits(teacher):
+    """Neither forward nor backward: what is as large as the logits would show."""
+    batch, params = a_batch(), params_of(model_of())
+    every = batch.tokens.size * SHAPE.vocab_size
+
+    def largest(most: int) -> int:
+        grad = jax.grad(lambda p: scored(p, teacher, most)[0])
+        jaxpr = jax.make_jaxpr(grad)(params)
+        return max(sizes(jaxpr.jaxpr))
+
+    assert largest(every) >= every
+    assert largest(every // 8) < every // 4
+
+
+def sizes(jaxpr) -> list[int]:
+    found = [0]
+    for eqn in jaxpr.eqns:
+        found += [x.aval.size for x in eqn.outvars if hasattr(x.aval, "size")]
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += sizes(inner)
+    return found

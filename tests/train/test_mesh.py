@@ -1,0 +1,179 @@
+"""A run over several devices or processes is the run of one device, spread out."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from kvjax.train.config import CachedConfig, MeshConfig, Source, Stage
+from kvjax.train.data import Mixture
+from kvjax.train.mesh import WHOLE, Share, check_mesh
+from kvjax.train.run import run
+from tests.train.mesh_run import mesh_of, spread_recipe
+from tests.train.tiny_run import losses
+from tests.tree import ROOT
+
+ONE = "1,1,1"
+MESHES = ("4,1,1", "1,4,1", "2,1,2")
+LIMIT_S = 400
+NARROW = Stage(steps=1, lengths={64: 1.0}, tokens_per_step=128)
+
+
+def started(directory: pathlib.Path, *words: str, devices: int = 4, **variables: str):
+    """A process of `mesh_run`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DEVICES": str(devices)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.train.mesh_run", directory, *words],
+        env=environment | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen) -> str:
+    try:
+        said, _ = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    return said
+
+
+def two_processes(directory: pathlib.Path, *words: str) -> list[str]:
+    """What both processes of a run said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    both = [
+        started(
+            directory,
+            *words,
+            devices=1,
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(own),
+        )
+        for own in range(2)
+    ]
+    return [finished(process) for process in both]
+
+
+def agree(found: pathlib.Path, wanted: pathlib.Path) -> None:
+    """Same steps, and the same losses but for the order of sums."""
+    ours, theirs = losses(found), losses(wanted)
+    assert [step for step, _ in ours] == [step for step, _ in theirs]
+    np.testing.assert_allclose(
+        [loss for _, loss in ours], [loss for _, loss in theirs], atol=1e-5, rtol=0
+    )
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory) -> pathlib.Path:
+    """Plain runs on every mesh, and on one device."""
+    directory = tmp_path_factory.mktemp("spread")
+    finished(started(directory, "plain", ONE, *MESHES))
+    return directory
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_devices_share_one_run(spread, mesh):
+    agree(spread / mesh, spread / ONE)
+    assert len(losses(spread / ONE)) == 6
+    held = json.loads((spread / mesh / "held.json").read_text())
+    split = {"4,1,1": 1.0, "1,4,1": 0.25, "2,1,2": 0.5}[mesh]
+    assert split <= held < split + 0.1  # norms and counts are everywhere
+
+
+def test_the_state_of_one_device_is_whole(spread):
+    assert json.loads((spread / ONE / "held.json").read_text()) == 1.0
+
+
+@pytest.mark.slow
+def test_sampled_compression_and_a_teacher_on_a_mesh(tmp_path):
+    finished(started(tmp_path, "sampled", ONE, "1,2,2"))
+    agree(tmp_path / "1,2,2", tmp_path / ONE)
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_run_and_go_on(tmp_path):
+    mesh = "1,2,1"
+    said = two_processes(tmp_path, "sampled", mesh)
+    assert "step 6" in said[0] and "step " not in said[1]
+    whole = tmp_path / "whole"
+    run(spread_recipe("sampled", mesh_of(ONE)), whole)
+    agree(tmp_path / mesh, whole)
+    first = losses(tmp_path / mesh)
+    shutil.rmtree(tmp_path / mesh / "checkpoints" / "step_6")
+    shutil.copytree(tmp_path / mesh, tmp_path / "alone")
+    two_processes(tmp_path, "sampled", mesh)
+    assert losses(tmp_path / mesh) == first  # bit for bit
+    # One device goes on from what two processes saved.
+    run(spread_recipe("sampled", mesh_of(ONE)), tmp_path / "alone")
+    agree(tmp_path / "alone", whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mesh": MeshConfig(data=8)}, r"asks for data 8 .* = 8 devices; .* have 4"),
+        ({"mesh": MeshConfig(tensor=4)}, r"num_kv_heads of 2 .* mesh\.tensor=4"),
+        ({"mesh": MeshConfig(fsdp=3)}, r"hidden_size of 16 .* mesh\.fsdp=3"),
+        ({"stages": (NARROW,)}, r"2 rows of 64 tokens .* multiple of 256"),
+        ({"eval_items": 3}, "`eval_items` of 3"),
+    ],
+    ids=["devices", "heads", "width", "rows", "held-out"],
+)
+def test_what_does_not_divide_is_named(change, said):
+    fields = {"mesh": MeshConfig(data=2, fsdp=2), **change}
+    config = spread_recipe("plain", **fields)
+    assert config.model is not None
+    with pytest.raises(ValueError, match=said):
+        check_mesh(config, config.model, 4)
+
+
+def test_a_bad_mesh_stops_before_anything_is_made(tmp_path):
+    config = spread_recipe("plain", MeshConfig(data=jax.device_count() + 1))
+    with pytest.raises(ValueError, match="Their product must be at most"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"`mesh.fsdp` must be at least 1; got 0"):
+        MeshConfig(fsdp=0)
+
+
+def test_the_cached_evaluation_is_for_one_process(monkeypatch):
+    config = spread_recipe("plain", MeshConfig(data=2), cached=CachedConfig(items=8))
+    assert config.model is not None
+    check_mesh(config, config.model, 2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="cached.items=0"):
+        check_mesh(config, config.model, 2)
+
+
+@pytest.mark.parametrize("kind", ["task", "text"])
+def test_shares_are_the_rows_of_the_batch(kind, tmp_path):
+    (tmp_path / "notes.txt").write_text("some words to read, and some more\n" * 90)
+    config = spread_recipe("plain", MeshConfig())
+    sources = config.data.sources
+    if kind == "text":
+        sources = (Source(dataset=str(tmp_path / "notes.txt"), text="text"),)
+    data = dataclasses.replace(config.data, sources=sources)
+    parts = [Share(first=0, last=1, ways=4), Share(first=1, last=4, ways=4)]
+    whole, *shared = (
+        Mixture(data, config.stages, 0, 0.5, share=share) for share in (WHOLE, *parts)
+    )
+    for step in (0, 3):
+        wanted, found = whole.batch(step), [one.batch(step) for one in shared]
+        for name in ("tokens", "weights", "answers", "prompt_lengths"):
+            rows = np.concatenate([getattr(one, name) for one in found])
+            np.testing.assert_array_equal(rows, getattr(wanted, name))
+        assert [one.later for one in found] == [64, 64]
+    assert [part.of(n) for part, n in zip(parts, (1, 3), strict=True)] == [4, 4]

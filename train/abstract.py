@@ -1,0 +1,100 @@
+"""State and batch of a run as shapes: nothing is loaded and nothing computed."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from kvjax.models.bundled import shape_of
+from kvjax.models.config import DecoderConfig
+from kvjax.models.decoder import Decoder
+from kvjax.train.config import TrainConfig
+from kvjax.train.mesh import ROWS, everywhere, shardings
+from kvjax.train.objective import Batch
+from kvjax.train.run import check_widths, weights_of
+from kvjax.train.step import TrainState, Weights, init_state
+
+
+def abstract_shape(config: TrainConfig) -> DecoderConfig:
+    """The shape of what a recipe trains; see `kvjax.models.bundled.shape_of`."""
+    shape = config.model or shape_of(config.init)
+    check_widths(config, shape.max_positions)
+    return shape
+
+
+def abstract_state(
+    config: TrainConfig,
+    shape: DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[Weights, TrainState]:
+    """What a step of the recipe is given beside its batch, on the devices of `mesh`."""
+    graphs: dict[str, Any] = {}
+
+    def made() -> dict[str, Any]:
+        base = Decoder(shape, rngs=nnx.Rngs(0))
+        weights, params = weights_of(config, base=base)
+        models = {"model": weights.model}
+        if weights.teacher is not None:
+            models["teacher"] = weights.teacher
+        split = {name: nnx.split(one) for name, one in models.items()}
+        graphs.update({name: graph for name, (graph, _) in split.items()})
+        return {
+            "models": {name: state for name, (_, state) in split.items()},
+            "params": params,
+            "arrays": weights.arrays,
+        }
+
+    shapes = jax.eval_shape(made)
+    models = {n: nnx.merge(graphs[n], s) for n, s in shapes["models"].items()}
+    fixed, guide = located(shapes["arrays"], mesh)
+    weights = Weights(
+        model=models["model"],
+        fixed=fixed,
+        teacher=models.get("teacher"),
+        guide=guide,
+        compute=config.compute,
+        mesh=mesh if mesh.size > 1 else None,
+    )
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), shapes["params"])
+    return weights, located(state, mesh)
+
+
+def located[T](tree: T, mesh: Mesh) -> T:
+    """Shapes with the place of each one."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def abstract_batch(rows: int, width: int, mesh: Mesh) -> Batch:
+    """A batch whose rows may be compressed anywhere."""
+
+    def struct(dtype: Any, *shape: int) -> Any:
+        where = NamedSharding(mesh, ROWS) if shape else everywhere(mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    return Batch(
+        tokens=struct(jnp.int32, rows, width),
+        weights=struct(jnp.float32, rows, width),
+        answers=struct(jnp.bool_, rows, width),
+        prompt_lengths=struct(jnp.int32, rows),
+        step=struct(jnp.int32),
+        later=width,
+    )
+
+
+def hardest(config: TrainConfig) -> TrainConfig:
+    """The recipe with each choice at its last `keep`."""
+    choices = tuple(
+        dataclasses.replace(choice, keeps=choice.keeps[-1:])
+        for choice in config.sampling.choices
+    )
+    sampling = dataclasses.replace(config.sampling, choices=choices)
+    return dataclasses.replace(config, sampling=sampling)
