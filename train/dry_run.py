@@ -6,10 +6,10 @@ so it runs in a process of its own, `python -m kvjax.train.dry_run`, fed by `dry
 """
 
 import dataclasses
+import importlib.resources
 import importlib.util
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 
-import kvjax
 from kvjax.config import decode
 from kvjax.pallas_kernels.compile import versions
 from kvjax.pallas_kernels.measured import one_line
@@ -199,7 +198,7 @@ def _listener(
 
 def _path() -> str:
     """Where another interpreter finds this kvjax, and what this one was told."""
-    own = str(pathlib.Path(kvjax.__file__).parent.parent)
+    own = os.path.dirname(str(importlib.resources.files("kvjax")))
     return os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
 
 
