@@ -4,7 +4,7 @@ LOCK := $(PY) -m uv pip compile pyproject.toml --extra dev --extra notebook \
 	--universal --python-version 3.12 --generate-hashes --no-header \
 	--no-annotate --quiet
 
-.PHONY: help setup demo test test-slow test-kernels test-kernels-fast lint format bench kernels lock build clean
+.PHONY: help setup demo test test-slow test-kernels test-kernels-fast lint format bench results kernels lock build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -32,7 +32,10 @@ test-slow: setup ## all the tests, but for kernels in their interpreters
 test-kernels-fast: setup ## the fast cases of test-kernels
 	$(PY) -m pytest tests/kernels -m "interpret and not slow"
 
-test-kernels: setup ## every kernel in its interpreter against its reference
+test-results: setup ## train and measure what docs/results/ shows, hours
+	@$(PY) tools/results.py
+
+kernels: setup ## every kernel in its interpreter against its reference
 	$(PY) -m pytest tests/kernels
 
 lint: setup ## ruff and pyright
@@ -46,6 +49,9 @@ format: setup ## let ruff rewrite what it can
 
 bench: setup ## every script of benchmarks/, an hour or more
 	@$(PY) benchmarks/run.py
+
+results: setup ## train and measure what docs/results/ shows, hours
+	@$(PY) tools/results.py
 
 kernels: setup ## compile all kernels for TPU v5e, v6e, v7x and the H200; print the table
 	@$(PY) tools/kernels.py

@@ -107,7 +107,12 @@ def report(found: Mapping[str, Mapping[Cell, float]], notes: Mapping[str, Any]) 
         "A gap is what compression costs the base model in one cell (a task, an arm of "
         f"visibility, a method, a budget), where that is at least {100 * GAP:.0f} "
         "points; *closed* is the share of it that the tuned model gets back, averaged "
-        "over cells. `control` had the same steps without compression.",
+        "over cells. "
+        + (
+            "`control` had the same steps without compression."
+            if "control" in found
+            else "The control, the same steps without compression, has not been run."
+        ),
         "",
     ]
     lines = [*head, *tolerance(found), "", "![before and after](tolerance.svg)", ""]

@@ -54,7 +54,7 @@ class Eval(Command):
     """A bundled evaluation (demo) or a YAML file; the options below change it."""
     model: OptionalModel = None
     """Checkpoint directory, hub id (owner/name), or a bundled model: kvjax-tiny,
-    kvjax-tiny-seed1, kvjax-tiny-dms."""
+    kvjax-tiny-seed1, kvjax-tiny-dms, kvjax-tiny-tolerant."""
     compression: Names = None
     """Compressions from the list above or YAML files, with commas between."""
     keep: Names = None

@@ -39,6 +39,40 @@ def print_scores(console: Console, rows: Sequence[Row]) -> None:
         console.print()
 
 
+def print_gains(console: Console, before: Sequence[Row], after: Sequence[Row]) -> None:
+    """Scores of two models in the cells that both have, methods down, tasks across."""
+    found = {_cell(row): row["score"] for row in after}
+    pairs = [(row, found[_cell(row)]) for row in before if _cell(row) in found]
+    tasks = list(dict.fromkeys(row["task"] for row, _ in pairs))
+    table = Table(
+        title="before and after training: score in %",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("compression", no_wrap=True)
+    for name in ("keep", *tasks):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, keep in dict.fromkeys((r["compression"], r["keep"]) for r, _ in pairs):
+        cells = []
+        for task in tasks:
+            own = [
+                (row["score"], score)
+                for row, score in pairs
+                if (row["compression"], row["keep"], row["task"]) == (name, keep, task)
+            ]
+            means = [100 * sum(side) / len(own) for side in zip(*own, strict=True)]
+            cells.append(f"{means[0]:.0f} -> {means[1]:.0f}" if own else "")
+        table.add_row(name, "" if keep is None else f"{keep:g}", *cells)
+    print_table(console, table)
+
+
+def _cell(row: Row) -> tuple[Any, ...]:
+    names = ("task", "length", "visibility", "compression", "keep", "depth")
+    return tuple(row[name] for name in names)
+
+
 def print_dry_run(console: Console, result: Mapping[str, Any]) -> None:
     """What compilers say of the steps of a recipe: a line per compression."""
     known = ", ".join(f"{k} {v}" for k, v in result["versions"].items())

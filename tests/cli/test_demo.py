@@ -27,7 +27,7 @@ def test_demo(capsys, tmp_path):
     assert (tmp_path / "run" / "report" / "report.html").stat().st_size > 100_000
     code = main(["demo", "--items", "2", "--out", str(tmp_path / "run")])
     out = capsys.readouterr().out
-    assert code == 0 and "snapkv" in out and "report.html" in out
+    assert code == 0 and "snapkv" in out and "report.html" in out and " -> " in out
     assert "delete" in out  # says that nothing was measured anew
 
 
