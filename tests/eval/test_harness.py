@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -300,7 +301,8 @@ def test_the_bundled_model(repo, tmp_path):
 def test_every_preset_runs(model, tokenizer, tmp_path):
     model = with_evictor(model, Evictor(kind="neuron"))  # which some presets ask for
     model = with_projection(model, Projection())
-    model = with_gates(model, np.linspace(0, 1, 16).reshape(4, 4))  # and these
+    heads = (model.config.num_layers, model.config.num_kv_heads)
+    model = with_gates(model, np.linspace(0, 1, math.prod(heads)).reshape(heads))
     config = tiny.config(
         compressions=list(kvjax.compressions()),
         keeps=[0.5],
