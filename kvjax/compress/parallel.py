@@ -80,14 +80,14 @@ def attend(
         if c.prefill.causal:
             return out, priorities
     else:
-        out = _in_line(inputs, moved, layer, behind)
+        out = _in_line(moved, layer, behind)
     if before is None:
         before, _ = c.prefill.attend(prompt, prompt_lengths, False)
     return jnp.where(behind[:, None, :, None], out, before), priorities
 
 
 def _in_line(
-    inputs: LayerInputs, moved: LayerInputs, layer: LayerCache, behind: Array
+    moved: LayerInputs, layer: LayerCache, behind: Bool[Array, "B T"]
 ) -> Float[Array, "B H T D"]:
     """Attention of the tokens behind the point by the parts of the cache themselves.
 
