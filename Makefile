@@ -32,10 +32,7 @@ test-slow: setup ## all the tests, but for kernels in their interpreters
 test-kernels-fast: setup ## the fast cases of test-kernels
 	$(PY) -m pytest tests/kernels -m "interpret and not slow"
 
-test-results: setup ## train and measure what docs/results/ shows, hours
-	@$(PY) tools/results.py
-
-kernels: setup ## every kernel in its interpreter against its reference
+test-kernels: setup ## every kernel in its interpreter against its reference
 	$(PY) -m pytest tests/kernels
 
 lint: setup ## ruff and pyright

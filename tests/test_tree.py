@@ -55,3 +55,11 @@ def test_lock_is_public_hashed_and_without_torch():
         assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", pin), pin
         assert "--hash=sha256:" in entry, pin
     assert not {pin.split("==")[0] for pin in pins} & {"torch", "torchvision"}
+
+
+def test_every_target_of_the_makefile_is_there_once():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    assert phony
+    rules = re.findall(r"^([a-z-]+):(?!=)", text, re.MULTILINE)
+    assert sorted(rules) == sorted(phony[1].split())

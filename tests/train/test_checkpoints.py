@@ -20,16 +20,11 @@ from kvjax.train.stored import named, not_finite, steps_in
 
 
 def damaging(test: Callable) -> Callable:
-    """Marks a test in which orbax fails to read or to write.
-
-    It leaves coroutines behind that nobody awaited, of which Python says so when it
-    collects them: here, and not in the midst of whatever test comes next.
-    """
-    quiet = pytest.mark.filterwarnings(
+    """Marks a test in which orbax fails to read or to write, in a thread of its own."""
+    return pytest.mark.filterwarnings(
         "ignore::pytest.PytestUnraisableExceptionWarning",
         "ignore::pytest.PytestUnhandledThreadExceptionWarning",
-    )
-    return pytest.mark.usefixtures("collected")(quiet(test))
+    )(test)
 
 
 @pytest.fixture
