@@ -1,5 +1,6 @@
 """The recipe of a run, kept in its directory: another one is refused there."""
 
+import contextlib
 import dataclasses
 import fnmatch
 import os
@@ -7,6 +8,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import filelock
 import yaml
 
 from kvjax.config import decode
@@ -28,26 +30,49 @@ FREE = (
 """Fields that may change while a run goes on: none changes a weight, rounding aside."""
 
 
-def claim(directory: pathlib.Path, config: TrainConfig) -> None:
-    """Write `directory/recipe.yaml`, which `--config` reads.
+@contextlib.contextmanager
+def claimed(directory: pathlib.Path, config: TrainConfig) -> Iterator[None]:
+    """While inside, no other run writes to `directory`; its recipe is in `recipe.yaml`.
 
-    What is in `FREE` may differ from an earlier call, and the steps of the last stage.
+    What is in `FREE` may differ from an earlier run, and the steps of the last stage.
 
     Raises:
         ValueError: the directory has checkpoints of another recipe; the first field
-            that differs is named.
+            that differs is named. Or another run is writing to it.
         OSError: it cannot be written.
     """
-    path = directory / "recipe.yaml"
     if steps_in(directory / "checkpoints"):
-        _check_same(path, config)
+        _check_same(directory / "recipe.yaml", config)
     processes.barrier("recipe")  # nobody writes what another one still compares
-    if not processes.first():
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    # All fields: a default that changes must not change a run that goes on.
-    tree = as_tree(dataclasses.replace(config, resume=None))
-    replace_text(path, yaml.safe_dump(tree, sort_keys=False, width=88))
+    with _locked(directory):
+        if processes.first():
+            # All fields: a default that changes must not change a run that goes on.
+            tree = as_tree(dataclasses.replace(config, resume=None))
+            text = yaml.safe_dump(tree, sort_keys=False, width=88)
+            replace_text(directory / "recipe.yaml", text)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[None]:
+    """The directory, made and held by the first process; a kill lets go of it, too."""
+    lock = filelock.FileLock(directory / ".lock")
+    busy = False
+    if processes.first():
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            busy = True
+    if processes.agreed(busy):
+        raise ValueError(
+            f"another run is writing to {directory}. Wait for it or stop it, or give "
+            "another directory with --out."
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def as_tree(config: TrainConfig) -> Any:

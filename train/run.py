@@ -36,7 +36,7 @@ from kvjax.train.mesh import (
 )
 from kvjax.train.objective import Batch
 from kvjax.train.params import Params, leaves_of, params_of, split, with_params
-from kvjax.train.recipe import claim
+from kvjax.train.recipe import claimed
 from kvjax.train.words import Words, words_of
 
 
@@ -155,7 +155,8 @@ def run(
         progress: told of each step.
 
     Raises:
-        ValueError: a directory of another recipe; see `kvjax.train.loop.train`.
+        ValueError: a directory of another recipe or of another run that still goes
+            on; see `kvjax.train.loop.train`.
         OSError: a checkpoint or the model cannot be written; those before are kept.
     """
     check_writers(config.log)
@@ -176,18 +177,18 @@ def run(
     sample = None if config.projection is None else mixture.batch(0)
     weights, params = weights_of(config, sample, mesh=mesh)
     cached = CachedEvaluation(config, weights.model.config, words)
-    claim(directory, config)
-    state = train(
-        weights,
-        params,
-        config,
-        mixture.batches,
-        directory=directory,
-        held_out=functools.partial(held_out_batches, config, mixture),
-        cached=cached,
-        progress=progress,
-    )
-    _export(weights, state, words, directory / "model")
+    with claimed(directory, config):
+        state = train(
+            weights,
+            params,
+            config,
+            mixture.batches,
+            directory=directory,
+            held_out=functools.partial(held_out_batches, config, mixture),
+            cached=cached,
+            progress=progress,
+        )
+        _export(weights, state, words, directory / "model")
     return state
 
 

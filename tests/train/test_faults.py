@@ -242,3 +242,17 @@ def test_steps_and_logs_may_change(whole, tmp_path):
     assert yaml.safe_load((part / "recipe.yaml").read_text())["log_every"] == 7
     with pytest.raises(ValueError, match="has done 7 steps; the recipe asks for 6"):
         run(recipe(), part)
+
+
+def test_a_directory_that_another_run_writes_to(whole, tmp_path):
+    part = copied(whole, tmp_path, last=4)
+    refused = []
+
+    def told(progress: Progress) -> None:
+        with pytest.raises(ValueError, match=r"another run.*--out") as said:
+            run(recipe(), part)
+        refused.append(str(said.value))
+
+    run(recipe(), part, progress=told)
+    assert len(refused) == 2 and str(part) in refused[0]
+    goes_on(whole, part)
