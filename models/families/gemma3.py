@@ -6,17 +6,15 @@ from types import MappingProxyType
 from typing import Any, final
 
 from kvjax.models.config import DecoderConfig
-from kvjax.models.families.base import (
-    ACTIVATION_NAMES,
+from kvjax.models.families.base import ACTIVATION_NAMES, AbstractFamily, read_activation
+from kvjax.models.families.rotary import read_rope, rope_settings
+from kvjax.models.families.windows import (
     FULL,
     SLIDING,
-    AbstractFamily,
     one_window,
-    read_activation,
     read_layer_types,
     write_layer_types,
 )
-from kvjax.models.families.rotary import read_rope, rope_settings
 
 
 @final

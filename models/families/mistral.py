@@ -5,7 +5,8 @@ from types import MappingProxyType
 from typing import Any, final
 
 from kvjax.models.config import DecoderConfig
-from kvjax.models.families.base import AbstractFamily, one_window
+from kvjax.models.families.base import AbstractFamily
+from kvjax.models.families.windows import one_window
 
 
 @final

@@ -5,8 +5,9 @@ from types import MappingProxyType
 from typing import Any, final
 
 from kvjax.models.config import DecoderConfig
-from kvjax.models.families.base import AbstractFamily, Weight, linear, one_window
+from kvjax.models.families.base import AbstractFamily, Weight, linear
 from kvjax.models.families.rotary import write_rope
+from kvjax.models.families.windows import one_window
 
 
 @final

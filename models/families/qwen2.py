@@ -5,10 +5,10 @@ from types import MappingProxyType
 from typing import Any, final
 
 from kvjax.models.config import DecoderConfig
-from kvjax.models.families.base import (
+from kvjax.models.families.base import AbstractFamily
+from kvjax.models.families.windows import (
     FULL,
     SLIDING,
-    AbstractFamily,
     one_window,
     read_layer_types,
     write_layer_types,
