@@ -7,6 +7,8 @@ import pytest
 from tests.tree import tool
 
 pages = tool("results_pages")
+tolerance = tool("results_tolerance")
+bound = tool("results_bound")
 
 SEEN = "query_aware"
 BASE = {
@@ -28,7 +30,7 @@ def test_share_is_the_mean_over_cells_with_a_gap():
     tuned = {**BASE, ("recall", SEEN, "knorm", 0.25): 0.6}  # half of its gap
     tuned["chain", SEEN, "knorm", 0.25] = 0.9  # 125 % of it
     tuned["fact", SEEN, "knorm", 0.25] = 0.0  # a gap of 9 points does not count
-    got = pages.closed(BASE, tuned, quarter)
+    got = tolerance.closed(BASE, tuned, quarter)
     assert got.cells == 2
     assert got.share == pytest.approx((0.5 + 1.25) / 2)
     assert (got.before, got.after, got.full) == pytest.approx((0.3, 0.75, 0.9))
@@ -36,17 +38,17 @@ def test_share_is_the_mean_over_cells_with_a_gap():
 
 def test_a_loss_counts_against_the_share():
     tuned = {**BASE, ("recall", SEEN, "knorm", 0.25): 0.0}
-    assert pages.closed(BASE, tuned, quarter).share == pytest.approx(-0.125)
+    assert tolerance.closed(BASE, tuned, quarter).share == pytest.approx(-0.125)
 
 
 def test_no_gap_is_no_number():
-    got = pages.closed(BASE, BASE, lambda cell: cell[0] == "fact")
+    got = tolerance.closed(BASE, BASE, lambda cell: cell[0] == "fact")
     assert math.isnan(got.share)
     assert got.cells == 0
 
 
 def test_claims_are_about_their_own_cells():
-    picked = {title: chosen for title, _, chosen in pages.claims()}
+    picked = {title: chosen for title, _, chosen in tolerance.claims()}
     cells = [cell for cell in BASE if picked["eviction, keep 1/8"](cell)]
     assert cells == [("recall", SEEN, "knorm", 0.125)]
     assert not picked["methods left out, keep 1/4"](("recall", SEEN, "knorm", 0.25))
@@ -65,3 +67,36 @@ def test_conditions_say_where_evaluations_differ():
     assert got["dtype"] == "float32 and bfloat16"
     assert got["date"] == "2030-01-02"
     assert got["items per cell"] == "500"
+
+
+def test_one_bit_is_a_compression_of_its_own():
+    def one(scores):
+        return pages.Found(scores=scores, bytes={}, header={})
+
+    cell, none = ("fact", SEEN, "kivi_2bit", None), ("fact", SEEN, "none", None)
+    found = {
+        "tolerance-base": one({none: 1.0, cell: 0.6}),
+        "one_bit-base": one({none: 0.9, cell: 0.2}),
+    }
+    (got,) = tolerance.scores_by_model(found).values()
+    renamed = ("fact", SEEN, tolerance.ONE_BIT, None)
+    assert got == {none: 1.0, cell: 0.6, renamed: 0.2}
+
+
+def test_a_page_names_what_is_there():
+    cell = ("fact", SEEN, "dms", 0.25)
+    one = pages.Found(scores={cell: 0.5}, bytes={cell: 2048.0}, header={})
+    lines = pages.score_table("dms", {"dms-dms": one})
+    assert "| fact | query_aware | 50.0 |  |  |" in lines
+    assert "| KiB per prompt |  | 2 |  |  |" in lines
+    assert not any("immediate, " in line or "h2o" in line for line in lines[4:])
+
+
+def test_bound_of_streaming_llm():
+    config = {"lengths": [256], "seed": 1, "items": 200, "keeps": [1.0, 0.5, 0.25]}
+    tasks = [{"name": "recall", "fields": {"value_length": 4}}]
+    got = bound.streaming_bounds({"config": {**config, "tasks": tasks}})
+    assert got[1.0] == 1.0
+    # Records lie anywhere in the context, and half of it stays but for the sinks.
+    assert got[0.25] < got[0.5] < 0.6
+    assert got[0.5] == pytest.approx(0.5, abs=0.1)

@@ -1,7 +1,8 @@
 """Train what makes models tolerant, measure it, write docs/results/: `make results`.
 
-    python tools/results.py                          everything, hours on two cores
-    python tools/results.py --models base tolerant   these alone
+    python tools/results.py                          everything, many hours on two cores
+    python tools/results.py --pages dms duo          these pages alone
+    python tools/results.py --models base tolerant   what these models are needed for
     python tools/results.py --items 50 --report-only
 
 Everything is kept under `--work` and goes on where it stopped: checkpoints of runs,
@@ -15,13 +16,13 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Any
 
-from results_pages import GAP, Cell, cells_table, conditions, dms_page, plot, tolerance
+from results_bound import streaming_bounds
+from results_pages import Cell, Found, conditions, score_table, seeds_table
+from results_tolerance import plot, tolerance_page
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"
-BASE = "kvjax-tiny"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,26 +30,78 @@ class Model:
     """One model of the comparison.
 
     Attributes:
-        recipe: of `configs/train/`, or empty for the bundled base model.
-        sets: changes to it.
-        evaluation: of `configs/eval/`.
-        options: more for `kvjax eval`.
+        recipe: of `configs/train/`, or empty for a bundled model.
+        name: of the bundled model.
+        sets: changes to the recipe.
     """
 
     recipe: str = ""
+    name: str = "kvjax-tiny"
     sets: tuple[str, ...] = ()
-    evaluation: str = "tolerance"
-    options: tuple[str, ...] = ()
 
+
+SEED1 = ("init=kvjax-tiny-seed1", "seed=1")
 
 MODELS: Mapping[str, Model] = {
     "base": Model(),
+    "base-seed1": Model(name="kvjax-tiny-seed1"),
     "tolerant": Model(recipe="tolerant"),
+    "tolerant-seed1": Model(recipe="tolerant", sets=SEED1),
     "control": Model(recipe="tolerant", sets=("sampling.choices=[]",)),
-    "dms": Model(recipe="dms", evaluation="dms"),
-    "untrained": Model(evaluation="dms", options=("--compression", "h2o,tova")),
+    "dms": Model(recipe="dms"),
+    "dms-immediate": Model(recipe="dms", sets=("dms.window=1",)),
+    "duo": Model(recipe="duo"),
+    "duo-seed1": Model(recipe="duo", sets=SEED1),
+    "surrogate": Model(recipe="surrogate"),
+    "surrogate-seed1": Model(recipe="surrogate", sets=SEED1),
+    "matryoshka": Model(recipe="matryoshka"),
+    "matryoshka-start": Model(
+        recipe="matryoshka",
+        sets=("stages.0.steps=1", "optimizer.learning_rate=1e-9", "sampling.ramp=0"),
+    ),
 }
-"""`untrained` is the base model again, under what needs no training."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A model under an evaluation of `configs/eval/`, with more options."""
+
+    model: str
+    config: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        return f"{self.config}-{self.model}"
+
+
+TOLERANCE = ("base", "tolerant", "control", "base-seed1", "tolerant-seed1")
+PAGES: Mapping[str, tuple[Evaluation, ...]] = {
+    "tolerance": tuple(
+        Evaluation(model=model, config=config)
+        for config in ("tolerance", "one_bit")
+        for model in TOLERANCE
+    ),
+    "dms": (
+        Evaluation(model="dms", config="dms", options=("--compression", "dms")),
+        Evaluation(
+            model="dms-immediate",
+            config="dms",
+            options=("--compression", "dms", "--set", "window=1"),
+        ),
+        Evaluation(model="base", config="dms", options=("--compression", "h2o,tova")),
+    ),
+    "duo": tuple(Evaluation(model=m, config="duo") for m in ("duo", "duo-seed1")),
+    "surrogate": tuple(
+        Evaluation(model=m, config="surrogate")
+        for m in ("surrogate", "surrogate-seed1")
+    ),
+    "matryoshka": tuple(
+        Evaluation(model=m, config="matryoshka")
+        for m in ("matryoshka", "matryoshka-start")
+    ),
+}
 
 
 def run(*command: object) -> None:
@@ -62,7 +115,7 @@ def model_path(name: str, work: pathlib.Path) -> str:
     """The trained model, made unless it is there."""
     model = MODELS[name]
     if not model.recipe:
-        return BASE
+        return model.name
     run_dir = work / "runs" / name
     if not (run_dir / "model" / "config.json").is_file():
         sets = [word for text in model.sets for word in ("--set", text)]
@@ -71,93 +124,90 @@ def model_path(name: str, work: pathlib.Path) -> str:
     return str(run_dir / "model")
 
 
-def evaluate(name: str, work: pathlib.Path, items: int | None) -> pathlib.Path:
-    """The run directory of a model's evaluation, finished unless it is."""
-    out = work / "evals" / name
+def evaluate(it: Evaluation, work: pathlib.Path, items: int | None) -> None:
+    """Measure a model, unless that is done."""
     more = () if items is None else ("--items", items)
-    config = ROOT / "configs" / "eval" / f"{MODELS[name].evaluation}.yaml"
     run(
-        *(sys.executable, "-m", "kvjax.cli", "eval", "--config", config),
-        *("--model", model_path(name, work), "--out", out, *more),
-        *("--dtype", "float32"),
-        *MODELS[name].options,
+        *(sys.executable, "-m", "kvjax.cli", "eval"),
+        *("--config", ROOT / "configs" / "eval" / f"{it.config}.yaml"),
+        *("--model", model_path(it.model, work)),
+        *("--out", work / "evals" / it.name, *more, "--dtype", "float32"),
+        *it.options,
     )
+
+
+def found(page: str, work: pathlib.Path) -> dict[str, Found]:
+    """The finished evaluations of a page, by their names."""
+    from kvjax.eval.results import load_rows
+
+    out = {}
+    for it in PAGES[page]:
+        directory = work / "evals" / it.name
+        if not (directory / "run.json").is_file():
+            continue
+        rows = load_rows(directory).to_pylist()
+        cells: dict[Cell, dict] = {
+            (row["task"], row["visibility"], row["compression"], row["keep"]): row
+            for row in rows
+        }
+        out[it.name] = Found(
+            scores={cell: row["score"] for cell, row in cells.items()},
+            bytes={cell: row["resident_bytes"] for cell, row in cells.items()},
+            header=json.loads((directory / "run.json").read_text(encoding="utf-8")),
+        )
     return out
 
 
-def scores(directory: pathlib.Path) -> dict[Cell, float]:
-    """Accuracy of every finished cell."""
-    from kvjax.eval.results import load_rows
-
-    return {
-        (row["task"], row["visibility"], row["compression"], row["keep"]): row["score"]
-        for row in load_rows(directory).to_pylist()
-    }
-
-
-def report(found: Mapping[str, Mapping[Cell, float]], notes: Mapping[str, Any]) -> None:
-    """Write the page of tolerance, its figure and the numbers."""
-    head = [
-        "# Tolerance",
-        "",
+def write_page(page: str, of: Mapping[str, Found]) -> None:
+    """Write `docs/results/PAGE.md`, its numbers, and its figure where it has one."""
+    notes = conditions([one.header for one in of.values()])
+    said = (
         "Written by `python tools/results.py` (`make results`); do not edit. "
         + ", ".join(f"{key}: {value}" for key, value in notes.items())
-        + ".",
-        "",
-        "A gap is what compression costs the base model in one cell (a task, an arm of "
-        f"visibility, a method, a budget), where that is at least {100 * GAP:.0f} "
-        "points; *closed* is the share of it that the tuned model gets back, averaged "
-        "over cells. "
-        + (
-            "`control` had the same steps without compression."
-            if "control" in found
-            else "The control, the same steps without compression, has not been run."
-        ),
-        "",
-    ]
-    lines = [*head, *tolerance(found), "", "![before and after](tolerance.svg)", ""]
-    lines += ["## Cells", "", *cells_table(found), ""]
-    (OUT / "tolerance.md").write_text("\n".join(lines), encoding="utf-8")
+        + "."
+    )
+    if page == "tolerance":
+        lines = tolerance_page(of, streaming_bounds(of["tolerance-base"].header))
+        plot(of, OUT / "tolerance.svg")
+    elif page in ("duo", "surrogate"):
+        lines = seeds_table(page, of)
+    else:
+        lines = score_table(page, of)
+    lines[1:1] = ["", said]
+    (OUT / f"{page}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     numbers = {
-        name: [[*cell, value] for cell, value in cells.items()]
-        for name, cells in found.items()
+        name: [[*cell, value] for cell, value in one.scores.items()]
+        for name, one in of.items()
     }
     text = json.dumps({"notes": notes, "scores": numbers}, indent=1)
-    (OUT / "tolerance.json").write_text(text + "\n", encoding="utf-8")
-    plot(found, OUT / "tolerance.svg")
+    (OUT / f"{page}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> int:
     """Parse the command line, do what is missing, write the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pages", nargs="+", default=list(PAGES), choices=PAGES)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs" / "results")
     parser.add_argument("--items", type=int, help="per cell, instead of 500")
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()
+    work = args.work.absolute()
     if not args.report_only:
-        for name in args.models:
-            evaluate(name, args.work.absolute(), args.items)
-    found, headers = {}, []
-    for name in args.models:
-        directory = args.work / "evals" / name
-        if directory.is_dir():
-            found[name] = scores(directory)
-            headers.append(json.loads((directory / "run.json").read_text()))
-    if not found:
-        sys.exit(f"error: no evaluations in {args.work}.")
-    notes = conditions(headers)
+        for page in args.pages:
+            for it in PAGES[page]:
+                if it.model in args.models:
+                    evaluate(it, work, args.items)
     OUT.mkdir(parents=True, exist_ok=True)
-    if "base" in found:
-        report(found, notes)
-    if {"dms", "untrained"} <= set(found):
-        about = ", ".join(f"{key}: {value}" for key, value in notes.items())
-        lines = [
-            *dms_page(found),
-            "",
-            f"Written by `python tools/results.py`; {about}.",
-        ]
-        (OUT / "dms.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    written = 0
+    for page in args.pages:
+        of = found(page, work)
+        first = PAGES[page][0].name
+        if first in of:
+            write_page(page, of)
+            written += 1
+    if not written:
+        sys.exit(f"error: no evaluations in {work} that a page could be made of.")
     return 0
 
 

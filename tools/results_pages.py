@@ -1,104 +1,194 @@
-"""The pages of docs/results/: what was claimed, what came out, drawn."""
+"""Tables of docs/results/: accuracies of models under compressions."""
 
 import dataclasses
-import math
-import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-EVICTION = ("snapkv", "tova", "h2o", "knorm", "chunkkv")
-LEFT_OUT = ("expected_attention", "keydiff", "lagkv", "pyramidkv", "adakv_snapkv")
-LEFT_OUT_KEEP = 0.1875
-GAP = 0.10
-"""Cells in which compression costs the base model less say nothing of a gap closed."""
 
 Cell = tuple[str, str, str, float | None]
 """Task, visibility, compression, keep."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Closed:
-    """How much of what compression costs the base model a tuned one gets back.
+class Found:
+    """One finished evaluation.
 
     Attributes:
-        share: mean over the cells with a gap of at least `GAP`; NaN without any.
-        cells: how many those are.
-        before, after: mean accuracy over them.
-        full: of the base model without compression.
+        scores: accuracy per cell, in [0, 1].
+        bytes: of the cache per prompt and cell.
+        header: its `run.json`.
     """
 
-    share: float
-    cells: int
-    before: float
-    after: float
-    full: float
+    scores: Mapping[Cell, float]
+    bytes: Mapping[Cell, float]
+    header: Mapping[str, Any]
 
 
-def closed(
-    base: Mapping[Cell, float],
-    tuned: Mapping[Cell, float],
-    chosen: Callable[[Cell], bool],
-) -> Closed:
-    """`Closed` over the cells that `chosen` picks."""
-    rows = []
-    for cell, before in base.items():
-        task, visibility, _, _ = cell
-        full = base.get((task, visibility, "none", None))
-        if full is None or cell not in tuned or not chosen(cell):
-            continue
-        if full - before >= GAP:
-            gained = (tuned[cell] - before) / (full - before)
-            rows.append((gained, before, tuned[cell], full))
-    if not rows:
-        return Closed(share=math.nan, cells=0, before=0, after=0, full=0)
-    share, before, after, full = map(statistics.fmean, zip(*rows, strict=True))
-    return Closed(share=share, cells=len(rows), before=before, after=after, full=full)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column of a page: one compression of one evaluation."""
+
+    title: str
+    evaluation: str
+    compression: str
+    keep: float | None = None
 
 
-def claims() -> Iterable[tuple[str, float, Callable[[Cell], bool]]]:
-    """What is claimed, its bar, and the cells it is about."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a page says before its table, and the table's columns."""
 
-    def of(names: Sequence[str], keep: float | None) -> Callable[[Cell], bool]:
-        return lambda cell: cell[2] in names and cell[3] == keep
-
-    yield "eviction, keep 1/4", 0.7, of(EVICTION, 0.25)
-    yield "eviction, keep 1/8", 0.5, of(EVICTION, 0.125)
-    yield "2 bits, no residual", 0.8, of(("kivi_2bit",), None)
-    yield "keep 1/4 and 2 bits", 0.6, of(("snapkv_kivi",), 0.25)
-    yield "budget left out, 3/16", 0.4, of(EVICTION, LEFT_OUT_KEEP)
-    yield "methods left out, keep 1/4", 0.4, of(LEFT_OUT, 0.25)
-    yield "methods left out, keep 1/8", 0.4, of(LEFT_OUT, 0.125)
+    title: str
+    text: str
+    columns: tuple[Column, ...]
 
 
-def tolerance(found: Mapping[str, Mapping[Cell, float]]) -> list[str]:
-    """Lines of the page that are about `tolerant` and `control`."""
-    base = found["base"]
-    tuned = [name for name in ("tolerant", "control") if name in found]
-    lines = [
-        "| claim | bar | "
-        + " | ".join(f"{name}: closed | before, after, full" for name in tuned)
-        + " | cells |",
-        "|---|---:|" + "---:|---|" * len(tuned) + "---:|",
-    ]
-    for title, bar, chosen in claims():
-        each = [closed(base, found[name], chosen) for name in tuned]
-        shown = [
-            f"{100 * c.share:.0f} % | {100 * c.before:.1f}, {100 * c.after:.1f}, "
-            f"{100 * c.full:.1f}"
-            for c in each
-        ]
-        cells = each[0].cells if each else 0
-        lines.append(f"| {title} | {100 * bar:.0f} % | {' | '.join(shown)} | {cells} |")
-    lines += ["", "| uncompressed | " + " | ".join(["base", *tuned]) + " |"]
-    lines += ["|---|" + "---:|" * (1 + len(tuned))]
-    tasks = dict.fromkeys(cell[0] for cell in base)
-    for task in tasks:
-        cell = (task, "query_agnostic", "none", None)
-        values = [found[name].get(cell, math.nan) for name in ("base", *tuned)]
-        shown = " | ".join(f"{100 * value:.1f}" for value in values)
-        lines.append(f"| {task} | {shown} |")
+def _columns(
+    evaluation: str, *names: str, keeps: Sequence[float], after: str = ""
+) -> tuple[Column, ...]:
+    return tuple(
+        Column(
+            title=f"{name}, {keep:g}{after}",
+            evaluation=evaluation,
+            compression=name,
+            keep=keep,
+        )
+        for name in names
+        for keep in keeps
+    )
+
+
+def _full(evaluation: str, after: str = "") -> Column:
+    return Column(title=f"full{after}", evaluation=evaluation, compression="none")
+
+
+TABLES: Mapping[str, Page] = {
+    "dms": Page(
+        title="DMS",
+        text="`dms` is `kvjax-tiny` trained to give up three tokens of four, each 16 "
+        "tokens after it was read; *immediate* is the same training and evaluation "
+        "with a delay of one token. Beside them the base model under methods without "
+        "training, at the same slots per layer. *full, trained* has every token "
+        "visible, for which the model was not trained.",
+        columns=(
+            _full("dms-base"),
+            *_columns("dms-dms", "dms", keeps=(0.25, 0.125)),
+            *_columns(
+                "dms-dms-immediate", "dms", keeps=(0.25, 0.125), after=", immediate"
+            ),
+            *_columns("dms-base", "h2o", "tova", keeps=(0.25, 0.125)),
+            _full("dms-dms", ", trained"),
+        ),
+    ),
+    "matryoshka": Page(
+        title="Matryoshka projections",
+        text="Keys and values are cut to a leading share of their coefficients. "
+        "*trained* are the projections of the recipe `matryoshka`, *start* the "
+        "principal components that it starts from. The model itself stays as it is.",
+        columns=(
+            _full("matryoshka-matryoshka"),
+            *_columns(
+                "matryoshka-matryoshka",
+                "matryoshka",
+                keeps=(0.5, 0.375, 0.25, 0.125),
+                after=", trained",
+            ),
+            *_columns(
+                "matryoshka-matryoshka-start",
+                "matryoshka",
+                keeps=(0.5, 0.375, 0.25, 0.125),
+                after=", start",
+            ),
+        ),
+    ),
+}
+
+SEEDS: Mapping[str, Page] = {
+    "duo": Page(
+        title="DuoAttention gates",
+        text="Half of the KV heads, chosen by the trained gates, keep all tokens; the "
+        "others keep 4 sinks and the newest 32 tokens. The model itself stays as it "
+        "is. Beside it methods without training that keep half of the tokens in all "
+        "heads.",
+        columns=(
+            _full("duo"),
+            *_columns("duo", "duo", "snapkv", "streaming_llm", "random", keeps=(0.5,)),
+        ),
+    ),
+    "surrogate": Page(
+        title="Surrogate scores",
+        text="A small network beside each layer predicts what later questions will "
+        "look at; the model itself stays as it is. The question is hidden from all "
+        "scores.",
+        columns=(
+            _full("surrogate"),
+            *_columns(
+                "surrogate",
+                "surrogate",
+                "snapkv",
+                "expected_attention",
+                "keydiff",
+                keeps=(0.25, 0.125),
+            ),
+        ),
+    ),
+}
+"""Pages with a table per seed; `evaluation` is that of the first."""
+
+
+def score_table(page: str, found: Mapping[str, Found]) -> list[str]:
+    """A page of `TABLES`; columns whose evaluation is missing are left out."""
+    it = TABLES[page]
+    columns = [column for column in it.columns if column.evaluation in found]
+    return [f"# {it.title}", "", it.text, "", *_rows(columns, found)]
+
+
+def seeds_table(page: str, found: Mapping[str, Found]) -> list[str]:
+    """A page of `SEEDS`: the same columns for every seed there is."""
+    it = SEEDS[page]
+    lines = [f"# {it.title}", "", it.text]
+    for seed, after in ((0, ""), (1, "-seed1")):
+        name = f"{page}-{page}{after}"
+        if name in found:
+            columns = [dataclasses.replace(c, evaluation=name) for c in it.columns]
+            lines += ["", f"## Seed {seed}", "", *_rows(columns, found)]
     return lines
+
+
+def _rows(columns: Sequence[Column], found: Mapping[str, Found]) -> list[str]:
+    """Accuracies in percent, their mean, and the bytes of the cache."""
+    first = found[columns[0].evaluation]
+    groups = list(dict.fromkeys(cell[:2] for cell in first.scores))
+    lines = [
+        "| task | visibility | " + " | ".join(c.title for c in columns) + " |",
+        "|---|---|" + "---:|" * len(columns),
+    ]
+
+    def line(name: str, seen: str, values: Sequence[float | None], form: str) -> None:
+        shown = " | ".join("" if v is None else format(v, form) for v in values)
+        lines.append(f"| {name} | {seen} | {shown} |")
+
+    def each(which: str, column: Column) -> list[float | None]:
+        cells = getattr(found[column.evaluation], which)
+        return [cells.get((*g, column.compression, column.keep)) for g in groups]
+
+    table = [each("scores", column) for column in columns]
+    for index, (task, seen) in enumerate(groups):
+        line(
+            task,
+            seen,
+            [_mean(column[index : index + 1], 100) for column in table],
+            ".1f",
+        )
+    line("mean", "", [_mean(column, 100) for column in table], ".1f")
+    held = [_mean(each("bytes", column), 1 / 1024) for column in columns]
+    line("KiB per prompt", "", held, ".0f")
+    return lines
+
+
+def _mean(values: Sequence[float | None], factor: float) -> float | None:
+    there = [value for value in values if value is not None]
+    return factor * statistics.fmean(there) if there else None
 
 
 def conditions(headers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -118,93 +208,3 @@ def conditions(headers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         key: " and ".join(dict.fromkeys(str(row[key]) for row in rows))
         for key in rows[0]
     }
-
-
-def cells_table(found: Mapping[str, Mapping[Cell, float]]) -> list[str]:
-    """Every cell of every model, in percent."""
-    names = list(found)
-    lines = [
-        "| task | visibility | compression | keep | " + " | ".join(names) + " |",
-        "|---|---|---|---:|" + "---:|" * len(names),
-    ]
-    every = dict.fromkeys(cell for name in names for cell in found[name])
-    for cell in every:
-        task, visibility, compression, keep = cell
-        values = [found[name].get(cell) for name in names]
-        shown = " | ".join("" if v is None else f"{100 * v:.1f}" for v in values)
-        kept = "" if keep is None else f"{keep:g}"
-        lines.append(f"| {task} | {visibility} | {compression} | {kept} | {shown} |")
-    return lines
-
-
-def plot(found: Mapping[str, Mapping[Cell, float]], path: pathlib.Path) -> None:
-    """Accuracy against the kept fraction, before and after, one panel per method."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "kvjax"
-    names = [name for name in ("base", "control", "tolerant") if name in found]
-    figure, axes = plt.subplots(
-        2, len(EVICTION), figsize=(2.3 * len(EVICTION), 4.4), sharex=True, sharey=True
-    )
-    for row, visibility in enumerate(("query_agnostic", "query_aware")):
-        for axis, method in zip(axes[row], EVICTION, strict=True):
-            for name in names:
-                keeps, values = curve(found[name], visibility, method)
-                axis.plot(keeps, values, marker="o", markersize=3, label=name)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks([1, 0.25, 0.125], ["1", "1/4", "1/8"])
-            axis.set_title(method if row == 0 else "", fontsize=9)
-        hidden = visibility == "query_agnostic"
-        axes[row][0].set_ylabel("question hidden" if hidden else "question seen")
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.supxlabel("fraction of the cache kept", fontsize=9)
-    figure.suptitle("Mean accuracy over tasks (percent)", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-
-
-def curve(
-    found: Mapping[Cell, float], visibility: str, method: str
-) -> tuple[list[float], list[float]]:
-    """Kept fractions and mean accuracies, the full cache first."""
-    points: dict[float, list[float]] = {}
-    for (_, seen, name, keep), value in found.items():
-        if seen == visibility and name in (method, "none"):
-            points.setdefault(1.0 if keep is None else keep, []).append(100 * value)
-    keeps = sorted(points, reverse=True)
-    return keeps, [statistics.fmean(points[keep]) for keep in keeps]
-
-
-def dms_page(found: Mapping[str, Mapping[Cell, float]]) -> list[str]:
-    """What DMS gives up, beside methods without training at the same bytes."""
-    ours, base = found["dms"], found["untrained"]
-    columns = [("full, base", base, "none", None)]
-    columns += [(f"dms, {keep:g}", ours, "dms", keep) for keep in (0.25, 0.125)]
-    columns += [
-        (f"{name}, {keep:g}, base", base, name, keep)
-        for name in ("h2o", "tova")
-        for keep in (0.25, 0.125)
-    ]
-    columns += [("full, dms", ours, "none", None)]
-    lines = [
-        "# DMS",
-        "",
-        "Accuracy in percent: the bundled `kvjax-tiny-dms` under `dms`, and "
-        "`kvjax-tiny` (base) under methods without training, at the same slots per "
-        "layer. *full, dms* is the trained model with every token visible, for which "
-        "it was not trained.",
-        "",
-        "| task | visibility | " + " | ".join(c[0] for c in columns) + " |",
-        "|---|---|" + "---:|" * len(columns),
-    ]
-    for task, visibility in dict.fromkeys(cell[:2] for cell in ours):
-        values = [
-            cells.get((task, visibility, name, keep))
-            for _, cells, name, keep in columns
-        ]
-        shown = " | ".join("" if v is None else f"{100 * v:.1f}" for v in values)
-        lines.append(f"| {task} | {visibility} | {shown} |")
-    return lines
