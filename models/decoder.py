@@ -6,6 +6,7 @@ reads one, and training's parallel form are the same model with another callback
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.models.carrying import Attention as Attention
 from kvjax.models.carrying import Carrying as Carrying
 from kvjax.models.config import DecoderConfig
+from kvjax.models.walk import walk
 from kvjax.types import LayerInputs, LayerSpec
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -217,6 +219,8 @@ class Decoder(nnx.Module):
         attention: Attention,
         *,
         remat: bool = False,
+        loop: bool = False,
+        place: Callable[[Array], Array] = lambda x: x,
     ) -> Float[Array, "B T E"]:
         """Hidden states after the final norm.
 
@@ -226,22 +230,26 @@ class Decoder(nnx.Module):
             attention: called once per layer in order, `LayerInputs -> [B H T D]`.
             remat: recompute each layer in the backward pass instead of storing it;
                 `attention` must then be pure, or `Carrying` all that it keeps.
+            loop: compile layers that compute the same once, see `walk`; the same holds
+                for `attention`.
+            place: where the residual stream is to be, over several devices; called
+                with it in front of every layer.
         """
         x = self.embed(tokens)
         carrying = attention if isinstance(attention, Carrying) else None
+
+        def step(layer: Layer, spec: LayerSpec, x: Array, state: Any):
+            x = place(x)
+            if carrying is None:
+                return layer(x, positions, spec, attention), None
+            carrying.state = state  # in and out by name, or a trace would leak it
+            x = layer(x, positions, spec, attention)
+            carrying.leave(x)
+            return x, carrying.state
+
         state = carrying.state if carrying else None
-        for layer, spec in zip(self.layers, self.config.layers, strict=True):
-
-            def run(x, positions, state, layer=layer, spec=spec):
-                if carrying is None:
-                    return layer(x, positions, spec, attention), None
-                carrying.state = state  # in and out by name, or a trace would leak it
-                x = layer(x, positions, spec, attention)
-                carrying.leave(x)
-                return x, carrying.state
-
-            run = jax.checkpoint(run) if remat else run
-            x, state = run(x, positions, state)
+        specs = self.config.layers
+        x, state = walk(self.layers, specs, step, x, state, remat=remat, loop=loop)
         if carrying is not None:
             carrying.state = state
         return self.norm(x)

@@ -17,11 +17,14 @@ from kvjax.pallas_kernels.dense import visible
 from kvjax.pallas_kernels.partial import cap
 from kvjax.types import EMPTY, NEG_INF, pytree, static
 
-BLOCK = 1 << 24
-"""Logits of one block (elements)."""
+BLOCK = 1 << 26
+"""Logits of one block (elements) on one device."""
 
 CPU_BLOCK = 1 << 19
 """The same on a CPU: what fits beside its gradient into a core's caches."""
+
+QUERIES = 16
+"""Queries of a block at least."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,22 +78,42 @@ class Slopes:
     soft: Array | None = None  # [r, K, s]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """How much is done at a time.
+
+    Attributes:
+        logits: elements of a block, over all devices.
+        all_rows: a block takes part of the queries of all rows, which several devices
+            hold between them: one after the other, all would wait for one.
+    """
+
+    logits: int
+    all_rows: bool
+
+
 def on_platform(fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn(block, *args)` with the block size of the platform it is compiled for."""
-    return jax.lax.platform_dependent(
-        *args,
-        cpu=functools.partial(fn, CPU_BLOCK),
-        default=functools.partial(fn, BLOCK),
-    )
+    """`fn(block, *args)` with the block of the platform that it is compiled for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else mesh.size
+
+    def of(logits: int) -> Callable[..., Any]:
+        return functools.partial(
+            fn, Block(logits=logits * devices, all_rows=devices > 1)
+        )
+
+    return jax.lax.platform_dependent(*args, cpu=of(CPU_BLOCK), default=of(BLOCK))
 
 
-def _sizes(block: int, queries: Queries, keys: KeyBlock) -> tuple[int, int]:
+def _sizes(block: Block, queries: Queries, keys: KeyBlock) -> tuple[int, int]:
     """Rows and queries per block: whole rows while they fit, else parts of one."""
     b, kv_heads, groups, n, _ = queries.q.shape
     per_query = kv_heads * groups * keys.k.shape[2]
-    fit = block // (per_query * n)
+    if block.all_rows:
+        return b, max(QUERIES, min(n, block.logits // (b * per_query)))
+    fit = block.logits // (per_query * n)
     if fit < 1:
-        return 1, max(16, min(n, block // per_query))
+        return 1, max(QUERIES, min(n, block.logits // per_query))
     return max(rows for rows in range(1, b + 1) if b % rows == 0 and rows <= fit), n
 
 
@@ -131,7 +154,7 @@ def _query_axes(queries: Queries) -> Any:
     return jax.tree.map(lambda a: 3 if a.ndim == 5 else 1, queries)
 
 
-def forward(how: How, block: int, given: tuple[Queries, KeyBlock]):
+def forward(how: How, block: Block, given: tuple[Queries, KeyBlock]):
     """Output `[B, K, G, n, D]` and log-sum-exp `[B, K, G, n]` of a part."""
     rows, size = _sizes(block, *given)
     n = given[0].q.shape[3]
@@ -147,7 +170,7 @@ def forward(how: How, block: int, given: tuple[Queries, KeyBlock]):
     return _by_rows(rows, one, given)
 
 
-def backward(how: How, block: int, given, rest):
+def backward(how: How, block: Block, given, rest):
     """Slopes of the queries `[B, K, G, n, D]` and of the keys of a part."""
     rows, size = _sizes(block, *given)
     n = given[0].q.shape[3]

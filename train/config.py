@@ -127,6 +127,8 @@ class TrainConfig:
             (`layers.*.attention.k.kernel`, `*norm.weight`); none: all.
         lora: low-rank updates; they are trained, and what `trainable` names.
         remat: recompute layers in the backward pass: less memory, a third more work.
+        loop_layers: compile layers that compute the same once: minutes instead of an
+            hour for a deep model, for a copy of its weights in the passes' dtype.
         compute: dtype of the passes; the weights that are trained stay in float32.
         mesh: devices, and what they split; one unless it says more.
         optimizer: how.
@@ -153,6 +155,7 @@ class TrainConfig:
     trainable: tuple[str, ...] = ()
     lora: LoRAConfig | None = None
     remat: bool = False
+    loop_layers: bool = False
     compute: str = "float32"
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

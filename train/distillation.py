@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kvjax.models.decoder import Attention, Carrying, Decoder
+from kvjax.train.mesh import along_rows
 from kvjax.train.objective_config import ObjectiveConfig
 from kvjax.types import LayerInputs, Lengths, Tokens, pytree
 
@@ -38,6 +39,7 @@ def watched(
     config: ObjectiveConfig,
     *,
     remat: bool = False,
+    loop: bool = False,
 ) -> Watched:
     """The pass of `model`, and of its inside what the terms of `config` compare.
 
@@ -48,6 +50,7 @@ def watched(
             have ended with in a pass that nobody watches.
         config: what is kept; nothing is without a weight.
         remat: recompute layers in the backward pass.
+        loop: compile equal layers once; not where all layers are kept.
 
     Cost: with all terms, temporaries of `L (E + H D)` numbers per token.
     """
@@ -55,10 +58,11 @@ def watched(
     positions = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
     every = bool(config.hidden) and config.hidden_layers == "all"
     if not every and not config.attention:
-        last = model(tokens, positions, attention, remat=remat)
+        how = {"remat": remat, "loop": loop, "place": along_rows}
+        last = model(tokens, positions, attention, **how)
         return Watched(last=last, hidden=(last,) if config.hidden else (), attention=())
     recorder = _recorder(attention, outputs=bool(config.attention), streams=every)
-    last = model(tokens, positions, recorder, remat=remat)
+    last = model(tokens, positions, recorder, remat=remat, place=along_rows)
     inner, outputs, streams = recorder.state
     if isinstance(attention, Carrying):
         attention.state = inner

@@ -107,7 +107,7 @@ class _Loop:
         self.weights, self.config, self.state = weights, config, state
         self.log, self.checkpoints = log, checkpoints
         self.sampler = Sampler(config.sampling, config.seed)
-        self.held_out = make_eval(weights)
+        self.held_out = make_eval(weights, loop=config.loop_layers)
         self.share = WHOLE if weights.mesh is None else share_of(weights.mesh)
         self.last: Done | None = None
         self.loss: float | None = None

@@ -17,7 +17,6 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.sharding import parameter_axes, spec
 from kvjax.train.config import TrainConfig
 from kvjax.train.mesh_config import MeshConfig
-from kvjax.train.objective import Batch
 from kvjax.train.params import Params
 from kvjax.train.stored import named
 
@@ -167,6 +166,17 @@ def gathered(params: Params, mesh: Mesh) -> Params:
     return {path: whole(path, x) for path, x in params.items()}
 
 
+def along_rows(x: Array) -> Array:
+    """A pass's `[B, ...]` split over the devices along its rows.
+
+    In a loop over layers the partitioner would rather split the width, as the weights
+    are, and keep all rows on every device. Without a mesh nothing happens.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, ROWS)
+
+
 def _own(x: Array) -> bool:
     return jax.process_count() > 1 and x.is_fully_addressable
 
@@ -212,7 +222,7 @@ def share_of(mesh: Mesh) -> Share:
     return Share(first=starts[0], last=starts[-1] + 1, ways=ways)
 
 
-def spread(batch: Batch, mesh: Mesh, share: Share = WHOLE) -> Batch:
+def spread[T](batch: T, mesh: Mesh, share: Share = WHOLE) -> T:
     """A batch over the devices of all processes.
 
     Args:

@@ -1,5 +1,6 @@
 """What training minimises: a function of a model and a batch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvjax.train import duo
 from kvjax.train.config import ObjectiveConfig, TrainConfig
 from kvjax.train.distillation import PLACES, Watched, distances, watched
 from kvjax.train.dms import relaxed
+from kvjax.train.mesh import along_rows
 from kvjax.train.surrogate import regressing
 from kvjax.types import Lengths, Tokens, pytree, static
 
@@ -53,8 +55,8 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
     """The loss of a recipe under one compression.
 
     Args:
-        config: its `objective`, `dms`, `surrogate`, `duo` and `remat` count. The
-            teacher, which attends to a full cache, comes with the call.
+        config: its `objective`, `dms`, `surrogate`, `duo`, `remat` and `loop_layers`
+            count. The teacher, which attends to a full cache, comes with the call.
         c: simulated at each row's compression point; None for plain attention.
     """
     weights = config.objective
@@ -63,11 +65,14 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
         model: Decoder, batch: Batch, teacher: Decoder | None = None
     ) -> tuple[Array, Metrics]:
         attention = _attention(config, c, model, batch)
-        ours = watched(model, batch.tokens, attention, weights, remat=config.remat)
+        pass_of = functools.partial(
+            watched, tokens=batch.tokens, config=weights, loop=config.loop_layers
+        )
+        ours = pass_of(model, attention=attention, remat=config.remat)
         terms, wanted = {}, None
         if weights.needs_teacher:
             assert teacher is not None
-            wanted = watched(teacher, batch.tokens, causal_attention, weights)
+            wanted = pass_of(teacher, attention=causal_attention)
             wanted = jax.lax.stop_gradient(wanted)
             terms |= _followed(weights, ours, wanted, batch)
         aim = (teacher, wanted.last) if weights.distill and wanted else (None, None)
@@ -81,7 +86,7 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
         if config.surrogate is not None:
             terms["surrogate"] = config.surrogate.weight, attention.state
         if config.duo is not None:  # its teacher is the model itself
-            full = watched(model, batch.tokens, causal_attention, weights)
+            full = pass_of(model, attention=causal_attention)
             full = jax.lax.stop_gradient(full.last)
             gates = duo.gates_of(model)
             terms |= duo.terms(config.duo, gates, ours.last, full, batch.answers)
@@ -123,12 +128,12 @@ def states(
     batch: Batch,
     attention: Attention = causal_attention,
     *,
-    remat: bool = False,
+    loop: bool = False,
 ) -> Float[Array, "B T E"]:
-    """Hidden states of every token."""
+    """Hidden states of every token; `loop` compiles equal layers once."""
     rows, width = batch.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
-    return model(batch.tokens, positions, attention, remat=remat)
+    return model(batch.tokens, positions, attention, loop=loop, place=along_rows)
 
 
 def predictions(

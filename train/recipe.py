@@ -19,6 +19,7 @@ from kvjax.train.stored import steps_in
 FREE = (
     "resume",
     "mesh.*",
+    "loop_layers",
     "log_every",
     "eval_every",
     "save_every",

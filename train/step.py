@@ -125,16 +125,20 @@ def make_step(
 
 
 def make_eval(
-    weights: Weights,
+    weights: Weights, *, loop: bool = False
 ) -> Callable[[Params, Batch], dict[str, jax.Array]]:
-    """`evaluate(params, batch) -> metrics` with a full cache, jitted."""
+    """`evaluate(params, batch) -> metrics` with a full cache, jitted.
+
+    `loop` compiles equal layers once.
+    """
     where = None if weights.mesh is None else everywhere(weights.mesh)
 
     @functools.partial(jax.jit, out_shardings=where)
     def evaluate(params: Params, fixed: Params, batch: Batch):
         with weights.traced():
             model = weights.joined(params, fixed)
-            loss, metrics = next_token(said(model, states(model, batch), batch), batch)
+            hidden = states(model, batch, loop=loop)
+            loss, metrics = next_token(said(model, hidden, batch), batch)
         return {"loss": loss, **metrics}
 
     return lambda params, batch: evaluate(params, weights.fixed, batch)

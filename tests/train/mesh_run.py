@@ -41,6 +41,7 @@ SAMPLED: dict[str, Any] = {
         ),
     ),
     "objective": ObjectiveConfig(distill=0.5),
+    "loop_layers": True,
 }
 KINDS = {"plain": PLAIN, "sampled": SAMPLED}
 
@@ -57,6 +58,8 @@ def spread_recipe(kind: str, mesh: MeshConfig, **fields: Any) -> TrainConfig:
     shape = dataclasses.replace(
         base.model, num_heads=4, num_kv_heads=2, num_layers=1, init_std=0.2
     )
+    if base.loop_layers:
+        shape = dataclasses.replace(shape, num_layers=3)
     return dataclasses.replace(base, model=shape, **fields)
 
 
