@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 from kvjax.types import LayerSpec
 
 Stream = Float[Array, "B T E"]
-Step = Callable[[nnx.Module, LayerSpec, Stream, Any], tuple[Stream, Any]]
+Step = Callable[[Any, LayerSpec, Stream, Any], tuple[Stream, Any]]
 """One layer: `(layer, spec, x, state) -> (x, state)`."""
 
 
