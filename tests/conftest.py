@@ -16,6 +16,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# Mosaic's GPU interpreter runs compiled code from a callback: with one thread in XLA's
+# pool, which a machine or a process of one core has, it would wait for itself.
+if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < 2:
+    os.environ.setdefault("NPROC", "2")
+
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import jaxtyping  # noqa: E402
