@@ -1,6 +1,6 @@
 """Small runs on meshes of virtual devices, or as one of several processes.
 
-    python -m tests.train.mesh_run DIRECTORY plain|sampled MESH...
+    python -m tests.train.mesh_run DIRECTORY plain|sampled|lora MESH...
 
 MESH is `data,fsdp,tensor`; each run goes to a folder of that name, with `held.json`:
 the share of its state's bytes that the fullest device holds. `DEVICES` in the
@@ -24,6 +24,7 @@ from kvjax.train.config import (
     Stage,
     TrainConfig,
 )
+from kvjax.train.learned_config import LoRAConfig
 from tests.train.tiny_run import recipe
 
 PLAIN: dict[str, Any] = {}
@@ -43,7 +44,8 @@ SAMPLED: dict[str, Any] = {
     "objective": ObjectiveConfig(distill=0.5),
     "loop_layers": True,
 }
-KINDS = {"plain": PLAIN, "sampled": SAMPLED}
+LOW_RANK: dict[str, Any] = {"lora": LoRAConfig(rank=2), "compute": "bfloat16"}
+KINDS = {"plain": PLAIN, "sampled": SAMPLED, "lora": LOW_RANK}
 
 
 def spread_recipe(kind: str, mesh: MeshConfig, **fields: Any) -> TrainConfig:

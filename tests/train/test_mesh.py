@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
+import kvjax
 from kvjax.train.config import CachedConfig, MeshConfig, Source, Stage
 from kvjax.train.data import Mixture
 from kvjax.train.mesh import WHOLE, Share, check_mesh
+from kvjax.train.params import leaves_of
 from kvjax.train.run import run
 from tests.train.mesh_run import mesh_of, spread_recipe
 from tests.train.tiny_run import losses
@@ -119,6 +121,21 @@ def test_two_processes_share_one_run_and_go_on(tmp_path):
     # One device goes on from what two processes saved.
     run(spread_recipe("sampled", mesh_of(ONE)), tmp_path / "alone")
     agree(tmp_path / "alone", whole)
+
+
+@pytest.mark.slow
+def test_two_processes_export_one_merged_model(tmp_path):
+    mesh = "1,2,1"
+    two_processes(tmp_path, "lora", mesh)
+    run(spread_recipe("lora", mesh_of(ONE)), tmp_path / "whole")
+    found, wanted = (
+        leaves_of(kvjax.load(tmp_path / name / "model", "float32")[0])
+        for name in (mesh, "whole")
+    )
+    assert not any("lora" in name for name in found)
+    assert found.keys() == wanted.keys()
+    for name, x in found.items():
+        np.testing.assert_allclose(x, wanted[name], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
