@@ -108,8 +108,8 @@ SEEDS: Mapping[str, Page] = {
         title="DuoAttention gates",
         text="Half of the KV heads, chosen by the trained gates, keep all tokens; the "
         "others keep 4 sinks and the newest 64 tokens of the prompt, an eighth of it. "
-        "The model itself stays as it is. Beside it methods without training that keep half of the tokens in all "
-        "heads.",
+        "The model itself stays as it is. Beside it methods without training that keep "
+        "half of the tokens in all heads.",
         columns=(
             _full("duo"),
             *_columns("duo", "duo", "snapkv", "streaming_llm", "random", keeps=(0.5,)),
