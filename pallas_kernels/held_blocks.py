@@ -94,8 +94,7 @@ class Block:
 
 def on_platform(fn: Callable[..., Any], *args: Any) -> Any:
     """`fn(block, *args)` with the block of the platform that it is compiled for."""
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.size
+    devices = _devices()
 
     def of(logits: int) -> Callable[..., Any]:
         return functools.partial(
@@ -103,6 +102,12 @@ def on_platform(fn: Callable[..., Any], *args: Any) -> Any:
         )
 
     return jax.lax.platform_dependent(*args, cpu=of(CPU_BLOCK), default=of(BLOCK))
+
+
+def _devices() -> int:
+    """Of the mesh that the pass is traced under."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
 
 
 def _sizes(block: Block, queries: Queries, keys: KeyBlock) -> tuple[int, int]:

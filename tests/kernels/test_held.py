@@ -101,7 +101,11 @@ def all_pairs(q, k, v, positions, held, *, scale, window, softcap):
     return out + jnp.einsum("bhts,bhtsd->bhtd", share, moved)
 
 
-@pytest.mark.parametrize("block", [1 << 30, 1 << 10], ids=["rows", "queries"])
+@pytest.mark.parametrize(
+    ("block", "devices"),
+    [(1 << 30, 1), (1 << 10, 1), (1 << 9, 2)],
+    ids=["rows", "queries", "spread"],
+)
 @pytest.mark.parametrize(
     "how",
     [
@@ -112,8 +116,9 @@ def all_pairs(q, k, v, positions, held, *, scale, window, softcap):
     ids=["full", "window", "softcap"],
 )
 @pytest.mark.parametrize("kind", ["causal", "held", "choice", "stored", "both"])
-def test_equals_all_pairs(kind, how, block, case, monkeypatch):
+def test_equals_all_pairs(kind, how, block, devices, case, monkeypatch):
     monkeypatch.setattr(held_blocks, "CPU_BLOCK", block)
+    monkeypatch.setattr(held_blocks, "_devices", lambda: devices)
     monkeypatch.setattr(held_file, "PREFIX", 16)
 
     def loss(fn):
