@@ -115,7 +115,7 @@ def tolerance_page(
         "A gap is what compression costs the base model in one cell (a task, an arm of "
         f"visibility, a method, a budget), where that is at least {100 * GAP:.0f} "
         "points; *closed* is the share of it that the tuned model gets back, averaged "
-        "over cells. `tolerant` is the recipe of that name, `seed 1` the same for "
+        "over cells; below 0, it lost more. `tolerant` is the recipe of that name, `seed 1` the same for "
         "another base model and seed. "
         + (
             "`control` had the same steps without compression."
@@ -154,8 +154,8 @@ Pairs = Mapping[str, tuple[Mapping[Cell, float], Mapping[Cell, float]]]
 
 def _claims_table(pairs: Pairs) -> list[str]:
     lines = [
-        "| claim | bar | "
-        + " | ".join(f"{title}: closed" for title in pairs)
+        "| claim | bar, % | "
+        + " | ".join(f"{title}: closed, %" for title in pairs)
         + " | before, after, full | cells |",
         "|---|---:|" + "---:|" * len(pairs) + "---|---:|",
     ]
@@ -165,8 +165,8 @@ def _claims_table(pairs: Pairs) -> list[str]:
             continue
         first = each[0]
         lines.append(
-            f"| {title} | {_percent(bar, 0)} % | "
-            + " | ".join(f"{_percent(one.share, 0)} %" for one in each)
+            f"| {title} | {_percent(bar, 0)} | "
+            + " | ".join(_percent(one.share, 0) for one in each)
             + f" | {_percent(first.before)}, {_percent(first.after)}, "
             f"{_percent(first.full)} | {first.cells} |"
         )
@@ -239,7 +239,7 @@ def _cells_table(models: Mapping[str, Mapping[Cell, float]]) -> list[str]:
 
 
 def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}"
+    return "" if math.isnan(share) else f"{100 * share:.{digits}f}"
 
 
 def plot(found: Mapping[str, Found], path: pathlib.Path) -> None:
