@@ -115,8 +115,8 @@ def tolerance_page(
         "A gap is what compression costs the base model in one cell (a task, an arm of "
         f"visibility, a method, a budget), where that is at least {100 * GAP:.0f} "
         "points; *closed* is the share of it that the tuned model gets back, averaged "
-        "over cells; below 0, it lost more. `tolerant` is the recipe of that name, `seed 1` the same for "
-        "another base model and seed. "
+        "over cells; below 0, it lost more. `tolerant` is the recipe of that name, "
+        "`seed 1` the same for another base model and seed. "
         + (
             "`control` had the same steps without compression."
             if "control" in pairs
