@@ -10,6 +10,7 @@ from kvjax.eval.methods import has, methods
 from kvjax.eval.plan import plan
 from kvjax.models.config import Evictor, Projection
 from tests.eval import tiny
+from tests.small import gates
 
 BUNDLED = sorted(
     entry.name.removesuffix(".yaml")
@@ -19,8 +20,13 @@ BUNDLED = sorted(
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_evaluations_can_run(name):
-    asked = {"evictor": Evictor(), "projection": Projection()}  # by some
-    model = tiny.model(max_positions=2048, **asked)
+    shape = tiny.model().config
+    model = tiny.model(  # with all that some compression asks for
+        max_positions=2048,
+        evictor=Evictor(),
+        projection=Projection(),
+        head_gates=gates(shape.num_layers, shape.num_kv_heads),
+    )
     made = plan(model.config, tiny.tokenizer(), load_config(name))
     ran = {cell.method.name for cell in made.all_cells()}
     assert {"none", "random", *made.config.compressions} == ran
