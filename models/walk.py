@@ -19,6 +19,44 @@ Step = Callable[[Any, LayerSpec, Stream, Any], tuple[Stream, Any]]
 """One layer: `(layer, spec, x, state) -> (x, state)`."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Program:
+    """What one layer computes; equal where two compute the same from other weights.
+
+    Attributes:
+        jaxpr: of `(weights, x, state)`.
+        text: the same, printed.
+        held: arrays that it closes over.
+        kind: the layer's spec but for its place, which shows in `text` where it counts.
+        graph: structure of the layer.
+    """
+
+    jaxpr: Any
+    text: str
+    held: tuple[Any, ...]
+    kind: LayerSpec
+    graph: Any
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Program)
+            and (self.text, self.kind) == (other.text, other.kind)
+            and self.graph == other.graph
+            and len(self.held) == len(other.held)
+            and all(map(_same, self.held, other.held))
+        )
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+        return False
+    return bool(np.array_equal(one, other))
+
+
 def walk(
     layers: Sequence[nnx.Module],
     specs: Sequence[LayerSpec],
@@ -69,7 +107,7 @@ def _one(layer: nnx.Module, spec: LayerSpec, step: Step, remat: bool):
     return jax.checkpoint(run) if remat else run
 
 
-def _loop(program: "_Program", layers: Sequence[nnx.Module], remat: bool):
+def _loop(program: _Program, layers: Sequence[nnx.Module], remat: bool):
     def body(carry: Any, leaves: list[Array]):
         # What the layers share, masks above all, hangs on the stream here, or JAX and
         # XLA would compute it in front of the loop and keep all of it.
@@ -94,7 +132,7 @@ def _programs(
     step: Step,
     x: Stream,
     state: Any,
-) -> Iterator["_Program"]:
+) -> Iterator[_Program]:
     """What each layer computes, in order."""
     carry = jax.eval_shape(lambda: (x, state))
     for layer, spec in zip(layers, specs, strict=True):
@@ -113,41 +151,3 @@ def _programs(
             kind=dataclasses.replace(spec, index=0, head_ranks=()),
             graph=graph,
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Program:
-    """What one layer computes; equal where two compute the same from other weights.
-
-    Attributes:
-        jaxpr: of `(weights, x, state)`.
-        text: the same, printed.
-        held: arrays that it closes over.
-        kind: the layer's spec but for its place, which shows in `text` where it counts.
-        graph: structure of the layer.
-    """
-
-    jaxpr: Any
-    text: str
-    held: tuple[Any, ...]
-    kind: LayerSpec
-    graph: Any
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Program)
-            and (self.text, self.kind) == (other.text, other.kind)
-            and self.graph == other.graph
-            and len(self.held) == len(other.held)
-            and all(map(_same, self.held, other.held))
-        )
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-
-def _same(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
-        return False
-    return bool(np.array_equal(one, other))

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib
 import logging
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -122,11 +123,16 @@ def platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
-def partitioned() -> bool:
-    """Whether the current trace is left to the partitioner on several devices."""
+def partitions() -> int:
+    """Devices that the partitioner spreads the current trace over; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return any(size > 1 and kind == AxisType.Auto for size, kind in kinds)
+    return math.prod(size for size, kind in kinds if kind == AxisType.Auto)
+
+
+def partitioned() -> bool:
+    """Whether the current trace is left to the partitioner on several devices."""
+    return partitions() > 1
 
 
 def _mesh_device() -> Any:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kvjax.pallas_kernels import dispatch
 from kvjax.pallas_kernels.dense import visible
 from kvjax.pallas_kernels.partial import cap
 from kvjax.types import EMPTY, NEG_INF, pytree, static
@@ -94,7 +95,7 @@ class Block:
 
 def on_platform(fn: Callable[..., Any], *args: Any) -> Any:
     """`fn(block, *args)` with the block of the platform that it is compiled for."""
-    devices = _devices()
+    devices = dispatch.partitions()
 
     def of(logits: int) -> Callable[..., Any]:
         return functools.partial(
@@ -102,12 +103,6 @@ def on_platform(fn: Callable[..., Any], *args: Any) -> Any:
         )
 
     return jax.lax.platform_dependent(*args, cpu=of(CPU_BLOCK), default=of(BLOCK))
-
-
-def _devices() -> int:
-    """Of the mesh that the pass is traced under."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
 
 
 def _sizes(block: Block, queries: Queries, keys: KeyBlock) -> tuple[int, int]:

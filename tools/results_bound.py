@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+import kvjax
 from kvjax.budgets import slots_to_keep
 from kvjax.eval.tasks import make_task
 
@@ -12,7 +13,7 @@ PREFIX = 1
 """Tokens before the characters of a prompt; kvjax-tiny has one token per character."""
 
 
-def streaming_bounds(header: Mapping[str, Any], n_sink: int = 4) -> dict[float, float]:
+def streaming_bounds(header: Mapping[str, Any]) -> dict[float, float]:
     """By fraction kept, the share of recall items whose record stays whole.
 
     A model that has not smeared records into later tokens cannot answer the others but
@@ -21,9 +22,9 @@ def streaming_bounds(header: Mapping[str, Any], n_sink: int = 4) -> dict[float, 
 
     Args:
         header: `run.json` of an evaluation with the task `recall` at one length.
-        n_sink: first tokens that stay.
     """
     config = header["config"]
+    n_sink = kvjax.compression("streaming_llm").evict.score.n_sink  # type: ignore
     entry = next(task for task in config["tasks"] if task["name"] == "recall")
     (length,) = config["lengths"]
     task = make_task("recall", **entry["fields"])

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax.pallas_kernels import dispatch, held_blocks
 from kvjax.pallas_kernels import held as held_file
-from kvjax.pallas_kernels import held_blocks
 from kvjax.pallas_kernels.dense import visible
 from kvjax.pallas_kernels.held import Held, Stored, held_attention
 from kvjax.pallas_kernels.partial import cap
@@ -118,7 +118,7 @@ def all_pairs(q, k, v, positions, held, *, scale, window, softcap):
 @pytest.mark.parametrize("kind", ["causal", "held", "choice", "stored", "both"])
 def test_equals_all_pairs(kind, how, block, devices, case, monkeypatch):
     monkeypatch.setattr(held_blocks, "CPU_BLOCK", block)
-    monkeypatch.setattr(held_blocks, "_devices", lambda: devices)
+    monkeypatch.setattr(dispatch, "partitions", lambda: devices)
     monkeypatch.setattr(held_file, "PREFIX", 16)
 
     def loss(fn):
