@@ -20,6 +20,7 @@ from kvjax.train.config import (
     Choice,
     MeshConfig,
     ObjectiveConfig,
+    OptimizerConfig,
     SamplingConfig,
     Stage,
     TrainConfig,
@@ -44,7 +45,12 @@ SAMPLED: dict[str, Any] = {
     "objective": ObjectiveConfig(distill=0.5),
     "loop_layers": True,
 }
-LOW_RANK: dict[str, Any] = {"lora": LoRAConfig(rank=2), "compute": "bfloat16"}
+LOW_RANK: dict[str, Any] = {
+    "lora": LoRAConfig(rank=2),
+    "optimizer": OptimizerConfig(
+        name="adamw", learning_rate=0.01, warmup=0, decay=1, weight_decay=0.0
+    ),
+}
 KINDS = {"plain": PLAIN, "sampled": SAMPLED, "lora": LOW_RANK}
 
 

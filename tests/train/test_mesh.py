@@ -18,7 +18,7 @@ from kvjax.train.config import CachedConfig, MeshConfig, Source, Stage
 from kvjax.train.data import Mixture
 from kvjax.train.mesh import WHOLE, Share, check_mesh
 from kvjax.train.params import leaves_of
-from kvjax.train.run import run
+from kvjax.train.run import initial, run
 from tests.train.mesh_run import mesh_of, spread_recipe
 from tests.train.tiny_run import losses
 from tests.tree import ROOT
@@ -134,8 +134,10 @@ def test_two_processes_export_one_merged_model(tmp_path):
     )
     assert not any("lora" in name for name in found)
     assert found.keys() == wanted.keys()
-    for name, x in found.items():
-        np.testing.assert_allclose(x, wanted[name], rtol=2e-2, atol=2e-2)
+    fresh = leaves_of(initial(spread_recipe("lora", mesh_of(ONE))))
+    moved = max(float(abs(wanted[name] - x).max()) for name, x in fresh.items())
+    error = max(float(abs(wanted[n] - x).max()) for n, x in found.items())
+    assert moved > 10 * error  # the updates are there, and they are the same
 
 
 @pytest.mark.parametrize(
