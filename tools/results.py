@@ -57,7 +57,7 @@ MODELS: Mapping[str, Model] = {
     "matryoshka": Model(recipe="matryoshka"),
     "matryoshka-start": Model(
         recipe="matryoshka",
-        sets=("stages.0.steps=1", "optimizer.learning_rate=1e-9"),
+        sets=("stages.0.steps=1", "optimizer.learning_rate=1.0e-9"),
     ),
 }
 
