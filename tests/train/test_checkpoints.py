@@ -21,10 +21,8 @@ from kvjax.train.stored import named, not_finite, steps_in
 
 def damaging(test: Callable) -> Callable:
     """Marks a test in which orbax fails to read or to write, in a thread of its own."""
-    return pytest.mark.filterwarnings(
-        "ignore::pytest.PytestUnraisableExceptionWarning",
-        "ignore::pytest.PytestUnhandledThreadExceptionWarning",
-    )(test)
+    quiet = "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+    return pytest.mark.filterwarnings(quiet)(test)
 
 
 @pytest.fixture
