@@ -6,7 +6,8 @@
     python tools/results.py --items 50 --report-only
 
 Everything is kept under `--work` and goes on where it stopped: checkpoints of runs,
-exported models, finished cells of evaluations.
+exported models, finished cells of evaluations. What `--work` lacks of a page is taken
+from the numbers of its last version, `docs/results/PAGE.json`.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 
 from results_bound import streaming_bounds
 from results_pages import Cell, Found, conditions, score_table, seeds_table
+from results_store import read, write
 from results_tolerance import plot, tolerance_page
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -137,10 +139,10 @@ def evaluate(it: Evaluation, work: pathlib.Path, items: int | None) -> None:
 
 
 def found(page: str, work: pathlib.Path) -> dict[str, Found]:
-    """The finished evaluations of a page, by their names."""
+    """The finished evaluations of a page, by their names, in the page's order."""
     from kvjax.eval.results import load_rows
 
-    out = {}
+    out = read(OUT / f"{page}.json")
     for it in PAGES[page]:
         directory = work / "evals" / it.name
         if not (directory / "run.json").is_file():
@@ -150,16 +152,20 @@ def found(page: str, work: pathlib.Path) -> dict[str, Found]:
             (row["task"], row["visibility"], row["compression"], row["keep"]): row
             for row in rows
         }
-        out[it.name] = Found(
+        one = Found(
             scores={cell: row["score"] for cell, row in cells.items()},
             bytes={cell: row["resident_bytes"] for cell, row in cells.items()},
             header=json.loads((directory / "run.json").read_text(encoding="utf-8")),
         )
-    return out
+        if it.name in out and not out[it.name].scores.keys() <= one.scores.keys():
+            print(f"{directory} is not finished: its last version stays on the page.")
+            continue
+        out[it.name] = one
+    return {it.name: out[it.name] for it in PAGES[page] if it.name in out}
 
 
-def write_page(page: str, of: Mapping[str, Found]) -> None:
-    """Write `docs/results/PAGE.md`, its numbers, and its figure where it has one."""
+def page_text(page: str, of: Mapping[str, Found]) -> str:
+    """What `docs/results/PAGE.md` says."""
     notes = conditions([one.header for one in of.values()])
     said = (
         "Written by `python tools/results.py` (`make results`); do not edit. "
@@ -168,19 +174,20 @@ def write_page(page: str, of: Mapping[str, Found]) -> None:
     )
     if page == "tolerance":
         lines = tolerance_page(of, streaming_bounds(of["tolerance-base"].header))
-        plot(of, OUT / "tolerance.svg")
     elif page in ("duo", "surrogate"):
         lines = seeds_table(page, of)
     else:
         lines = score_table(page, of)
     lines[1:1] = ["", said]
-    (OUT / f"{page}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    numbers = {
-        name: [[*cell, value] for cell, value in one.scores.items()]
-        for name, one in of.items()
-    }
-    text = json.dumps({"notes": notes, "scores": numbers}, indent=1)
-    (OUT / f"{page}.json").write_text(text + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
+
+
+def write_page(page: str, of: Mapping[str, Found]) -> None:
+    """Write `docs/results/PAGE.md`, its numbers, and its figure where it has one."""
+    (OUT / f"{page}.md").write_text(page_text(page, of), encoding="utf-8")
+    write(OUT / f"{page}.json", of)
+    if page == "tolerance":
+        plot(of, OUT / "tolerance.svg")
 
 
 def main() -> int:

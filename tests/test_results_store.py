@@ -1,0 +1,78 @@
+"""The numbers that docs/results/ keeps."""
+
+import json
+
+import pytest
+
+from kvjax.eval.record import SCHEMA
+from tests.tree import ROOT, tool
+
+pages = tool("results_pages")
+results = tool("results")
+store = tool("results_store")
+
+CELL = ("recall", "query_aware", "knorm", 0.25)
+NONE = ("recall", "query_aware", "none", None)
+HEADER = {
+    "date": "2030-01-02T03:04",
+    "device": "cpu",
+    "dtype": "float32",
+    "jax": "1.2",
+    "model": "/home/somebody/runs/model",
+    "config": {"items": 500, "lengths": [512], "seed": 1, "model": "/home/somebody"},
+}
+
+
+def one(scores):
+    return pages.Found(scores=scores, bytes={NONE: 2048.0}, header=HEADER)
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = tmp_path / "page.json"
+    store.write(path, {"a": one({CELL: 0.5, NONE: 1 / 3}), "b": one({NONE: 1.0})})
+    got = store.read(path)
+    assert got["a"].scores == {CELL: 0.5, NONE: 1 / 3}
+    assert got["a"].bytes == {CELL: None, NONE: 2048.0}
+    assert list(got) == ["a", "b"]
+    assert pages.conditions([got["b"].header])["items per cell"] == "500"
+
+
+def test_no_path_of_a_machine_is_kept(tmp_path):
+    path = tmp_path / "page.json"
+    store.write(path, {"a": one({CELL: 0.5})})
+    assert "somebody" not in path.read_text()
+
+
+def test_a_page_that_is_not_there_has_no_numbers(tmp_path):
+    assert store.read(tmp_path / "page.json") == {}
+
+
+@pytest.mark.parametrize("damage", ["", '{"a": {"cells": []}}', '{"a": 3}'])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    path = tmp_path / "page.json"
+    path.write_text(damage)
+    with pytest.raises(ValueError, match=r"page\.json does not hold evaluations"):
+        store.read(path)
+
+
+PAGES = sorted((ROOT / "docs" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_committed_pages_say_what_their_numbers_say(path):
+    found = store.read(path)
+    assert path.with_suffix(".md").read_text() == results.page_text(path.stem, found)
+
+
+def test_an_unfinished_evaluation_does_not_replace_a_finished_one(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(results, "OUT", tmp_path)
+    name = "duo-duo"
+    store.write(tmp_path / "duo.json", {name: one({CELL: 0.5, NONE: 1.0})})
+    directory = tmp_path / "evals" / name
+    directory.mkdir(parents=True)
+    (directory / "run.json").write_text(json.dumps({**HEADER, "schema": SCHEMA}))
+    got = results.found("duo", tmp_path)
+    assert got[name].scores == {CELL: 0.5, NONE: 1.0}
+    assert "not finished" in capsys.readouterr().out
