@@ -82,7 +82,7 @@ TOLERANCE = ("base", "tolerant", "control", "base-seed1", "tolerant-seed1")
 PAGES: Mapping[str, tuple[Evaluation, ...]] = {
     "tolerance": tuple(
         Evaluation(model=model, config=config)
-        for config in ("tolerance", "one_bit")
+        for config in ("tolerance", "one_bit", "transfer")
         for model in TOLERANCE
     ),
     "dms": (

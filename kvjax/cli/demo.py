@@ -12,7 +12,8 @@ from kvjax.cli.base import UI, Command, Count, Output
 from kvjax.cli.evaluate import evaluate
 from kvjax.cli.tables import print_gains, print_scores
 
-TRAINED = "kvjax-tiny-tolerant"
+TOLERANT = "kvjax-tiny-tolerant"
+DMS = "kvjax-tiny-dms"
 
 
 @final
@@ -28,7 +29,8 @@ class Demo(Command):
         "\n"
         "Runs the bundled model kvjax-tiny on six tasks with eight compressions at\n"
         "three budgets. Prints the scores, and writes a page that opens in any\n"
-        "browser. Then the same of kvjax-tiny-tolerant, trained for small caches."
+        "browser. Then the same of kvjax-tiny-tolerant, trained for small caches, and\n"
+        "kvjax-tiny-dms, which has learned what to give up."
     )
 
     items: Count = None
@@ -53,16 +55,24 @@ class Demo(Command):
             )
             config = dataclasses.replace(config, items=self.items, tasks=tasks)
         rows, resumed = evaluate(config, self.out, "auto", ui)
-        other = dataclasses.replace(config, model=TRAINED)
-        beside = self.out.with_name(f"{self.out.name}-trained")
-        trained, again = evaluate(other, beside, "auto", ui)
+        others = {
+            "tolerant": dataclasses.replace(config, model=TOLERANT),
+            "dms": dataclasses.replace(
+                config, model=DMS, compressions=("dms",), keeps=(0.25, 0.125)
+            ),
+        }
+        trained = {}
+        for name, other in others.items():
+            beside = self.out.with_name(f"{self.out.name}-{name}")
+            trained[name], again = evaluate(other, beside, "auto", ui)
+            resumed += again
         with ui.status("drawing the report"):
             page = write_report(self.out)
         return {
             "run": str(self.out),
             "report": str(page),
             "seconds": round(time.perf_counter() - start, 1),
-            "resumed_cells": resumed + again,
+            "resumed_cells": resumed,
             "rows": rows,
             "trained_rows": trained,
         }
@@ -76,12 +86,19 @@ class Demo(Command):
             "`random` (the floor)."
         )
         print()
-        print_gains(console, result["rows"], result["trained_rows"])
-        print(f"{TRAINED} was trained for this: kvjax finetune --config tolerant")
+        trained = result["trained_rows"]
+        print_gains(console, result["rows"], trained["tolerant"])
+        print(f"{TOLERANT} was trained for this: kvjax finetune --config tolerant\n")
+        own = [row for row in trained["dms"] if row["compression"] != "random"]
+        print_scores(console, own)
+        print(
+            f"{DMS} says itself what it gives up, at as many slots as the others:\n"
+            "kvjax finetune --config dms. With `none` it sees what it never saw then."
+        )
         if result["resumed_cells"]:
-            count = len(result["rows"]) + len(result["trained_rows"])
+            count = len(result["rows"]) + sum(map(len, trained.values()))
             print(
                 f"{result['resumed_cells']} of {count} rows are of an earlier call; "
-                f"delete {result['run']} and {result['run']}-trained to measure again."
+                f"delete {result['run']}* to measure again."
             )
         print(f"\nreport: {result['report']}  ({result['seconds']:.0f} s)")

@@ -24,10 +24,13 @@ def test_demo(capsys, tmp_path):
     result = json.loads(capsys.readouterr().out)
     assert code == 0
     assert {"none", "random"} < {row["compression"] for row in result["rows"]}
+    own = [row for row in result["trained_rows"]["dms"] if row["compression"] == "dms"]
+    assert {row["keep"] for row in own} == {0.25, 0.125}
     assert (tmp_path / "run" / "report" / "report.html").stat().st_size > 100_000
     code = main(["demo", "--items", "2", "--out", str(tmp_path / "run")])
     out = capsys.readouterr().out
     assert code == 0 and "snapkv" in out and "report.html" in out and " -> " in out
+    assert "kvjax-tiny-tolerant" in out and "kvjax-tiny-dms" in out
     assert "delete" in out  # says that nothing was measured anew
 
 
