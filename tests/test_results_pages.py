@@ -9,6 +9,7 @@ from tests.tree import tool
 pages = tool("results_pages")
 tolerance = tool("results_tolerance")
 bound = tool("results_bound")
+plots = tool("results_plots")
 
 SEEN = "query_aware"
 BASE = {
@@ -86,11 +87,25 @@ def test_one_bit_is_a_compression_of_its_own():
 def test_a_page_names_what_is_there():
     cell = ("fact", SEEN, "dms", 0.25)
     one = pages.Found(scores={cell: 0.5}, bytes={cell: 2048.0}, header={})
-    lines = pages.score_table("dms", {"dms-dms": one})
+    lines = pages.score_tables("dms", {"dms-dms": one})
     assert "| fact | query_aware | 50.0 |  |  |" in lines
     assert "| KiB per prompt |  | 2 |  |  |" in lines
     titles = "full, trained"  # the last one; what was not measured is left out
     assert f"| task | visibility | dms, 0.25 | dms, 0.125 | {titles} |" in lines
+
+
+def test_a_line_of_a_figure_is_a_method_over_its_budgets():
+    lines = plots.series("dms")
+    assert [column.keep for column in lines["dms, immediate"]] == [0.25, 0.125]
+    assert {column.evaluation for column in lines["h2o"]} == {"dms-base"}
+
+
+def test_every_page_has_a_figure(tmp_path):
+    cell = ("fact", SEEN, "dms", 0.25)
+    one = pages.Found(scores={cell: 0.5}, bytes={cell: 2048.0}, header={})
+    plots.plot_bytes("dms", {"dms-dms": one, "dms-dms-seed1": one}, tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    assert text.count("<!-- dms, seed 1 -->") == 1  # of the legend
 
 
 def test_bound_of_streaming_llm():

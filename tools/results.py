@@ -19,9 +19,10 @@ import sys
 from collections.abc import Mapping
 
 from results_bound import streaming_bounds
-from results_pages import Cell, Found, conditions, score_table, seeds_table
+from results_pages import SEEDS, Cell, Found, conditions, score_tables
+from results_plots import plot_bytes, plot_tolerance
 from results_store import read, write
-from results_tolerance import plot, tolerance_page
+from results_tolerance import tolerance_page
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"
@@ -50,8 +51,11 @@ MODELS: Mapping[str, Model] = {
     "tolerant": Model(recipe="tolerant"),
     "tolerant-seed1": Model(recipe="tolerant", sets=SEED1),
     "control": Model(recipe="tolerant", sets=("sampling.choices=[]",)),
+    "control-seed1": Model(recipe="tolerant", sets=("sampling.choices=[]", *SEED1)),
     "dms": Model(recipe="dms"),
+    "dms-seed1": Model(recipe="dms", sets=SEED1),
     "dms-immediate": Model(recipe="dms", sets=("dms.window=1",)),
+    "dms-immediate-seed1": Model(recipe="dms", sets=("dms.window=1", *SEED1)),
     "duo": Model(recipe="duo"),
     "duo-seed1": Model(recipe="duo", sets=SEED1),
     "surrogate": Model(recipe="surrogate"),
@@ -78,26 +82,26 @@ class Evaluation:
         return f"{self.config}-{self.model}"
 
 
-TOLERANCE = ("base", "tolerant", "control", "base-seed1", "tolerant-seed1")
+TOLERANCE = ("base", "tolerant", "control")
 PAGES: Mapping[str, tuple[Evaluation, ...]] = {
     "tolerance": tuple(
-        Evaluation(model=model, config=config)
+        Evaluation(model=f"{model}{seed}", config=config)
         for config in ("tolerance", "one_bit", "transfer")
+        for seed in SEEDS
         for model in TOLERANCE
     ),
-    "dms": (
-        Evaluation(model="dms", config="dms", options=("--compression", "dms")),
-        Evaluation(
-            model="dms-immediate",
-            config="dms",
-            options=("--compression", "dms", "--set", "window=1"),
-        ),
-        Evaluation(model="base", config="dms", options=("--compression", "h2o,tova")),
+    "dms": tuple(
+        Evaluation(model=f"{model}{seed}", config="dms", options=options)
+        for seed in SEEDS
+        for model, options in (
+            ("dms", ("--compression", "dms")),
+            ("dms-immediate", ("--compression", "dms", "--set", "window=1")),
+            ("base", ("--compression", "h2o,tova")),
+        )
     ),
-    "duo": tuple(Evaluation(model=m, config="duo") for m in ("duo", "duo-seed1")),
+    "duo": tuple(Evaluation(model=f"duo{seed}", config="duo") for seed in SEEDS),
     "surrogate": tuple(
-        Evaluation(model=m, config="surrogate")
-        for m in ("surrogate", "surrogate-seed1")
+        Evaluation(model=f"surrogate{seed}", config="surrogate") for seed in SEEDS
     ),
     "matryoshka": tuple(
         Evaluation(model=m, config="matryoshka")
@@ -174,20 +178,22 @@ def page_text(page: str, of: Mapping[str, Found]) -> str:
     )
     if page == "tolerance":
         lines = tolerance_page(of, streaming_bounds(of["tolerance-base"].header))
-    elif page in ("duo", "surrogate"):
-        lines = seeds_table(page, of)
     else:
-        lines = score_table(page, of)
+        figure = ("", f"![accuracy against bytes]({page}.svg)")
+        lines = [*score_tables(page, of), *figure]
     lines[1:1] = ["", said]
     return "\n".join(lines) + "\n"
 
 
 def write_page(page: str, of: Mapping[str, Found]) -> None:
-    """Write `docs/results/PAGE.md`, its numbers, and its figure where it has one."""
+    """Write `docs/results/PAGE.md`, its numbers and its figure."""
     (OUT / f"{page}.md").write_text(page_text(page, of), encoding="utf-8")
     write(OUT / f"{page}.json", of)
+    figure = OUT / f"{page}.svg"
     if page == "tolerance":
-        plot(of, OUT / "tolerance.svg")
+        plot_tolerance(of, figure)
+    else:
+        plot_bytes(page, of, figure)
 
 
 def main() -> int:

@@ -101,9 +101,6 @@ TABLES: Mapping[str, Page] = {
             ),
         ),
     ),
-}
-
-SEEDS: Mapping[str, Page] = {
     "duo": Page(
         title="DuoAttention gates",
         text="Half of the KV heads, chosen by the trained gates, keep all tokens; the "
@@ -111,8 +108,10 @@ SEEDS: Mapping[str, Page] = {
         "The model itself stays as it is. Beside it methods without training that keep "
         "half of the tokens in all heads.",
         columns=(
-            _full("duo"),
-            *_columns("duo", "duo", "snapkv", "streaming_llm", "random", keeps=(0.5,)),
+            _full("duo-duo"),
+            *_columns(
+                "duo-duo", "duo", "snapkv", "streaming_llm", "random", keeps=(0.5,)
+            ),
         ),
     ),
     "surrogate": Page(
@@ -121,9 +120,9 @@ SEEDS: Mapping[str, Page] = {
         "look at; the model itself stays as it is. The question is hidden from all "
         "scores.",
         columns=(
-            _full("surrogate"),
+            _full("surrogate-surrogate"),
             *_columns(
-                "surrogate",
+                "surrogate-surrogate",
                 "surrogate",
                 "snapkv",
                 "expected_attention",
@@ -133,24 +132,22 @@ SEEDS: Mapping[str, Page] = {
         ),
     ),
 }
-"""Pages with a table per seed; `evaluation` is that of the first."""
+SEEDS = ("", "-seed1")
+"""What the names of evaluations end on, by seed; columns name those of the first."""
 
 
-def score_table(page: str, found: Mapping[str, Found]) -> list[str]:
-    """A page of `TABLES`; columns whose evaluation is missing are left out."""
+def score_tables(page: str, found: Mapping[str, Found]) -> list[str]:
+    """A page of `TABLES`, a table per seed; what was not measured is left out."""
     it = TABLES[page]
-    columns = [column for column in it.columns if column.evaluation in found]
-    return [f"# {it.title}", "", it.text, "", *_rows(columns, found)]
-
-
-def seeds_table(page: str, found: Mapping[str, Found]) -> list[str]:
-    """A page of `SEEDS`: the same columns for every seed there is."""
-    it = SEEDS[page]
     lines = [f"# {it.title}", "", it.text]
-    for seed, after in ((0, ""), (1, "-seed1")):
-        name = f"{page}-{page}{after}"
-        if name in found:
-            columns = [dataclasses.replace(c, evaluation=name) for c in it.columns]
+    for seed, after in enumerate(SEEDS):
+        names = [f"{column.evaluation}{after}" for column in it.columns]
+        columns = [
+            dataclasses.replace(column, evaluation=name)
+            for column, name in zip(it.columns, names, strict=True)
+            if name in found
+        ]
+        if columns:
             lines += ["", f"## Seed {seed}", "", *_rows(columns, found)]
     return lines
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 
@@ -21,10 +20,13 @@ PAIRS: Mapping[str, tuple[str, str]] = {
     "tolerant": ("base", "tolerant"),
     "seed 1": ("base-seed1", "tolerant-seed1"),
     "control": ("base", "control"),
+    "control, seed 1": ("base-seed1", "control-seed1"),
 }
 """Columns: which model is compared with which."""
 
-TITLES = {"base-seed1": "base, seed 1", "tolerant-seed1": "tolerant, seed 1"}
+TITLES = {
+    f"{name}-seed1": f"{name}, seed 1" for name in ("base", "tolerant", "control")
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,46 +247,3 @@ def _cells_table(models: Mapping[str, Mapping[Cell, float]]) -> list[str]:
 
 def _percent(share: float, digits: int = 1) -> str:
     return "" if math.isnan(share) else f"{100 * share:.{digits}f}"
-
-
-def plot(found: Mapping[str, Found], path: pathlib.Path) -> None:
-    """Accuracy against the kept fraction, before and after, one panel per method."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "kvjax"
-    models = scores_by_model(found)
-    names = [name for name in ("base", "control", "tolerant") if name in models]
-    figure, axes = plt.subplots(
-        2, len(EVICTION), figsize=(2.3 * len(EVICTION), 4.4), sharex=True, sharey=True
-    )
-    for row, visibility in enumerate(("query_agnostic", "query_aware")):
-        for axis, method in zip(axes[row], EVICTION, strict=True):
-            for name in names:
-                keeps, values = curve(models[name], visibility, method)
-                axis.plot(keeps, values, marker="o", markersize=3, label=name)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks([1, 0.25, 0.125], ["1", "1/4", "1/8"])
-            axis.set_title(method if row == 0 else "", fontsize=9)
-        hidden = visibility == "query_agnostic"
-        axes[row][0].set_ylabel("question hidden" if hidden else "question seen")
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.supxlabel("fraction of the cache kept", fontsize=9)
-    figure.suptitle("Mean accuracy over tasks (percent)", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
-def curve(
-    found: Mapping[Cell, float], visibility: str, method: str
-) -> tuple[list[float], list[float]]:
-    """Kept fractions and mean accuracies, the full cache first."""
-    points: dict[float, list[float]] = {}
-    for (_, seen, name, keep), value in found.items():
-        if seen == visibility and name in (method, "none"):
-            points.setdefault(1.0 if keep is None else keep, []).append(100 * value)
-    keeps = sorted(points, reverse=True)
-    return keeps, [statistics.fmean(points[keep]) for keep in keeps]
