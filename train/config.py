@@ -5,7 +5,6 @@ import importlib.resources
 import importlib.resources.abc
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import yaml
 
@@ -23,60 +22,12 @@ from kvjax.train.learned_config import (
 from kvjax.train.mesh_config import MeshConfig as MeshConfig
 from kvjax.train.objective_config import ObjectiveConfig as ObjectiveConfig
 from kvjax.train.output_config import KeepConfig, LogConfig
+from kvjax.train.sampling_config import CachedConfig as CachedConfig
+from kvjax.train.sampling_config import Choice as Choice
+from kvjax.train.sampling_config import SamplingConfig as SamplingConfig
 from kvjax.types import nearest
 
 COMPUTE = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
-    """One compression that training may draw.
-
-    Attributes:
-        compression: a preset or a YAML file.
-        keeps: fractions to draw from, from mild to hard (`Compression.with_keep`:
-            kept tokens, read tokens or rank); empty: the preset's own.
-        fields: dotted paths to values, as in `kvjax.compression`.
-        weight: share of the steps.
-    """
-
-    compression: str
-    keeps: tuple[float, ...] = ()
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """Which compression a step trains under; every step draws one.
-
-    Attributes:
-        choices: what is drawn from; none: training without compression.
-        ramp: steps over which the `keeps` of a choice join, from mild to hard.
-        visible: share of rows that are compressed behind their first question; the
-            others are compressed between context and question.
-        choice_gradient: temperature of a straight-through gradient for which tokens
-            are kept, in standard deviations of their scores; 0 gives them none.
-    """
-
-    choices: tuple[Choice, ...] = ()
-    ramp: int = 0
-    visible: float = 0.5
-    choice_gradient: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CachedConfig:
-    """Greedy replies through the real cache, at every evaluation.
-
-    Attributes:
-        items: held-out items in all, dealt to the tasks in turn; 0: none.
-        choices: the compressions, beside none; empty: each choice of `sampling` at
-            its hardest.
-    """
-
-    items: int = 8
-    choices: tuple[Choice, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
