@@ -91,10 +91,7 @@ def abstract_batch(rows: int, width: int, mesh: Mesh) -> Batch:
 
 
 def hardest(config: TrainConfig) -> TrainConfig:
-    """The recipe with each choice at its last `keep`."""
-    choices = tuple(
-        dataclasses.replace(choice, keeps=choice.keeps[-1:])
-        for choice in config.sampling.choices
-    )
+    """The recipe with each choice at its hardest."""
+    choices = tuple(choice.hardest for choice in config.sampling.choices)
     sampling = dataclasses.replace(config.sampling, choices=choices)
     return dataclasses.replace(config, sampling=sampling)

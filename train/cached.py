@@ -17,7 +17,7 @@ from kvjax.models.inference import extend, prefill
 from kvjax.train.config import Choice, TrainConfig
 from kvjax.train.data import characters
 from kvjax.train.duo import exported
-from kvjax.train.sampling import samples
+from kvjax.train.sampling import samples_of
 from kvjax.train.words import CHARACTERS, Words
 
 FULL = "full"
@@ -65,11 +65,7 @@ class CachedEvaluation:
     ):
         self.config, self.words = config, words
         self.compressions: dict[str, Compression] = {FULL: Compression()}
-        for number, choice in enumerate(_choices(config)):
-            try:
-                made = samples(choice)
-            except ValueError as wrong:
-                raise ValueError(f"cached.choices[{number}]: {wrong}") from None
+        for made in samples_of(_choices(config), "cached.choices"):
             self.compressions |= {
                 one.name: one.compression
                 for one in made
@@ -111,10 +107,7 @@ class CachedEvaluation:
 def _choices(config: TrainConfig) -> tuple[Choice, ...]:
     if config.cached.choices:
         return config.cached.choices
-    return tuple(
-        dataclasses.replace(choice, keeps=choice.keeps[-1:])
-        for choice in config.sampling.choices
-    )
+    return tuple(choice.hardest for choice in config.sampling.choices)
 
 
 def _tasks(config: TrainConfig) -> list[str]:

@@ -36,7 +36,7 @@ from kvjax.train.mesh import check_mesh, make_mesh
 from kvjax.train.objective import make_objective
 from kvjax.train.optimizer import make_optimizer
 from kvjax.train.recipe import as_tree
-from kvjax.train.sampling import Sample, Sampler
+from kvjax.train.sampling import Sample, Sampler, check_choices
 from kvjax.train.step import make_step
 from kvjax.types import nearest
 
@@ -136,6 +136,7 @@ def dry_run(
     """
     target = target_of(device)
     target.of(chips)
+    check_choices(config)
     abstract_shape(config)
     request = {"device": device, "chips": chips, "recipe": as_tree(config)}
     result: dict[str, Any] = {"device": device, "chips": chips, "rows": []}

@@ -37,6 +37,7 @@ from kvjax.train.mesh import (
 from kvjax.train.objective import Batch
 from kvjax.train.params import Params, leaves_of, params_of, split, with_params
 from kvjax.train.recipe import claimed
+from kvjax.train.sampling import check_choices
 from kvjax.train.words import Words, words_of
 
 
@@ -160,6 +161,7 @@ def run(
         OSError: a checkpoint or the model cannot be written; those before are kept.
     """
     check_writers(config.log)
+    check_choices(config)
     shape = _shape(config)
     check_mesh(config, shape, jax.device_count())
     check_widths(config, shape.max_positions)

@@ -1,7 +1,7 @@
 """What a recipe says of compressions, in training and in its evaluation."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,14 +12,22 @@ class Choice:
         compression: a preset or a YAML file.
         keeps: fractions to draw from, from mild to hard (`Compression.with_keep`:
             kept tokens, read tokens or rank); empty: the preset's own.
+        bits: of a code, to draw from, from mild to hard (`Compression.with_bits`: of
+            keys and values alike), with every one of `keeps`; empty: the preset's own.
         fields: dotted paths to values, as in `kvjax.compression`.
         weight: share of the steps.
     """
 
     compression: str
     keeps: tuple[float, ...] = ()
+    bits: tuple[int, ...] = ()
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     weight: float = 1.0
+
+    @property
+    def hardest(self) -> Self:
+        """The same choice with its last budget and its last bits alone."""
+        return dataclasses.replace(self, keeps=self.keeps[-1:], bits=self.bits[-1:])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +36,8 @@ class SamplingConfig:
 
     Attributes:
         choices: what is drawn from; none: training without compression.
-        ramp: steps over which the `keeps` of a choice join, from mild to hard.
+        ramp: steps over which the `keeps` and the `bits` of a choice join, each from
+            mild to hard.
         visible: share of rows that are compressed behind their first question; the
             others are compressed between context and question.
         choice_gradient: temperature of a straight-through gradient for which tokens

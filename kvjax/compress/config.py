@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Self
 
 from kvjax.budgets import AbstractBudget, Uniform
-from kvjax.codecs import AbstractCodec, LowRank, Plain, Projected
+from kvjax.codecs import AbstractCodec, Affine, LowRank, Plain, Projected
 from kvjax.prefills import AbstractPrefill, Dense
 from kvjax.reads import AbstractRead, All, Quest
 from kvjax.schedules import AbstractSchedule, AfterPrefill, EveryTokens
@@ -250,6 +250,29 @@ class Compression:
             "this compression has no token budget (nothing is evicted, retrieved or "
             f"projected); got keep={keep}. Leave `keep` out."
         )
+
+    def with_bits(self, bits: int) -> Self:
+        """The same method with codes of `bits` bits, in keys and in values.
+
+        A side whose codec has no bits (plain keys, say) stays as it is.
+
+        Raises:
+            ValueError: neither side has bits, or a codec does not know so many.
+        """
+        sides = {"keys": self.store.keys, "values": self.store.values}
+        coded = {
+            name: dataclasses.replace(codec, bits=bits)
+            for name, codec in sides.items()
+            if isinstance(codec, Affine)
+        }
+        if not coded:
+            held = " and ".join(type(codec).__name__ for codec in sides.values())
+            raise ValueError(
+                f"this compression has no codes (keys and values are {held}); got "
+                f"bits={bits}. Leave `bits` out, or store them as `affine`."
+            )
+        store = dataclasses.replace(self.store, **coded)
+        return dataclasses.replace(self, store=store)
 
 
 def _budget_at(budget: AbstractBudget, keep: float) -> AbstractBudget:

@@ -24,7 +24,7 @@ from kvjax.train.data import Mixture
 from kvjax.train.objective import make_objective
 from kvjax.train.params import params_of
 from kvjax.train.run import run, weights_of
-from kvjax.train.sampling import samples
+from kvjax.train.sampling import Sampler
 from tests.train.small import DATA, STAGES, a_batch, model_of, recipe
 
 BASES = [
@@ -109,7 +109,7 @@ def test_projections_learn_and_the_rest_stays(tmp_path):
         model = weights.joined(params, weights.fixed)
         return make_objective(config, c)(model, unseen, model_of())[0]
 
-    for sample in samples(choice):
+    for sample in Sampler(config.sampling, config.seed).samples[0]:
         start, end = (miss(p, sample.compression) for p in (params, state.params))
         assert end < 0.9 * start, sample.name
     model, _ = load(tmp_path / "model", "float32", tokenizer=False)
