@@ -13,15 +13,22 @@ OPTIMIZERS = ("muon", "adamw")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Warm-up, constant, linear decay to zero over the last `decay` steps."""
+    """Warm-up, constant, decay to zero over the last `decay` steps."""
     rate = config.learning_rate
     parts = [
         optax.linear_schedule(rate / max(config.warmup, 1), rate, config.warmup),
         optax.constant_schedule(rate),
-        optax.linear_schedule(rate, 0.0, max(config.decay, 1)),
+        _decay(config),
     ]
     ends = [config.warmup, max(config.warmup, steps - config.decay)]
     return optax.join_schedules(parts, ends)
+
+
+def _decay(config: OptimizerConfig) -> optax.Schedule:
+    steps = max(config.decay, 1)
+    if config.schedule == "cosine":
+        return optax.cosine_decay_schedule(config.learning_rate, steps)
+    return optax.linear_schedule(config.learning_rate, 0.0, steps)
 
 
 def make_optimizer(

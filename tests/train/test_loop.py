@@ -129,10 +129,21 @@ def test_a_stage_may_have_its_own_mixture(config):
         assert not {*letter} & {*equals, *stop}
 
 
-def test_schedule_warms_up_and_decays_to_zero():
-    rate = schedule(OptimizerConfig(learning_rate=1.0, warmup=10, decay=20), 100)
-    values = jnp.array([rate(i) for i in (0, 10, 79, 90, 100)])
-    np.testing.assert_allclose(values, [0.1, 1.0, 1.0, 0.5, 0.0], atol=1e-6)
+@pytest.mark.parametrize(
+    ("shape", "quarter"), [("linear", 0.75), ("cosine", (1 + 0.5**0.5) / 2)]
+)
+def test_schedule_warms_up_and_decays_to_zero(shape, quarter):
+    config = OptimizerConfig(learning_rate=1.0, warmup=10, decay=20, schedule=shape)
+    rate = schedule(config, 100)
+    values = jnp.array([rate(i) for i in (0, 10, 79, 85, 90, 100, 110)])
+    wanted = [0.1, 1.0, 1.0, quarter, 0.5, 0.0, 0.0]
+    np.testing.assert_allclose(values, wanted, atol=1e-6)
+
+
+def test_an_unknown_schedule_is_refused(repo):
+    assert OptimizerConfig().schedule == "linear"
+    with pytest.raises(ValueError, match="'cosin'.*Did you mean 'cosine'"):
+        load_config(repo / RECIPE, ["optimizer.schedule=cosin"])
 
 
 def test_recipe_loads_and_overrides(repo):
