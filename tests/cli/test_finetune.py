@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 import types
 
 import jax
@@ -14,6 +18,7 @@ from kvjax.cli.base import UI
 from kvjax.cli.finetune import bar
 from kvjax.cli.main import main
 from kvjax.train import processes
+from kvjax.train.config import Stage
 from kvjax.train.done import Progress
 from kvjax.train.recipe import as_tree
 from tests.train.tiny_run import recipe
@@ -119,3 +124,25 @@ def test_variables_that_do_not_say_who_is_there(
         processes.join()
     assert finetune(tmp_path, "--distributed") == 2
     assert "several processes need" in capsys.readouterr().err and not calls
+
+
+@pytest.mark.slow
+def test_a_process_joins_before_it_asks_for_devices(tmp_path):
+    """JAX refuses to join once anything has looked at its devices."""
+    config = recipe(stages=(Stage(steps=1, lengths={64: 1.0}, tokens_per_step=128),))
+    path, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(as_tree(config)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    words = ["finetune", "--config", path, "--out", out, "--distributed", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "kvjax.cli", *words],
+        env={**os.environ, **ALONE, "JAX_COORDINATOR_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 1
+    assert (out / "model" / "config.json").is_file()
