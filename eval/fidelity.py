@@ -6,8 +6,9 @@ uncompressed cache gives.
 """
 
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import jax
@@ -22,7 +23,7 @@ from kvjax.eval.text import Codec
 from kvjax.eval.timing import timed
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import extend, read_prompt
-from kvjax.types import Tokens
+from kvjax.types import LengthsLike, Tokens, TokensLike
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,12 +86,37 @@ def feed(
     model: Decoder, cache: KVCache, follow: Int[Array, "B N"], calls: int
 ) -> Float[Array, "B M V"]:
     """Logits of all but the last token of `follow`, fed through the cache."""
-    ends = np.linspace(0, follow.shape[1] - 1, calls + 1).round().astype(int)
-    logits = []
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
-        some, cache = extend(model, cache, follow[:, start:end])
-        logits.append(some)
-    return jnp.concatenate(logits, axis=1)
+    parts = feeding(model, cache, follow, calls)
+    return jnp.concatenate([logits for _, logits in parts], axis=1)
+
+
+def feeding(
+    model: Decoder,
+    cache: KVCache,
+    follow: TokensLike,
+    calls: int,
+    lengths: LengthsLike | None = None,
+) -> Iterator[tuple[slice, Float[Array, "B T V"]]]:
+    """`feed` call by call, for those who cannot hold all logits at once.
+
+    Args:
+        model: a decoder.
+        cache: its cache, with room for what is fed.
+        follow: `[B, N]`; all but the last token is fed.
+        calls: how many, of nearly equal width.
+        lengths: `[B]` tokens that a row feeds; None: all but the last.
+
+    Yields:
+        The columns of `follow` that a call fed, and their logits; anything behind a
+        row's length.
+    """
+    ends = np.linspace(0, follow.shape[1] - 1, calls + 1).round().astype(int).tolist()
+    for start, end in itertools.pairwise(ends):
+        some = None
+        if lengths is not None:
+            some = jnp.clip(jnp.asarray(lengths) - start, 0, end - start)
+        logits, cache = extend(model, cache, follow[:, start:end], some)
+        yield slice(start, end), logits
 
 
 @jax.jit
