@@ -1,6 +1,11 @@
-"""Held-out accuracy through the real cache: prefill, compress, ask, decode."""
+"""Held-out accuracy and loss through the real cache: what a recipe asks of it.
+
+Tasks: prefill, compress, ask, decode. Datasets: see `kvjax.train.cached_loss`.
+"""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +19,13 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.generation import generate_from
 from kvjax.models.inference import extend, prefill
+from kvjax.train.cached_loss import Cut, held_out_rows, loss
 from kvjax.train.config import Choice, TrainConfig
 from kvjax.train.data import characters
 from kvjax.train.duo import exported
+from kvjax.train.output_config import CACHED_LOSS
+from kvjax.train.readers import Reader
+from kvjax.train.rows import padded
 from kvjax.train.sampling import samples_of
 from kvjax.train.words import CHARACTERS, Words
 
@@ -47,21 +56,29 @@ class Questions:
 
 
 class CachedEvaluation:
-    """What a recipe decodes through the real cache at every evaluation.
+    """What a recipe sends through the real cache at every evaluation.
 
-    The cache is compressed between context and question.
+    The cache is compressed between context and question; see `held_out_rows` for plain
+    text. Items and rows are chosen here, once, so that evaluations compare.
 
     Args:
         config: the recipe.
         model: structure of the model.
         words: of the model.
+        held_out: readers of the datasets' held-out splits, by name.
 
     Raises:
-        ValueError: a compression that does not fit the model or the items, by name.
+        ValueError: a compression that does not fit the model or the items, by name;
+            rows with nothing to predict from the cache, by source; a `keep.metric`
+            that nothing here measures.
     """
 
     def __init__(
-        self, config: TrainConfig, model: DecoderConfig, words: Words = CHARACTERS
+        self,
+        config: TrainConfig,
+        model: DecoderConfig,
+        words: Words = CHARACTERS,
+        held_out: Mapping[str, Reader] = MappingProxyType({}),
     ):
         self.config, self.words = config, words
         self.compressions: dict[str, Compression] = {FULL: Compression()}
@@ -72,30 +89,48 @@ class CachedEvaluation:
                 if one.compression != Compression()
             }
         self.questions: dict[int, Questions] = {}
-        if not config.cached.items or not _tasks(config):
-            return
-        for stage in config.stages:
-            width = max(stage.lengths)
-            if width not in self.questions:
+        self.rows: dict[int, tuple[Cut, ...]] = {}
+        items = config.cached.items
+        for width in dict.fromkeys(max(s.lengths) for s in config.stages if items):
+            if _tasks(config):
                 self.questions[width] = questions(config, width, words)
-                self._check(model, self.questions[width])
+                self._check(model, self.questions[width].context_lengths)
+            if held_out:
+                rows = held_out_rows(held_out, items, width, config.seed)
+                self.rows[width] = rows
+                for one in rows:
+                    self._check(model, jnp.asarray(one.prompt_lengths))
+        if config.keep.best and config.keep.metric == CACHED_LOSS and not self.rows:
+            raise ValueError(
+                f"`keep.metric` is {CACHED_LOSS!r}, which nothing measures: it needs "
+                "`cached.items` and a dataset with a `held_out` split; got "
+                f"{items} items and {'such a' if held_out else 'no such'} dataset. "
+                "Give both, or take `keep.metric=answer_loss`."
+            )
 
-    def __call__(self, model: Decoder, step: int) -> dict[str, float]:
-        """Mean score of the replies at a step, by compression; none without items."""
-        if not self.questions:
+    def __call__(self, model: Decoder, step: int) -> dict[str, dict[str, float]]:
+        """What was measured at a step, by compression; nothing without items.
+
+        `accuracy` is the mean score of the replies, `loss` that of held-out rows,
+        averaged over their sources.
+        """
+        if not self.questions and not self.rows:
             return {}
-        stage = self.config.stages[self.config.stage_of(step)]
-        asked = self.questions[max(stage.lengths)]
+        width = max(self.config.stages[self.config.stage_of(step)].lengths)
         model = exported(model)
-        return {
-            name: score(model, asked, c, self.words)
-            for name, c in self.compressions.items()
-        }
+        found: dict[str, dict[str, float]] = {name: {} for name in self.compressions}
+        for name, c in self.compressions.items():
+            if asked := self.questions.get(width):
+                found[name]["accuracy"] = score(model, asked, c, self.words)
+            if rows := self.rows.get(width):
+                losses = [loss(model, one, c) for one in rows]
+                found[name]["loss"] = float(np.mean(losses))
+        return found
 
-    def _check(self, model: DecoderConfig, asked: Questions) -> None:
+    def _check(self, model: DecoderConfig, lengths: Array) -> None:
         for name, c in self.compressions.items():
             try:
-                checks.compression(model, c, asked.context_lengths)
+                checks.compression(model, c, lengths)
             except ValueError as wrong:
                 raise ValueError(
                     f"the evaluation through the cache cannot run under {name!r}: "
@@ -127,8 +162,8 @@ def questions(config: TrainConfig, width: int, words: Words = CHARACTERS) -> Que
     begin = np.asarray(words.begin, np.int32)
     contexts = [np.concatenate([begin, words.encode(item.context)]) for _, item in made]
     asked = [words.encode(item.question) for _, item in made]
-    context, context_lengths = _padded(contexts)
-    question, question_lengths = _padded(asked)
+    context, context_lengths = map(jnp.asarray, padded(contexts))
+    question, question_lengths = map(jnp.asarray, padded(asked))
     return Questions(
         items=tuple(made),
         contexts=context,
@@ -136,14 +171,6 @@ def questions(config: TrainConfig, width: int, words: Words = CHARACTERS) -> Que
         questions=question,
         question_lengths=question_lengths,
     )
-
-
-def _padded(rows: list[np.ndarray]) -> tuple[Array, Array]:
-    lengths = np.array([len(row) for row in rows], np.int32)
-    out = np.zeros((len(rows), int(lengths.max())), np.int32)
-    for line, row in zip(out, rows, strict=True):
-        line[: len(row)] = row
-    return jnp.asarray(out), jnp.asarray(lengths)
 
 
 def cached_replies(

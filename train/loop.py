@@ -12,6 +12,7 @@ import optax
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Decoder
 from kvjax.train import processes
+from kvjax.train.cached_loss import mean_loss
 from kvjax.train.checkpoints import Checkpoints, restore
 from kvjax.train.config import TrainConfig
 from kvjax.train.done import Done, Progress, diverged
@@ -38,7 +39,7 @@ def train(
     *,
     directory: pathlib.Path,
     held_out: Callable[[int], dict[str, Batch]] | None = None,
-    cached: Callable[[Decoder, int], dict[str, float]] | None = None,
+    cached: Callable[[Decoder, int], dict[str, dict[str, float]]] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> TrainState:
     """Train to the end, from the newest checkpoint of `directory` if there is one.
@@ -50,7 +51,7 @@ def train(
         batches: `(first, last) ->` the batches of those steps.
         directory: for `checkpoints/` and `log.jsonl`.
         held_out: batches to evaluate on at a step, by name.
-        cached: accuracies through the real cache at a step, by compression.
+        cached: accuracy and loss through the real cache at a step, by compression.
         progress: told of each step.
 
     Raises:
@@ -157,7 +158,7 @@ class _Loop:
         self.said, self.said_at = number, now
 
     def evaluate(self, number: int, held_out, cached) -> dict[str, float] | None:
-        """Held-out metrics where they are due, averaged over the sets."""
+        """Held-out metrics where they are due, averaged over sets and compressions."""
         if number % self.config.eval_every and number != self.config.steps:
             return None
         if self.last is not None:
@@ -169,14 +170,17 @@ class _Loop:
             values = self.held_out(self.state.params, batch)
             found.append({k: float(v) for k, v in values.items()})
             self.log(step=number, held_out=name, **found[-1])
+        through = {}
         if cached is not None:
             model = self.weights.joined(self.state.params, self.weights.fixed)
-            for name, value in cached(model, number).items():
-                self.log(step=number, cached=name, accuracy=value)
+            through = cached(model, number)
+            for name, values in through.items():
+                self.log(step=number, cached=name, **values)
         self.said_at += time.perf_counter() - began  # steps are timed without it
         if not found:
             return None
         means = {k: sum(one[k] for one in found) / len(found) for k in found[0]}
+        means |= mean_loss(through)
         return {"stage": self.config.stage_of(number), **means}
 
     def stops(self, number: int, interrupted: Callable[[], bool]) -> bool:

@@ -4,7 +4,10 @@ import dataclasses
 
 from kvjax.types import nearest
 
-LOWER = ("loss", "answer_loss")
+CACHED_LOSS = "cached_loss"
+"""The metric that comes from the real cache."""
+
+LOWER = ("loss", "answer_loss", CACHED_LOSS)
 HIGHER = ("answer_accuracy", "exact")
 TRACKERS = ("trackio", "wandb")
 
@@ -16,9 +19,12 @@ class KeepConfig:
     Attributes:
         newest: that many of the newest.
         best: and that many of the best, wherever they are.
-        metric: what best means, averaged over the held-out sets: `loss`,
-            `answer_loss` (lower is better), `answer_accuracy`, `exact` (higher is). A
-            later stage of the recipe beats an earlier one: its rows are others.
+        metric: what best means. With a full cache, averaged over the held-out sets:
+            `loss`, `answer_loss` (lower is better), `answer_accuracy`, `exact` (higher
+            is). `cached_loss` (lower is better) is the loss through the real cache,
+            averaged over the compressions of `cached` and the full cache; it needs a
+            dataset with `held_out`. A later stage of the recipe beats an earlier one:
+            its rows are others.
     """
 
     newest: int = 2

@@ -42,9 +42,11 @@ class Reader(abc.ABC):
     is left out, never cut.
 
     Attributes:
+        name: of the dataset and its split, for messages.
         skipped: records that were left out, by reason, as far as they were read.
     """
 
+    name: str
     skipped: collections.Counter[str]
 
     @abc.abstractmethod

@@ -74,6 +74,15 @@ def row(episode: Episode, *, context_weight: float, words: Words = CHARACTERS) -
     )
 
 
+def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as one array, zeros behind each, and their lengths."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    out = np.zeros((len(rows), int(lengths.max())), rows[0].dtype)
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row)] = row
+    return out, lengths
+
+
 def pack(
     rows: Sequence[Row],
     width: int,

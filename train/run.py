@@ -178,7 +178,7 @@ def run(
     )
     sample = None if config.projection is None else mixture.batch(0)
     weights, params = weights_of(config, sample, mesh=mesh)
-    cached = CachedEvaluation(config, weights.model.config, words)
+    cached = CachedEvaluation(config, weights.model.config, words, mixture.held_out)
     with claimed(directory, config):
         state = train(
             weights,

@@ -52,10 +52,14 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CachedConfig:
-    """Greedy replies through the real cache, at every evaluation.
+    """What goes through the real cache at every evaluation.
+
+    Greedy replies to held-out items of tasks, and the next-token loss behind the
+    compression point of held-out rows of datasets.
 
     Attributes:
-        items: held-out items in all, dealt to the tasks in turn; 0: none.
+        items: items in all, dealt to the tasks in turn, and as many rows, dealt to the
+            datasets that have `held_out`; 0: none.
         choices: the compressions, beside none; empty: each choice of `sampling` at
             its hardest.
     """
