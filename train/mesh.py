@@ -17,6 +17,7 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.sharding import parameter_axes, spec
 from kvjax.train.config import TrainConfig
 from kvjax.train.mesh_config import MeshConfig
+from kvjax.train.output_config import CACHED_LOSS
 from kvjax.train.params import Params
 from kvjax.train.stored import named
 
@@ -87,10 +88,14 @@ def _check_rows(config: TrainConfig) -> None:
             f"{ways}. Take a multiple."
         )
     if jax.process_count() > 1 and config.cached.items:
+        other = config.keep.metric == CACHED_LOSS
         raise ValueError(
-            f"`cached.items` is {config.cached.items}; the evaluation through the "
-            "cache runs in one process. Set `cached.items=0` and evaluate the finished "
-            "model with `kvjax eval`."
+            f"`cached.items` is {config.cached.items} in a run of "
+            f"{jax.process_count()} processes; the evaluation through the cache runs "
+            "in one. Set `cached.items=0`"
+            + (" and `keep.metric=answer_loss`" if other else "")
+            + ": held-out sets are evaluated with a full cache all the same. Evaluate "
+            "the finished model under compression with `kvjax eval`, in one process."
         )
 
 

@@ -17,6 +17,7 @@ import kvjax
 from kvjax.train.config import CachedConfig, MeshConfig, Source, Stage
 from kvjax.train.data import Mixture
 from kvjax.train.mesh import WHOLE, Share, check_mesh
+from kvjax.train.output_config import KeepConfig
 from kvjax.train.params import leaves_of
 from kvjax.train.run import initial, run
 from tests.train.mesh_run import mesh_of, spread_recipe
@@ -173,8 +174,11 @@ def test_the_cached_evaluation_is_for_one_process(monkeypatch):
     assert config.model is not None
     check_mesh(config, config.model, 2)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="cached.items=0"):
+    with pytest.raises(ValueError, match="Set `cached.items=0`: .*`kvjax eval`"):
         check_mesh(config, config.model, 2)
+    kept = dataclasses.replace(config, keep=KeepConfig(metric="cached_loss"))
+    with pytest.raises(ValueError, match="=0` and `keep.metric=answer_loss`"):
+        check_mesh(kept, config.model, 2)
 
 
 @pytest.mark.parametrize("kind", ["task", "text"])
