@@ -22,6 +22,7 @@ from kvjax.train.config import (
     SamplingConfig,
     Source,
     Stage,
+    load_config,
 )
 from kvjax.train.data import Mixture
 from kvjax.train.output_config import KeepConfig
@@ -254,3 +255,11 @@ def test_tasks_and_datasets_are_both_evaluated(texts):
     evaluation = CachedEvaluation(config, config.model, held_out=held)
     found = evaluation(Decoder(config.model, rngs=nnx.Rngs(0)), 1)
     assert set(found) == {FULL} and set(found[FULL]) == {"accuracy", "loss"}
+
+
+def test_the_recipe_for_eight_chips_is_evaluated_through_the_cache():
+    config = load_config("lora_llama3_8b")
+    assert config.cached.items and config.keep.metric == "cached_loss"
+    (source,) = config.data.sources
+    files = source.fields["data_files"]
+    assert {source.split, source.held_out} == set(files)
