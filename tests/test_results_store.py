@@ -18,8 +18,8 @@ HEADER = {
     "device": "cpu",
     "dtype": "float32",
     "jax": "1.2",
-    "model": "/home/somebody/runs/model",
-    "config": {"items": 500, "lengths": [512], "seed": 1, "model": "/home/somebody"},
+    "model": "somebody/runs/model",
+    "config": {"items": 500, "lengths": [512], "seed": 1, "model": "somebody"},
 }
 
 
