@@ -5,7 +5,6 @@ each a sum over its bits: compression inside the files leaves some flipped bits 
 """
 
 import contextlib
-import errno
 import math
 import pathlib
 import shutil
@@ -31,6 +30,7 @@ from kvjax.train.stored import (
     short,
     steps_in,
     sums,
+    unwritten,
     whole,
 )
 
@@ -239,17 +239,7 @@ class Checkpoints:
         return float(metrics["stage"]), sign * value
 
     def _failed(self, wrong: Exception) -> OSError:
-        why = cause(wrong)
-        kept = steps_in(self.directory)
-        code = why.errno if isinstance(why, OSError) else None
-        full = code == errno.ENOSPC or "No space left" in str(why)
-        names = ", ".join(f"step_{step}" for step in kept) or "none yet"
-        return OSError(
-            f"a checkpoint could not be written to {self.directory} "
-            f"({short(why)}). Complete ones are kept: {names}. "
-            f"{'Free some space' if full else 'Fix that'} and give the same command "
-            "again."
-        )
+        return unwritten("a checkpoint", self.directory, wrong, self.directory)
 
 
 def _clean(directory: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ from kvjax.train import processes
 from kvjax.train.config import TrainConfig
 from kvjax.train.output_config import LogConfig
 from kvjax.train.recipe import replace_text
+from kvjax.train.stored import unwritten, writing
 
 GROUPS = ("held_out", "cached")
 """Events of a name of their own; all others are of a training step."""
@@ -117,8 +118,11 @@ class Log:
         """Write one event; numbers go to the file as they are."""
         if self.path is None:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **event}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **event}) + "\n")
+        except OSError as wrong:
+            raise _LineLost(str(wrong)) from wrong
         rounded = {
             k: round(v, 5) if isinstance(v, float) else v for k, v in event.items()
         }
@@ -134,18 +138,25 @@ class Log:
             writer.write(step, values)
 
 
+class _LineLost(OSError):
+    """A line that could not be written; not an error of the terminal or a writer."""
+
+
 @contextlib.contextmanager
 def opened(directory: pathlib.Path, config: TrainConfig, first: int) -> Iterator[Log]:
     """The log of a run that goes on behind step `first`.
 
     Lines of later steps are dropped: a run that was killed behind its last checkpoint
     does these steps again. Of several processes the first one speaks.
+
+    Raises:
+        OSError: a line could not be written; what is kept is named.
     """
     if not processes.first():
         yield Log(path=None)
         return
-    path = directory / "log.jsonl"
-    _drop_after(path, first)
+    path, checkpoints = directory / "log.jsonl", directory / "checkpoints"
+    _drop_after(path, first, checkpoints)
     writers: list[Writer] = []
     if config.log.tensorboard:
         writers.append(TensorBoard(directory / "tensorboard", first))
@@ -154,12 +165,14 @@ def opened(directory: pathlib.Path, config: TrainConfig, first: int) -> Iterator
         writers.append(Tracker(config.log, directory.name, recipe))
     try:
         yield Log(path=path, writers=tuple(writers))
+    except _LineLost as wrong:  # what was being saved is complete by now, or failed
+        raise unwritten("a line of the log", path, wrong, checkpoints) from wrong
     finally:
         for writer in writers:
             writer.close()
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
+def _drop_after(path: pathlib.Path, step: int, checkpoints: pathlib.Path) -> None:
     if not path.exists():
         return
     kept = []
@@ -170,4 +183,5 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
             continue
         if line.endswith("\n") and event["step"] <= step:
             kept.append(line)
-    replace_text(path, "".join(kept))
+    with writing("the log", path, checkpoints):
+        replace_text(path, "".join(kept))

@@ -14,7 +14,7 @@ import yaml
 from kvjax.config import decode
 from kvjax.train import processes
 from kvjax.train.config import TrainConfig
-from kvjax.train.stored import steps_in
+from kvjax.train.stored import steps_in, writing
 
 FREE = (
     "resume",
@@ -50,7 +50,9 @@ def claimed(directory: pathlib.Path, config: TrainConfig) -> Iterator[None]:
             # All fields: a default that changes must not change a run that goes on.
             tree = as_tree(dataclasses.replace(config, resume=None))
             text = yaml.safe_dump(tree, sort_keys=False, width=88)
-            replace_text(directory / "recipe.yaml", text)
+            path = directory / "recipe.yaml"
+            with writing("the recipe", path, directory / "checkpoints"):
+                replace_text(path, text)
         yield
 
 

@@ -38,6 +38,7 @@ from kvjax.train.objective import Batch
 from kvjax.train.params import Params, leaves_of, params_of, split, with_params
 from kvjax.train.recipe import claimed
 from kvjax.train.sampling import check_choices
+from kvjax.train.stored import writing
 from kvjax.train.words import Words, words_of
 
 
@@ -158,7 +159,8 @@ def run(
     Raises:
         ValueError: a directory of another recipe or of another run that still goes
             on; see `kvjax.train.loop.train`.
-        OSError: a checkpoint or the model cannot be written; those before are kept.
+        OSError: a checkpoint, a line of the log or the model cannot be written; the
+            checkpoints that are complete are named.
     """
     check_writers(config.log)
     check_choices(config)
@@ -190,7 +192,9 @@ def run(
             cached=cached,
             progress=progress,
         )
-        _export(weights, state, words, directory / "model")
+        target = directory / "model"
+        with writing("the model", target, directory / "checkpoints"):
+            _export(weights, state, words, target)
     return state
 
 

@@ -1,10 +1,12 @@
-"""What a checkpoint is: names, sums over bits, metadata."""
+"""What a checkpoint is: names, sums over bits, metadata; what is said of a failure."""
 
+import contextlib
+import errno
 import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +18,8 @@ from orbax.checkpoint import v1 as ocp
 
 STEP = re.compile(r"step_(\d+)")
 DIGESTS = "digests"
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:
@@ -106,3 +110,41 @@ def cause(wrong: BaseException) -> Exception:
 def short(why: Exception) -> str:
     """One line of an error."""
     return f"{type(why).__name__}: {why}".splitlines()[0][:200]
+
+
+def is_full(why: Exception) -> bool:
+    """Whether that came of a full disk; some libraries say so in words alone."""
+    code = why.errno if isinstance(why, OSError) else None
+    return code in FULL or "No space left" in str(why)
+
+
+def unwritten(
+    what: str, path: pathlib.Path, wrong: Exception, checkpoints: pathlib.Path
+) -> OSError:
+    """What could not be written where and why, what is kept, and what to do.
+
+    Args:
+        what: as the message names it.
+        path: where it should have gone.
+        wrong: what the writer raised.
+        checkpoints: the directory of the run's.
+    """
+    why = cause(wrong)
+    names = ", ".join(f"step_{step}" for step in steps_in(checkpoints)) or "none yet"
+    return OSError(
+        f"{what} could not be written to {path} ({short(why)}). Complete checkpoints "
+        f"are kept: {names}. {'Free some space' if is_full(why) else 'Fix that'} and "
+        "give the same command again."
+    )
+
+
+@contextlib.contextmanager
+def writing(what: str, path: pathlib.Path, checkpoints: pathlib.Path) -> Iterator[None]:
+    """While inside, what fails to be written is told as by `unwritten`."""
+    try:
+        yield
+    except Exception as wrong:
+        why = cause(wrong)
+        if isinstance(why, OSError) or is_full(why):
+            raise unwritten(what, path, wrong, checkpoints) from wrong
+        raise

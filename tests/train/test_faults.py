@@ -2,18 +2,10 @@
 
 import dataclasses
 import os
-import pathlib
-import resource
-import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import yaml
 
@@ -27,42 +19,13 @@ from kvjax.train.config import (
 from kvjax.train.data import Mixture
 from kvjax.train.done import Progress
 from kvjax.train.interrupt import DEFAULTS
-from kvjax.train.loop import TrainState, train
+from kvjax.train.loop import train
 from kvjax.train.output_config import KeepConfig
 from kvjax.train.run import run, weights_of
 from kvjax.train.stored import steps_in
 from tests.train.test_checkpoints import cut, damaging, largest
-from tests.train.tiny_run import losses, recipe
-
-Whole = tuple[TrainState, pathlib.Path]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Whole:
-    """An uninterrupted run: its last state and its directory."""
-    directory = tmp_path_factory.mktemp("whole")
-    return run(recipe(), directory), directory
-
-
-def copied(whole: Whole, tmp_path: pathlib.Path, last: int = 6) -> pathlib.Path:
-    """The run as it was when `last` was its newest checkpoint, log and all."""
-    path = tmp_path / "copy"
-    shutil.copytree(whole[1], path)
-    for step in steps_in(path / "checkpoints"):
-        if step > last:
-            shutil.rmtree(path / "checkpoints" / f"step_{step}")
-    return path
-
-
-def goes_on(whole: Whole, directory: pathlib.Path) -> None:
-    """The run in `directory` ends as the uninterrupted one did, bit for bit."""
-    state = run(recipe(), directory)
-    assert losses(directory) == losses(whole[1])
-    assert [step for step, _ in losses(directory)] == [1, 2, 3, 4, 5, 6]
-    jax.tree.map(np.testing.assert_array_equal, state, whole[0])
-    checkpoints = directory / "checkpoints"
-    names = {path.name for path in checkpoints.iterdir()}
-    assert names == {f"step_{step}" for step in steps_in(checkpoints)}
+from tests.train.tiny_run import recipe
+from tests.train.whole_run import copied, goes_on
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(whole, tmp_path, capsys):
@@ -72,24 +35,6 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(whole, tmp_path, capsys):
     goes_on(whole, part)
     path = part / "checkpoints" / "step_4"
     assert f"resuming from {path}: 4 of 6 steps" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("fault", "kept"),
-    [
-        ("rename:4", [2]),
-        pytest.param("write:4", [2], marks=pytest.mark.slow),
-        pytest.param("step:5", [2, 4], marks=pytest.mark.slow),
-        pytest.param("remove", [4, 6], marks=pytest.mark.slow),
-    ],
-)
-def test_killed_and_resumed(fault, kept, whole, tmp_path, repo):
-    command = [sys.executable, "-m", "tests.train.tiny_run", str(tmp_path), fault]
-    died = subprocess.run(command, cwd=repo, capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
-    left = steps_in(tmp_path / "checkpoints")
-    assert left == ([2, *kept] if fault == "remove" else kept)
-    goes_on(whole, tmp_path)
 
 
 @damaging
@@ -143,25 +88,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match="step 1 .* not finite.* no state was saved"):
         run(config, tmp_path)
     assert steps_in(tmp_path / "checkpoints") == []
-
-
-@damaging
-def test_a_disk_that_is_full(whole, tmp_path, capsys):
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def told(progress: Progress) -> None:
-        if progress.step == 3:  # the kernel refuses longer files, as a full disk would
-            while not steps_in(tmp_path / "checkpoints"):
-                time.sleep(0.01)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))
-
-    try:
-        with pytest.raises(OSError, match="are kept: step_2. Fix that"):
-            run(recipe(), tmp_path, progress=told)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert steps_in(tmp_path / "checkpoints") == [2]
-    goes_on(whole, tmp_path)
 
 
 @pytest.fixture
