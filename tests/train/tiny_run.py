@@ -1,10 +1,11 @@
-"""A recipe that trains in a second, and a process that runs it (and may be killed).
+"""Recipes that train in seconds, and a process that runs one (and may be killed).
 
-    python -m tests.train.tiny_run DIRECTORY FAULT
+    python -m tests.train.tiny_run DIRECTORY FAULT [RECIPE]
 
-FAULT: `rename:N` kills the process when all of the checkpoint of step N is written but
-its name, `write:N` while it is written, `remove` while an old checkpoint goes, `step:N`
-behind step N, when no save is under way.
+RECIPE: a name of `RECIPES`; `plain` unless it is given. FAULT: `rename:N` kills the
+process when all of the checkpoint of step N is written but its name, `write:N` while it
+is written, `remove` while an old checkpoint goes, `step:N` behind step N, when no save
+is under way.
 """
 
 import dataclasses
@@ -21,8 +22,12 @@ from kvjax.models.config import DecoderConfig
 from kvjax.rope import Rope
 from kvjax.train.config import (
     CachedConfig,
+    Choice,
     DataConfig,
+    LoRAConfig,
+    ObjectiveConfig,
     OptimizerConfig,
+    SamplingConfig,
     Source,
     Stage,
     TrainConfig,
@@ -53,6 +58,40 @@ def recipe(**fields: Any) -> TrainConfig:
         cached=CachedConfig(items=0),
     )
     return dataclasses.replace(base, **fields)
+
+
+SNAPKV = Choice(compression="snapkv", keeps=(0.5,), fields={"evict.score.window": 8})
+KIVI = Choice(
+    compression="kivi_2bit",
+    fields={"store.residual": 8, "store.keys.group": 8, "store.values.group": 8},
+)
+
+
+def compressed(*others: Choice, **fields: Any) -> TrainConfig:
+    """Sampled compressions whose choice of tokens has a gradient, and Muon.
+
+    Two batches make an update and a checkpoint is behind every third, so the first one
+    holds half of an update. One layer, for the sake of compile time.
+    """
+    base = recipe()
+    assert base.model is not None
+    choices = (Choice(compression="int8"), SNAPKV, *others)
+    given = {
+        "model": dataclasses.replace(base.model, num_layers=1),
+        "sampling": SamplingConfig(choices=choices, choice_gradient=0.1),
+        "optimizer": OptimizerConfig(name="muon", warmup=1, decay=1, accumulate=2),
+        "save_every": 3,
+    }
+    return dataclasses.replace(base, **given | fields)
+
+
+def low_rank() -> TrainConfig:
+    """The same with LoRA, and a teacher, of which no checkpoint holds anything."""
+    lora, objective = LoRAConfig(rank=2), ObjectiveConfig(distill=0.5)
+    return compressed(KIVI, model=recipe().model, lora=lora, objective=objective)
+
+
+RECIPES = {"plain": recipe, "compressed": compressed, "low_rank": low_rank}
 
 
 def losses(directory: pathlib.Path) -> list[tuple[int, float]]:
@@ -99,6 +138,7 @@ if __name__ == "__main__":
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     where, fault = pathlib.Path(sys.argv[1]), sys.argv[2]
+    name = sys.argv[3] if len(sys.argv) > 3 else "plain"
     break_at(fault)
 
     def told(progress: Progress) -> None:
@@ -107,4 +147,4 @@ if __name__ == "__main__":
                 time.sleep(0.01)
             die()
 
-    run(recipe(), where, progress=told)
+    run(RECIPES[name](), where, progress=told)
