@@ -173,7 +173,8 @@ class _Loop:
         through = {}
         if cached is not None:
             model = self.weights.joined(self.state.params, self.weights.fixed)
-            through = cached(model, number)
+            with self.weights.traced():
+                through = cached(model, number)
             for name, values in through.items():
                 self.log(step=number, cached=name, **values)
         self.said_at += time.perf_counter() - began  # steps are timed without it

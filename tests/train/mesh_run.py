@@ -1,22 +1,27 @@
 """Small runs on meshes of virtual devices, or as one of several processes.
 
-    python -m tests.train.mesh_run DIRECTORY plain|sampled|lora MESH...
+    python -m tests.train.mesh_run DIRECTORY KIND MESH...
 
-MESH is `data,fsdp,tensor`; each run goes to a folder of that name, with `held.json`:
-the share of its state's bytes that the fullest device holds. `DEVICES` in the
-environment is how many devices a process has; with the variables of
+KIND is a key of `KINDS`, MESH is `data,fsdp,tensor`; each run goes to a folder of that
+name, with `held.json`: the share of its state's bytes that the fullest device holds,
+and `cached.json`: what was replied through the cache, and the partitions that ops saw.
+`DEVICES` in the environment is how many devices a process has; with the variables of
 `kvjax.train.processes` it is one of several.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 from kvjax.train.config import (
+    CachedConfig,
     Choice,
     MeshConfig,
     ObjectiveConfig,
@@ -28,19 +33,18 @@ from kvjax.train.config import (
 from kvjax.train.learned_config import LoRAConfig
 from tests.train.tiny_run import recipe
 
+HALF = Choice(
+    compression="snapkv_kivi",
+    keeps=(0.5,),
+    fields={"evict.score.window": 4, "store.residual": 0},
+)
 PLAIN: dict[str, Any] = {}
+CACHED: dict[str, Any] = {"cached": CachedConfig(items=2, choices=(HALF,))}
 SAMPLED: dict[str, Any] = {
     "sampling": SamplingConfig(
         visible=0.5,
         choice_gradient=0.5,
-        choices=(
-            Choice(
-                compression="snapkv_kivi",
-                keeps=(0.5,),
-                fields={"evict.score.window": 4, "store.residual": 0},
-            ),
-            Choice(compression="none"),
-        ),
+        choices=(HALF, Choice(compression="none")),
     ),
     "objective": ObjectiveConfig(distill=0.5),
     "loop_layers": True,
@@ -51,7 +55,7 @@ LOW_RANK: dict[str, Any] = {
         name="adamw", learning_rate=0.01, warmup=0, decay=1, weight_decay=0.0
     ),
 }
-KINDS = {"plain": PLAIN, "sampled": SAMPLED, "lora": LOW_RANK}
+KINDS = {"plain": PLAIN, "cached": CACHED, "sampled": SAMPLED, "lora": LOW_RANK}
 
 
 def spread_recipe(kind: str, mesh: MeshConfig, **fields: Any) -> TrainConfig:
@@ -87,6 +91,28 @@ def fullest(state: Any) -> float:
     return max(held.values()) / sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
+@contextlib.contextmanager
+def listening() -> Iterator[dict[str, list[Any]]]:
+    """Replies through the cache, and the partitions that their ops saw."""
+    from kvjax.pallas_kernels import dispatch
+    from kvjax.train import cached
+
+    heard: dict[str, list[Any]] = {"replies": [], "partitions": []}
+    reply, count = cached.cached_replies, dispatch.partitions
+
+    def counted() -> int:
+        heard["partitions"].append(count())
+        return heard["partitions"][-1]
+
+    def replied(*args: Any) -> list[str]:
+        with mock.patch.object(dispatch, "partitions", counted):
+            heard["replies"].append(reply(*args))
+        return heard["replies"][-1]
+
+    with mock.patch.object(cached, "cached_replies", replied):
+        yield heard
+
+
 if __name__ == "__main__":
     import jax
 
@@ -99,6 +125,8 @@ if __name__ == "__main__":
         join()
     where, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
     for name in sys.argv[3:]:
-        state = run(spread_recipe(kind, mesh_of(name)), where / name)
+        with listening() as heard:
+            state = run(spread_recipe(kind, mesh_of(name)), where / name)
         if jax.process_index() == 0:
             (where / name / "held.json").write_text(json.dumps(fullest(state)))
+            (where / name / "cached.json").write_text(json.dumps(heard))

@@ -101,6 +101,21 @@ def test_the_state_of_one_device_is_whole(spread):
 
 
 @pytest.mark.slow
+def test_replies_through_the_cache_of_a_mesh(tmp_path):
+    """Those of one device, by programs whose ops know that they are split."""
+    mesh = "1,2,2"
+    finished(started(tmp_path, "cached", ONE, mesh))
+    agree(tmp_path / mesh, tmp_path / ONE)
+    spread, whole = (
+        json.loads((tmp_path / name / "cached.json").read_text())
+        for name in (mesh, ONE)
+    )
+    assert [len(items) for items in spread["replies"]] == [2, 2]  # full, and snapkv
+    assert spread["replies"] == whole["replies"]
+    assert set(spread["partitions"]) == {4} and set(whole["partitions"]) == {1}
+
+
+@pytest.mark.slow
 def test_sampled_compression_and_a_teacher_on_a_mesh(tmp_path):
     finished(started(tmp_path, "sampled", ONE, "1,2,2"))
     agree(tmp_path / "1,2,2", tmp_path / ONE)
