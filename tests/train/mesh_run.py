@@ -20,14 +20,18 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+from kvjax.models.config import Evictor, Projection
 from kvjax.train.config import (
     CachedConfig,
     Choice,
+    DMSConfig,
+    DuoConfig,
     MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
     SamplingConfig,
     Stage,
+    SurrogateConfig,
     TrainConfig,
 )
 from kvjax.train.learned_config import LoRAConfig
@@ -49,13 +53,50 @@ SAMPLED: dict[str, Any] = {
     "objective": ObjectiveConfig(distill=0.5),
     "loop_layers": True,
 }
-LOW_RANK: dict[str, Any] = {
-    "lora": LoRAConfig(rank=2),
-    "optimizer": OptimizerConfig(
-        name="adamw", learning_rate=0.01, warmup=0, decay=1, weight_decay=0.0
-    ),
+FAST = OptimizerConfig(
+    name="adamw", learning_rate=0.01, warmup=0, decay=1, weight_decay=0.0
+)
+ALONE = ObjectiveConfig(next_token=0.0)
+LOW_RANK: dict[str, Any] = {"lora": LoRAConfig(rank=2), "optimizer": FAST}
+DMS: dict[str, Any] = {
+    "evictor": Evictor(gain=10.0, offset=2.0),
+    "dms": DMSConfig(window=4, ramp=4),
+    "objective": ObjectiveConfig(distill=0.5),
+    "optimizer": FAST,
 }
-KINDS = {"plain": PLAIN, "cached": CACHED, "sampled": SAMPLED, "lora": LOW_RANK}
+DUO: dict[str, Any] = {
+    "duo": DuoConfig(sink=2, recent=5, weight=0.5),
+    "objective": ALONE,
+    "optimizer": dataclasses.replace(FAST, learning_rate=0.1),
+}
+SURROGATE: dict[str, Any] = {
+    "evictor": Evictor(kind="mlp", hidden=16),
+    "surrogate": SurrogateConfig(),
+    "objective": ALONE,
+    "trainable": ("*.retention.*",),
+    "optimizer": FAST,
+}
+PROJECTION: dict[str, Any] = {
+    "projection": Projection(),
+    "sampling": SamplingConfig(
+        choices=(Choice(compression="matryoshka", keeps=(0.5, 0.25)),)
+    ),
+    "objective": ObjectiveConfig(next_token=0.0, distill=1.0),
+    "optimizer": FAST,
+}
+LEARNED = {
+    "dms": DMS,
+    "duo": DUO,
+    "surrogate": SURROGATE,
+    "projection": PROJECTION,
+}
+KINDS = {
+    "plain": PLAIN,
+    "cached": CACHED,
+    "sampled": SAMPLED,
+    "lora": LOW_RANK,
+    **LEARNED,
+}
 
 
 def spread_recipe(kind: str, mesh: MeshConfig, **fields: Any) -> TrainConfig:

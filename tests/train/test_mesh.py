@@ -20,7 +20,7 @@ from kvjax.train.mesh import WHOLE, Share, check_mesh
 from kvjax.train.output_config import KeepConfig
 from kvjax.train.params import leaves_of
 from kvjax.train.run import initial, run
-from tests.train.mesh_run import mesh_of, spread_recipe
+from tests.train.mesh_run import LEARNED, mesh_of, spread_recipe
 from tests.train.tiny_run import losses
 from tests.tree import ROOT
 
@@ -119,6 +119,15 @@ def test_replies_through_the_cache_of_a_mesh(tmp_path):
 def test_sampled_compression_and_a_teacher_on_a_mesh(tmp_path):
     finished(started(tmp_path, "sampled", ONE, "1,2,2"))
     agree(tmp_path / "1,2,2", tmp_path / ONE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LEARNED)
+def test_learned_methods_on_a_mesh(kind, tmp_path):
+    finished(started(tmp_path, kind, ONE, "1,2,2"))
+    agree(tmp_path / "1,2,2", tmp_path / ONE)
+    first, *_, last = (loss for _, loss in losses(tmp_path / ONE))
+    assert abs(last - first) > 1e-3  # a hundred times what is let pass
 
 
 @pytest.mark.slow
