@@ -8,6 +8,9 @@ from kvjax.models.config import Evictor
 from kvjax.models.decoder import Decoder
 from kvjax.models.extension import extended
 
+SILENCED = ("*.attention.q.kernel", "*.attention.q.bias")
+"""Names of the weights that a `neuron` changes where it borrows one."""
+
 
 def with_evictor(model: Decoder, evictor: Evictor, *, seed: int = 0) -> Decoder:
     """A model like `model` that speaks through `evictor`, and evicts nothing yet.

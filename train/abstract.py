@@ -15,6 +15,7 @@ from kvjax.models.decoder import Decoder
 from kvjax.train.config import TrainConfig
 from kvjax.train.mesh import ROWS, everywhere, shardings
 from kvjax.train.objective import Batch
+from kvjax.train.params import Params
 from kvjax.train.run import check_widths, weights_of
 from kvjax.train.step import TrainState, Weights, init_state
 
@@ -33,34 +34,20 @@ def abstract_state(
     mesh: Mesh,
 ) -> tuple[Weights, TrainState]:
     """What a step of the recipe is given beside its batch, on the devices of `mesh`."""
-    graphs: dict[str, Any] = {}
+    found: list[Weights] = []
 
-    def made() -> dict[str, Any]:
+    def made() -> tuple[Params, tuple[Params, Params]]:
         base = Decoder(shape, rngs=nnx.Rngs(0))
         weights, params = weights_of(config, base=base)
-        models = {"model": weights.model}
-        if weights.teacher is not None:
-            models["teacher"] = weights.teacher
-        split = {name: nnx.split(one) for name, one in models.items()}
-        graphs.update({name: graph for name, (graph, _) in split.items()})
-        return {
-            "models": {name: state for name, (_, state) in split.items()},
-            "params": params,
-            "arrays": weights.arrays,
-        }
+        found.append(weights)  # for its structures, which hold no arrays
+        return params, weights.arrays
 
-    shapes = jax.eval_shape(made)
-    models = {n: nnx.merge(graphs[n], s) for n, s in shapes["models"].items()}
-    fixed, guide = located(shapes["arrays"], mesh)
-    weights = Weights(
-        model=models["model"],
-        fixed=fixed,
-        teacher=models.get("teacher"),
-        guide=guide,
-        compute=config.compute,
-        mesh=mesh if mesh.size > 1 else None,
+    params, arrays = jax.eval_shape(made)
+    fixed, guide = located(arrays, mesh)
+    weights = dataclasses.replace(
+        found[0], fixed=fixed, guide=guide, mesh=mesh if mesh.size > 1 else None
     )
-    state = jax.eval_shape(lambda p: init_state(p, optimizer), shapes["params"])
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
     return weights, located(state, mesh)
 
 

@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jaxtyping import Array
@@ -38,6 +39,12 @@ def with_params(model: Decoder, params: Mapping[str, Array]) -> Decoder:
 
 def _key(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
+
+
+def hollow(model: Decoder) -> Decoder:
+    """A model like `model` that has shapes for weights, and keeps no array alive."""
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.eval_shape(lambda: state))
 
 
 def split(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:

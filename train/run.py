@@ -1,5 +1,6 @@
 """A run as a recipe says it: model, data, compressions, optimizer, loop."""
 
+import fnmatch
 import functools
 import pathlib
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from jaxtyping import Array
 from kvjax.models.bundled import model_directory
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
-from kvjax.models.evictor import with_evictor
+from kvjax.models.evictor import SILENCED, with_evictor
 from kvjax.models.io import checkpoint_directory, load, load_config, save
 from kvjax.models.projection import with_projection
 from kvjax.train import duo, lora, processes
@@ -35,7 +36,7 @@ from kvjax.train.mesh import (
     share_of,
 )
 from kvjax.train.objective import Batch
-from kvjax.train.params import Params, leaves_of, params_of, split, with_params
+from kvjax.train.params import Params, hollow, leaves_of, params_of, split, with_params
 from kvjax.train.recipe import claimed
 from kvjax.train.sampling import check_choices
 from kvjax.train.stored import writing
@@ -97,7 +98,8 @@ def weights_of(
 ) -> tuple[Weights, Params]:
     """Model, teacher and fixed weights of a run, and the weights that it trains.
 
-    Weights that stay as they are take the dtype of the passes; the teacher shares them.
+    Weights that stay as they are take the dtype of the passes; the teacher has them
+    from there, so that there is one copy of them.
 
     Args:
         config: the recipe.
@@ -110,23 +112,29 @@ def weights_of(
     params, fixed = split(params_of(model), _trained(config))
     fixed = {name: x.astype(config.compute) for name, x in fixed.items()}
     teacher = base if config.objective.needs_teacher else None
-    guide = {}
-    if teacher is not None:
-        own = params_of(teacher, config.compute)
-        guide = {name: fixed.get(name, x) for name, x in own.items()}
-        if config.evictor is not None and config.evictor.kind == "neuron":
-            guide = own  # its borrowed channels are still there
+    guide = {} if teacher is None else _apart(teacher, fixed, config)
     if mesh is not None:
         params, fixed, guide = placed((params, fixed, guide), mesh)
     weights = Weights(
-        model=model,
+        model=hollow(model),
         fixed=fixed,
-        teacher=teacher,
+        teacher=None if teacher is None else hollow(teacher),
         guide=guide,
         compute=config.compute,
         mesh=mesh,
     )
     return weights, params
+
+
+def _apart(teacher: Decoder, fixed: Params, config: TrainConfig) -> Params:
+    """The teacher's weights that `fixed` does not have."""
+    neuron = config.evictor is not None and config.evictor.kind == "neuron"
+    silenced = SILENCED if neuron else ()  # the teacher still has those channels
+    return {
+        name: jnp.array(x, config.compute)
+        for name, x in leaves_of(teacher).items()
+        if name not in fixed or any(fnmatch.fnmatch(name, one) for one in silenced)
+    }
 
 
 def check_widths(config: TrainConfig, most: int) -> None:

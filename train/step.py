@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from kvjax.models.decoder import Decoder
 from kvjax.train.mesh import everywhere, gathered, shardings
 from kvjax.train.objective import Batch, Objective, next_token, said, states
-from kvjax.train.params import Params, with_params
+from kvjax.train.params import Params, leaves_of, with_params
 from kvjax.types import pytree
 
 
@@ -50,10 +50,10 @@ class Weights:
     """Where the weights of a run come from.
 
     Attributes:
-        model: its structure; its own weights are those of step 0.
+        model: its structure, without weights.
         fixed: weights that are not trained.
         teacher: structure of the objective's teacher, or None.
-        guide: its weights.
+        guide: those of its weights that are not in `fixed`, or not the same there.
         compute: dtype of the passes.
         mesh: devices that the run is spread over; None: one.
     """
@@ -74,11 +74,13 @@ class Weights:
         """The model with trained and fixed weights."""
         return with_params(self.model, self._ready({**fixed, **params}))
 
-    def guided(self, guide: Params) -> Decoder | None:
+    def guided(self, fixed: Params, guide: Params) -> Decoder | None:
         """The teacher, or None."""
         if self.teacher is None:
             return None
-        return with_params(self.teacher, self._ready(guide))
+        held = {**fixed, **guide}
+        own = {name: held[name] for name in leaves_of(self.teacher)}
+        return with_params(self.teacher, self._ready(own))
 
     def _ready(self, params: Params) -> Params:
         cast = {name: x.astype(self.compute) for name, x in params.items()}
@@ -104,7 +106,8 @@ def make_step(
 
     def loss(params, batch, arrays):
         fixed, guide = arrays
-        return objective(weights.joined(params, fixed), batch, weights.guided(guide))
+        teacher = weights.guided(fixed, guide)
+        return objective(weights.joined(params, fixed), batch, teacher)
 
     def step(state: TrainState, batch: Batch, arrays: tuple[Params, Params]):
         grad = jax.value_and_grad(loss, has_aux=True)

@@ -4,7 +4,8 @@
 
 KIND is a key of `KINDS`, MESH is `data,fsdp,tensor`; each run goes to a folder of that
 name, with `held.json`: the share of its state's bytes that the fullest device holds,
-and `cached.json`: what was replied through the cache, and the partitions that ops saw.
+and `heard.json`: what was replied through the cache, the partitions that its ops saw,
+the bytes of the frozen weights, and of all live arrays of their shapes.
 `DEVICES` in the environment is how many devices a process has; with the variables of
 `kvjax.train.processes` it is one of several.
 """
@@ -12,6 +13,7 @@ and `cached.json`: what was replied through the cache, and the partitions that o
 import collections
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -35,6 +37,7 @@ from kvjax.train.config import (
     TrainConfig,
 )
 from kvjax.train.learned_config import LoRAConfig
+from kvjax.types import nbytes
 from tests.train.tiny_run import recipe
 
 HALF = Choice(
@@ -58,6 +61,7 @@ FAST = OptimizerConfig(
 )
 ALONE = ObjectiveConfig(next_token=0.0)
 LOW_RANK: dict[str, Any] = {"lora": LoRAConfig(rank=2), "optimizer": FAST}
+FOLLOWED: dict[str, Any] = {**LOW_RANK, "objective": ObjectiveConfig(distill=0.5)}
 DMS: dict[str, Any] = {
     "evictor": Evictor(gain=10.0, offset=2.0),
     "dms": DMSConfig(window=4, ramp=4),
@@ -95,6 +99,7 @@ KINDS = {
     "cached": CACHED,
     "sampled": SAMPLED,
     "lora": LOW_RANK,
+    "followed": FOLLOWED,
     **LEARNED,
 }
 
@@ -134,12 +139,21 @@ def fullest(state: Any) -> float:
 
 @contextlib.contextmanager
 def listening() -> Iterator[dict[str, list[Any]]]:
-    """Replies through the cache, and the partitions that their ops saw."""
-    from kvjax.pallas_kernels import dispatch
-    from kvjax.train import cached
+    """What `heard.json` holds, once a run is over."""
+    import jax
 
-    heard: dict[str, list[Any]] = {"replies": [], "partitions": []}
-    reply, count = cached.cached_replies, dispatch.partitions
+    from kvjax.pallas_kernels import dispatch
+    from kvjax.train import cached, run
+
+    heard: dict[str, list[Any]] = {"replies": [], "partitions": [], "frozen": []}
+    reply, count, train = cached.cached_replies, dispatch.partitions, run.train
+
+    def trained(weights: Any, *args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        shapes = {x.shape for x in weights.fixed.values()}
+        alive = [x.nbytes for x in jax.live_arrays() if x.shape in shapes]
+        heard["frozen"] = [nbytes(weights.fixed), sum(alive)]
+        return train(weights, *args, **kwargs)
 
     def counted() -> int:
         heard["partitions"].append(count())
@@ -150,7 +164,10 @@ def listening() -> Iterator[dict[str, list[Any]]]:
             heard["replies"].append(reply(*args))
         return heard["replies"][-1]
 
-    with mock.patch.object(cached, "cached_replies", replied):
+    with (
+        mock.patch.object(cached, "cached_replies", replied),
+        mock.patch.object(run, "train", trained),
+    ):
         yield heard
 
 
@@ -170,4 +187,4 @@ if __name__ == "__main__":
             state = run(spread_recipe(kind, mesh_of(name)), where / name)
         if jax.process_index() == 0:
             (where / name / "held.json").write_text(json.dumps(fullest(state)))
-            (where / name / "cached.json").write_text(json.dumps(heard))
+            (where / name / "heard.json").write_text(json.dumps(heard))

@@ -58,13 +58,14 @@ def test_products_are_counted_as_often_as_they_run():
 
 
 def test_shapes_are_those_of_a_run():
-    """Of the state, of fixed weights and of the teacher; and what a step takes."""
+    """Of the state and of fixed weights, the teacher's too; and what a step takes."""
     optimizer = make_optimizer(SHAPED.optimizer, SHAPED.steps)
     weights, params = weights_of(SHAPED)
     state = init_state(params, optimizer)
     assert SHAPED.model is not None
     mesh = make_mesh(SHAPED.mesh)
     thought, imagined = abstract_state(SHAPED, SHAPED.model, optimizer, mesh)
+    assert not weights.guide  # with LoRA the teacher's weights are the fixed ones
     real = (state, weights.arrays)
     same = jax.tree.map(
         lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype),

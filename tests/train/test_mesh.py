@@ -107,8 +107,7 @@ def test_replies_through_the_cache_of_a_mesh(tmp_path):
     finished(started(tmp_path, "cached", ONE, mesh))
     agree(tmp_path / mesh, tmp_path / ONE)
     spread, whole = (
-        json.loads((tmp_path / name / "cached.json").read_text())
-        for name in (mesh, ONE)
+        json.loads((tmp_path / name / "heard.json").read_text()) for name in (mesh, ONE)
     )
     assert [len(items) for items in spread["replies"]] == [2, 2]  # full, and snapkv
     assert spread["replies"] == whole["replies"]
@@ -119,6 +118,18 @@ def test_replies_through_the_cache_of_a_mesh(tmp_path):
 def test_sampled_compression_and_a_teacher_on_a_mesh(tmp_path):
     finished(started(tmp_path, "sampled", ONE, "1,2,2"))
     agree(tmp_path / "1,2,2", tmp_path / ONE)
+
+
+@pytest.mark.slow
+def test_a_teacher_on_a_mesh_has_no_weights_of_its_own(tmp_path):
+    """There is one copy of what LoRA leaves as it is."""
+    mesh = "1,2,2"
+    finished(started(tmp_path, "followed", mesh))
+    run(spread_recipe("followed", mesh_of(ONE)), tmp_path / ONE)
+    agree(tmp_path / mesh, tmp_path / ONE)
+    heard = json.loads((tmp_path / mesh / "heard.json").read_text())
+    frozen, alive = heard["frozen"]
+    assert alive == frozen > 0
 
 
 @pytest.mark.slow
