@@ -69,16 +69,21 @@ class Mixture:
         }
         self._at = 0  # the step before which the readers stand
 
-    def batch(self, step: int) -> Batch:
-        """The batch of one step, or this process's share; its rows have one width.
+    def batch(self, step: int, share: Share | None = None) -> Batch:
+        """The batch of one step; its rows have one width.
+
+        Args:
+            step: from 0.
+            share: its rows that are made; None: those of this process.
 
         Raises:
             ValueError: no record of a streamed dataset fits the step's rows.
         """
+        share = self.share if share is None else share
         self._seek(step)
         rng = stream(TRAIN, "mixture", self.seed, step)
         width, chosen = self._plan(rng, step)
-        mine = self.share.rows(self._stage(step)[0].rows(width))
+        mine = share.rows(self._stage(step)[0].rows(width))
         made = [
             self._take(one, rng, width, number in mine)
             for number, one in enumerate(chosen)
@@ -90,7 +95,7 @@ class Mixture:
         rows = [one for one in made if one is not None]
         points = [rows[i].point(draws[n], self.visible) for i, n in enumerate(mine)]
         batch = pack(rows, width, points, step, self.words.pad)
-        if self.share == WHOLE:
+        if share == WHOLE:
             return batch
         # Static, so it must be the same everywhere: what no row can exceed.
         return dataclasses.replace(batch, later=width)

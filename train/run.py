@@ -186,7 +186,8 @@ def run(
         words,
         WHOLE if mesh is None else share_of(mesh),
     )
-    sample = None if config.projection is None else mixture.batch(0)
+    # All rows of it: every process has to start from the same weights.
+    sample = None if config.projection is None else mixture.batch(0, WHOLE)
     weights, params = weights_of(config, sample, mesh=mesh)
     cached = CachedEvaluation(config, weights.model.config, words, mixture.held_out)
     with claimed(directory, config):

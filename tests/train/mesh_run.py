@@ -6,6 +6,7 @@ KIND is a key of `KINDS`, MESH is `data,fsdp,tensor`; each run goes to a folder 
 name, with `held.json`: the share of its state's bytes that the fullest device holds,
 and `heard.json`: what was replied through the cache, the partitions that its ops saw,
 the bytes of the frozen weights, and of all live arrays of their shapes.
+A model in DIRECTORY/start is where training starts from, instead of fresh weights.
 `DEVICES` in the environment is how many devices a process has; with the variables of
 `kvjax.train.processes` it is one of several.
 """
@@ -118,7 +119,7 @@ def spread_recipe(kind: str, mesh: MeshConfig, **fields: Any) -> TrainConfig:
     )
     if base.loop_layers:
         shape = dataclasses.replace(shape, num_layers=3)
-    return dataclasses.replace(base, model=shape, **fields)
+    return dataclasses.replace(base, **{"model": shape, **fields})
 
 
 def mesh_of(text: str) -> MeshConfig:
@@ -182,9 +183,12 @@ if __name__ == "__main__":
     if VARIABLES[0] in os.environ:
         join()
     where, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
+    start, fields = where / "start", {}
+    if start.exists():
+        fields = {"model": None, "init": str(start)}
     for name in sys.argv[3:]:
         with listening() as heard:
-            state = run(spread_recipe(kind, mesh_of(name)), where / name)
+            state = run(spread_recipe(kind, mesh_of(name), **fields), where / name)
         if jax.process_index() == 0:
             (where / name / "held.json").write_text(json.dumps(fullest(state)))
             (where / name / "heard.json").write_text(json.dumps(heard))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import kvjax
+from kvjax.models.io import save
 from kvjax.train.config import CachedConfig, MeshConfig, Source, Stage
 from kvjax.train.data import Mixture
 from kvjax.train.mesh import WHOLE, Share, check_mesh
@@ -67,7 +68,12 @@ def two_processes(directory: pathlib.Path, *words: str) -> list[str]:
         )
         for own in range(2)
     ]
-    return [finished(process) for process in both]
+    try:
+        return [finished(process) for process in both]
+    finally:
+        for process in both:  # one waits for the other, should that have failed
+            process.kill()
+            process.communicate()
 
 
 def agree(found: pathlib.Path, wanted: pathlib.Path) -> None:
@@ -160,6 +166,19 @@ def test_two_processes_share_one_run_and_go_on(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loaded", [False, True])
+def test_two_processes_start_from_one_projection(loaded, tmp_path):
+    mesh, config = "1,2,1", spread_recipe("projection", mesh_of(ONE))
+    if loaded:
+        save(initial(config), tmp_path / "start")
+        start = str(tmp_path / "start")
+        config = dataclasses.replace(config, model=None, init=start)
+    two_processes(tmp_path, "projection", mesh)
+    run(config, tmp_path / "whole")
+    agree(tmp_path / mesh, tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_two_processes_export_one_merged_model(tmp_path):
     mesh = "1,2,1"
     two_processes(tmp_path, "lora", mesh)
@@ -234,4 +253,8 @@ def test_shares_are_the_rows_of_the_batch(kind, tmp_path):
             rows = np.concatenate([getattr(one, name) for one in found])
             np.testing.assert_array_equal(rows, getattr(wanted, name))
         assert [one.later for one in found] == [64, 64]
+        for one in shared:  # all rows, where one process needs them
+            again = one.batch(step, WHOLE)
+            np.testing.assert_array_equal(again.tokens, wanted.tokens)
+            assert again.later == wanted.later
     assert [part.of(n) for part, n in zip(parts, (1, 3), strict=True)] == [4, 4]
