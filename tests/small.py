@@ -122,3 +122,18 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         prompt[row, LENGTHS[row] :] = 0
         later[row, : LATER[row]] = whole[row, LENGTHS[row] :][: LATER[row]]
     return prompt, later, whole
+
+
+def assert_forms_agree(model: Decoder, c: Compression) -> None:
+    """`simulate` gives the logits of teacher forcing through the real cache."""
+    prompt, later, whole = batch()
+    total = LENGTHS + LATER
+    first, cache = kvjax.prefill(model, prompt, LENGTHS, c, max_new_tokens=64)
+    real, _ = kvjax.extend(model, cache, later, LATER)
+    logits = np.asarray(kvjax.simulate(model, whole, total, LENGTHS, c))
+    for row, n in enumerate(LENGTHS):
+        after = slice(n, total[row])
+        np.testing.assert_allclose(logits[row, n - 1], first[row], atol=1e-4)
+        np.testing.assert_allclose(
+            logits[row, after], real[row, : LATER[row]], atol=1e-4
+        )

@@ -11,6 +11,9 @@ from jaxtyping import Int
 
 from kvjax.types import LayerSpec
 
+FAR = np.array([2**40])
+"""Tokens of a row that no budget in slots or bytes is cut to."""
+
 
 def slots_to_keep(n_tokens: np.ndarray, keep: float) -> np.ndarray:
     """Slots for a kept fraction of `n_tokens`, rounded up; `keep=1` never evicts.
@@ -110,6 +113,18 @@ class AbstractBudget(abc.ABC):
             ValueError: a byte budget that is below one slot per head.
         """
         return _table(self, longest, spec, slot_bytes)
+
+    def bound(self, spec: LayerSpec, slot_bytes: float) -> int | None:
+        """Slots per head of this layer for rows of any length; None with `keep`.
+
+        Args:
+            spec: the layer.
+            slot_bytes: as in `table`.
+        """
+        if self.keep is not None:
+            return None
+        mean = self._mean(FAR, spec, slot_bytes)
+        return max(1, int(self.layer_counts(mean, FAR, spec)[0]))
 
     def _mean(self, lengths: np.ndarray, spec: LayerSpec, slot_bytes: float):
         if self.keep is not None:

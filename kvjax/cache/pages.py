@@ -122,7 +122,9 @@ class Pages(AbstractPart):
         live = tail.positions >= 0
         keys, values = growth.encode(tail, rows, spec)
         start = jnp.minimum(self.filled, self.positions.shape[-1] - growth.block)
-        low, high, _ = page_summary(tail.keys, live, page=self.page)
+        # Bounds of what is read, as those of the prompt's pages are.
+        decoded = keys.decode(tail.positions, spec.rope)
+        low, high, _ = page_summary(decoded, live, page=self.page)
         at = start // self.page
         return Pages(
             keys=self.keys.put(keys, start, rows),

@@ -234,10 +234,9 @@ class _Builder:
         """A body that decode-time eviction keeps within its slots."""
         tracker = tracker_of(self.c)
         assert tracker is not None
-        limit = counts
-        if evict.budget.slots is not None:
-            slots = evict.budget.slots
-            limit = jnp.full_like(counts, slots)
+        limit, bound = counts, evict.budget.bound(self.spec, self.slot_bytes())
+        if bound is not None:  # a short prompt's body grows up to it
+            slots, limit = bound, jnp.full_like(counts, bound)
         choice = _fit(choose(priorities, counts, slots), slots)
         state = tracker.start(self.observed.seed, choice.index, tracker.interval)
         return self.layer(

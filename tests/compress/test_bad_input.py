@@ -12,6 +12,8 @@ from kvjax.cache import KVCache
 from tests.small import LENGTHS, VOCAB, batch, preset, small_model
 
 PROMPT, LATER, _ = batch()
+EVERY = {"type": "every_tokens", "interval": 4}
+LOW_RANK = {"type": "low_rank", "keep": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,20 @@ PROMPT, LATER, _ = batch()
         ("duo", {"evict.unit": "chunk"}, "Use single tokens"),
         ("duo", {"schedule": "every_tokens"}, "head-wise budgets"),
         ("quest", {"read.page": 16, "read.keep": 1.5}, "must be in \\(0, 1\\]"),
+        ("random", {"schedule": EVERY}, "no decode-time form"),
+        ("chunkkv", {"schedule": EVERY}, "works on single tokens in plain"),
+        ("snapkv_kivi", {"schedule": EVERY}, "works on single tokens in plain"),
+        ("adakv_snapkv", {"schedule": EVERY}, "the same slots in every head"),
+        ("decoupled", {"schedule": EVERY}, "separate value budgets"),
+        ("knorm", {"schedule": EVERY, "read": "quest"}, "exclude each other"),
+        ("adakv_snapkv", {"read": "quest"}, "head-wise budgets"),
+        ("adakv_snapkv", {"store.keys": LOW_RANK}, "head-wise budgets"),
+        ("decoupled", {"read": "quest"}, "a separate budget for values excludes"),
+        ("decoupled", {"store.keys": LOW_RANK}, "a separate budget for values"),
+        ("decoupled", {"store.residual": 32}, "a separate budget for values"),
+        ("lowrank_keys", {"read": "quest"}, "decodable by themselves"),
+        ("kivi_2bit", {"read": {"type": "quest", "page": 16}}, "groups 32 slots"),
+        ("int8", {"read": "quest", "store.residual": 8}, "multiple of the page size"),
     ],
 )
 def test_compressions(name, overrides, says):

@@ -13,7 +13,17 @@ from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.config import Evictor, Projection
 from kvjax.models.families import FAMILIES
 from kvjax.rope import Rope
-from tests.small import LATER, LENGTHS, PRESETS, ROWS, VOCAB, batch, gates, preset
+from tests.small import (
+    LATER,
+    LENGTHS,
+    PRESETS,
+    ROWS,
+    VOCAB,
+    assert_forms_agree,
+    batch,
+    gates,
+    preset,
+)
 
 SHAPE = {
     "vocab_size": VOCAB,
@@ -118,6 +128,22 @@ def test_windows_hide_what_left_them(family, name):
     _, alone = kvjax.prefill(model, prompt[1:2, : LENGTHS[1]], None, c)
     single, _ = kvjax.extend(model, alone, later[1:2, : LATER[1]])
     np.testing.assert_allclose(logits[1, : LATER[1]], single[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", SLIDING)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "snapkv",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("snapkv_decode", "kivi_2bit", "quest")
+        ),
+    ],
+)
+def test_two_forms_agree_where_windows_slide(family, name):
+    """Prompts are longer than the windows; one reply is longer than Gemma's."""
+    assert_forms_agree(model_of(family, name), preset(name))
 
 
 @pytest.mark.parametrize("family", SLIDING)
