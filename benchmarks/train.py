@@ -117,11 +117,8 @@ def main() -> int:
     args = arguments(__doc__, name="train", width=1024, rows=4, repeats=7)
     c = kvjax.compression("snapkv_kivi", **BOTH)
     sizes = (args.rows, args.width)
-    steps = plain, _, _ = (
-        Steps(None, *sizes),
-        Steps(c, *sizes),
-        Steps(c, *sizes, most=True),
-    )
+    plain = Steps(None, *sizes)
+    steps = (plain, Steps(c, *sizes), Steps(c, *sizes, most=True))
     for one in steps:
         one.run()
     for _ in range(args.repeats):  # in turns: a busy machine is busy for all
