@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from results_pages import SEEDS, TABLES, Cell, Column, Found
 from results_tolerance import EVICTION, scores_by_model
 
-STYLES = ("-", "--")
+STYLES = dict(zip(SEEDS, ("-", "--"), strict=True))
 """Of the lines of each seed."""
 WIDE = dict(frameon=False, fontsize=8)
 
@@ -32,18 +32,11 @@ def plot_tolerance(found: Mapping[str, Found], path: pathlib.Path) -> None:
     for row, visibility in enumerate(("query_agnostic", "query_aware")):
         for axis, method in zip(axes[row], EVICTION, strict=True):
             for index, name in enumerate(("base", "control", "tolerant")):
-                for after, style in zip(SEEDS, STYLES, strict=True):
+                for after in SEEDS:
                     if f"{name}{after}" not in models:
                         continue
-                    scores = models[f"{name}{after}"]
-                    axis.plot(
-                        *curve(scores, visibility, method),
-                        style,
-                        color=f"C{index}",
-                        marker="o",
-                        markersize=3,
-                        label=f"{name}, seed 1" if after else name,
-                    )
+                    points = curve(models[f"{name}{after}"], visibility, method)
+                    _line(axis, points, index, name, after)
             axis.set_xscale("log", base=2)
             axis.set_xticks([1, 0.25, 0.125], ["1", "1/4", "1/8"])
             axis.set_title(method if row == 0 else "", fontsize=9)
@@ -73,18 +66,11 @@ def plot_bytes(page: str, found: Mapping[str, Found], path: pathlib.Path) -> Non
     figure, axis = plt.subplots(figsize=(5.6, 3.4))
     lines = series(page)
     for index, (label, columns) in enumerate(lines.items()):
-        for after, style in zip(SEEDS, STYLES, strict=True):
+        for after in SEEDS:
             points = [_point(found, column, after) for column in columns]
             there = sorted(point for point in points if point is not None)
             if there:
-                axis.plot(
-                    *zip(*there, strict=True),
-                    style,
-                    color=f"C{index}",
-                    marker="o",
-                    markersize=4,
-                    label=f"{label}, seed 1" if after else label,
-                )
+                _line(axis, zip(*there, strict=True), index, label, after)
     axis.set_xlabel("KiB of cache per prompt", fontsize=9)
     axis.set_ylabel("mean accuracy (percent)", fontsize=9)
     axis.set_ylim(-3, 103)
@@ -115,6 +101,18 @@ def _point(
         return None
     score = statistics.fmean(one.scores[cell] for cell in of)
     return statistics.fmean(sizes) / 1024, 100 * score
+
+
+def _line(axis, points, index: int, name: str, after: str) -> None:
+    """What `name` reaches with one seed: xs and ys, in the name's color."""
+    axis.plot(
+        *points,
+        STYLES[after],
+        color=f"C{index}",
+        marker="o",
+        markersize=3,
+        label=f"{name}, seed 1" if after else name,
+    )
 
 
 def _save(figure, path: pathlib.Path) -> None:

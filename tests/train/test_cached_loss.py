@@ -30,7 +30,6 @@ from kvjax.train.rows import Row, pack
 from kvjax.train.run import run
 from kvjax.train.words import Words
 from tests.train.datasets_samples import (
-    TEXTS,
     chat_words,
     merging_tokenizer,
     mixture,
@@ -46,15 +45,7 @@ SAMPLING = SamplingConfig(
     choices=(Choice(compression="none"), Choice(compression="knorm", keeps=(0.25,)))
 )
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def texts(tmp_path) -> str:
-    return write_jsonl(tmp_path / "texts.jsonl", [{"text": t} for t in TEXTS])
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def ragged() -> tuple[list[Row], list[int]]:

@@ -38,15 +38,7 @@ from tests.train.datasets_samples import (
 
 DIGEST = "8dddd94e181ec20e46f7d35107a2f212a93c2cb166dbc1dc91df24adcc01a1bc"
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def texts(tmp_path) -> str:
-    return write_jsonl(tmp_path / "texts.jsonl", [{"text": t} for t in TEXTS])
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 @pytest.fixture

@@ -10,15 +10,7 @@ from kvjax.train.config import Source, Stage
 from kvjax.train.tokenizer import EOS, decode
 from tests.train.datasets_samples import TEXTS, mixture, same, write_jsonl
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def texts(tmp_path) -> str:
-    return write_jsonl(tmp_path / "texts.jsonl", [{"text": t} for t in TEXTS])
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def longer(count: int) -> list[dict]:
