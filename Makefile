@@ -15,19 +15,11 @@ setup: ## make .venv from requirements.lock (does nothing when it is up to date)
 demo: setup ## the bundled model with and without a compressed cache
 	@.venv/bin/kvjax demo
 
-# A process per folder: thousands of compiled programs in one have crashed XLA.
-PARTS := tests/cli tests/compress tests/eval tests/kernels tests/models \
-	tests/reference tests/train
-define pytest
-@failed=; for part in $(PARTS); do $(PY) -m pytest $$part $(1) || failed=1; done; \
-	$(PY) -m pytest tests $(addprefix --ignore=,$(PARTS)) $(1) && [ -z "$$failed" ]
-endef
-
 test: setup ## the tests, without those marked slow
-	$(call pytest,-m "not slow and not interpret")
+	@$(PY) tools/tests.py -m "not slow and not interpret"
 
 test-slow: setup ## all the tests, but for kernels in their interpreters
-	$(call pytest,-m "not interpret")
+	@$(PY) tools/tests.py -m "not interpret"
 
 test-kernels-fast: setup ## the fast cases of test-kernels
 	$(PY) -m pytest tests/kernels -m "interpret and not slow"
