@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from results_pages import SEEDS, TABLES, Cell, Column, Found
 from results_tolerance import EVICTION, scores_by_model
 
-STYLES = dict(zip(SEEDS, ("-", "--"), strict=True))
+STYLES: Mapping[str, str] = dict(zip(SEEDS, ("-", "--"), strict=True))
 """Of the lines of each seed."""
 WIDE = dict(frameon=False, fontsize=8)
 
