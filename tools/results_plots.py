@@ -42,8 +42,10 @@ def plot_tolerance(found: Mapping[str, Found], path: pathlib.Path) -> None:
             axis.set_title(method if row == 0 else "", fontsize=9)
         hidden = visibility == "query_agnostic"
         axes[row][0].set_ylabel("question hidden" if hidden else "question seen")
-    axes[0][0].legend(**WIDE)
     figure.supxlabel("fraction of the cache kept", fontsize=9)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    under = dict(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(names))
+    figure.legend(handles, names, **under, **WIDE)
     figure.suptitle("Mean accuracy over tasks (percent)", fontsize=10)
     _save(figure, path)
 
