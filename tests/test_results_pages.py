@@ -95,9 +95,9 @@ def test_a_page_names_what_is_there():
 
 
 def test_a_line_of_a_figure_is_a_method_over_its_budgets():
-    assert {c.evaluation for c in plots.series("dms")["h2o"]} == {"dms-base"}
-    lines = plots.series("dms_delay")
-    assert [c.keep for c in lines["dms, immediate, 400"]] == [0.25, 0.125]
+    lines = plots.series("dms")
+    assert [column.keep for column in lines["dms, immediate"]] == [0.25, 0.125]
+    assert {column.evaluation for column in lines["h2o"]} == {"dms-base"}
 
 
 def test_every_page_has_a_figure(tmp_path):

@@ -44,9 +44,6 @@ class Model:
 
 
 SEED1 = ("init=kvjax-tiny-seed1", "seed=1")
-IMMEDIATE = ("dms.window=1",)
-PACE = ("stages.0.steps=400", "dms.ramp=300", "optimizer.decay=100")
-"""100 steps for each unit of the ratio, as in the paper."""
 
 MODELS: Mapping[str, Model] = {
     "base": Model(),
@@ -57,12 +54,8 @@ MODELS: Mapping[str, Model] = {
     "control-seed1": Model(recipe="tolerant", sets=("sampling.choices=[]", *SEED1)),
     "dms": Model(recipe="dms"),
     "dms-seed1": Model(recipe="dms", sets=SEED1),
-    "dms-immediate": Model(recipe="dms", sets=IMMEDIATE),
-    "dms-immediate-seed1": Model(recipe="dms", sets=(*IMMEDIATE, *SEED1)),
-    "dms-400": Model(recipe="dms", sets=PACE),
-    "dms-400-seed1": Model(recipe="dms", sets=(*PACE, *SEED1)),
-    "dms-400-immediate": Model(recipe="dms", sets=(*PACE, *IMMEDIATE)),
-    "dms-400-immediate-seed1": Model(recipe="dms", sets=(*PACE, *IMMEDIATE, *SEED1)),
+    "dms-immediate": Model(recipe="dms", sets=("dms.window=1",)),
+    "dms-immediate-seed1": Model(recipe="dms", sets=("dms.window=1", *SEED1)),
     "duo": Model(recipe="duo"),
     "duo-seed1": Model(recipe="duo", sets=SEED1),
     "surrogate": Model(recipe="surrogate"),
@@ -90,7 +83,6 @@ class Evaluation:
 
 
 TOLERANCE = ("base", "tolerant", "control")
-DMS = ("--compression", "dms")
 PAGES: Mapping[str, tuple[Evaluation, ...]] = {
     "tolerance": tuple(
         Evaluation(model=f"{model}{seed}", config=config)
@@ -102,18 +94,9 @@ PAGES: Mapping[str, tuple[Evaluation, ...]] = {
         Evaluation(model=f"{model}{seed}", config="dms", options=options)
         for seed in SEEDS
         for model, options in (
-            ("dms", DMS),
+            ("dms", ("--compression", "dms")),
+            ("dms-immediate", ("--compression", "dms", "--set", "window=1")),
             ("base", ("--compression", "h2o,tova")),
-        )
-    ),
-    "dms_delay": tuple(
-        Evaluation(model=f"{model}{seed}", config="dms", options=options)
-        for seed in SEEDS
-        for model, options in (
-            ("dms-400", DMS),
-            ("dms-400-immediate", (*DMS, "--set", "window=1")),
-            ("dms", DMS),
-            ("dms-immediate", (*DMS, "--set", "window=1")),
         )
     ),
     "duo": tuple(Evaluation(model=f"duo{seed}", config="duo") for seed in SEEDS),

@@ -66,39 +66,18 @@ TABLES: Mapping[str, Page] = {
     "dms": Page(
         title="DMS",
         text="`dms` is `kvjax-tiny` trained to give up three tokens of four, each 16 "
-        "tokens after it was read. Beside it the base model under methods without "
+        "tokens after it was read; *immediate* is the same training and evaluation "
+        "with a delay of one token. Beside them the base model under methods without "
         "training, at the same slots per layer. *full, trained* has every token "
         "visible, for which the model was not trained.",
         columns=(
             _full("dms-base"),
             *_columns("dms-dms", "dms", keeps=(0.25, 0.125)),
+            *_columns(
+                "dms-dms-immediate", "dms", keeps=(0.25, 0.125), after=", immediate"
+            ),
             *_columns("dms-base", "h2o", "tova", keeps=(0.25, 0.125)),
             _full("dms-dms", ", trained"),
-        ),
-    ),
-    "dms_delay": Page(
-        title="DMS: delayed and immediate eviction",
-        text="A token leaves 16 tokens after it was read (*delayed*) or with the next "
-        "one (*immediate*), in training as in evaluation; all else is the same. 400 "
-        "steps are the pace of the paper, 100 for each unit of the ratio; 1,500 are "
-        "those of the recipe `dms`.",
-        columns=(
-            *_columns(
-                *("dms-dms-400", "dms"), keeps=(0.25, 0.125), after=", delayed, 400"
-            ),
-            *_columns(
-                *("dms-dms-400-immediate", "dms"),
-                keeps=(0.25, 0.125),
-                after=", immediate, 400",
-            ),
-            *_columns(
-                *("dms-dms", "dms"), keeps=(0.25, 0.125), after=", delayed, 1500"
-            ),
-            *_columns(
-                *("dms-dms-immediate", "dms"),
-                keeps=(0.25, 0.125),
-                after=", immediate, 1500",
-            ),
         ),
     ),
     "matryoshka": Page(
