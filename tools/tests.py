@@ -1,8 +1,10 @@
 """Runs the tests, several folders at a time: `make test`, with pytest's options.
 
 Each folder of `tests/` has a process of its own (thousands of compiled programs in one
-have crashed XLA), whose output is shown when it has ended. What lies in `tests/` itself
-comes last and alone, so that the last line is pytest's own.
+have crashed XLA), whose output is shown when it has ended, and its own folder under
+`.cache/jax/`: JAX writes compiled programs in place, and another process could read half
+of one. What lies in `tests/` itself comes last and alone, so that the last line is
+pytest's own.
 
 A process keeps less than one and a half cores busy, since tracing is serial.
 """
@@ -14,16 +16,22 @@ import subprocess
 import sys
 import time
 
-TESTS = pathlib.Path(__file__).resolve().parent.parent / "tests"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 MOST = 4  # processes at a time; one takes up to 4 GB
 
 
-def pytest(*args: str, shown: bool) -> tuple[int, str]:
+def pytest(folder: str, *args: str, shown: bool) -> tuple[int, str]:
     """Exit status and, unless it was shown, the output of a process."""
-    command = [sys.executable, "-m", "pytest", *args]
-    out = None if shown else subprocess.PIPE
+    base = pathlib.Path(os.environ.get(CACHE) or ROOT / ".cache" / "jax")
     done = subprocess.run(
-        command, cwd=TESTS.parent, stdout=out, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "pytest", folder, *args],
+        cwd=ROOT,
+        env={**os.environ, CACHE: str(base / folder)},
+        stdout=None if shown else subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     return done.returncode, done.stdout or ""
 
