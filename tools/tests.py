@@ -2,8 +2,8 @@
 
 Each folder of `tests/` has a process of its own (thousands of compiled programs in one
 have crashed XLA), whose output is shown when it has ended, and its own folder under
-`.cache/jax/`: JAX writes compiled programs in place, and another process could read half
-of one. What lies in `tests/` itself comes last and alone, so that the last line is
+`.cache/jax/`: JAX writes compiled programs in place, and another process could read
+half of one. What lies in `tests/` itself comes last and alone, so that the last line is
 pytest's own.
 
 A process keeps less than one and a half cores busy, since tracing is serial.
