@@ -75,6 +75,7 @@ def plot_bytes(page: str, found: Mapping[str, Found], path: pathlib.Path) -> Non
                 _line(axis, zip(*there, strict=True), index, label, after)
     axis.set_xlabel("KiB of cache per prompt", fontsize=9)
     axis.set_ylabel("mean accuracy (percent)", fontsize=9)
+    axis.set_xlim(left=0)
     axis.set_ylim(-3, 103)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), **WIDE)
     _save(figure, path)
