@@ -18,22 +18,23 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
+LOGS = ROOT / ".cache"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MOST = 4  # processes at a time; one takes up to 4 GB
 
 
-def pytest(folder: str, *args: str, shown: bool) -> tuple[int, str]:
-    """Exit status and, unless it was shown, the output of a process."""
+def pytest(folder: str, *args: str, log: pathlib.Path | None = None) -> int:
+    """Exit status of a process whose output goes to `log`, or is shown."""
     base = pathlib.Path(os.environ.get(CACHE) or ROOT / ".cache" / "jax")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", folder, *args],
-        cwd=ROOT,
-        env={**os.environ, CACHE: str(base / folder)},
-        stdout=None if shown else subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return done.returncode, done.stdout or ""
+    command = [sys.executable, "-m", "pytest", folder, *args]
+    env = {**os.environ, CACHE: str(base / folder)}
+    if log is None:
+        return subprocess.run(command, cwd=ROOT, env=env).returncode
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        return subprocess.run(
+            command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT
+        ).returncode
 
 
 def folders() -> list[str]:
@@ -47,23 +48,26 @@ def folders() -> list[str]:
 
 def main(options: list[str]) -> int:
     """Run all of them, whatever fails; 1 if anything did, or if a folder was empty."""
-    start, failed, parts = time.monotonic(), [], folders()
+    start, failed = time.monotonic(), []
+    logs = {folder: LOGS / f"{folder}.log" for folder in folders()}
     jobs = min(MOST, os.cpu_count() or 1)
-    print(f"{jobs} at a time, shown as they end: {', '.join(parts)}", flush=True)
+    print(
+        f"{jobs} at a time, each shown when it ends; logs in {LOGS}/tests", flush=True
+    )
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         tasks = {
-            pool.submit(pytest, part, *options, shown=False): part for part in parts
+            pool.submit(pytest, folder, *options, log=log): folder
+            for folder, log in logs.items()
         }
         for task in concurrent.futures.as_completed(tasks):
-            status, text = task.result()
-            seconds = time.monotonic() - start
-            print(f"\n{tasks[task]}, ended after {seconds:.0f} s:\n{text}", flush=True)
-            if status:
-                failed.append(tasks[task])
+            folder, seconds = tasks[task], time.monotonic() - start
+            text = logs[folder].read_text(encoding="utf-8", errors="replace")
+            print(f"\n{folder}, ended after {seconds:.0f} s:\n{text}", flush=True)
+            if task.result():
+                failed.append(folder)
     if failed:
         print(f"failed: {', '.join(failed)}; the rest follows", flush=True)
-    ignored = [f"--ignore={part}" for part in parts]
-    status, _ = pytest("tests", *ignored, *options, shown=True)
+    status = pytest("tests", *(f"--ignore={folder}" for folder in logs), *options)
     return 1 if failed or status else 0
 
 
