@@ -64,15 +64,48 @@ def test_committed_pages_say_what_their_numbers_say(path):
     assert path.with_suffix(".md").read_text() == results.page_text(path.stem, found)
 
 
-def test_an_unfinished_evaluation_does_not_replace_a_finished_one(
-    tmp_path, monkeypatch, capsys
+CONFIG = {
+    "tasks": [
+        {"name": "recall", "label": "", "visibility": []},
+        {"name": "chain", "label": "sums", "visibility": ["query_aware"]},
+    ],
+    "visibility": ["query_aware", "query_agnostic"],
+}
+WHOLE = {
+    (task, arm, *column): 0.5
+    for task, arm in (
+        ("recall", "query_aware"),
+        ("recall", "query_agnostic"),
+        ("sums", "query_aware"),
+    )
+    for column in (("none", None), ("knorm", 0.25))
+}
+
+
+def test_an_evaluation_is_whole_with_its_last_cell():
+    def whole(scores) -> bool:
+        header = {**HEADER, "config": CONFIG}
+        return results.is_whole(pages.Found(scores=scores, bytes={}, header=header))
+
+    assert whole(WHOLE)
+    for cell in WHOLE:
+        assert not whole({c: x for c, x in WHOLE.items() if c != cell}), cell
+    assert not whole({c: x for c, x in WHOLE.items() if c[0] == "recall"})
+    assert not whole({})
+
+
+@pytest.mark.parametrize("before", [{}, {"duo-duo": one({CELL: 0.5, NONE: 1.0})}])
+def test_an_unfinished_evaluation_changes_no_page(
+    tmp_path, monkeypatch, capsys, before
 ):
     monkeypatch.setattr(results, "OUT", tmp_path)
-    name = "duo-duo"
-    store.write(tmp_path / "duo.json", {name: one({CELL: 0.5, NONE: 1.0})})
-    directory = tmp_path / "evals" / name
+    store.write(tmp_path / "duo.json", before)
+    directory = tmp_path / "evals" / "duo-duo"
     directory.mkdir(parents=True)
-    (directory / "run.json").write_text(json.dumps({**HEADER, "schema": SCHEMA}))
+    header = {**HEADER, "schema": SCHEMA, "config": CONFIG}
+    (directory / "run.json").write_text(json.dumps(header))
     got = results.found("duo", tmp_path)
-    assert got[name].scores == {CELL: 0.5, NONE: 1.0}
+    assert {k: x.scores for k, x in got.items()} == {
+        k: x.scores for k, x in before.items()
+    }
     assert "not finished" in capsys.readouterr().out

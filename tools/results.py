@@ -142,6 +142,18 @@ def evaluate(it: Evaluation, work: pathlib.Path, items: int | None) -> None:
     )
 
 
+def is_whole(one: Found) -> bool:
+    """Whether every task and arm of its configuration has the same columns."""
+    config = one.header["config"]
+    groups = {
+        (task["label"] or task["name"], arm)
+        for task in config["tasks"]
+        for arm in task["visibility"] or config["visibility"]
+    }
+    columns = [{c[2:] for c in one.scores if c[:2] == group} for group in groups]
+    return all(column and column == columns[0] for column in columns)
+
+
 def found(page: str, work: pathlib.Path) -> dict[str, Found]:
     """The finished evaluations of a page, by their names, in the page's order."""
     from kvjax.eval.results import load_rows
@@ -161,8 +173,8 @@ def found(page: str, work: pathlib.Path) -> dict[str, Found]:
             bytes={cell: row["resident_bytes"] for cell, row in cells.items()},
             header=json.loads((directory / "run.json").read_text(encoding="utf-8")),
         )
-        if it.name in out and not out[it.name].scores.keys() <= one.scores.keys():
-            print(f"{directory} is not finished: its last version stays on the page.")
+        if not is_whole(one):
+            print(f"{directory} is not finished: the page keeps what it had of it.")
             continue
         out[it.name] = one
     return {it.name: out[it.name] for it in PAGES[page] if it.name in out}
