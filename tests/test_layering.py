@@ -12,7 +12,7 @@ import pytest
 from tests.tree import ROOT, tracked
 
 LADDER = (
-    ("types", "rope", "config"),
+    ("types", "rope", "config", "exact"),
     ("pallas_kernels",),
     ("codecs", "cache", "attention"),
     ("scorers", "budgets", "units", "prefills", "reads", "schedules"),

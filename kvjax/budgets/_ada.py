@@ -5,7 +5,8 @@ from typing import ClassVar, final
 
 import numpy as np
 
-from kvjax.budgets.base import AbstractBudget
+from kvjax import exact
+from kvjax.budgets.base import AbstractBudget, same_in_all
 
 
 @final
@@ -13,8 +14,9 @@ from kvjax.budgets.base import AbstractBudget
 class AdaKV(AbstractBudget):
     """Every head keeps its own best tokens; the rest goes to the best of the layer.
 
-    Each head surely gets `safeguard` of the mean budget; the other slots go to the
-    highest scores of all heads together, so that heads end with different budgets.
+    Each head surely gets `safeguard` of the mean budget, rounded down but at least 1;
+    the other slots go to the highest scores of all heads together, so that heads end
+    with different budgets. `safeguard` is the shortest decimal it prints as.
 
     Attributes:
         safeguard: fraction of the mean budget that each head surely gets.
@@ -31,6 +33,17 @@ class AdaKV(AbstractBudget):
         super().__post_init__()
         if not 0.0 <= self.safeguard <= 1.0:
             raise ValueError(f"`safeguard` must be in [0, 1]; got {self.safeguard}.")
+
+    def by_layer(self, mean, lengths, specs):
+        del lengths
+        return same_in_all(mean, specs)
+
+    def split(self, slots, lengths, specs):
+        del lengths
+        xp, heads = exact.namespace(slots), specs[0].num_kv_heads
+        safe = exact.floor_share(slots, exact.decimal(self.safeguard))
+        sure = xp.broadcast_to(xp.maximum(safe, 1)[..., None], (*slots.shape, heads))
+        return sure, slots * heads
 
     def layer_counts(self, mean, lengths, spec):
         del lengths, spec

@@ -5,6 +5,7 @@ from typing import ClassVar, final
 
 import numpy as np
 
+from kvjax import exact
 from kvjax.budgets.base import AbstractBudget, slots_to_keep
 
 
@@ -41,6 +42,22 @@ class RetrievalHeads(AbstractBudget):
         if not isinstance(self.others, int) or self.others < 1:
             raise ValueError(f"`others` must be an integer >= 1; got {self.others!r}.")
 
+    def by_layer(self, mean, lengths, specs):
+        del mean
+        _, total = self.split(None, lengths, specs)
+        return -(-total // specs[0].num_kv_heads)
+
+    def split(self, slots, lengths, specs):
+        del slots
+        xp = exact.namespace(lengths)
+        whole = self._whole(specs)
+        windows = [exact.LONGEST if s.window is None else s.window for s in specs]
+        seen = xp.minimum(lengths, np.array(windows, np.int32)[:, None])
+        few = xp.minimum(seen, self._others)
+        each = xp.where(whole[:, None], seen[..., None], few[..., None])
+        many = np.sum(whole, axis=1, dtype=np.int32)[:, None]
+        return each, few * specs[0].num_kv_heads + many * (seen - few)
+
     def layer_counts(self, mean, lengths, spec):
         del mean
         each = self._by_head(lengths, spec)
@@ -51,8 +68,19 @@ class RetrievalHeads(AbstractBudget):
         each = self._by_head(lengths, spec)
         return each, each.sum(axis=1)
 
-    def fewest(self, table):
-        return np.minimum(table, self.others)
+    def fewest(self, counts):
+        return exact.namespace(counts).minimum(counts, self._others)
+
+    @property
+    def _others(self) -> int:
+        return min(self.others, exact.LONGEST)
+
+    def _whole(self, specs) -> np.ndarray:
+        """Which heads keep everything, `[L, K]`."""
+        assert self.keep is not None
+        ranks = np.array([spec.head_ranks for spec in specs])
+        assert ranks.size  # checked before any compute
+        return ranks < exact.ceil_share(ranks.size, self.keep)
 
     def _by_head(self, lengths: np.ndarray, spec):
         """Slots of every head, `[N, K]`; a window leaves no more than its tokens."""

@@ -7,9 +7,16 @@ from fractions import Fraction
 from typing import ClassVar, final
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
+from kvjax import exact
 from kvjax.types import LayerSpec
+
+Specs = tuple[LayerSpec, ...]
+"""All layers of a model, the first one first."""
+
+Counts = Int[Array | np.ndarray, "L B"]
+RowLengths = Int[Array | np.ndarray, "B"]
 
 FAR = np.array([2**40])
 """Tokens of a row that no budget in slots or bytes is cut to."""
@@ -30,6 +37,11 @@ def slots_to_keep(n_tokens: np.ndarray, keep: float) -> np.ndarray:
 class AbstractBudget(abc.ABC):
     """Slots per layer and head. Exactly one of `keep`, `slots`, `bytes` is set.
 
+    Slots are counted where they are asked for, at the lengths of the rows and for all
+    layers at once: exact integers (`kvjax.exact`), of rows up to 2**27 tokens. Lengths
+    may be traced; NumPy arrays give NumPy arrays and compile nothing. Layers are told
+    apart by their places among `specs` alone.
+
     Attributes:
         keep: kept fraction of each row's tokens, in (0, 1].
         slots: slots per head (mean over heads and layers).
@@ -42,7 +54,7 @@ class AbstractBudget(abc.ABC):
     bytes: int | None = None
 
     per_head: ClassVar[bool] = False
-    """Whether heads of a layer may get different numbers of slots (see `shares`)."""
+    """Whether heads of a layer may get different numbers of slots (see `split`)."""
 
     needs_gates: ClassVar[bool] = False
     """Whether the model must know its heads (`LayerSpec.head_ranks`)."""
@@ -66,6 +78,126 @@ class AbstractBudget(abc.ABC):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be an integer >= 1; got {value!r}.")
+
+    @abc.abstractmethod
+    def by_layer(self, mean: RowLengths, lengths: RowLengths, specs: Specs) -> Counts:
+        """Slots per head of every layer, before they are cut to what there is.
+
+        Args:
+            mean: slots per head that an average layer gets.
+            lengths: row lengths.
+            specs: all layers.
+        """
+
+    def counts(
+        self, lengths: RowLengths, specs: Specs, slot_bytes: float
+    ) -> Int[Array | np.ndarray, "L B"]:
+        """Slots per head of every layer: at least 1 of a row that has a token.
+
+        Args:
+            lengths: row lengths, NumPy or traced.
+            specs: all layers.
+            slot_bytes: bytes of one slot of one head, for budgets in bytes.
+
+        Raises:
+            ValueError: a byte budget that is below one slot per head.
+        """
+        xp = exact.namespace(lengths)
+        lengths = xp.asarray(lengths, np.int32)
+        limit = self._limit(specs, slot_bytes)
+        if limit is None:
+            assert self.keep is not None
+            mean = exact.ceil_share(lengths, self.keep)
+        else:
+            mean = xp.minimum(lengths, limit)
+        slots = self.by_layer(mean, lengths, specs)
+        return xp.clip(slots, xp.minimum(lengths, 1), lengths)
+
+    def turns(self, longest: int, specs: Specs, slot_bytes: float) -> np.ndarray:
+        """Few lengths among which each layer has the most slots of `0 .. longest`.
+
+        Here for budgets that never fall with the length: the last, and the one from
+        which on they are the same.
+        """
+        limit = self._limit(specs, slot_bytes)
+        return np.unique([longest, longest if limit is None else min(longest, limit)])
+
+    def capacities(
+        self, longest: int, specs: Specs, slot_bytes: float
+    ) -> tuple[int, ...]:
+        """Slots per head of every layer that do for all rows of `0 .. longest` tokens.
+
+        The largest of `counts`, not a bound on them.
+
+        Args:
+            longest: largest row length.
+            specs: all layers.
+            slot_bytes: as in `counts`.
+        """
+        turns = self.turns(longest, specs, slot_bytes)
+        most = self.counts(turns, specs, slot_bytes).max(axis=1)
+        return tuple(int(slots) for slots in most)
+
+    def bounds(self, specs: Specs, slot_bytes: float) -> tuple[int, ...] | None:
+        """Slots per head of every layer for rows of any length; None with `keep`.
+
+        Args:
+            specs: all layers.
+            slot_bytes: as in `counts`.
+        """
+        if self.keep is not None:
+            return None
+        far = self.counts(np.array([exact.LONGEST]), specs, slot_bytes)
+        return tuple(int(slots) for slots in far[:, 0])
+
+    def split(
+        self, slots: Counts, lengths: RowLengths, specs: Specs
+    ) -> tuple[Int[Array | np.ndarray, "L B K"], Int[Array | np.ndarray, "L B"]]:
+        """How the heads of each layer share its slots; for budgets that are `per_head`.
+
+        Args:
+            slots: slots per head of each layer, on average.
+            lengths: row lengths.
+            specs: all layers, of the same number of heads.
+
+        Returns:
+            Slots that each head surely gets, and those of the whole layer: what is left
+            goes to the highest scores of all heads together.
+        """
+        raise AssertionError(f"{type(self).__name__} gives all heads the same")
+
+    def flat_capacities(
+        self, slots: tuple[int, ...], longest: int, specs: Specs
+    ) -> tuple[int, ...]:
+        """Slots of all heads that do for all rows: the largest totals of `split`.
+
+        Args:
+            slots: slots per head that do for all rows (`AbstractUnit.capacities`).
+            longest: largest row length.
+            specs: all layers.
+        """
+        counts, lengths = np.array(slots)[:, None], np.array([longest])
+        return tuple(int(x) for x in self.split(counts, lengths, specs)[1][:, 0])
+
+    def _limit(self, specs: Specs, slot_bytes: float) -> int | None:
+        """Slots per head that an average layer gets of a long row; None with `keep`."""
+        if self.keep is not None:
+            return None
+        if self.slots is not None:
+            return min(self.slots, exact.LONGEST)
+        return min(self._affordable(specs[0], len(specs), slot_bytes), exact.LONGEST)
+
+    def _affordable(self, spec: LayerSpec, layers: int, slot_bytes: float) -> int:
+        """Slots per head that `bytes` pay for."""
+        assert self.bytes is not None
+        each = slot_bytes * spec.num_kv_heads * layers
+        slots = int(self.bytes // each)
+        if slots < 1:
+            raise ValueError(
+                f"a budget of {self.bytes} bytes is less than one slot per head; one "
+                f"slot in every head takes {each:.0f} bytes. Raise `bytes`."
+            )
+        return slots
 
     @abc.abstractmethod
     def layer_counts(
@@ -95,9 +227,11 @@ class AbstractBudget(abc.ABC):
         """
         raise AssertionError(f"{type(self).__name__} gives all heads the same")
 
-    def fewest(self, table: Int[np.ndarray, "N+1"]) -> Int[np.ndarray, "N+1"]:
-        """Slots that must do for what a score protects in every head of a `table`."""
-        return table
+    def fewest(
+        self, counts: Int[Array | np.ndarray, "..."]
+    ) -> Int[Array | np.ndarray, "..."]:
+        """Slots that must do for what a score protects in every head, of `counts`."""
+        return counts
 
     def table(
         self, longest: int, spec: LayerSpec, slot_bytes: float
@@ -131,14 +265,7 @@ class AbstractBudget(abc.ABC):
             return slots_to_keep(lengths, self.keep)
         if self.slots is not None:
             return np.minimum(lengths, self.slots)
-        assert self.bytes is not None
-        each = slot_bytes * spec.num_kv_heads * spec.num_layers
-        slots = int(self.bytes // each)
-        if slots < 1:
-            raise ValueError(
-                f"a budget of {self.bytes} bytes is less than one slot per head; one "
-                f"slot in every head takes {each:.0f} bytes. Raise `bytes`."
-            )
+        slots = self._affordable(spec, spec.num_layers, slot_bytes)
         return np.minimum(lengths, slots)
 
 
@@ -157,9 +284,19 @@ def _table(budget: AbstractBudget, longest: int, spec: LayerSpec, slot_bytes: fl
 class Uniform(AbstractBudget):
     """The same number of slots in every layer and head."""
 
+    def by_layer(self, mean, lengths, specs):
+        del lengths
+        return same_in_all(mean, specs)
+
     def layer_counts(self, mean, lengths, spec):
         del lengths, spec
         return mean
+
+
+def same_in_all(mean: RowLengths, specs: Specs) -> Counts:
+    """The mean in every layer."""
+    xp = exact.namespace(mean)
+    return xp.broadcast_to(mean, (len(specs), *mean.shape))
 
 
 def largest_remainder(shares: np.ndarray, totals: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Cache state: parts in several layouts, the tail, and how a layer attends."""
 
+from kvjax.cache.pages import PageBudget as PageBudget
 from kvjax.cache.pages import Pages as Pages
 from kvjax.cache.parts import AbstractPart as AbstractPart
 from kvjax.cache.parts import Growth as Growth

@@ -1,11 +1,14 @@
 """Retrieval at read time: pages with key bounds; a query reads the best ones only."""
 
-from typing import final
+import dataclasses
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kvjax import exact
 from kvjax.cache.parts import AbstractPart, by_head, put_positions
 from kvjax.codecs import AbstractEncoded, PlainArray
 from kvjax.pallas_kernels.page_score import page_score
@@ -17,13 +20,35 @@ from kvjax.types import EMPTY, pytree, static
 
 
 @final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PageBudget:
+    """How many of the held pages a query reads. Exactly one field is set.
+
+    Attributes:
+        keep: fraction of the held pages, rounded up.
+        pages: number of pages.
+    """
+
+    keep: float | None = None
+    pages: int | None = None
+
+    def read(self, held: Int[Array | np.ndarray, "..."]) -> Any:
+        """Pages to read of `held` ones, NumPy or traced: at least 1."""
+        xp = exact.namespace(held)
+        held = xp.maximum(xp.asarray(held, np.int32), 1)
+        if self.keep is not None:
+            return exact.ceil_share(held, self.keep)
+        assert self.pages is not None
+        return xp.minimum(held, min(self.pages, exact.LONGEST))
+
+
+@final
 @pytree
 class Pages(AbstractPart):
     """All tokens, in pages of `page` slots with channel-wise key bounds.
 
     Each query token reads, per KV head, the pages with the highest bound on `q . k`
-    (the newest page always among them) and nothing else. `budget[n]` says how many
-    when `n` pages are held.
+    (the newest page always among them) and nothing else. `budget` says how many.
 
     Source: Quest (2406.10774) section 3. Deviation: the heads of a GQA group read
     the same pages, ranked by the largest bound in the group.
@@ -34,8 +59,8 @@ class Pages(AbstractPart):
     positions: Int[Array, "B K S"]
     low: Float[Array, "B K P D"]
     high: Float[Array, "B K P D"]
-    budget: Int[Array, "P+1"]
     filled: Int[Array, "B"]
+    budget: PageBudget = static()
     page: int = static()
     most: int = static()
 
@@ -57,7 +82,7 @@ class Pages(AbstractPart):
         score = jnp.where(seen & (pages == newest[..., None]), jnp.inf, score)
         best, index = jax.lax.top_k(score, self.most)
         held = self.filled[:, None] if limit is None else limit
-        allowed = jnp.take(self.budget, held // self.page, mode="clip")
+        allowed = self.budget.read(held // self.page)
         rank = jnp.arange(self.most)
         read = (rank < allowed[:, None, :, None]) & (best > -jnp.inf)
         return index, read

@@ -194,7 +194,6 @@ class _Builder:
         """The same slots with key bounds, to be read page by page."""
         read = self.c.read
         assert isinstance(read, Quest) and part.filled is not None
-        pages = read.pages(part.positions.shape[-1] // page)
         keys = part.keys.decode(part.positions, self.spec.rope)
         low, high, _ = page_summary(keys, part.positions >= 0, page=page)
         return Pages(
@@ -203,10 +202,10 @@ class _Builder:
             positions=part.positions,
             low=low,
             high=high,
-            budget=jnp.asarray(pages),
+            budget=read.budget,
             filled=part.filled,
             page=page,
-            most=int(pages.max()),
+            most=read.most_pages(part.positions.shape[-1] // page),
         )
 
     def ragged(self, evict: Eviction, priorities: Scores) -> LayerCache:

@@ -4,11 +4,12 @@ import abc
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import final
+from typing import Any, final
 
 import numpy as np
+from jaxtyping import Array, Int
 
-from kvjax.budgets import slots_to_keep
+from kvjax.cache import PageBudget
 from kvjax.scorers.base import positive_int
 from kvjax.types import LayerSpec
 
@@ -71,14 +72,20 @@ class Quest(AbstractRead):
     def page_of(self, spec):
         return None if spec.index < self.dense_layers else self.page
 
-    def pages(self, most: int) -> np.ndarray:
-        """Pages to read when `0 .. most` pages are held."""
-        held = np.arange(most + 1)
-        if self.keep is not None:
-            read = slots_to_keep(held, self.keep)
-        else:
-            read = np.full_like(held, -(-(self.slots or 1) // self.page))
-        return np.clip(read, 1, np.maximum(held, 1)).astype(np.int32)
+    @property
+    def budget(self) -> PageBudget:
+        """How many of the held pages a step reads."""
+        if self.slots is None:
+            return PageBudget(keep=self.keep)
+        return PageBudget(pages=-(-self.slots // self.page))
+
+    def pages(self, held: Int[Array | np.ndarray, "..."]) -> Any:
+        """Pages to read when `held` pages are, NumPy or traced."""
+        return self.budget.read(held)
+
+    def most_pages(self, pages: int) -> int:
+        """The most that is read when up to `pages` pages are held."""
+        return int(self.pages(np.array(pages)))
 
 
 READS: Mapping[str, type[AbstractRead]] = MappingProxyType({"all": All, "quest": Quest})

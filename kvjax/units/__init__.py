@@ -4,14 +4,22 @@ import abc
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.types import Lengths, Scores
+from kvjax import exact
+from kvjax.budgets import AbstractBudget
+from kvjax.types import LayerSpec, Lengths, Scores
+
+SCAN = 256
+"""Lengths that are looked through one by one, where slots rise and fall with them."""
+
+MANY = 64
+"""Ranges of lengths that are looked into before a bound has to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,10 +49,36 @@ class AbstractUnit(abc.ABC):
             counts: tokens per head that the budget allows.
         """
 
-    def slots(self, counts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Slots that budgets of `counts` tokens need, for rows of `lengths`."""
+    def slots(
+        self,
+        counts: Int[Array | np.ndarray, "... B"],
+        lengths: Int[Array | np.ndarray, "B"],
+    ) -> Int[Array | np.ndarray, "... B"]:
+        """Slots that budgets of `counts` tokens need, for rows of `lengths`.
+
+        Args:
+            counts: tokens per head that the budget allows, NumPy or traced.
+            lengths: row lengths.
+        """
         del lengths
         return counts
+
+    def capacities(
+        self,
+        budget: AbstractBudget,
+        longest: int,
+        specs: tuple[LayerSpec, ...],
+        slot_bytes: float,
+    ) -> tuple[int, ...]:
+        """Slots per head of every layer that do for all rows of `0 .. longest` tokens.
+
+        Args:
+            budget: says how many tokens are kept.
+            longest: largest row length.
+            specs: all layers.
+            slot_bytes: bytes of one slot of one head, for budgets in bytes.
+        """
+        return budget.capacities(longest, specs, slot_bytes)
 
 
 @final
@@ -101,8 +135,7 @@ class Chunk(AbstractUnit):
         slope = (total - jax.lax.stop_gradient(total)) * _steepness(total, priority)
         priority = priority + jnp.take(slope, chunk, axis=-1)
         if self.whole:
-            chunks = -(-lengths // self.size)
-            kept = jnp.maximum(1, chunks * counts // jnp.maximum(lengths, 1))
+            kept = self._kept(counts, lengths)
             out = jnp.take(rank, chunk, axis=-1) >= kept[:, None, None]
             priority = jnp.where(out, -jnp.inf, priority)
         else:
@@ -139,9 +172,59 @@ class Chunk(AbstractUnit):
     def slots(self, counts, lengths):
         if not self.whole:
             return counts
-        chunks = -(-lengths // self.size)
-        kept = np.maximum(1, chunks * counts // np.maximum(lengths, 1))
-        return np.minimum(kept * self.size, lengths)
+        xp = exact.namespace(counts, lengths)
+        return xp.minimum(self._kept(counts, lengths) * self.size, lengths)
+
+    def _kept(self, counts: Any, lengths: Any) -> Any:
+        """Whole chunks, `floor(chunks * counts / lengths)` of them, at least 1.
+
+        As `floor((counts + floor(counts * pad / lengths)) / size)`, `pad` being what
+        the last chunk lacks: `chunks * counts` may not fit in 32 bits.
+        """
+        xp = exact.namespace(counts, lengths)
+        pad = -lengths % self.size
+        rows = xp.maximum(lengths, 1)
+        more = exact.floor_product(counts, pad, rows, self.size - 1)
+        return xp.maximum((counts + more) // self.size, 1)
+
+    def capacities(self, budget, longest, specs, slot_bytes):
+        """See `AbstractUnit.capacities`.
+
+        Whole chunks rise and fall with the length. A row of `a .. b` tokens needs at
+        most `b` slots, and at most `c + (size - 1) c / a` rounded down to chunks, `c`
+        being the budget's capacity for rows up to `b`. Ranges of lengths that may need
+        more than what was found are halved, and short ones looked through. That finds
+        the largest number, unless it takes many steps: then the bound is returned.
+        """
+        if not self.whole:
+            return budget.capacities(longest, specs, slot_bytes)
+
+        def needed(lengths: np.ndarray) -> np.ndarray:
+            slots = self.slots(budget.counts(lengths, specs, slot_bytes), lengths)
+            return slots.max(axis=1)
+
+        turns = budget.turns(longest, specs, slot_bytes)
+        near = turns[:, None] + np.arange(-SCAN // 2, SCAN // 2)
+        found = needed(np.unique(np.clip(near, 0, longest)))
+        ranges, steps = [(0, longest)], 0
+        while ranges:
+            start, end = ranges.pop()
+            most = np.array(budget.capacities(end, specs, slot_bytes))
+            pads = (self.size - 1) * most // max(start, 1)
+            most = most + np.minimum(pads, self.size - 1)
+            most = np.maximum(most // self.size, 1) * self.size
+            most = np.minimum(most, end)
+            if (most <= found).all():
+                continue
+            steps += 1
+            if end - start < SCAN:
+                found = np.maximum(found, needed(np.arange(start, end + 1)))
+            elif steps > MANY:
+                found = np.maximum(found, most)
+            else:
+                middle = (start + end) // 2
+                ranges += [(start, middle), (middle + 1, end)]
+        return tuple(int(slots) for slots in found)
 
 
 def _steepness(total: Array, priority: Array) -> Array:
