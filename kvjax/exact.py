@@ -25,12 +25,12 @@ def namespace(*arrays: Any) -> ModuleType:
     return jnp if any(isinstance(x, jax.Array) for x in arrays) else np
 
 
-def decimal(x: float) -> Fraction:
+def decimal(x: float | int) -> Fraction:
     """The shortest decimal that `x` prints as: 7/100 for 0.07."""
     return Fraction(repr(float(x)))
 
 
-def ceil_share(n: Any, keep: float) -> Any:
+def ceil_share(n: Any, keep: float | int) -> Any:
     """`keep` of `n`, rounded up; `keep=1` is all of it.
 
     `keep` is taken as the shortest decimal it prints as, so that 0.07 of 1000 tokens

@@ -44,19 +44,15 @@ class RetrievalHeads(AbstractBudget):
 
     def by_layer(self, mean, lengths, specs):
         del mean
-        _, total = self.split(None, lengths, specs)
-        return -(-total // specs[0].num_kv_heads)
+        return -(-self._total(lengths, specs) // specs[0].num_kv_heads)
 
     def split(self, slots, lengths, specs):
         del slots
         xp = exact.namespace(lengths)
-        whole = self._whole(specs)
-        windows = [exact.LONGEST if s.window is None else s.window for s in specs]
-        seen = xp.minimum(lengths, np.array(windows, np.int32)[:, None])
-        few = xp.minimum(seen, self._others)
-        each = xp.where(whole[:, None], seen[..., None], few[..., None])
-        many = np.sum(whole, axis=1, dtype=np.int32)[:, None]
-        return each, few * specs[0].num_kv_heads + many * (seen - few)
+        seen, few = self._either(lengths, specs)
+        whole = self._whole(specs)[:, None]
+        each = xp.where(whole, seen[..., None], few[..., None])
+        return each, self._total(lengths, specs)
 
     def layer_counts(self, mean, lengths, spec):
         del mean
@@ -70,6 +66,22 @@ class RetrievalHeads(AbstractBudget):
 
     def fewest(self, counts):
         return exact.namespace(counts).minimum(counts, self._others)
+
+    def _total(self, lengths, specs):
+        """Slots of all heads of each layer, `[L, B]`."""
+        seen, few = self._either(lengths, specs)
+        many = np.sum(self._whole(specs), axis=1, dtype=np.int32)[:, None]
+        return few * specs[0].num_kv_heads + many * (seen - few)
+
+    def _either(self, lengths, specs):
+        """Slots `[L, B]` of a head that keeps everything, and of another one.
+
+        A window leaves no more than its tokens.
+        """
+        xp = exact.namespace(lengths)
+        windows = [exact.LONGEST if s.window is None else s.window for s in specs]
+        seen = xp.minimum(lengths, np.array(windows, np.int32)[:, None])
+        return seen, xp.minimum(seen, self._others)
 
     @property
     def _others(self) -> int:

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from fractions import Fraction
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 from jaxtyping import Array, Int
@@ -80,8 +80,8 @@ class AbstractBudget(abc.ABC):
                 raise ValueError(f"`{name}` must be an integer >= 1; got {value!r}.")
 
     @abc.abstractmethod
-    def by_layer(self, mean: RowLengths, lengths: RowLengths, specs: Specs) -> Counts:
-        """Slots per head of every layer, before they are cut to what there is.
+    def by_layer(self, mean: RowLengths, lengths: RowLengths, specs: Specs) -> Any:
+        """Slots per head of every layer, `[L, B]`, before they are cut to the row.
 
         Args:
             mean: slots per head that an average layer gets.
@@ -89,10 +89,8 @@ class AbstractBudget(abc.ABC):
             specs: all layers.
         """
 
-    def counts(
-        self, lengths: RowLengths, specs: Specs, slot_bytes: float
-    ) -> Int[Array | np.ndarray, "L B"]:
-        """Slots per head of every layer: at least 1 of a row that has a token.
+    def counts(self, lengths: RowLengths, specs: Specs, slot_bytes: float) -> Any:
+        """Slots per head of every layer, `[L, B]`: at least 1 of a row with a token.
 
         Args:
             lengths: row lengths, NumPy or traced.
@@ -152,7 +150,7 @@ class AbstractBudget(abc.ABC):
 
     def split(
         self, slots: Counts, lengths: RowLengths, specs: Specs
-    ) -> tuple[Int[Array | np.ndarray, "L B K"], Int[Array | np.ndarray, "L B"]]:
+    ) -> tuple[Any, Any]:
         """How the heads of each layer share its slots; for budgets that are `per_head`.
 
         Args:
@@ -161,8 +159,8 @@ class AbstractBudget(abc.ABC):
             specs: all layers, of the same number of heads.
 
         Returns:
-            Slots that each head surely gets, and those of the whole layer: what is left
-            goes to the highest scores of all heads together.
+            Slots that each head surely gets, `[L, B, K]`, and those of the whole layer,
+            `[L, B]`: what is left goes to the highest scores of all heads together.
         """
         raise AssertionError(f"{type(self).__name__} gives all heads the same")
 
@@ -227,9 +225,7 @@ class AbstractBudget(abc.ABC):
         """
         raise AssertionError(f"{type(self).__name__} gives all heads the same")
 
-    def fewest(
-        self, counts: Int[Array | np.ndarray, "..."]
-    ) -> Int[Array | np.ndarray, "..."]:
+    def fewest(self, counts: Int[Array | np.ndarray, "..."]) -> Any:
         """Slots that must do for what a score protects in every head, of `counts`."""
         return counts
 
@@ -293,7 +289,7 @@ class Uniform(AbstractBudget):
         return mean
 
 
-def same_in_all(mean: RowLengths, specs: Specs) -> Counts:
+def same_in_all(mean: RowLengths, specs: Specs) -> Any:
     """The mean in every layer."""
     xp = exact.namespace(mean)
     return xp.broadcast_to(mean, (len(specs), *mean.shape))

@@ -53,7 +53,7 @@ class AbstractUnit(abc.ABC):
         self,
         counts: Int[Array | np.ndarray, "... B"],
         lengths: Int[Array | np.ndarray, "B"],
-    ) -> Int[Array | np.ndarray, "... B"]:
+    ) -> Any:
         """Slots that budgets of `counts` tokens need, for rows of `lengths`.
 
         Args:
@@ -199,7 +199,7 @@ class Chunk(AbstractUnit):
         if not self.whole:
             return budget.capacities(longest, specs, slot_bytes)
 
-        def needed(lengths: np.ndarray) -> np.ndarray:
+        def needed(lengths: np.ndarray) -> Any:
             slots = self.slots(budget.counts(lengths, specs, slot_bytes), lengths)
             return slots.max(axis=1)
 

@@ -104,8 +104,8 @@ def table(budget: AbstractBudget, longest: int, specs) -> np.ndarray:
     return np.maximum(slots, np.minimum(1, lengths)).astype(np.int64)
 
 
-def chunk_slots(unit: Chunk, counts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    if not unit.whole:
+def chunk_slots(unit, counts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    if not isinstance(unit, Chunk) or not unit.whole:
         return counts
     chunks = -(-lengths // unit.size)
     kept = np.maximum(1, chunks * counts // np.maximum(lengths, 1))
@@ -156,8 +156,8 @@ def test_products_over_counts_are_exact(data, over):
     most = data.draw(st.integers(0, 5000))
     times = data.draw(st.integers(0, most))
     assert exact.floor_product(n, times, over, most) == n * times // over
-    arrays = [np.array([x], np.int32) for x in (n, times, over)]
-    assert exact.floor_product(*arrays, most) == n * times // over
+    one, by, of = (np.array([x], np.int32) for x in (n, times, over))
+    assert exact.floor_product(one, by, of, most) == n * times // over
 
 
 def random_budget(rng: np.random.Generator, kind: type, n: int) -> AbstractBudget:
@@ -215,7 +215,7 @@ def test_presets(name):
     specs, longest = layers(4), 3000
     want = check(c.evict.budget, longest, specs)
     lengths = np.arange(longest + 1)
-    slots = c.evict.unit.slots(want, lengths)
+    slots = chunk_slots(c.evict.unit, want, lengths)
     for n in (1, 60, 333, longest):
         most = c.evict.unit.capacities(c.evict.budget, n, specs, SLOT_BYTES)
         assert most == tuple(slots[:, : n + 1].max(axis=1))

@@ -212,8 +212,9 @@ def test_decoupled_keys_and_values(spec, keys, values):
         q = full_row(whole, row, length + 1)[0][:, -1:]
         _, k, v = sample.row(row)
         scores = reference.score_knorm(q, k, v)
+        row_length = np.array([length])
         with_key, with_value = (
-            reference.kept(scores, int(budget.table(length, spec, 0.0)[length]))
+            reference.kept(scores, int(budget.counts(row_length, (spec,), 0.0)[0, 0]))
             for budget in budgets.values()
         )
         for head in range(spec.num_kv_heads):

@@ -22,8 +22,8 @@ WIDTH, KV_HEADS = 64, 3
 
 def layer_tables(budget, longest: int, layers: int) -> np.ndarray:
     """Slots per head `[L, longest + 1]`."""
-    specs = [layer_spec(4, 2, 16, index=i, num_layers=layers) for i in range(layers)]
-    return np.stack([budget.table(longest, spec, slot_bytes=68.0) for spec in specs])
+    specs = (layer_spec(4, 2, 16, num_layers=layers),) * layers
+    return budget.counts(np.arange(longest + 1), specs, slot_bytes=68.0)
 
 
 @pytest.mark.parametrize(
@@ -207,9 +207,9 @@ def test_head_wise_choice(alpha, protect):
     # Heads on different levels: without a safe part one would take all.
     scores[:, 1] += 2.0
     scores[:, 2] -= 2.0
-    spec = layer_spec(2 * KV_HEADS, KV_HEADS, 16)
-    shares = AdaKV(keep=0.5, safeguard=alpha).shares(counts, LENGTHS, spec)
-    sure, total = (jnp.asarray(x, jnp.int32) for x in shares)
+    specs = (layer_spec(2 * KV_HEADS, KV_HEADS, 16),)
+    shares = AdaKV(keep=0.5, safeguard=alpha).split(counts[None], LENGTHS, specs)
+    sure, total = (jnp.asarray(x[0], jnp.int32) for x in shares)
     flat = choose_flat(jnp.asarray(scores), sure, total, 40 * KV_HEADS)
     offsets = np.asarray(flat.offsets)
     for row, n in enumerate(counts):
