@@ -7,7 +7,7 @@ slot, rounded down to what copies want; only the first and the last are masked.
 
 import jax.numpy as jnp
 
-from kvjax.pallas_kernels import tuning
+from kvjax.pallas_kernels import stacked, tuning
 from kvjax.pallas_kernels.decoding import coded, plain, walks
 from kvjax.pallas_kernels.partial import Partial
 
@@ -21,6 +21,7 @@ def decode_attention(
     offsets=None,
     positions=None,
     q_positions=None,
+    row=None,
     scale,
     window=None,
     softcap=None,
@@ -29,6 +30,7 @@ def decode_attention(
 ):
     """See `api.decode_attention`."""
     (b, h, t, d), kv_heads = q.shape, lengths.shape[1]
+    keys, values, positions = stacked.rows((keys, values, positions), row, b)
     slots, rows = keys.shape[-2], h // kv_heads * t
     by_registers = coded.wanted(keys, values) or positions is not None
     if by_registers:

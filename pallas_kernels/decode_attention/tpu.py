@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels import compat, stacked, tuning
 from kvjax.pallas_kernels.decoding import sides
 from kvjax.pallas_kernels.partial import Partial, cap
 from kvjax.types import NEG_INF
@@ -31,6 +31,7 @@ def decode_attention(
     offsets=None,
     positions=None,
     q_positions=None,
+    row=None,
     scale,
     window=None,
     softcap=None,
@@ -39,6 +40,7 @@ def decode_attention(
 ):
     """See `api.decode_attention`."""
     (b, h, t, d), kv_heads = q.shape, lengths.shape[1]
+    keys, values, positions = stacked.rows((keys, values, positions), row, b)
     slots = keys.shape[-2]
     block = tuning.tiles("decode_attention", given=tiles)["block"]
     block = min(block, -(-slots // LANES) * LANES)

@@ -13,16 +13,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels import compat, stacked, tuning
 
 ROWS = 64
 """Rows of a `wgmma`: query heads of a KV head times queries, padded."""
 
 
-def page_score(q, a, b, *, mode, group, scale, tiles=None, interpret=False):
+def page_score(q, a, b, *, row=None, mode, group, scale, tiles=None, interpret=False):
     """See `api.page_score`."""
     _refuse(q, a)
     (n, h, t, d), (kv_heads, pages) = q.shape, a.shape[1:3]
+    a, b = stacked.rows((a, b), row, n)
     block = tuning.tiles("page_score", "h200", tiles)["pages"]
     rows = h // kv_heads * t
     queries = q.reshape(n, kv_heads, rows, d)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels import compat, stacked, tuning
 from kvjax.types import NEG_INF
 
 LANES = 128
@@ -20,9 +20,10 @@ KEPT_BYTES = 8 << 20
 """Of the scores that wait for a softmax; VMEM of the smallest target is 64 MiB."""
 
 
-def page_score(q, a, b, *, mode, group, scale, tiles=None, interpret=False):
+def page_score(q, a, b, *, row=None, mode, group, scale, tiles=None, interpret=False):
     """See `api.page_score`."""
     (n, h, t, d), (kv_heads, pages) = q.shape, a.shape[1:3]
+    a, b = stacked.rows((a, b), row, n)
     for name, array in (("q", q), ("a", a)):
         if array.dtype == jnp.float16:
             raise NotImplementedError(
