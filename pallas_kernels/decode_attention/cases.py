@@ -89,9 +89,10 @@ def build(
     k, v = encode(k, held, keys, dtype), encode(v, held, values, dtype)
     if stack is not None:
         kwargs["row"] = jnp.asarray(stack[0], jnp.int32)
-        k, v = (jax.tree.map(lambda x: within(x, stack), side) for side in (k, v))
+        among = functools.partial(within, stack=stack)
+        k, v = jax.tree.map(among, (k, v))
         if located:
-            kwargs["positions"] = within(kwargs["positions"], stack)
+            kwargs["positions"] = among(kwargs["positions"])
     args = (q, k, v, jnp.asarray(held_by))
     return args, {**kwargs, "scale": d**-0.5, "window": window, "softcap": softcap}
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kvjax.pallas_kernels import compat, stacked, tuning
+from kvjax.pallas_kernels import compat, tuning
 from kvjax.pallas_kernels.decoding import sides
 from kvjax.pallas_kernels.partial import Partial, cap
 from kvjax.types import NEG_INF
@@ -40,7 +40,6 @@ def decode_attention(
 ):
     """See `api.decode_attention`."""
     (b, h, t, d), kv_heads = q.shape, lengths.shape[1]
-    keys, values, positions = stacked.rows((keys, values, positions), row, b)
     slots = keys.shape[-2]
     block = tuning.tiles("decode_attention", given=tiles)["block"]
     block = min(block, -(-slots // LANES) * LANES)
@@ -52,7 +51,8 @@ def decode_attention(
     first = start // block
     count = jnp.where(stop > start, -(-stop // block) - first, 0)
     first = jnp.minimum(first, (slots - 1) // block)
-    scalars = [first, count, start, stop]
+    lead = jnp.reshape(jnp.int32(0) if row is None else row, 1)
+    scalars = [first, count, lead, start, stop]
     if q_positions is not None:
         scalars.append(q_positions)
 
@@ -61,10 +61,10 @@ def decode_attention(
     queries = q.reshape(b, kv_heads, group_rows, d)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - group_rows), (0, 0)))
 
-    def at(i, k, j, first, count, *_):
+    def at(i, k, j, first, count, lead, *_):
         """Block of step `j`; past the last one the last, whose copy is skipped."""
         here = first[i, k] + jnp.minimum(j, jnp.maximum(count[i, k] - 1, 0))
-        return i, k if offsets is None else 0, here
+        return lead[0] + i, k if offsets is None else 0, here
 
     def per_head(i, k, *_):
         return i, k, 0, 0
@@ -112,7 +112,7 @@ def decode_attention(
         cost_estimate=pl.CostEstimate(
             flops=4 * b * h * t * slots * d,
             transcendentals=b * h * t * slots,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved)
+            bytes_accessed=sum(x.size * x.dtype.itemsize * b // len(x) for x in moved)
             + sum(4 * b * kv_heads * s[2] * s[3] for s in out_shape),
         ),
         interpret=compat.tpu_interpret(interpret),
@@ -125,7 +125,7 @@ def decode_attention(
 def _kernel(*refs, left, right, tokens, scale, window, softcap):
     """One block of one KV head; softmax state in scratch between blocks."""
     refs = list(refs)
-    first, count, start, stop = (refs.pop(0) for _ in range(4))
+    first, count, _, start, stop = (refs.pop(0) for _ in range(5))
     q_positions = refs.pop(0) if tokens else None
     q_ref = refs.pop(0)
     left_refs = [refs.pop(0) for _ in range(left.operands)]

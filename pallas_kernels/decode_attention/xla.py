@@ -109,6 +109,7 @@ def _blocks(
             return merge([done, part]), total
         seen, _ = _seen(how, queries.shape[2], held, here, q_positions)
         logits = _logits(how, queries, k)
+        assert not isinstance(v, Quantized)
         part = softmax_partial(logits, seen, v)
         # NaN or infinite where one of its terms is.
         total = total + jnp.sum(logits) + jnp.sum(part.out)
