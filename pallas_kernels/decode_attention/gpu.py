@@ -7,7 +7,7 @@ slot, rounded down to what copies want; only the first and the last are masked.
 
 import jax.numpy as jnp
 
-from kvjax.pallas_kernels import stacked, tuning
+from kvjax.pallas_kernels import tuning
 from kvjax.pallas_kernels.decoding import coded, plain, walks
 from kvjax.pallas_kernels.partial import Partial
 
@@ -30,7 +30,6 @@ def decode_attention(
 ):
     """See `api.decode_attention`."""
     (b, h, t, d), kv_heads = q.shape, lengths.shape[1]
-    keys, values, positions = stacked.rows((keys, values, positions), row, b)
     slots, rows = keys.shape[-2], h // kv_heads * t
     by_registers = coded.wanted(keys, values) or positions is not None
     if by_registers:
@@ -64,6 +63,8 @@ def decode_attention(
         "splits": max(1, min(programs // (b * kv_heads), -(-slots // block))),
         "interpret": interpret,
     }
+    if row is not None:
+        shared["far"]["lead"] = jnp.reshape(row, 1)
     if not by_registers:
         part = plain.decode(plain.Call(**shared, stages=tile["stages"]))
         return Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:-1]))
