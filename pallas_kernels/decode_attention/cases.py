@@ -346,7 +346,7 @@ CASES = (
         keys=(8, "token", 64, True),
         values=(8, "token", 64, True),
         located=True,
-        stack=(0, 2),
+        stack=(1, 2),
         dtype=BF16,
     ),
     case(

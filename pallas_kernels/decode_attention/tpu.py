@@ -4,7 +4,9 @@ The grid is as long as the longest head; shorter heads repeat their last block, 
 copy the pipeline then skips. Arrays whose last axis is no multiple of 128 lie in HBM
 with the slots along the lanes (XLA's own choice, nothing is padded), so their blocks
 are read transposed: `columns` below. Codes are multiplied as they are: scales and
-zeros meet the queries, scores, probabilities or outputs, see `sides`.
+zeros meet the queries, scores, probabilities or outputs, see `sides`. The rows of a
+layer are blocks of the stack of all layers; only scales that XLA turns over beforehand
+are sliced out of it.
 """
 
 import functools
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels import compat, stacked, tuning
 from kvjax.pallas_kernels.decoding import sides
 from kvjax.pallas_kernels.partial import Partial, cap
 from kvjax.types import NEG_INF
@@ -61,17 +63,22 @@ def decode_attention(
     queries = q.reshape(b, kv_heads, group_rows, d)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - group_rows), (0, 0)))
 
-    def at(i, k, j, first, count, lead, *_):
+    def own(i, k, j, first, count, *_):
         """Block of step `j`; past the last one the last, whose copy is skipped."""
         here = first[i, k] + jnp.minimum(j, jnp.maximum(count[i, k] - 1, 0))
-        return lead[0] + i, k if offsets is None else 0, here
+        return i, k if offsets is None else 0, here
+
+    def at(*grid):
+        (i, k, here), lead = own(*grid), grid[5]
+        return lead[0] + i, k, here
 
     def per_head(i, k, *_):
         return i, k, 0, 0
 
     lift = (lambda x: x) if offsets is None else (lambda x: x[:, None])
-    arrays = [*left.arrays(keys, lift), *right.arrays(values, lift)]
-    specs = [*left.specs(at), *right.specs(at)]
+    few = functools.partial(stacked.rows, row=row, count=b)
+    arrays = [*left.arrays(keys, lift, few), *right.arrays(values, lift, few)]
+    specs = [*left.specs(at, own), *right.specs(at, own)]
     if positions is not None:
         arrays.append(lift(positions)[:, :, None])
         specs.append(

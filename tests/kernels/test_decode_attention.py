@@ -115,14 +115,14 @@ def test_gradients_reach_the_rows_that_are_read(backend, ragged):
     (q, keys, values, lengths), kwargs = made(**how)
     keys, values = jnp.nan_to_num(keys), jnp.nan_to_num(values)
 
-    def loss(q, keys, values, row=None):
+    def loss(q, keys, values, row):
         part = decode_attention(
             q, keys, values, lengths, **kwargs, row=row, backend=backend
         )
         return jnp.sum(jnp.sin(part.out))
 
     slopes = jax.grad(loss, (0, 1, 2))
-    want = slopes(q, keys, values)
+    want = slopes(q, keys, values, None)
     stack = stacked((keys, values))
     got = jax.jit(slopes)(q, stack[0], stack[1], jnp.int32(2))
     np.testing.assert_allclose(got[0], want[0], atol=1e-6)
@@ -145,9 +145,9 @@ def test_long_layers_are_read_block_by_block(monkeypatch, free, located):
     want = decode_attention(q, keys, values, lengths, **kwargs, backend="reference")
     if located:
         kwargs["positions"] = stacked(kwargs["positions"])
-    got = decode_attention(
-        q, *stacked((keys, values)), lengths, **kwargs, row=jnp.int32(1), backend="xla"
-    )
+    keys, values = stacked((keys, values))
+    kwargs |= {"row": jnp.int32(1)}
+    got = decode_attention(q, keys, values, lengths, **kwargs, backend="xla")
     np.testing.assert_allclose(got.out, want.out, atol=1e-6)
     np.testing.assert_allclose(got.lse, want.lse, atol=1e-6)
 
