@@ -53,6 +53,9 @@ def rows(tree: Any, row: Array | None, count: int) -> Any:
     """`count` rows of every leaf from `row` on; a copy unless `row` is None."""
     if row is None:
         return tree
+    # XLA would fuse an update of the stack with this slice of it, which then reads the
+    # stack before the update: two stacks at once, and a copy of all of it.
+    tree = jax.lax.optimization_barrier(tree)
     return jax.tree.map(
         lambda x: jax.lax.dynamic_slice_in_dim(x, row, count, axis=0), tree
     )
