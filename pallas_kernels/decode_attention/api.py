@@ -4,7 +4,7 @@ import functools
 
 from jaxtyping import Array, Float, Int
 
-from kvjax.pallas_kernels import checks
+from kvjax.pallas_kernels import checks, stacked
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.gradients import through
 from kvjax.pallas_kernels.partial import Partial
@@ -24,6 +24,7 @@ def decode_attention(
     offsets: Int[Array, "B K+1"] | None = None,
     positions: Array | None = None,
     q_positions: Int[Array, "B T"] | None = None,
+    row: Int[Array, ""] | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -39,6 +40,10 @@ def decode_attention(
     integer. Blocks that a head does not hold are neither read nor computed. What lies
     in slots that no query sees, NaN included, does not matter.
 
+    With `row` the caches of many layers may lie in one stack, which is read in place:
+    `keys`, `values` and `positions` then have `R >= B` rows, `[R, K, S, D]` or
+    `[R, N, D]`, of which query row `b` reads row `row + b`.
+
     Keys and values are plain arrays or `Quantized`, independently of each other; a
     dequantised copy never reaches the main memory. Scales and zeros are the int16 bits
     of float16 numbers; floats are taken too, but on a TPU float16 costs a copy.
@@ -53,6 +58,8 @@ def decode_attention(
         positions: `[B, K, S]` or `[B, N]` int32, -1 in free slots. A query at `p` sees
             the slots at `0 <= position <= p`. None: every held slot is seen.
         q_positions: `[B, T]` int32, with `positions`; -1 sees nothing.
+        row: first row that is read of `keys`, `values` and `positions`, an int32
+            scalar, at most `R - B`. None: 0, and `R` is `B`.
         scale: factor on `q . k`.
         window: with `positions`, only slots with `p - position < window` are seen.
         softcap: logit soft cap, or None.
@@ -70,9 +77,9 @@ def decode_attention(
         NotImplementedError: the explicit backend does not serve the call.
 
     Cost: reads codes, scales and zeros of the held slots once, for all query heads of
-    a KV head together; memory-bound.
+    a KV head together; memory-bound. Neither `R` nor, in the ragged layout, `N` counts.
     """
-    _check(q, keys, values, lengths, offsets)
+    _check(q, keys, values, lengths, offsets, row)
     _check_positions(keys, offsets, positions, q_positions, window, q)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"`softcap` must be positive or None; got {softcap}.")
@@ -81,7 +88,12 @@ def decode_attention(
     def run(q, keys, values, lengths, masks, **more):
         return OP(q, keys, values, lengths, **masks, **how, **more)
 
-    masks = {"offsets": offsets, "positions": positions, "q_positions": q_positions}
+    masks = {
+        "offsets": offsets,
+        "positions": positions,
+        "q_positions": q_positions,
+        "row": row,
+    }
     return through(
         functools.partial(run, backend=backend, tiles=tiles, interpret=interpret),
         functools.partial(run, backend="reference"),
@@ -89,7 +101,7 @@ def decode_attention(
     )
 
 
-def _check(q, keys, values, lengths, offsets) -> None:
+def _check(q, keys, values, lengths, offsets, row) -> None:
     """Shapes and dtypes of everything but positions."""
     checks.shape("q", q, ("B", "H", "T", "D"))
     checks.dtype("q", q)
@@ -103,19 +115,22 @@ def _check(q, keys, values, lengths, offsets) -> None:
     checks.integers("lengths", lengths)
     kv_heads = lengths.shape[1]
     checks.group(h, kv_heads)
-    axes = ("B", "K", "S", "D")
+    stacked.check_row(row)
+    axes = ("R", "K", "S", "D")
     if offsets is not None:
-        axes = ("B", "N", "D")
+        axes = ("R", "N", "D")
         checks.shape("offsets", offsets, ("B", "K + 1"), B=b, **{"K + 1": kv_heads + 1})
         checks.integers("offsets", offsets)
-    sizes = {"B": b, "K": kv_heads, "D": d}
+    sizes = {"K": kv_heads, "D": d}
     for name, side in (("keys", keys), ("values", values)):
         if isinstance(side, Quantized):
             _check_codes(name, side)
         else:
             checks.dtype(name, side)
         checks.shape(name, side, axes, **sizes)
-        sizes = {**sizes, axes[-2]: side.shape[-2]}  # the values follow the keys
+        stacked.check(name, side, b, row)
+        # The values follow the keys.
+        sizes = {**sizes, "R": side.shape[0], axes[-2]: side.shape[-2]}
 
 
 def _check_codes(name: str, side: Quantized) -> None:
@@ -160,7 +175,7 @@ def _check_positions(keys, offsets, positions, q_positions, window, q) -> None:
         return
     if window is not None and window < 1:
         raise ValueError(f"`window` must be at least 1 or None; got {window}.")
-    axes = ("B", "K", "S") if offsets is None else ("B", "N")
+    axes = ("R", "K", "S") if offsets is None else ("R", "N")
     sizes = dict(zip(axes, keys.shape[:-1], strict=True))
     checks.shape("positions", positions, axes, **sizes)
     checks.integers("positions", positions)

@@ -36,6 +36,14 @@ def encode(x: jax.Array, held: jax.Array, codec: Codec | None, dtype: Any) -> An
     return dataclasses.replace(exact, codes=codes, scale=scale, zero=zero)
 
 
+def within(x: jax.Array, stack: tuple[int, int]) -> jax.Array:
+    """Rows among others, which hold what must not be read: NaN, or large numbers."""
+    other = NAN if x.dtype == jnp.int16 else 255
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        other = jnp.nan
+    return jnp.pad(x, (stack, *[(0, 0)] * (x.ndim - 1)), constant_values=other)
+
+
 def build(
     rng: np.random.Generator,
     lengths: list[list[int]],
@@ -51,8 +59,12 @@ def build(
     located: bool = False,
     window: int | None = None,
     softcap: float | None = None,
+    stack: tuple[int, int] | None = None,
 ) -> Arguments:
-    """Random arguments; `located` gives every slot a position and frees some."""
+    """Random arguments; `located` gives every slot a position and frees some.
+
+    `stack` are rows before and behind those that are read: the caller passes `row`.
+    """
     held_by = np.asarray(lengths, np.int32)
     b, kwargs = len(held_by), {}
     slot = np.arange(slots)
@@ -74,12 +86,14 @@ def build(
     k, v = (jnp.asarray(rng.standard_normal(wide), jnp.float32) for _ in range(2))
     q = jnp.asarray(rng.standard_normal((b, heads, t, d)), dtype)
     held = jnp.asarray(held)
-    args = (
-        q,
-        encode(k, held, keys, dtype),
-        encode(v, held, values, dtype),
-        jnp.asarray(held_by),
-    )
+    k, v = encode(k, held, keys, dtype), encode(v, held, values, dtype)
+    if stack is not None:
+        kwargs["row"] = jnp.asarray(stack[0], jnp.int32)
+        among = functools.partial(within, stack=stack)
+        k, v = jax.tree.map(among, (k, v))
+        if located:
+            kwargs["positions"] = among(kwargs["positions"])
+    args = (q, k, v, jnp.asarray(held_by))
     return args, {**kwargs, "scale": d**-0.5, "window": window, "softcap": softcap}
 
 
@@ -289,6 +303,70 @@ CASES = (
         keys=(4, "token", 32, False),
         located=True,
         dtype=BF16,
+    ),
+    case("row", [[150, 9]], heads=4, slots=150, d=64, stack=(2, 1)),
+    case(
+        "row bf16 two rows",
+        [[0, 130], [72, 1]],
+        heads=4,
+        slots=136,
+        d=64,
+        stack=(1, 2),
+        dtype=BF16,
+    ),
+    case(
+        "row int4 positions",
+        [[160, 70]],
+        heads=4,
+        slots=160,
+        d=64,
+        located=True,
+        stack=(1, 1),
+        dtype=BF16,
+        **INT4,
+    ),
+    case(
+        "row ragged",
+        [[100, 0], [31, 200]],
+        heads=4,
+        slots=312,
+        d=64,
+        offsets=[[3, 110, 312], [40, 80, 312]],
+        stack=(1, 0),
+        dtype=BF16,
+    ),
+    case(
+        "row ragged int8 positions",
+        [[100, 60]],
+        slow=True,
+        heads=4,
+        slots=192,
+        d=64,
+        offsets=[[5, 110, 192]],
+        keys=(8, "token", 64, True),
+        values=(8, "token", 64, True),
+        located=True,
+        stack=(1, 2),
+        dtype=BF16,
+    ),
+    case(
+        "ragged far into a pool",
+        [[140, 0, 20]],
+        heads=6,
+        slots=1280,
+        d=64,
+        offsets=[[611, 760, 761, 790]],
+        dtype=BF16,
+    ),
+    case(
+        "ragged int4 far into a pool",
+        [[90, 30]],
+        heads=4,
+        slots=1280,
+        d=64,
+        offsets=[[1030, 1125, 1160]],
+        dtype=BF16,
+        **INT4,
     ),
     case(
         "window bf16",

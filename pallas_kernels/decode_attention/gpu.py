@@ -21,6 +21,7 @@ def decode_attention(
     offsets=None,
     positions=None,
     q_positions=None,
+    row=None,
     scale,
     window=None,
     softcap=None,
@@ -62,6 +63,8 @@ def decode_attention(
         "splits": max(1, min(programs // (b * kv_heads), -(-slots // block))),
         "interpret": interpret,
     }
+    if row is not None:
+        shared["far"]["lead"] = jnp.reshape(row, 1)
     if not by_registers:
         part = plain.decode(plain.Call(**shared, stages=tile["stages"]))
         return Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:-1]))

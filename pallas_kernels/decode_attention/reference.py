@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from kvjax.pallas_kernels import stacked
 from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
 from kvjax.pallas_kernels.quantize_pack import dequantize
 from kvjax.pallas_kernels.quantized import Quantized
@@ -16,12 +17,14 @@ def decode_attention(
     offsets=None,
     positions=None,
     q_positions=None,
+    row=None,
     scale,
     window=None,
     softcap=None,
 ):
     """See `api.decode_attention`."""
     (b, h, t, d), kv_heads = q.shape, lengths.shape[1]
+    keys, values, positions = stacked.rows((keys, values, positions), row, b)
     k, v = plain(keys), plain(values)
     start = jnp.zeros_like(lengths)
     if offsets is not None:

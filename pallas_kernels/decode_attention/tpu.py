@@ -4,7 +4,9 @@ The grid is as long as the longest head; shorter heads repeat their last block, 
 copy the pipeline then skips. Arrays whose last axis is no multiple of 128 lie in HBM
 with the slots along the lanes (XLA's own choice, nothing is padded), so their blocks
 are read transposed: `columns` below. Codes are multiplied as they are: scales and
-zeros meet the queries, scores, probabilities or outputs, see `sides`.
+zeros meet the queries, scores, probabilities or outputs, see `sides`. The rows of a
+layer are blocks of the stack of all layers; only scales that XLA turns over beforehand
+are sliced out of it.
 """
 
 import functools
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels import compat, stacked, tuning
 from kvjax.pallas_kernels.decoding import sides
 from kvjax.pallas_kernels.partial import Partial, cap
 from kvjax.types import NEG_INF
@@ -31,6 +33,7 @@ def decode_attention(
     offsets=None,
     positions=None,
     q_positions=None,
+    row=None,
     scale,
     window=None,
     softcap=None,
@@ -50,7 +53,8 @@ def decode_attention(
     first = start // block
     count = jnp.where(stop > start, -(-stop // block) - first, 0)
     first = jnp.minimum(first, (slots - 1) // block)
-    scalars = [first, count, start, stop]
+    lead = jnp.reshape(jnp.int32(0) if row is None else row, 1)
+    scalars = [first, count, lead, start, stop]
     if q_positions is not None:
         scalars.append(q_positions)
 
@@ -59,17 +63,22 @@ def decode_attention(
     queries = q.reshape(b, kv_heads, group_rows, d)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - group_rows), (0, 0)))
 
-    def at(i, k, j, first, count, *_):
+    def own(i, k, j, first, count, *_):
         """Block of step `j`; past the last one the last, whose copy is skipped."""
         here = first[i, k] + jnp.minimum(j, jnp.maximum(count[i, k] - 1, 0))
         return i, k if offsets is None else 0, here
+
+    def at(*grid):
+        (i, k, here), lead = own(*grid), grid[5]
+        return lead[0] + i, k, here
 
     def per_head(i, k, *_):
         return i, k, 0, 0
 
     lift = (lambda x: x) if offsets is None else (lambda x: x[:, None])
-    arrays = [*left.arrays(keys, lift), *right.arrays(values, lift)]
-    specs = [*left.specs(at), *right.specs(at)]
+    few = functools.partial(stacked.rows, row=row, count=b)
+    arrays = [*left.arrays(keys, lift, few), *right.arrays(values, lift, few)]
+    specs = [*left.specs(at, own), *right.specs(at, own)]
     if positions is not None:
         arrays.append(lift(positions)[:, :, None])
         specs.append(
@@ -110,7 +119,7 @@ def decode_attention(
         cost_estimate=pl.CostEstimate(
             flops=4 * b * h * t * slots * d,
             transcendentals=b * h * t * slots,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved)
+            bytes_accessed=sum(x.size * x.dtype.itemsize * b // len(x) for x in moved)
             + sum(4 * b * kv_heads * s[2] * s[3] for s in out_shape),
         ),
         interpret=compat.tpu_interpret(interpret),
@@ -123,7 +132,7 @@ def decode_attention(
 def _kernel(*refs, left, right, tokens, scale, window, softcap):
     """One block of one KV head; softmax state in scratch between blocks."""
     refs = list(refs)
-    first, count, start, stop = (refs.pop(0) for _ in range(4))
+    first, count, _, start, stop = (refs.pop(0) for _ in range(5))
     q_positions = refs.pop(0) if tokens else None
     q_ref = refs.pop(0)
     left_refs = [refs.pop(0) for _ in range(left.operands)]

@@ -15,6 +15,7 @@ Codec = tuple[int, str, int, bool]
 
 LLAMA = (32, 8, 128)  # query heads, KV heads, head dim
 CONTEXT = 131072
+LAYERS = 8
 
 
 def stored(lead: tuple[int, ...], slots: int, d: int, codec: Codec | None) -> Any:
@@ -40,12 +41,14 @@ def sizes(
     keys: Codec | None,
     values: Codec | None,
     ragged: bool = False,
+    layers: int = 1,
 ) -> Arguments:
-    """Shapes of a decode step of Llama-3.1-8B over a full cache."""
+    """Shapes of a decode step of Llama-3.1-8B over a full cache, one of `layers`."""
     heads, kv_heads, d = LLAMA
     struct = jax.ShapeDtypeStruct
+    stack = batch * layers
     lead, slots = (
-        ((batch,), kv_heads * CONTEXT) if ragged else ((batch, kv_heads), CONTEXT)
+        ((stack,), kv_heads * CONTEXT) if ragged else ((stack, kv_heads), CONTEXT)
     )
     args = (
         struct((batch, heads, 1, d), BF16),
@@ -56,13 +59,15 @@ def sizes(
     kwargs: dict[str, Any] = {"scale": d**-0.5}
     if ragged:
         kwargs["offsets"] = struct((batch, kv_heads + 1), jnp.int32)
+    if layers > 1:
+        kwargs["row"] = struct((), jnp.int32)
     return args, kwargs
 
 
 def workload(name: str, batch: int, *how: Any) -> Workload:
     """A `Workload` from the arguments of `sizes`."""
     make = functools.partial(sizes, batch, *how)
-    args, _ = make()
+    args, _ = sizes(batch, *how[:3])  # of a stack, one layer
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args))
     out = 4 * batch * LLAMA[0] * (LLAMA[2] + 1)
     return Workload(name=name, make=make, floor_bytes=moved + out)
@@ -83,5 +88,15 @@ WORKLOADS = (
     *(
         workload(f"ragged bf16 128k batch {batch}", batch, None, None, True)
         for batch in (1, 16)
+    ),
+    *(
+        workload(
+            f"{name} 128k batch 1 of {LAYERS} layers",
+            *(1, *CODECS[name], False, LAYERS),
+        )
+        for name in ("bf16", "int8", "int4")
+    ),
+    workload(
+        f"ragged bf16 128k batch 1 of {LAYERS} layers", 1, None, None, True, LAYERS
     ),
 )

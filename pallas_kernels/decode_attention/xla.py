@@ -8,6 +8,9 @@ end where the data say, so there is no reverse-mode gradient here; see `api`.
 One query per row over plain slots is another matter on a CPU: a cleared copy costs
 three times the products that it protects, so they run over the slots as they are,
 unless the products tell that a free slot holds NaN or an infinity.
+
+Rows of a stack of layers are sliced block by block too, so that no copy of a layer
+exists; only where a layer is a block or two it is sliced as a whole.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kvjax.pallas_kernels import stacked
 from kvjax.pallas_kernels.partial import Partial, cap, merge, softmax_partial
 from kvjax.pallas_kernels.quantize_pack import dequantize
 from kvjax.pallas_kernels.quantized import Quantized
@@ -23,6 +27,9 @@ from kvjax.types import NEG_INF
 
 BLOCK = 1024
 """Slots per step, of all heads together or of one."""
+
+WHOLE = 2 * BLOCK
+"""Slots of a layer that are sliced out of its stack at once, uncleared."""
 
 
 def decode_attention(
@@ -34,6 +41,7 @@ def decode_attention(
     offsets=None,
     positions=None,
     q_positions=None,
+    row=None,
     scale,
     window=None,
     softcap=None,
@@ -42,20 +50,26 @@ def decode_attention(
     (b, h, t, d), kv_heads = q.shape, lengths.shape[1]
     queries = q.reshape(b, kv_heads, h // kv_heads * t, d)
     how = _How(scale=scale, window=window, softcap=softcap)
-    args = (queries, keys, values, lengths, positions, q_positions)
+    whole = t == 1 and not any(isinstance(x, Quantized) for x in (keys, values))
+    if offsets is None and whole and keys.shape[-2] <= WHOLE:
+        keys, values, positions = stacked.rows((keys, values, positions), row, b)
+        row = None
+    args = (queries, keys, values, lengths, positions, q_positions, row)
     if offsets is None:
-        whole = t == 1 and not any(isinstance(x, Quantized) for x in (keys, values))
         part = (_uncleared if whole else _slots)(how, *args)
     else:
         part = _ragged(how, *args, offsets)
     return Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:-1]))
 
 
-def _uncleared(how, queries, keys, values, lengths, positions, q_positions):
+def _uncleared(how, queries, keys, values, lengths, positions, q_positions, row):
     """One query per row over plain slots, cleared only where that is needed."""
-    args = (how, queries, keys, values, lengths, positions, q_positions)
+    args = (how, queries, keys, values, lengths, positions, q_positions, row)
 
     def checked():
+        if row is not None:
+            part, finite = _blocks(*args, block=WHOLE, clear=False)
+            return jax.lax.cond(finite, lambda: part, lambda: _slots(*args))
         held = jnp.arange(keys.shape[-2]) < lengths[..., None]
         seen, _ = _seen(how, queries.shape[2], held, positions, q_positions)
         logits = _logits(how, queries, keys)
@@ -67,27 +81,47 @@ def _uncleared(how, queries, keys, values, lengths, positions, q_positions):
     return jax.lax.platform_dependent(cpu=checked, default=lambda: _slots(*args))
 
 
-def _slots(how, queries, keys, values, lengths, positions, q_positions):
+def _slots(*args):
     """All heads together, block by block up to the longest."""
-    slots = keys.shape[-2]
-    block = _block(keys, values, slots)
+    _, _, keys, values, *_ = args
+    block = _block(keys, values, keys.shape[-2])
+    return _blocks(*args, block=block, clear=True)[0]
 
-    def step(j, done):
+
+def _blocks(
+    how, queries, keys, values, lengths, positions, q_positions, row, *, block, clear
+):
+    """`_slots`, and whether what it summed is finite; slots cleared first or not."""
+    slots = keys.shape[-2]
+    rows = None if row is None else (row, queries.shape[0])
+
+    def step(j, state):
+        done, total = state
         # The last block may overlap the one before: its slots count once.
         begin = j * block
         at = jnp.minimum(begin, slots - block)
         slot = at + jnp.arange(block)
         held = (slot >= begin) & (slot < lengths[..., None])
-        here = None if positions is None else _slice(positions, at, block, 2)
-        k, v = (_block_of(x, at, block) for x in (keys, values))
-        part = _attend(how, queries, k, v, held, here, q_positions)
-        return merge([done, part])
+        here = None if positions is None else _slice(positions, at, block, 2, rows)
+        k, v = (_block_of(x, at, block, rows) for x in (keys, values))
+        if clear:
+            part = _attend(how, queries, k, v, held, here, q_positions)
+            return merge([done, part]), total
+        seen, _ = _seen(how, queries.shape[2], held, here, q_positions)
+        logits = _logits(how, queries, k)
+        assert not isinstance(v, Quantized)
+        part = softmax_partial(logits, seen, v)
+        # NaN or infinite where one of its terms is.
+        total = total + jnp.sum(logits) + jnp.sum(part.out)
+        return merge([done, part]), total
 
     longest = jnp.minimum(jnp.max(lengths), slots)
-    return jax.lax.fori_loop(0, -(-longest // block), step, _nothing(queries))
+    start = _nothing(queries), jnp.zeros(())
+    part, total = jax.lax.fori_loop(0, -(-longest // block), step, start)
+    return part, jnp.isfinite(total)
 
 
-def _ragged(how, queries, keys, values, lengths, positions, q_positions, offsets):
+def _ragged(how, queries, keys, values, lengths, positions, q_positions, row, offsets):
     """One head after the other, each as long as it is."""
     (b, kv_heads), slots = lengths.shape, keys.shape[-2]
     block = _block(keys, values, slots)
@@ -100,20 +134,22 @@ def _ragged(how, queries, keys, values, lengths, positions, q_positions, offsets
 
     def step(item, done):
         head = jnp.sum(edges <= item)  # of all rows' heads
-        row = head // kv_heads
+        query_row = head // kv_heads
+        stored_row = query_row if row is None else row + query_row
+        rows = (stored_row, 1)
         begin = first[head] + (item - edges[head] + count[head]) * block
         at = jnp.minimum(begin, slots - block)
         slot = at + jnp.arange(block)
         held = (slot >= jnp.maximum(begin, start[head])) & (slot < stop[head])
 
         def one(x, axis=0):
-            return jax.lax.dynamic_slice_in_dim(x, row, 1, axis)
+            return jax.lax.dynamic_slice_in_dim(x, query_row, 1, axis)
 
         here = None
         if positions is not None:
-            here = jax.lax.dynamic_slice(positions, (row, at), (1, block))[:, None]
+            here = _slice(positions, at, block, 1, rows)[:, None]
         k, v = (
-            jax.tree.map(lambda x: x[:, None], _block_of(x, at, block, row))
+            jax.tree.map(lambda x: x[:, None], _block_of(x, at, block, rows))
             for x in (keys, values)
         )
         query = jax.lax.dynamic_slice_in_dim(flat, head, 1, 0)[None]
@@ -174,16 +210,16 @@ def _decode(side, live, dtype):
     return jnp.where(live[..., None], side, jnp.zeros((), side.dtype))
 
 
-def _block_of(side, at, block, row=None):
-    """`block` slots of keys or values from slot `at` on; of one row, or of all."""
+def _block_of(side, at, block, rows):
+    """`block` slots of keys or values from slot `at` on; `rows` as in `_slice`."""
     if not isinstance(side, Quantized):
-        return _slice(side, at, block, side.ndim - 2, row)
+        return _slice(side, at, block, side.ndim - 2, rows)
     fine = side.group if side.axis == "channel" else 1
 
     def cut(x, group):
         if x is None:
             return None
-        return _slice(x, at // group, block // group, x.ndim - 2, row)
+        return _slice(x, at // group, block // group, x.ndim - 2, rows)
 
     return dataclasses.replace(
         side,
@@ -193,12 +229,13 @@ def _block_of(side, at, block, row=None):
     )
 
 
-def _slice(x, at, size, axis, row=None):
+def _slice(x, at, size, axis, rows):
+    """`size` entries of an axis from `at` on; of all rows, or (first, how many)."""
     starts: list[Any] = [0] * x.ndim
     sizes = list(x.shape)
     starts[axis], sizes[axis] = at, size
-    if row is not None:
-        starts[0], sizes[0] = row, 1
+    if rows is not None:
+        starts[0], sizes[0] = rows
     return jax.lax.dynamic_slice(x, starts, sizes)
 
 

@@ -85,8 +85,10 @@ def kernel(
     besides = {
         name: far[name]
         for name in far
-        if name not in (*parts, "start", "stop", "counts")
+        if name not in (*parts, "start", "stop", "lead", "counts")
     }
+
+    stored = walk.stored(far, row)
 
     def narrow(step):
         """What lies beside the slots of a block; something where there is none."""
@@ -95,7 +97,7 @@ def kernel(
         step = jnp.maximum(jnp.minimum(step, steps - 1), 0)
         at = jnp.where(steps > 0, begin(step), first)
         how = (plan.beside, jnp.uint32)
-        return run(of_slots, how, (row, head, at), (), {}, besides)
+        return run(of_slots, how, (stored, head, at), (), {}, besides)
 
     def body(step, carried):
         state, more = carried

@@ -29,6 +29,9 @@ from kvjax.pallas_kernels.quantized import Quantized
 MOST_ROWS = 16
 """Queries of a KV head; more do not fit into registers."""
 
+MOST_NUMBERS = 2**32
+"""Of one array that lanes read beside the copy engine; they index it by a word."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
@@ -89,6 +92,8 @@ def refusal(
         why = Stored.of(side).refusal(name, axes)
         if why:
             return why
+        if isinstance(side, Quantized) and side.scale.size > MOST_NUMBERS:
+            return f"`{name}` has more scales than a word counts; got {side.scale.size}"
     if rows > MOST_ROWS:
         return f"at most {MOST_ROWS} queries per KV head here; got {rows}"
     return None

@@ -36,6 +36,7 @@ class Side:
         group: of the groups.
         symmetric: there are no zeros.
         dtype: of the operands of the products.
+        turned: XLA makes a copy of scales and zeros before the kernel starts.
     """
 
     block: int
@@ -46,6 +47,7 @@ class Side:
     group: int = 0
     symmetric: bool = True
     dtype: Any = jnp.bfloat16
+    turned: bool = False
 
     @classmethod
     def of(cls, name: str, side: Any, block: int, q_dtype: Any) -> Self:
@@ -78,6 +80,9 @@ class Side:
             group=side.group,
             symmetric=side.zero is None,
             dtype=jnp.dtype(q_dtype),
+            # One scale per slot lies with the heads along the sublanes, and int16 bits
+            # in float16 are read by a copy.
+            turned=side.scale.shape[-1] == 1 or side.scale.dtype == jnp.float16,
         )
 
     @property
@@ -104,11 +109,20 @@ class Side:
             return self.block
         return max(min(self.block, LANES), self.group)
 
-    def arrays(self, side: Any, lift: Any) -> list[Any]:
-        """What the kernel reads, four axes each; `lift` adds the head axis."""
+    def arrays(self, side: Any, lift: Any, own: Any = None) -> list[Any]:
+        """What the kernel reads, four axes each.
+
+        Args:
+            side: keys or values.
+            lift: adds the head axis.
+            own: takes the rows that the queries read, of what is copied anyway; None
+                where they are all.
+        """
         if self.bits is None:
             return [self._turn(lift(side))]
         sides = [side.scale] + ([] if self.symmetric else [side.zero])
+        if self.turned and own is not None:
+            sides = own(sides)
         # Mosaic TPU takes no float16, and XLA copies where it reads other bits in them:
         # caches that keep the bits (int16) do without.
         sides = [
@@ -122,29 +136,34 @@ class Side:
     def _turn(self, x: Any) -> Any:
         return jnp.swapaxes(x, -1, -2) if self.columns else x
 
-    def specs(self, at: Any) -> list[pl.BlockSpec]:
-        """Blocks of `arrays`; `at` maps the grid to (row, head, block)."""
+    def specs(self, at: Any, own: Any = None) -> list[pl.BlockSpec]:
+        """Blocks of `arrays`; `at` maps the grid to (row, head, block), as does `own`.
 
-        def rows(*grid):
-            i, k, j = at(*grid)
-            return i, k, j, 0
+        `own` counts the rows of the queries, `at` those that are stored; None where
+        they are the same.
+        """
 
-        def lanes(*grid):
-            i, k, j = at(*grid)
-            return i, k, 0, j
+        def spec(at: Any, count: int, wide: int, columns: bool) -> pl.BlockSpec:
+            def rows(*grid):
+                i, k, j = at(*grid)
+                return i, k, j, 0
 
-        def spec(count: int, wide: int, columns: bool) -> pl.BlockSpec:
+            def lanes(*grid):
+                i, k, j = at(*grid)
+                return i, k, 0, j
+
             # Whole blocks: a reference with squeezed axes has no `bitcast`.
             if columns:
                 return pl.BlockSpec((1, 1, wide, count), lanes)
             return pl.BlockSpec((1, 1, count, wide), rows)
 
-        out = [spec(self.block, self.packed, self.columns)]
+        out = [spec(at, self.block, self.packed, self.columns)]
+        here = own if self.turned and own is not None else at
         for _ in range(self.operands - 1):
             if self.axis == "token":
-                out.append(spec(self.block, self.width // self.group, True))
+                out.append(spec(here, self.block, self.width // self.group, True))
             else:
-                out.append(spec(self.block // self.group, self.width, False))
+                out.append(spec(here, self.block // self.group, self.width, False))
         return out
 
     def scores(self, q, refs):

@@ -18,7 +18,8 @@ from kvjax.pallas_kernels.decoding.program import BLOCK
 class Slots:
     """Slots `start` to `stop` of `[B, K, S]`, or of `[B, S]` if ragged.
 
-    Main memory: `start` and `stop`, `[B, K]`.
+    Main memory: `start` and `stop`, `[B, K]`; with `lead`, `[1]`, row `b` of the
+    queries reads row `lead + b` of the store.
 
     Attributes:
         heads: KV heads.
@@ -39,6 +40,10 @@ class Slots:
         """Slots per copy."""
         return self.block
 
+    def stored(self, far: Any, row: Any) -> Any:
+        """Row of the store that a row of queries reads."""
+        return row + far["lead"][0] if "lead" in far else row
+
     def span(self, far: Any, row: Any, head: Any) -> tuple[Any, Any, Any]:
         """First slot of the first block, and the slots held: from, to."""
         start, stop = far["start"][row, head], far["stop"][row, head]
@@ -46,7 +51,7 @@ class Slots:
 
     def pieces(self, far: Any, row: Any, head: Any, begin: Any) -> list[Any]:
         """Per copy of a block: `group -> index` of its slots, in steps of `group`."""
-        del far
+        row = self.stored(far, row)
 
         def index(group):
             # Tiles of shared memory want to know that they are met whole.
@@ -57,7 +62,10 @@ class Slots:
         return [index]
 
     def place(self, ops: Any, far: Any, words: Any, slot: Any) -> tuple[Any, Any]:
-        """Where slot `slot` lies in the store, and in a list of weights."""
+        """Where slot `slot` lies in the store, and in a list of weights.
+
+        `words` are the row of the store and the head.
+        """
         del far
         last = ops.word(self.slots - 1)
         slot = ops.choose(ops.less(slot, last), slot, last)
@@ -92,6 +100,11 @@ class Pages:
         """Slots per copy."""
         return self.page
 
+    def stored(self, far: Any, row: Any) -> Any:
+        """The row itself: pages lie anywhere."""
+        del far
+        return row
+
     def span(self, far: Any, row: Any, head: Any) -> tuple[Any, Any, Any]:
         """First slot of the first block, and the slots held: from, to."""
         zero = jnp.int32(0)
@@ -107,7 +120,10 @@ class Pages:
         return found
 
     def place(self, ops: Any, far: Any, words: Any, slot: Any) -> tuple[Any, Any]:
-        """Where slot `slot` lies in the store, and in a list of weights."""
+        """Where slot `slot` lies in the store, and in a list of weights.
+
+        `words` are the row of the store and the head.
+        """
         row, head = words
         lead = ops.add(ops.mul(row, ops.word(self.heads)), head)
         entry = ops.right(slot, self.page.bit_length() - 1)

@@ -1,8 +1,8 @@
 """`page_score`: validation and dispatch."""
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from kvjax.pallas_kernels import checks
+from kvjax.pallas_kernels import checks, stacked
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 
 OP = Op(name="page_score", backends=("reference", "xla", "tpu", "gpu"))
@@ -13,9 +13,10 @@ GROUPS = ("max", "sum", "softmax_max", "softmax_sum")
 
 def page_score(
     q: Float[Array, "B H T D"],
-    a: Float[Array, "B K P D"],
-    b: Float[Array, "B K P D"] | None = None,
+    a: Float[Array, "R K P D"],
+    b: Float[Array, "R K P D"] | None = None,
     *,
+    row: Int[Array, ""] | None = None,
     mode: str,
     group: str,
     scale: float | None = None,
@@ -28,8 +29,11 @@ def page_score(
     Args:
         q: queries after RoPE, `[B, H, T, D]`; `H` is a multiple of `K`.
         a: minimum of the keys of each page with mode `bound`, or the mean (or a
-            centroid) with mode `dot`, `[B, K, P, D]`; must be finite.
-        b: maximum of the keys with mode `bound`, `[B, K, P, D]`; None with `dot`.
+            centroid) with mode `dot`, `[R, K, P, D]`; must be finite.
+        b: maximum of the keys with mode `bound`, `[R, K, P, D]`; None with `dot`.
+        row: query row `i` reads row `row + i` of `a` and `b`, which may then hold the
+            rows of many layers; an int32 scalar, at most `R - B`. None: 0, and `R` is
+            `B`.
         mode: `bound`: `sum_c max(q_c a_c, q_c b_c)`, which no `q . k` of the page
             exceeds; `dot`: `q . a`.
         group: how the heads of a GQA group are combined: the `max` or the `sum` of
@@ -47,17 +51,18 @@ def page_score(
         ValueError: shapes, dtypes or settings that do not fit.
         NotImplementedError: the chosen backend does not serve this case.
 
-    Cost: reads `a` and `b` once.
+    Cost: reads `B` rows of `a` and `b` once; with `row` the XLA path copies them first.
 
     Source: Quest (2406.10774) equation 1 (`bound`); MoBA (2502.13189), InfLLM
         (2402.04617) and ShadowKV (2410.21465) rank by `dot`; NSA (2502.11089) sums
         shares over a group. Deviation from Quest: the heads of a group share pages.
     """
-    _check(q, a, b, mode, group, scale)
+    _check(q, a, b, row, mode, group, scale)
     return OP(
         q,
         a,
         b,
+        row=row,
         mode=mode,
         group=group,
         scale=scale,
@@ -67,17 +72,19 @@ def page_score(
     )
 
 
-def _check(q, a, b, mode, group, scale) -> None:
+def _check(q, a, b, row, mode, group, scale) -> None:
     for name, value, known in (("mode", mode, MODES), ("group", group, GROUPS)):
         if value not in known:
             raise ValueError(f"`{name}` must be one of {list(known)}; got {value!r}.")
     if q.ndim != 4:
         raise ValueError(f"`q` must be [B, H, T, D]; got {list(q.shape)}.")
     if a.ndim != 4:
-        raise ValueError(f"`a` must be [B, K, P, D]; got {list(a.shape)}.")
+        raise ValueError(f"`a` must be [R, K, P, D]; got {list(a.shape)}.")
     checks.dtype("q", q)
     checks.dtype("a", a)
-    checks.shape("a", a, ("B", "K", "P", "D"), B=q.shape[0], D=q.shape[3])
+    checks.shape("a", a, ("R", "K", "P", "D"), D=q.shape[3])
+    stacked.check_row(row)
+    stacked.check("a", a, q.shape[0], row)
     checks.group(q.shape[1], a.shape[1])
     if (b is None) != (mode == "dot"):
         got = "None" if b is None else "an array"

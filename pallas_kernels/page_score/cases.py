@@ -20,8 +20,9 @@ def make(
     mode: str = "bound",
     group: str = "max",
     dtype: Any = jnp.float32,
+    stack: tuple[int, int] | None = None,
 ):
-    """Queries, and bounds or means of pages."""
+    """Queries, and bounds or means of pages; `stack` rows before and behind them."""
     h, k = heads
     q = rng.standard_normal((2, h, tokens, d))
     a = rng.standard_normal((2, k, pages, d))
@@ -30,7 +31,12 @@ def make(
     if group.startswith("softmax"):
         kwargs["scale"] = d**-0.5
     arrays = (q, a, b) if mode == "bound" else (q, a)
-    return tuple(jnp.asarray(x, dtype) for x in arrays), kwargs
+    q, *bounds = (jnp.asarray(x, dtype) for x in arrays)
+    if stack is not None:
+        kwargs["row"] = jnp.asarray(stack[0], jnp.int32)
+        pad = (stack, *[(0, 0)] * 3)
+        bounds = [jnp.pad(x, pad, constant_values=jnp.nan) for x in bounds]
+    return (q, *bounds), kwargs
 
 
 def case(name: str, block: int = 128, **how: Any) -> Case:
@@ -63,6 +69,9 @@ CASES = (
     case("d96", d=96),
     case("d256", d=256, dtype=BF16),
     case("one_page", pages=1, group="softmax_max"),
+    case("row", stack=(2, 1)),
+    case("row_bf16", stack=(1, 2), pages=130, dtype=BF16),
+    case("row_shares_bf16", mode="dot", group="softmax_sum", stack=(0, 1), dtype=BF16),
     case("several_shares_bf16", tokens=2, group="softmax_sum", pages=70, dtype=BF16),
 )
 

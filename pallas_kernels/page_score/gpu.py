@@ -13,25 +13,29 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels import compat, stacked, tuning
 
 ROWS = 64
 """Rows of a `wgmma`: query heads of a KV head times queries, padded."""
 
 
-def page_score(q, a, b, *, mode, group, scale, tiles=None, interpret=False):
+def page_score(q, a, b, *, row=None, mode, group, scale, tiles=None, interpret=False):
     """See `api.page_score`."""
     _refuse(q, a)
     (n, h, t, d), (kv_heads, pages) = q.shape, a.shape[1:3]
     block = tuning.tiles("page_score", "h200", tiles)["pages"]
     rows = h // kv_heads * t
+    if pages % 8:
+        # Tiles in shared memory have 8 rows: other counts of pages are copied.
+        a, b = stacked.rows((a, b), row, n)
+        row = None
+    lead = [] if row is None else [jnp.reshape(row, 1)]
     queries = q.reshape(n, kv_heads, rows, d)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, ROWS - rows), (0, 0)))
     sides = [(queries, a)]
     if mode == "bound":
         # Negative channels of a query meet the minimum, positive ones the maximum.
         sides = [(jnp.minimum(queries, 0), a), (jnp.maximum(queries, 0), b)]
-    # Tiles in shared memory have 8 rows: other counts of pages are copied.
     more = ((0, 0), (0, 0), (0, -pages % 8), (0, 0))
     sides = [(queries, jnp.pad(x, more)) for queries, x in sides]
     steps = pl.cdiv(pages, block)
@@ -54,7 +58,7 @@ def page_score(q, a, b, *, mode, group, scale, tiles=None, interpret=False):
         grid_names=("step", "head", "row"),
         interpret=compat.gpu_interpret(interpret),
     )
-    score = run(*(x for side in sides for x in side))[:, :, :rows, :pages]
+    score = run(*lead, *(x for side in sides for x in side))[:, :, :rows, :pages]
     score = score.reshape(n, kv_heads, h // kv_heads, t, pages)
     if group.startswith("softmax"):
         score = jax.nn.softmax(score * scale, axis=-1)
@@ -81,13 +85,17 @@ def _kernel(*refs, sides, q_near, page_near, out_near, here):
     """All heads of a group against one block of pages."""
     *refs, out_ref = refs
     step, head, row = (lax.axis_index(name) for name in ("step", "head", "row"))
+    stored = row
+    if len(refs) > 2 * sides:
+        lead_ref, *refs = refs
+        stored = row + lead_ref[0]
     block = page_near.shape[1]
     some = pl.ds(step * block, block)
     for i in range(sides):
         q_ref, page_ref = refs[2 * i : 2 * i + 2]
         plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_near.at[i], here.at[i])
         plgpu.copy_gmem_to_smem(
-            page_ref.at[row, head, some], page_near.at[i], here.at[i]
+            page_ref.at[stored, head, some], page_near.at[i], here.at[i]
         )
 
     def score(ref):

@@ -20,7 +20,7 @@ KEPT_BYTES = 8 << 20
 """Of the scores that wait for a softmax; VMEM of the smallest target is 64 MiB."""
 
 
-def page_score(q, a, b, *, mode, group, scale, tiles=None, interpret=False):
+def page_score(q, a, b, *, row=None, mode, group, scale, tiles=None, interpret=False):
     """See `api.page_score`."""
     (n, h, t, d), (kv_heads, pages) = q.shape, a.shape[1:3]
     for name, array in (("q", q), ("a", a)):
@@ -48,7 +48,12 @@ def page_score(q, a, b, *, mode, group, scale, tiles=None, interpret=False):
         # Else XLA may copy all bounds into VMEM before the kernel starts.
         bounds = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in bounds]
     out_block = steps * block if shares else block
-    out_at = (lambda i, k, j: (i, k, 0, 0)) if shares else lambda i, k, j: (i, k, 0, j)
+    lead = jnp.reshape(jnp.int32(0) if row is None else row, 1)
+
+    def out_at(i, k, j, lead):
+        del lead
+        return i, k, 0, 0 if shares else j
+
     width = out_block if shares else pages
     moved = [queries, *bounds]
     score = pl.pallas_call(
@@ -60,31 +65,39 @@ def page_score(q, a, b, *, mode, group, scale, tiles=None, interpret=False):
             pages=pages,
             heads=heads,
         ),
-        grid=(n, kv_heads, steps),
-        in_specs=[
-            pl.BlockSpec((None, None, rows, d), lambda i, k, j: (i, k, 0, 0)),
-            *[pl.BlockSpec((None, None, block, d), lambda i, k, j: (i, k, j, 0))]
-            * len(bounds),
-        ],
-        out_specs=pl.BlockSpec((None, None, t, out_block), out_at),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(n, kv_heads, steps),
+            in_specs=[
+                pl.BlockSpec((None, None, rows, d), lambda i, k, j, lead: (i, k, 0, 0)),
+                *[
+                    pl.BlockSpec(
+                        (None, None, block, d),
+                        lambda i, k, j, lead: (lead[0] + i, k, j, 0),
+                    )
+                ]
+                * len(bounds),
+            ],
+            out_specs=pl.BlockSpec((None, None, t, out_block), out_at),
+            scratch_shapes=[pltpu.VMEM((steps, rows, block), jnp.float32)] * shares,
+        ),
         out_shape=jax.ShapeDtypeStruct((n, kv_heads, t, width), jnp.float32),
-        scratch_shapes=[pltpu.VMEM((steps, rows, block), jnp.float32)] * shares,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * rows * sum(x.size for x in bounds),
+            flops=2 * rows * n * sum(x.size // len(x) for x in bounds),
             transcendentals=n * kv_heads * rows * pages * shares,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved)
+            bytes_accessed=sum(x.size * x.dtype.itemsize * n // len(x) for x in moved)
             + 4 * n * kv_heads * t * width,
         ),
         interpret=compat.tpu_interpret(interpret),
         name="page_score",
-    )(*moved)
+    )(lead, *moved)
     return score[..., :pages]
 
 
-def _kernel(q_ref, *refs, bound, largest, scale, pages, heads):
+def _kernel(_, q_ref, *refs, bound, largest, scale, pages, heads):
     """Scores of a block of pages; with a softmax, those of all pages at the end."""
     a_ref, refs = refs[0], refs[1:]
     q = q_ref[...]

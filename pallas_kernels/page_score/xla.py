@@ -1,13 +1,19 @@
-"""Scores of pages in plain XLA: two products, and no copy of the bounds."""
+"""Scores of pages in plain XLA: two products, and no copy of whole bounds."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kvjax.pallas_kernels import stacked
 
-def page_score(q, a, b, *, mode, group, scale):
-    """See `api.page_score`. Temporaries: the scores of all heads."""
+
+def page_score(q, a, b, *, mode, group, scale, row=None):
+    """See `api.page_score`.
+
+    Temporaries: the scores of all heads, and with `row` the rows read of the bounds.
+    """
     (rows, h, t, d), kv_heads = q.shape, a.shape[1]
+    a, b = stacked.rows((a, b), row, rows)
     queries = q.reshape(rows, kv_heads, h // kv_heads * t, d)
     if mode == "bound":
         # Negative channels of a query meet the minimum, positive ones the maximum.
