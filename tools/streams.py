@@ -27,7 +27,8 @@ def records(
 
     Args:
         command: to run.
-        silent: seconds without a record after which it is ended.
+        silent: seconds without a record after which it is ended; a record may set
+            other ones under `silent`.
         said: file for what it prints to the standard error.
         until: `time.monotonic()` at which it is ended in any case.
         environment: of the command; None: this one's.
@@ -63,6 +64,7 @@ def records(
             record = _record(line)
             if record is not None:
                 yield record
+                silent = record.get("silent", silent)
                 quiet = time.monotonic() + silent
     finally:
         code = _ended(process, patience=10.0 if end == "over" else 0.0)
