@@ -30,6 +30,7 @@ NEEDED = {
     "safetensors": "safetensors",
     "rich": "rich",
     "filelock": "filelock",
+    "jinja2": "jinja2",
 }
 
 PROBE = """
