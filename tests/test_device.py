@@ -175,8 +175,15 @@ IMPORTED = """
 import sys
 sys.argv = ["device.py"]
 sys.path.insert(0, "benchmarks")
-import device
+import device, pathlib
 print(*{name.split(".")[0] for name in sys.modules})
+from device_parity import cases
+context = device.Context(out=pathlib.Path("nowhere"), dry=False)
+stages = set(device.STAGES) - {"parity", "tune"}  # these start or read something
+rows = {stage: device.STAGES[stage](context) for stage in stages}
+names = {stage: len({name for name, _ in rows[stage]}) for stage in rows}
+assert names == {stage: len(rows[stage]) for stage in rows}, "names are told apart"
+assert len(rows["decode"]) == 18 and len(cases(False)) > 80, names
 """
 
 
