@@ -43,14 +43,14 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "parity": Stage(130, {}),
-    "card": Stage(25, {}),
+    "parity": Stage(120, {}),
+    "card": Stage(20, {}),
     # torch runs beside it on the same card.
     "kernels": Stage(110, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
     # 16 GB of weights, and twice a cache of 17 GB.
-    "decode": Stage(150, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}),
-    "train": Stage(45, {}),
-    "tune": Stage(80, {}),
+    "decode": Stage(180, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}),
+    "train": Stage(40, {}),
+    "tune": Stage(70, {}),
 }
 
 
