@@ -97,7 +97,10 @@ def compared(number: int, name: str, case: Case, dry: bool, ahead: References) -
     fixed = {n: x for n, x in kwargs.items() if n not in arrays}
     run = jax.jit(functools.partial(public(name), **fixed, **how))
     with gpu_target(dry):
-        row = {"apart": worst(run(*args, **arrays), want), "bound": bound}
+        row: dict[str, Any] = {
+            "apart": worst(run(*args, **arrays), want),
+            "bound": bound,
+        }
         if slopes is not None:
             got = gradients(name, case, args, kwargs, how)
             row["gradient_apart"] = worst(got, slopes)

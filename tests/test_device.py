@@ -36,7 +36,7 @@ def device() -> types.ModuleType:
     return tool("device")
 
 
-def session(device, monkeypatch, out, *, budget=60.0, silent=60, **stages):
+def session(device, monkeypatch, out, *, budget=60.0, silent=60.0, **stages):
     """Exit code of all stages, of which some do what is given between their rows."""
 
     def command(python, stage, *args):
@@ -73,8 +73,7 @@ def test_every_stage_writes_what_it_found(device, monkeypatch, tmp_path, capsys)
     ],
 )
 def test_a_bad_row_costs_no_other(device, monkeypatch, tmp_path, what, silent, why):
-    stages = {"card": what, "silent": silent}
-    assert session(device, monkeypatch, tmp_path, **stages) == 1
+    assert session(device, monkeypatch, tmp_path, silent=silent, card=what) == 1
     record = read(tmp_path, "card")
     assert record["status"] == "done"
     assert [("error" in row) for row in record["rows"]] == [False, True, False]
