@@ -4,7 +4,7 @@ LOCK := $(PY) -m uv pip compile pyproject.toml --extra dev --extra notebook \
 	--universal --python-version 3.12 --generate-hashes --no-header \
 	--no-annotate --quiet
 
-.PHONY: help setup demo test test-slow test-kernels test-kernels-fast lint format bench results kernels lock build clean
+.PHONY: help setup demo test test-slow test-kernels test-kernels-fast lint format bench results kernels device device-pack lock build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -44,6 +44,14 @@ results: setup ## train and measure what docs/results/ shows, hours
 
 kernels: setup ## compile all kernels for TPU v5e, v6e, v7x and the H200; print the table
 	@$(PY) tools/kernels.py
+
+device: ## all that needs a GPU, in nine minutes; DRY=1, OUT=, BUDGET=, STAGES=, PYTHON=
+	@$(or $(PYTHON),python3) tools/device.py $(if $(PYTHON),--python $(PYTHON)) \
+		$(if $(DRY),--dry) $(if $(OUT),--out $(OUT)) \
+		$(if $(BUDGET),--budget $(BUDGET)) $(if $(STAGES),--stages $(STAGES))
+
+device-pack: setup ## wheels in .wheels/ that `make device` needs where there is no network
+	@$(PY) tools/device_pack.py
 
 lock: setup ## resolve the dependencies again
 	echo 'jax==0.11.2' | UV_SYSTEM_CERTS=1 $(LOCK) --constraint - --upgrade -o requirements.lock

@@ -1,6 +1,7 @@
 """What the benchmarks share: models, synthetic caches, timing, and the record."""
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kvjax.cache import KVCache
+from kvjax.cache import KVCache, LayerCache
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build
 from kvjax.compress.observe import observe
@@ -27,7 +28,7 @@ from kvjax.models import Decoder, DecoderConfig, checks, generation
 from kvjax.models.inference import trim
 from kvjax.models.sampling import Sampling
 from kvjax.rope import Rope
-from kvjax.types import LayerInputs, padded_positions
+from kvjax.types import LayerInputs, LayerSpec, padded_positions
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -59,33 +60,66 @@ def large(layers: int = 12, vocab: int = 32000) -> DecoderConfig:
     )
 
 
-def random_model(config: DecoderConfig, seed: int = 0) -> Decoder:
-    """Fresh float32 weights."""
-    return Decoder(config, rngs=nnx.Rngs(seed))
+def random_model(config: DecoderConfig, seed: int = 0, dtype=jnp.float32) -> Decoder:
+    """Fresh weights."""
+    return Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))
 
 
 def random_cache(
-    config: DecoderConfig, c: Compression, batch: int, length: int, room: int, seed=0
+    config: DecoderConfig,
+    c: Compression,
+    batch: int,
+    length: int,
+    room: int,
+    seed=0,
+    dtype=jnp.float32,
+    alike: bool = False,
 ) -> KVCache:
-    """What prefill leaves, for random queries, keys and values instead of a prompt."""
+    """What prefill leaves, for random queries, keys and values instead of a prompt.
+
+    With `alike`, layers from the first one on that is held like the last are copies of
+    that: one program instead of one per layer.
+    """
     lengths = jnp.full((batch,), length, jnp.int32)
 
     @functools.partial(jax.jit, static_argnames="spec")
     def layer(key, spec):
         heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         q, k, v = (
-            jax.random.normal(one, (batch, n, length, spec.head_dim))
+            jax.random.normal(one, (batch, n, length, spec.head_dim), dtype)
             for one, n in zip(jax.random.split(key, 3), heads, strict=True)
         )
-        o = jnp.zeros((spec.num_heads, spec.head_dim, config.hidden_size))
+        o = jnp.zeros((spec.num_heads, spec.head_dim, config.hidden_size), dtype)
         at = padded_positions(lengths, length)
         inputs = LayerInputs(q=q, k=k, v=v, positions=at, o_proj=o, spec=spec)
         return build(observe(inputs, lengths, c, None), lengths, c, room=room)[0]
 
     keys = jax.random.split(jax.random.key(seed), config.num_layers)
-    layers = tuple(layer(k, s) for k, s in zip(keys, config.layers, strict=True))
+    last = layer(keys[-1], config.layers[-1]) if alike else None
+    layers: list[LayerCache] = []
+    for key, spec in zip(keys, config.layers, strict=True):
+        if last is None or not _held_like(jax.eval_shape(_at(layer, spec), key), last):
+            layers.append(layer(key, spec))
+            continue
+        left = config.layers[len(layers) :]
+        copies = (jax.tree.map(jnp.copy, last) for _ in left)
+        layers += [
+            dataclasses.replace(x, spec=s) for x, s in zip(copies, left, strict=True)
+        ]
+        break
     about = checks.provenance(config, c)
-    return trim(KVCache(layers=layers, length=lengths, provenance=about))
+    return trim(KVCache(layers=tuple(layers), length=lengths, provenance=about))
+
+
+def _at(layer: Callable[..., LayerCache], spec: LayerSpec):
+    return lambda key: layer(key, spec)
+
+
+def _held_like(one: LayerCache, other: LayerCache) -> bool:
+    """Whether two layers differ at most in their spec and in what the arrays hold."""
+    one = dataclasses.replace(one, spec=other.spec)
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (one, other)]
+    return shapes[0] == shapes[1]
 
 
 def decode_ms(model: Decoder, cache: KVCache, tokens: int, repeats: int = 5) -> float:
@@ -110,6 +144,7 @@ def decode_ms(model: Decoder, cache: KVCache, tokens: int, repeats: int = 5) -> 
         )
         jax.block_until_ready(out)
         times.append(1e3 * (time.perf_counter() - start) / (tokens - 1))
+        del out  # or three caches are held at once
     return statistics.median(times[1:])
 
 
@@ -124,16 +159,15 @@ def median_s(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def report(name: str, config: dict[str, Any], results: Any, seed: int = 0) -> int:
-    """Print the record and write it to `results/<name>.json`."""
-    commit = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-    done = subprocess.run(commit, capture_output=True, text=True)
-    record = {
-        "benchmark": name,
-        "config": config,
-        "seed": seed,
-        "results": results,
-        "commit": done.stdout.strip() or None,
+def about() -> dict[str, Any]:
+    """When, on what, and with which versions something is measured."""
+    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # a bare machine
+        commit = ""
+    return {
+        "commit": commit or None,
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),
         "python": platform.python_version(),
@@ -141,6 +175,12 @@ def report(name: str, config: dict[str, Any], results: Any, seed: int = 0) -> in
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load": loadavg(),
     }
+
+
+def report(name: str, config: dict[str, Any], results: Any, seed: int = 0) -> int:
+    """Print the record and write it to `results/<name>.json`."""
+    record: dict[str, Any] = {"benchmark": name, "config": config, "seed": seed}
+    record |= {"results": results, **about()}
     target = HERE / "results" / f"{name}.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -153,10 +153,16 @@ def prefill(a: Any) -> dict[str, Any]:
 # GPU: the kernels.
 
 
-def bandwidth(repeats: int) -> float:
-    """Bytes read and written per second by a copy of 4 GiB."""
-    x = jnp.zeros((1 << 30,), jnp.float32)
+def bandwidth(repeats: int, size: int = 1 << 30) -> float:
+    """Bytes read and written per second by a copy, of 4 GiB by default."""
+    x = jnp.zeros((size,), jnp.float32)
     return 2 * x.nbytes / seconds(lambda x: x + 1, x, repeats=repeats, calls=4)
+
+
+def matrix_rate(repeats: int, size: int = 8192) -> float:
+    """Operations per second of a square bfloat16 product of random numbers."""
+    x, y = (normal(i, size, size, dtype=jnp.bfloat16) for i in (0, 1))
+    return 2 * size**3 / seconds(jnp.matmul, x, y, repeats=repeats, calls=10)
 
 
 def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -177,7 +183,7 @@ def gpu_decode(a: Any, copy: float) -> dict[str, Any]:
     live = jnp.ones((b, k, s), bool)
 
     def step(*x):
-        return decode_attention(*x, scale=d**-0.5, backend="gpu")
+        return decode_attention(*x, scale=d**-0.5, backend=a.kernel)
 
     def timed(keys, values):
         args = (q, keys, values, lengths)
@@ -218,7 +224,7 @@ def gpu_prefill(a: Any) -> dict[str, Any]:
     rows = [x.swapaxes(1, 2) for x in (q, k, v)]  # its layout, out of the timing
 
     def cudnn(*x):
-        how = {"is_causal": True, "implementation": "cudnn"}
+        how = {"is_causal": True, "implementation": a.dense}
         return jax.nn.dot_product_attention(*x, **how)
 
     dense = seconds(cudnn, *rows, repeats=a.repeats)
@@ -228,7 +234,7 @@ def gpu_prefill(a: Any) -> dict[str, Any]:
         pattern = causal_list(32, n, 0.1)
 
         def run(q, k, v, pattern):
-            return sparse_prefill(q, k, v, pattern, scale=d**-0.5, backend="gpu")
+            return sparse_prefill(q, k, v, pattern, scale=d**-0.5, backend=a.kernel)
 
         took = seconds(run, q, k, v, pattern, repeats=a.repeats)
         gain = dense / took
@@ -270,6 +276,8 @@ def main() -> int:
         batch=8,
         length=131072,
         repeats=5,
+        kernel="gpu",
+        dense="cudnn",
     )
     start = time.perf_counter()
     device = jax.devices()[0]

@@ -1,8 +1,8 @@
 """Runs every benchmark of this folder and collects what they print as JSON.
 
-A benchmark is a script that prints one JSON object; `common*.py`, `tune.py` and the
-`torch_*.py` that other interpreters run are none. Each runs in a process of its own,
-so that none sees the memory or the compiled programs of another:
+A benchmark is a script that prints one JSON object; `common*.py`, `tune.py`,
+`device*.py` and the `torch_*.py` that other interpreters run are none. Each runs in a
+process of its own, so that none sees the memory or the compiled programs of another:
 
     python benchmarks/run.py                       all of them
     python benchmarks/run.py decode --out b.json   those whose name holds "decode"
@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 def scripts(names: list[str]) -> list[pathlib.Path]:
     """The benchmarks whose name holds one of `names`, or all."""
-    helpers = ("run", "common", "torch_", "tune")
+    helpers = ("run", "common", "torch_", "tune", "device")
     found = [p for p in sorted(HERE.glob("*.py")) if not p.stem.startswith(helpers)]
     chosen = [path for path in found if any(n in path.stem for n in names or [""])]
     if names and not chosen:

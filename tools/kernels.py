@@ -23,8 +23,9 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 from typing import Any
+
+import streams
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "kernels_compile.json"
@@ -128,28 +129,11 @@ def watch(command: list[str], limit: float) -> tuple[list[dict[str, Any]], int, 
     It is ended when it prints no record for `limit` seconds.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    records = []
-    with (
-        tempfile.TemporaryFile("w+") as said,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
-        ) as process,
-    ):
-        assert process.stdout is not None
-        timer = threading.Timer(limit, process.kill)
-        timer.start()
-        for line in process.stdout:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue  # a compiler's own words
-            timer.cancel()
-            timer = threading.Timer(limit, process.kill)
-            timer.start()
-        code = process.wait()
-        timer.cancel()
+    with tempfile.TemporaryFile("w+") as said:
+        how = {"silent": limit, "said": said, "environment": environment}
+        *records, end = streams.records(command, **how)
         said.seek(0)
-        return records, code, said.read()
+        return records, end["code"], said.read()
 
 
 def declared(row: dict[str, Any], docs: pathlib.Path = ROOT / "docs/kernels") -> bool:
