@@ -29,7 +29,8 @@ def cases() -> list:
                     continue
                 marks = [pytest.mark.slow] if case.slow else []
                 if backend in ("tpu", "gpu"):
-                    marks.append(pytest.mark.interpret)
+                    kind = f"{name}-{backend}"
+                    marks = [pytest.mark.interpret, pytest.mark.sweep(0, 4, kind=kind)]
                 label = f"{name}-{backend}-{case.name}"
                 found.append(pytest.param(name, backend, case, marks=marks, id=label))
     return found
