@@ -18,7 +18,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 # A bounded cache is locked, so that processes can share it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 << 30))
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# It also looks at all its entries to add one: only programs that are worth it.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Mosaic's GPU interpreter runs compiled code from a callback: with one thread in XLA's
@@ -37,6 +38,7 @@ from tests.levels import (  # noqa: E402, F401
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_report_header,
+    pytest_runtest_makereport,
     pytest_terminal_summary,
 )
 

@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TIMES = ROOT / "tests" / "times.json"
 LEVELS = ("fast", "ci", "all")
 SEED = "KVJAX_TREE"
+USED = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,12 +51,18 @@ def function_of(nodeid: str) -> str:
     return nodeid.split("[")[0]
 
 
+def beyond(item: pytest.Item, level: str) -> bool:
+    """Whether a mark of the test keeps it from a level."""
+    marks = ("slow", "interpret") if level == "fast" else ()
+    return any(item.get_closest_marker(mark) is not None for mark in marks)
+
+
 def drawn(items: list[pytest.Item], seed: str, level: str) -> set[str]:
     """The cases of sweeps that a level takes."""
     kinds = collections.defaultdict(list)
     for item in items:
         mark = item.get_closest_marker("sweep")
-        if mark is not None:
+        if mark is not None and not beyond(item, level):
             digest = hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest()
             kind = function_of(item.nodeid), mark.kwargs.get("kind")
             kinds[(*kind, mark.args[LEVELS.index(level)])].append((digest, item.nodeid))
@@ -70,8 +77,7 @@ def leaves_out(item: pytest.Item, level: str, chosen: set[str]) -> bool:
     """Whether the level goes without a test."""
     if item.get_closest_marker("sweep") is not None:
         return item.nodeid not in chosen
-    marks = ("slow", "interpret") if level == "fast" else ()
-    return any(item.get_closest_marker(mark) is not None for mark in marks)
+    return beyond(item, level)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -88,7 +94,7 @@ def pytest_collection_modifyitems(
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Sort by the recorded seconds of each file; those without a record come first."""
+    """Sort files by their recorded processor seconds; one without a record is first."""
     known = json.loads(TIMES.read_text()) if TIMES.exists() else {}
     seconds: dict[pathlib.Path, float] = collections.defaultdict(float)
     recorded = {name.split("::")[0] for name in known}
@@ -98,6 +104,21 @@ def longest_first(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (-seconds[item.path], str(item.path)))  # stable
 
 
+def used() -> float:
+    """Processor seconds of this process and of children that have ended."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """Note what each phase of a test took: on a busy machine the clock says little."""
+    report = yield
+    now = used()
+    report.used = now - item.session.stash.get(USED, now)
+    item.session.stash[USED] = now
+    return report
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if not terminalreporter.config.getoption("--record"):
         return
@@ -105,7 +126,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
-                cases[function_of(report.nodeid)][report.nodeid] += report.duration
+                cases[function_of(report.nodeid)][report.nodeid] += report.used
     mean = {name: sum(each.values()) / len(each) for name, each in cases.items()}
     held = json.loads(TIMES.read_text()) if TIMES.exists() else {}
     held |= {name: round(took, 1) for name, took in mean.items()}
