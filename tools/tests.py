@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 import tomllib
+from typing import Any
 
 import kernels
 
@@ -22,7 +23,8 @@ def newest() -> str:
     """An interpreter with the locked dependencies, but the newest JAX."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = [x for x in project["project"]["dependencies"] if x.startswith("jax>")]
-    kernels.PINS["newest"] = ("--upgrade", *wanted)
+    pins: dict[str, Any] = dict(kernels.PINS, newest=("--upgrade", *wanted))
+    kernels.PINS = pins
     kernels.make("newest")
     return str(ROOT / ".venv-newest" / "bin" / "python")
 
