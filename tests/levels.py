@@ -84,7 +84,7 @@ def leaves_out(item: pytest.Item, level: str, chosen: set[str]) -> bool:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    level = config.getoption("--level")
+    level = str(config.getoption("--level"))
     if level != "all":
         chosen = drawn(items, tree(), level)
         gone = [item for item in items if leaves_out(item, level, chosen)]

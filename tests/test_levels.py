@@ -73,5 +73,6 @@ def test_longest_files_come_first(monkeypatch, tmp_path):
     items: list[Any] = [*cases(2), Item("tests/b.py::test"), *cases(1)]
     longest_first(items)
     assert [str(item.path) for item in items] == ["tests/a.py"] * 3 + ["tests/b.py"]
-    longest_first(items := [*items, Item("tests/new.py::test")])
+    items.append(Item("tests/new.py::test"))
+    longest_first(items)
     assert str(items[0].path) == "tests/new.py"
