@@ -4,7 +4,12 @@ LOCK := $(PY) -m uv pip compile pyproject.toml --extra dev --extra notebook \
 	--universal --python-version 3.12 --generate-hashes --no-header \
 	--no-annotate --quiet
 
-.PHONY: help setup demo test test-slow test-kernels test-kernels-fast lint format bench results kernels device device-pack lock build clean
+# Workers get whole files, those that take longest first; one needs up to 4 GB.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+LEVEL := fast
+RECORD :=
+
+.PHONY: help setup demo test test-all test-kernels lint format bench results kernels lock build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -15,17 +20,14 @@ setup: ## make .venv from requirements.lock (does nothing when it is up to date)
 demo: setup ## the bundled model with and without a compressed cache
 	@.venv/bin/kvjax demo
 
-test: setup ## the tests, without those marked slow
-	@$(PY) tools/tests.py -m "not slow and not interpret"
+test: setup ## the tests of every change, minutes (LEVEL=ci: what .ci/run takes)
+	@$(PY) -m pytest -q $(SPREAD) --level $(LEVEL) --durations 10 $(RECORD)
 
-test-slow: setup ## all the tests, but for kernels in their interpreters
-	@$(PY) tools/tests.py -m "not interpret"
-
-test-kernels-fast: setup ## the fast cases of test-kernels
-	$(PY) -m pytest tests/kernels -m "interpret and not slow"
+test-all: setup ## all tests, hours (JAX=newest: under the newest JAX of our range)
+	@$(PY) tools/tests.py $(JAX)
 
 test-kernels: setup ## every kernel in its interpreter against its reference
-	$(PY) -m pytest tests/kernels
+	$(PY) -m pytest -q $(SPREAD) --level all tests/kernels
 
 lint: setup ## ruff and pyright
 	$(PY) -m ruff check .

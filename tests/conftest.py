@@ -1,7 +1,9 @@
 """Shared fixtures, and the settings that every test runs under.
 
-The environment is set before JAX is imported: CPU only, and compiled programs kept
-in `.cache/jax`, so that a second run does not compile again.
+The environment is set before JAX is imported: CPU only; compiled programs kept in
+`.cache/jax`, so that a second run does not compile again; and little optimisation,
+since a test compiles for longer than it runs. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` asks
+for all of it, as `make test-all` does; modules marked `optimized` always have it.
 """
 
 import gc
@@ -13,7 +15,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# A bounded cache is locked, so that processes can share it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 << 30))
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# It also looks at all its entries to add one: only programs that are worth it.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Mosaic's GPU interpreter runs compiled code from a callback: with one thread in XLA's
@@ -28,6 +34,13 @@ import pytest  # noqa: E402
 from jax.typing import DTypeLike  # noqa: E402
 
 import tests.typecheck  # noqa: E402, F401
+from tests.levels import (  # noqa: E402, F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_report_header,
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+)
 
 # KVJAX_TYPECHECK=1 checks shapes and types at each call; this has to come before any
 # module of kvjax is imported.
@@ -48,13 +61,17 @@ Loosening an entry needs a line in CHANGELOG.md.
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _drop_compiled_programs():
-    """Free what a module compiled.
+def _compiler(request):
+    """Optimise as the module asks for, and free what it compiled.
 
     With the programs of the whole suite in one process, XLA's CPU compiler once
     crashed (docs/log.md).
     """
+    little = jax.config.read("jax_disable_most_optimizations")
+    if request.node.get_closest_marker("optimized") is not None:
+        jax.config.update("jax_disable_most_optimizations", False)
     yield
+    jax.config.update("jax_disable_most_optimizations", little)
     jax.clear_caches()
     gc.collect()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import kvjax
@@ -66,6 +67,28 @@ BUDGETED = tuple(
     if isinstance(preset(name).schedule, AfterPrefill)
     and (preset(name).evict is not None or preset(name).keep is not None)
 )
+
+
+def structure(name: str) -> tuple[Any, ...]:
+    """What the tree of a preset's cache depends on; a test holds it."""
+    c = preset(name)
+    headwise = c.evict is not None and c.evict.budget.per_head
+    split = c.evict is not None and c.evict.values is not None
+    later = not isinstance(c.schedule, AfterPrefill)
+    tracked = type(c.evict.score) if later and c.evict is not None else None
+    return headwise, split, c.store, c.read, tracked
+
+
+REPRESENTATIVE = {structure(name): name for name in reversed(PRESETS)}
+"""The first preset of each structure."""
+
+
+def one_per_structure(more: int):
+    """Cases of a test of what depends on the cache alone; others are a sweep."""
+    others = pytest.mark.sweep(0, more)
+    chosen = REPRESENTATIVE.values()
+    cases = [pytest.param(n, marks=() if n in chosen else others) for n in PRESETS]
+    return pytest.mark.parametrize("name", cases)
 
 
 def gates(layers: int, kv_heads: int) -> tuple[tuple[float, ...], ...]:

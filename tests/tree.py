@@ -9,7 +9,7 @@ import types
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GENERATED = {".venv", ".cache", ".git", "__pycache__", "build", "dist"} | {
-    f".venv-{what}" for what in ("torch", "tpu", "cuda")
+    f".venv-{what}" for what in ("torch", "tpu", "cuda", "newest")
 }
 
 

@@ -131,6 +131,7 @@ def read_prompts(model, case: str, tokens: bytes):
     return read_prompt(model, ids, LENGTHS, method(case))
 
 
+@pytest.mark.sweep(0, 24)
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("case", PRESETS)
 def test_kept_positions_and_next_logits(run, case, keep):

@@ -1,4 +1,4 @@
-"""Every preset with every family: traced for all, run where windows slide."""
+"""Every preset with every family."""
 
 import functools
 
@@ -91,24 +91,12 @@ def test_every_family_is_here():
     assert set(DIFFERENCES) == set(FAMILIES)
 
 
+@pytest.mark.sweep(6, 12)
 @pytest.mark.parametrize("family", DIFFERENCES)
 @pytest.mark.parametrize("name", PRESETS)
-def test_traces(family, name):
-    """Prefill, compress and extend trace to the shapes they promise."""
-    graph, params = nnx.split(model_of(family, name))
-    prompt, later, _ = batch()
-
-    def run(params, tokens, lengths, more, new):
-        model = nnx.merge(graph, params)
-        logits, cache = kvjax.prefill(model, tokens, lengths, preset(name))
-        return logits, *kvjax.extend(model, cache, more, new)
-
-    first, logits, cache = jax.eval_shape(
-        run, params, prompt, LENGTHS, later[:, :3], np.minimum(LATER, 3)
-    )
-    assert first.shape == (ROWS, VOCAB)
-    assert logits.shape == (ROWS, 3, VOCAB)
-    assert len(cache.layers) == 2
+def test_two_forms_agree(family, name):
+    """Prompts are longer than the windows; one reply is longer than Gemma's."""
+    assert_forms_agree(model_of(family, name), preset(name))
 
 
 SLIDING = [
@@ -116,7 +104,7 @@ SLIDING = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep(2, 6)
 @pytest.mark.parametrize("family", SLIDING)
 @pytest.mark.parametrize("name", PRESETS)
 def test_windows_hide_what_left_them(family, name):
@@ -128,22 +116,6 @@ def test_windows_hide_what_left_them(family, name):
     _, alone = kvjax.prefill(model, prompt[1:2, : LENGTHS[1]], None, c)
     single, _ = kvjax.extend(model, alone, later[1:2, : LATER[1]])
     np.testing.assert_allclose(logits[1, : LATER[1]], single[0], atol=1e-4)
-
-
-@pytest.mark.parametrize("family", SLIDING)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "snapkv",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("snapkv_decode", "kivi_2bit", "quest")
-        ),
-    ],
-)
-def test_two_forms_agree_where_windows_slide(family, name):
-    """Prompts are longer than the windows; one reply is longer than Gemma's."""
-    assert_forms_agree(model_of(family, name), preset(name))
 
 
 @pytest.mark.parametrize("family", SLIDING)

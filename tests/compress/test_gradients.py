@@ -37,7 +37,7 @@ def loss_of(name: str):
     return loss, params
 
 
-@pytest.mark.slow
+@pytest.mark.sweep(1, 4)
 @pytest.mark.parametrize("name", PRESETS)
 def test_gradient(name):
     loss, params = loss_of(name)

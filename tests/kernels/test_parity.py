@@ -28,9 +28,12 @@ def cases() -> list:
             for backend in op.backends:
                 if backend == "reference":
                     continue
-                marks = [pytest.mark.slow] if case.slow else []
-                if backend in KERNELS:
-                    marks.append(pytest.mark.interpret)
+                kind = f"{name}-{backend}"
+                if backend in ("tpu", "gpu"):
+                    marks = [pytest.mark.interpret, pytest.mark.sweep(0, 4, kind=kind)]
+                else:
+                    marks = [pytest.mark.sweep(6, 12, kind=kind)]
+                marks += [pytest.mark.slow] if case.slow else []
                 label = f"{name}-{backend}-{case.name}"
                 found.append(pytest.param(name, backend, case, marks=marks, id=label))
     return found

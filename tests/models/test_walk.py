@@ -48,7 +48,7 @@ def total_of(name: str, *, loop: bool, remat: bool = False):
     return loss, params
 
 
-@pytest.mark.slow
+@pytest.mark.sweep(1, 4)
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset(name):
     plain, params = total_of(name, loop=False)

@@ -1,6 +1,6 @@
 """Small runs on meshes of virtual devices, or as one of several processes.
 
-    python -m tests.train.mesh_run DIRECTORY KIND MESH...
+    python -m tests.train.mesh_run DIRECTORY KIND/MESH...
 
 KIND is a key of `KINDS`, MESH is `data,fsdp,tensor`; each run goes to a folder of that
 name, with `held.json`: the share of its state's bytes that the fullest device holds,
@@ -182,13 +182,14 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
     if VARIABLES[0] in os.environ:
         join()
-    where, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
+    where = pathlib.Path(sys.argv[1])
     start, fields = where / "start", {}
     if start.exists():
         fields = {"model": None, "init": str(start)}
-    for name in sys.argv[3:]:
+    for name in sys.argv[2:]:
+        kind, mesh = name.split("/")
         with listening() as heard:
-            state = run(spread_recipe(kind, mesh_of(name), **fields), where / name)
+            state = run(spread_recipe(kind, mesh_of(mesh), **fields), where / name)
         if jax.process_index() == 0:
             (where / name / "held.json").write_text(json.dumps(fullest(state)))
             (where / name / "heard.json").write_text(json.dumps(heard))

@@ -27,7 +27,8 @@ from tests.tree import ROOT
 
 ONE = "1,1,1"
 MESHES = ("4,1,1", "1,4,1", "2,1,2")
-LIMIT_S = 400
+FOUR, TWO = "1,2,2", "1,2,1"
+LIMIT_S = 900
 NARROW = Stage(steps=1, lengths={64: 1.0}, tokens_per_step=128)
 
 
@@ -89,7 +90,21 @@ def agree(found: pathlib.Path, wanted: pathlib.Path) -> None:
 def spread(tmp_path_factory) -> pathlib.Path:
     """Plain runs on every mesh, and on one device."""
     directory = tmp_path_factory.mktemp("spread")
-    finished(started(directory, "plain", ONE, *MESHES))
+    finished(started(directory, *(f"plain/{mesh}" for mesh in (ONE, *MESHES))))
+    return directory / "plain"
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory) -> pathlib.Path:
+    """Runs of other kinds on one mesh and on one device, by one process.
+
+    The one that counts live arrays comes first.
+    """
+    directory = tmp_path_factory.mktemp("kinds")
+    names = [f"followed/{FOUR}"]
+    for kind in ("followed", "cached", "sampled", *LEARNED):
+        names += [f"{kind}/{mesh}" for mesh in (ONE, FOUR)]
+    finished(started(directory, *dict.fromkeys(names)))
     return directory
 
 
@@ -107,13 +122,12 @@ def test_the_state_of_one_device_is_whole(spread):
 
 
 @pytest.mark.slow
-def test_replies_through_the_cache_of_a_mesh(tmp_path):
+def test_replies_through_the_cache_of_a_mesh(kinds):
     """Those of one device, by programs whose ops know that they are split."""
-    mesh = "1,2,2"
-    finished(started(tmp_path, "cached", ONE, mesh))
-    agree(tmp_path / mesh, tmp_path / ONE)
+    runs = kinds / "cached"
+    agree(runs / FOUR, runs / ONE)
     spread, whole = (
-        json.loads((tmp_path / name / "heard.json").read_text()) for name in (mesh, ONE)
+        json.loads((runs / name / "heard.json").read_text()) for name in (FOUR, ONE)
     )
     assert [len(items) for items in spread["replies"]] == [2, 2]  # full, and snapkv
     assert spread["replies"] == whole["replies"]
@@ -121,45 +135,41 @@ def test_replies_through_the_cache_of_a_mesh(tmp_path):
 
 
 @pytest.mark.slow
-def test_sampled_compression_and_a_teacher_on_a_mesh(tmp_path):
-    finished(started(tmp_path, "sampled", ONE, "1,2,2"))
-    agree(tmp_path / "1,2,2", tmp_path / ONE)
+def test_sampled_compression_and_a_teacher_on_a_mesh(kinds):
+    agree(kinds / "sampled" / FOUR, kinds / "sampled" / ONE)
 
 
 @pytest.mark.slow
-def test_a_teacher_on_a_mesh_has_no_weights_of_its_own(tmp_path):
+def test_a_teacher_on_a_mesh_has_no_weights_of_its_own(kinds):
     """There is one copy of what LoRA leaves as it is."""
-    mesh = "1,2,2"
-    finished(started(tmp_path, "followed", mesh))
-    run(spread_recipe("followed", mesh_of(ONE)), tmp_path / ONE)
-    agree(tmp_path / mesh, tmp_path / ONE)
-    heard = json.loads((tmp_path / mesh / "heard.json").read_text())
+    runs = kinds / "followed"
+    agree(runs / FOUR, runs / ONE)
+    heard = json.loads((runs / FOUR / "heard.json").read_text())
     frozen, alive = heard["frozen"]
     assert alive == frozen > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LEARNED)
-def test_learned_methods_on_a_mesh(kind, tmp_path):
-    finished(started(tmp_path, kind, ONE, "1,2,2"))
-    agree(tmp_path / "1,2,2", tmp_path / ONE)
-    first, *_, last = (loss for _, loss in losses(tmp_path / ONE))
+def test_learned_methods_on_a_mesh(kind, kinds):
+    agree(kinds / kind / FOUR, kinds / kind / ONE)
+    first, *_, last = (loss for _, loss in losses(kinds / kind / ONE))
     assert abs(last - first) > 1e-3  # a hundred times what is let pass
 
 
 @pytest.mark.slow
 def test_two_processes_share_one_run_and_go_on(tmp_path):
-    mesh = "1,2,1"
-    said = two_processes(tmp_path, "sampled", mesh)
+    name = f"sampled/{TWO}"
+    said = two_processes(tmp_path, name)
     assert "step 6" in said[0] and "step " not in said[1]
     whole = tmp_path / "whole"
     run(spread_recipe("sampled", mesh_of(ONE)), whole)
-    agree(tmp_path / mesh, whole)
-    first = losses(tmp_path / mesh)
-    shutil.rmtree(tmp_path / mesh / "checkpoints" / "step_6")
-    shutil.copytree(tmp_path / mesh, tmp_path / "alone")
-    two_processes(tmp_path, "sampled", mesh)
-    assert losses(tmp_path / mesh) == first  # bit for bit
+    agree(tmp_path / name, whole)
+    first = losses(tmp_path / name)
+    shutil.rmtree(tmp_path / name / "checkpoints" / "step_6")
+    shutil.copytree(tmp_path / name, tmp_path / "alone")
+    two_processes(tmp_path, name)
+    assert losses(tmp_path / name) == first  # bit for bit
     # One device goes on from what two processes saved.
     run(spread_recipe("sampled", mesh_of(ONE)), tmp_path / "alone")
     agree(tmp_path / "alone", whole)
@@ -168,30 +178,30 @@ def test_two_processes_share_one_run_and_go_on(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("loaded", [False, True])
 def test_two_processes_start_from_one_projection(loaded, tmp_path):
-    mesh, config = "1,2,1", spread_recipe("projection", mesh_of(ONE))
+    name, config = f"projection/{TWO}", spread_recipe("projection", mesh_of(ONE))
     if loaded:
         save(initial(config), tmp_path / "start")
         start = str(tmp_path / "start")
         config = dataclasses.replace(config, model=None, init=start)
-    two_processes(tmp_path, "projection", mesh)
+    two_processes(tmp_path, name)
     run(config, tmp_path / "whole")
-    agree(tmp_path / mesh, tmp_path / "whole")
+    agree(tmp_path / name, tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_two_processes_export_one_merged_model(tmp_path):
-    mesh = "1,2,1"
-    two_processes(tmp_path, "lora", mesh)
+    name = f"lora/{TWO}"
+    two_processes(tmp_path, name)
     run(spread_recipe("lora", mesh_of(ONE)), tmp_path / "whole")
     found, wanted = (
-        leaves_of(kvjax.load(tmp_path / name / "model", "float32")[0])
-        for name in (mesh, "whole")
+        leaves_of(kvjax.load(tmp_path / where / "model", "float32")[0])
+        for where in (name, "whole")
     )
-    assert not any("lora" in name for name in found)
+    assert not any("lora" in leaf for leaf in found)
     assert found.keys() == wanted.keys()
     fresh = leaves_of(initial(spread_recipe("lora", mesh_of(ONE))))
-    moved = max(float(abs(wanted[name] - x).max()) for name, x in fresh.items())
-    error = max(float(abs(wanted[n] - x).max()) for n, x in found.items())
+    moved = max(float(abs(wanted[leaf] - x).max()) for leaf, x in fresh.items())
+    error = max(float(abs(wanted[leaf] - x).max()) for leaf, x in found.items())
     assert moved > 10 * error  # the updates are there, and they are the same
 
 
