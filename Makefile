@@ -7,9 +7,9 @@ LOCK := $(PY) -m uv pip compile pyproject.toml --extra dev --extra notebook \
 # Workers get whole files, those that take longest first; one needs up to 4 GB.
 SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 LEVEL := fast
-RECORD :=
+RECORD ?=
 
-.PHONY: help setup demo test test-all test-kernels lint format bench results kernels lock build clean
+.PHONY: help setup demo test test-all test-kernels lint format bench results kernels device device-pack lock build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12

@@ -20,15 +20,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kvjax.cache import KVCache, LayerCache
+from kvjax.cache import KVCache
+from kvjax.compress.building import Building
 from kvjax.compress.config import Compression
-from kvjax.compress.layer import build
 from kvjax.compress.observe import observe
+from kvjax.depth import Depth, members, over
 from kvjax.models import Decoder, DecoderConfig, checks, generation
-from kvjax.models.inference import trim
+from kvjax.models.inference import nameless, trim
 from kvjax.models.sampling import Sampling
 from kvjax.rope import Rope
-from kvjax.types import LayerInputs, LayerSpec, padded_positions
+from kvjax.types import LayerInputs, padded_positions
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -65,61 +66,59 @@ def random_model(config: DecoderConfig, seed: int = 0, dtype=jnp.float32) -> Dec
     return Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))
 
 
+@functools.partial(
+    jax.jit, static_argnames=("config", "c", "batch", "length", "room", "dtype")
+)
+def _random_cache(
+    key,
+    config: DecoderConfig,
+    c: Compression,
+    batch: int,
+    length: int,
+    room: int,
+    dtype,
+) -> KVCache:
+    lengths = jnp.full((batch,), length, jnp.int32)
+    specs = config.layers
+    building = Building.of(c, specs, lengths, length, room, dtype)
+    groups = members(building.loops)
+
+    def one(depth: Depth, state: Any, given: None):
+        del given
+        first = groups[depth.group].start
+        spec, layout = config.layers[first].kind, building.found.layouts[first]
+        depth = dataclasses.replace(depth, kind=layout)
+        mine = jax.random.split(jax.random.fold_in(key, depth.layer), 3)
+        heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        q, k, v = (
+            jax.random.normal(one, (batch, n, length, spec.head_dim), dtype)
+            for one, n in zip(mine, heads, strict=True)
+        )
+        o = jnp.zeros((spec.num_heads, spec.head_dim, config.hidden_size), dtype)
+        at = padded_positions(lengths, length)
+        inputs = LayerInputs(
+            q=q, k=k, v=v, positions=at, o_proj=o, depth=depth, spec=spec
+        )
+        observed = observe(inputs, lengths, c, layout.evict, None)
+        return building.step(depth, state, observed)
+
+    return building.cache(*over(building.loops, one, building.start()))
+
+
 def random_cache(
     config: DecoderConfig,
     c: Compression,
     batch: int,
     length: int,
     room: int,
-    seed=0,
-    dtype=jnp.float32,
-    alike: bool = False,
+    seed: int = 0,
+    dtype: Any = jnp.float32,
 ) -> KVCache:
-    """What prefill leaves, for random queries, keys and values instead of a prompt.
-
-    With `alike`, layers from the first one on that is held like the last are copies of
-    that: one program instead of one per layer.
-    """
-    lengths = jnp.full((batch,), length, jnp.int32)
-
-    @functools.partial(jax.jit, static_argnames="spec")
-    def layer(key, spec):
-        heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
-        q, k, v = (
-            jax.random.normal(one, (batch, n, length, spec.head_dim), dtype)
-            for one, n in zip(jax.random.split(key, 3), heads, strict=True)
-        )
-        o = jnp.zeros((spec.num_heads, spec.head_dim, config.hidden_size), dtype)
-        at = padded_positions(lengths, length)
-        inputs = LayerInputs(q=q, k=k, v=v, positions=at, o_proj=o, spec=spec)
-        return build(observe(inputs, lengths, c, None), lengths, c, room=room)[0]
-
-    keys = jax.random.split(jax.random.key(seed), config.num_layers)
-    last = layer(keys[-1], config.layers[-1]) if alike else None
-    layers: list[LayerCache] = []
-    for key, spec in zip(keys, config.layers, strict=True):
-        if last is None or not _held_like(jax.eval_shape(_at(layer, spec), key), last):
-            layers.append(layer(key, spec))
-            continue
-        left = config.layers[len(layers) :]
-        copies = (jax.tree.map(jnp.copy, last) for _ in left)
-        layers += [
-            dataclasses.replace(x, spec=s) for x, s in zip(copies, left, strict=True)
-        ]
-        break
+    """What prefill leaves, for random queries, keys and values instead of a prompt."""
+    key = jax.random.key(seed)
+    cache = _random_cache(key, config, c, batch, length, room, jnp.dtype(dtype))
     about = checks.provenance(config, c)
-    return trim(KVCache(layers=tuple(layers), length=lengths, provenance=about))
-
-
-def _at(layer: Callable[..., LayerCache], spec: LayerSpec):
-    return lambda key: layer(key, spec)
-
-
-def _held_like(one: LayerCache, other: LayerCache) -> bool:
-    """Whether two layers differ at most in their spec and in what the arrays hold."""
-    one = dataclasses.replace(one, spec=other.spec)
-    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (one, other)]
-    return shapes[0] == shapes[1]
+    return trim(dataclasses.replace(cache, provenance=about))
 
 
 def decode_ms(model: Decoder, cache: KVCache, tokens: int, repeats: int = 5) -> float:
@@ -137,10 +136,10 @@ def decode_ms(model: Decoder, cache: KVCache, tokens: int, repeats: int = 5) -> 
     limit, times = jnp.asarray(tokens, jnp.int32), []
     for _ in range(repeats + 1):
         state = state_of(key=jax.random.key(0))
-        layers = jax.block_until_ready(jax.tree.map(jnp.copy, cache.layers))
+        held = jax.block_until_ready(jax.tree.map(jnp.copy, nameless(cache)))
         start = time.perf_counter()
         out = generation._decode_donating(
-            graph, params, layers, state, limit, stops, sampling=Sampling()
+            graph, params, held, state, limit, stops, sampling=Sampling()
         )
         jax.block_until_ready(out)
         times.append(1e3 * (time.perf_counter() - start) / (tokens - 1))

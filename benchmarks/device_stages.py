@@ -169,7 +169,7 @@ def decode(context: Context) -> Rows:
     def one(name: str, length: int) -> dict[str, Any]:
         c = kvjax.compression(name)
         sizes = (1, length, tokens)
-        cache = random_cache(config, c, *sizes, dtype=jnp.bfloat16, alike=True)
+        cache = random_cache(config, c, *sizes, dtype=jnp.bfloat16)
         ms = decode_ms(model(), cache, tokens, repeats=3)
         # A step reads every weight but the embedding, of which it takes a row.
         weights = nbytes(model()) - model().embedding[...].nbytes

@@ -34,8 +34,9 @@ def program(config: DecoderConfig, c: Compression, length: int, remat: bool):
     @jax.value_and_grad
     def run(params, tokens):
         positions = jnp.arange(length)[None]
-        attention = simulated(point, c, LATER)
-        hidden = nnx.merge(graph, params)(tokens, positions, attention, remat=remat)
+        model = nnx.merge(graph, params)
+        attention = simulated(model, point, length, c, LATER)
+        hidden = model(tokens, positions, attention, trained=True, remat=remat)
         return jnp.mean(jnp.square(hidden))
 
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)

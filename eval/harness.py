@@ -205,7 +205,7 @@ class _Runner:
         ]
         if not wanted or group.width > MAP_TOKENS:
             return
-        held = [cache.kept_positions(layer) for layer in range(len(cache.layers))]
+        held = [cache.kept_positions(layer) for layer in range(cache.num_layers)]
         for row, item in wanted:
             tally.maps[item] = [
                 [head.tolist() for head in layer[row]] for layer in held

@@ -8,7 +8,7 @@ context length, `D` head dim, `E` model dim, `P` pages, `V` vocabulary.
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kvjax.depth import Depth, Loop, plan
 from kvjax.rope import Rope
 
 Queries = Float[Array, "B H T D"]
@@ -56,9 +57,10 @@ def pytree[T](cls: type[T]) -> type[T]:
 class LayerSpec:
     """What attention needs to know about one decoder layer; hashable, no arrays.
 
+    Not its number: layers of one kind are one loop (`kvjax.depth`).
+
     Attributes:
-        index: layer number, from 0.
-        num_layers: layers of the whole model (layer budgets depend on it).
+        num_layers: layers of the whole model.
         num_heads: query heads `H`.
         num_kv_heads: key/value heads `K`.
         head_dim: `D`.
@@ -71,7 +73,6 @@ class LayerSpec:
             the whole context, 0 first; empty where the model does not say.
     """
 
-    index: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -87,6 +88,25 @@ class LayerSpec:
         """Query heads per KV head, `G`."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def kind(self) -> "LayerSpec":
+        """What layers that compute the same have in common."""
+        return dataclasses.replace(self, head_ranks=())
+
+
+def loops_of(
+    specs: Sequence[LayerSpec], kinds: Sequence[Hashable] = ()
+) -> tuple[Loop, ...]:
+    """Loops over layers that are alike, in themselves and in what is done with them.
+
+    Args:
+        specs: of all layers.
+        kinds: of all layers, what is done; empty: the same in all.
+    """
+    kinds = kinds or (None,) * len(specs)
+    alike = [(spec.kind, kind) for spec, kind in zip(specs, kinds, strict=True)]
+    return plan(alike)
+
 
 @pytree
 class LayerInputs:
@@ -98,6 +118,7 @@ class LayerInputs:
     be evicted, and the higher the longer they stay; None without one.
     `key_basis` (before RoPE) and `value_basis` belong to a model with a `Projection`:
     each head's vectors, the most important first, orthonormal only after a QR.
+    `depth` says which layer it is; scores and budgets may look things up by it.
     """
 
     q: Float[Array, "B H T D"]
@@ -108,6 +129,7 @@ class LayerInputs:
     retention: Float[Array, "B K T"] | None = None
     key_basis: Float[Array, "K D D"] | None = None
     value_basis: Float[Array, "K D D"] | None = None
+    depth: Depth = Depth()
     spec: LayerSpec = static()
 
 

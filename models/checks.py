@@ -110,17 +110,21 @@ def prompt_lengths(inner, lengths: jax.Array) -> jax.Array:
     return inner.astype(jnp.int32)
 
 
-def generation(config: DecoderConfig, lengths: jax.Array, new_tokens: int) -> None:
-    """Prompt and generation together stay in the model's range."""
+def generation(
+    config: DecoderConfig, lengths: jax.Array, new_tokens: int | np.ndarray
+) -> None:
+    """Prompt and generation of each row together stay in the model's range."""
     values = _concrete(lengths)
     if values is None:
         return
-    total = int(values.max()) + new_tokens
+    new = np.broadcast_to(new_tokens, values.shape)
+    row = int(np.argmax(values + new))
+    total = int(values[row] + new[row])
     if total > config.max_positions:
         raise ValueError(
-            f"{int(values.max())} prompt tokens and {new_tokens} new ones are {total}, "
-            f"the model's range is {config.max_positions}. Lower `max_new_tokens` or "
-            "cut the prompt."
+            f"{int(values[row])} prompt tokens and {int(new[row])} new ones are "
+            f"{total}, the model's range is {config.max_positions}. Lower "
+            "`max_new_tokens` or cut the prompt."
         )
 
 
@@ -136,25 +140,28 @@ def extension(
         )
     lengths = _row_lengths(tokens, lengths, 0)
     new = _concrete(lengths)
-    room(config, cache, tokens.shape[1] if new is None else int(new.max()))
+    room(config, cache, np.full(len(tokens), tokens.shape[1]) if new is None else new)
     return tokens, lengths
 
 
-def room(config: DecoderConfig, cache: KVCache, new_tokens: int) -> None:
-    """The cache is this model's and takes `new_tokens` more."""
+def room(config: DecoderConfig, cache: KVCache, new_tokens: int | np.ndarray) -> None:
+    """The cache is this model's and takes `new_tokens` more, of each row or of all."""
     if cache.provenance is not None and cache.provenance.model != fingerprint(config):
         raise ValueError(
             "the cache was made by another model. Prefill again with this one."
         )
     if _concrete(cache.length) is None:
         return
-    generation(config, cache.length, new_tokens)
-    left = cache.room
-    if left is not None and new_tokens > left:
-        raise ValueError(
-            f"{new_tokens} new tokens do not fit: the cache has room for {left}. "
-            "Prefill with a larger `max_new_tokens`."
-        )
+    new = np.broadcast_to(new_tokens, cache.length.shape)
+    generation(config, cache.length, new)
+    left = cache.rooms
+    if left is None or (new <= left).all():
+        return
+    row = int(np.argmax(new - left))
+    raise ValueError(
+        f"{int(new[row])} new tokens of row {row} do not fit: the cache has room for "
+        f"{int(left[row])}. Prefill with a larger `max_new_tokens`."
+    )
 
 
 def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> None:
@@ -193,33 +200,32 @@ def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> No
     values = _concrete(lengths)
     if values is None:
         return
-    for spec in config.layers:
-        _protected(c, spec, values)
+    _protected(c, config.layers, values)
 
 
-def _protected(c: Compression, spec, lengths: np.ndarray) -> None:
-    """Every row's budget holds what the score protects."""
+def _protected(c: Compression, specs: tuple, lengths: np.ndarray) -> None:
+    """Every row's budget holds what the score protects, in every layer."""
     assert c.evict is not None
     needed = c.evict.score.protected
     budgets = [("evict.budget", c.evict.budget)]
     if c.evict.values is not None:
         budgets.append(("evict.values", c.evict.values))
     for name, budget in budgets:
-        table = budget.table(int(lengths.max()), spec, slot_bytes=4.0)
+        counts = budget.counts(lengths, specs, slot_bytes=4.0)
         if budget.bytes is not None:
-            continue  # depends on the stored width; checked by its own table
-        slots = budget.fewest(table)[lengths]
-        wanted = np.minimum(needed, lengths)
+            continue  # depends on the stored width
+        slots = budget.fewest(counts)
+        wanted = np.broadcast_to(np.minimum(needed, lengths), slots.shape)
         if isinstance(c.schedule, EveryTokens) and budget.slots is not None:
             slots = np.full_like(slots, budget.slots)
             wanted = np.full_like(wanted, needed)
-        row = int(np.argmax(wanted - slots))
-        if slots[row] < wanted[row]:
+        layer, row = np.unravel_index(np.argmax(wanted - slots), slots.shape)
+        if slots[layer, row] < wanted[layer, row]:
             raise ValueError(
-                f"{name} gives layer {spec.index} {int(slots[row])} slots per head for "
-                f"the {int(lengths[row])} tokens of row {row}, but "
-                f"{type(c.evict.score).__name__} protects {int(wanted[row])}. Raise "
-                "the budget or lower the score's window (evict.score.window)."
+                f"{name} gives layer {layer} {int(slots[layer, row])} slots per head "
+                f"for the {int(lengths[row])} tokens of row {row}, but "
+                f"{type(c.evict.score).__name__} protects {int(wanted[layer, row])}. "
+                "Raise the budget or lower the score's window (evict.score.window)."
             )
 
 

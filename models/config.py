@@ -203,7 +203,6 @@ class DecoderConfig:
         ranks = _ranks(self.head_gates) or ((),) * self.num_layers
         return tuple(
             LayerSpec(
-                index=index,
                 num_layers=self.num_layers,
                 num_heads=self.num_heads,
                 num_kv_heads=self.num_kv_heads,

@@ -1,188 +1,76 @@
 """The decoder: one NNX module for every family; attention is the caller's.
 
-`Decoder.__call__` walks the layers in order and hands each one's rotated queries and
-keys to a callback, so a dense pass, a prefill that fills a cache, a decode step that
-reads one, and training's parallel form are the same model with another callback.
+The weights of all layers are stacked, and `Decoder.run` loops over them: it hands each
+layer's rotated queries and keys to attention, so a dense pass, a prefill that fills a
+cache, a decode step that reads one, and training's parallel form are the same model
+under another attention.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvjax.models.carrying import Attention as Attention
-from kvjax.models.carrying import Carrying as Carrying
+from kvjax.depth import Depth, Loop, grouped, members, over
+from kvjax.models.blocks import Layer, Linear, norm_of, product
 from kvjax.models.config import DecoderConfig
-from kvjax.models.walk import walk
-from kvjax.types import LayerInputs, LayerSpec
+from kvjax.types import LayerInputs, loops_of
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
+Attention = Callable[[LayerInputs], Array]
+"""Attention that remembers nothing, `LayerInputs -> [B H T D]`."""
 
 
-class Linear(nnx.Module):
-    """`x @ kernel + bias`, kernel `[in, out]`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attending:
+    """Attention that hands something on from layer to layer, or leaves something.
 
-    def __init__(
-        self, n_in: int, n_out: int, *, bias: bool, std: float, dtype, rngs: nnx.Rngs
-    ):
-        noise = jax.random.normal(rngs.params(), (n_in, n_out), jnp.float32)
-        self.kernel = nnx.Param((noise * std).astype(dtype))
-        self.bias = nnx.Param(jnp.zeros((n_out,), dtype)) if bias else None
+    Attributes:
+        step: `(inputs, state) -> (out, state, left)`; `out` is `[B H T D]`.
+        state: of the first layer.
+        kinds: of every layer, where attention does not do the same in all that the
+            model itself has alike (`LayerInputs.depth.kind`); empty otherwise.
+        loops: over the layers, where they are settled already; empty: by their kinds.
+    """
 
-    @property
-    def matrix(self) -> Float[Array, "in out"]:
-        """The matrix that inputs are multiplied with."""
-        return self.kernel[...]
-
-    def __call__(self, x: Float[Array, "*shape in"]) -> Float[Array, "*shape out"]:
-        """`[..., in]` to `[..., out]`, in the dtype of the kernel."""
-        y = _product(x, self.kernel[...], contract=0)
-        return y if self.bias is None else y + _trailing(self.bias[...], y)
+    step: Callable[[LayerInputs, Any], tuple[Array, Any, Any]]
+    state: Any = None
+    kinds: tuple[Hashable, ...] = ()
+    loops: tuple[Loop, ...] = ()
 
 
-class RMSNorm(nnx.Module):
-    """`x / rms(x) * weight` in float32, back in the dtype of `x`."""
-
-    def __init__(self, size: int, *, eps: float, offset: bool, dtype):
-        self.eps = eps
-        self.offset = offset
-        self.weight = nnx.Param(jnp.full((size,), 0.0 if offset else 1.0, dtype))
-
-    def __call__(self, x: Float[Array, "*shape size"]) -> Float[Array, "*shape size"]:
-        """`x` normed over its last axis."""
-        wide = x.astype(jnp.float32)
-        square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        weight = self.weight[...].astype(jnp.float32) + (1.0 if self.offset else 0.0)
-        normed = wide * jax.lax.rsqrt(square + self.eps) * _trailing(weight, x)
-        return normed.astype(x.dtype)
+def attending(attention: Attention | Attending) -> Attending:
+    """Attention that remembers nothing in the form that may."""
+    if isinstance(attention, Attending):
+        return attention
+    return Attending(step=lambda inputs, state: (attention(inputs), state, ()))
 
 
-class SelfAttention(nnx.Module):
-    """Projections, q/k norm and RoPE around the attention callback."""
+class Pass(NamedTuple):
+    """What a pass over some tokens gives.
 
-    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
-        e, d = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_heads * d, config.num_kv_heads * d
-        std, bias = config.init_std, config.qkv_bias
-        self.q = Linear(e, heads, bias=bias, std=std, dtype=dtype, rngs=rngs)
-        self.k = Linear(e, kv_heads, bias=bias, std=std, dtype=dtype, rngs=rngs)
-        self.v = Linear(e, kv_heads, bias=bias, std=std, dtype=dtype, rngs=rngs)
-        self.o = Linear(heads, e, bias=config.o_bias, std=std, dtype=dtype, rngs=rngs)
-        self.q_norm = _norm(config, d, dtype) if config.qk_norm else None
-        self.k_norm = _norm(config, d, dtype) if config.qk_norm else None
-        self.evictor = config.evictor
-        own = config.evictor is not None and config.evictor.kind == "mlp"
-        head = RetentionHead(config, dtype=dtype, rngs=rngs) if own else None
-        self.retention = head
-        sides = config.projection.sides if config.projection else ()
-        unit = jnp.broadcast_to(jnp.eye(d, dtype=dtype), (config.num_kv_heads, d, d))
-        self.key_basis = nnx.Param(unit) if "key" in sides else None
-        self.value_basis = nnx.Param(unit) if "value" in sides else None
+    Attributes:
+        hidden: hidden states after the final norm.
+        state: what attention handed on behind the last layer.
+        left: what it left in each layer, stacked, for every group of `loops`.
+        streams: the residual stream behind each layer, likewise, where asked for.
+        loops: which layers are together.
+    """
 
-    def __call__(
-        self, x: Array, positions: Array, spec: LayerSpec, attention: Attention
-    ) -> Array:
-        """`[B T E]` to `[B T E]`; calls `attention` once."""
-        b, t, e = x.shape
-        h, kv_heads, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        q = self.q(x).reshape(b, t, h, d)
-        k = self.k(x).reshape(b, t, kv_heads, d)
-        v = self.v(x).reshape(b, t, kv_heads, d)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, retention = self._retention(x, q)
-        turn = jnp.maximum(positions, 0)[:, None, :]
-        inputs = LayerInputs(
-            q=spec.rope.rotate(q.transpose(0, 2, 1, 3), turn),
-            k=spec.rope.rotate(k.transpose(0, 2, 1, 3), turn),
-            v=v.transpose(0, 2, 1, 3),
-            positions=positions,
-            o_proj=self.o.matrix.reshape(h, d, e),
-            retention=retention,
-            key_basis=None if self.key_basis is None else self.key_basis[...],
-            value_basis=None if self.value_basis is None else self.value_basis[...],
-            spec=spec,
-        )
-        out = attention(inputs).astype(x.dtype)
-        return self.o(out.transpose(0, 2, 1, 3).reshape(b, t, h * d))
-
-    def _retention(self, x: Array, q: Array) -> tuple[Array, Array | None]:
-        """Queries `[B T H D]` without a borrowed channel, and `retention [B K T]`."""
-        if self.evictor is None:
-            return q, None
-        if self.retention is not None:
-            return q, self.retention(x)
-        groups = q.shape[2] // (self.k.kernel.shape[-1] // q.shape[3])
-        lent = q[:, :, ::groups, -1].astype(jnp.float32)
-        q = q.at[:, :, ::groups, -1].set(0)
-        evict = self.evictor.gain * lent - self.evictor.offset
-        return q, -evict.transpose(0, 2, 1)
-
-
-class RetentionHead(nnx.Module):
-    """`retention` of every token and KV head from what enters attention."""
-
-    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
-        assert config.evictor is not None
-        e, f, std = config.hidden_size, config.evictor.hidden, config.init_std
-        k = config.num_kv_heads
-        self.up = Linear(e, f, bias=True, std=std, dtype=dtype, rngs=rngs)
-        self.down = Linear(f, k, bias=True, std=std, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B K T"]:
-        """Float32."""
-        out = self.down(jax.nn.gelu(self.up(x)))
-        return out.astype(jnp.float32).transpose(0, 2, 1)
-
-
-class FeedForward(nnx.Module):
-    """`down(act(gate(x)) * up(x))`."""
-
-    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
-        e, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        std = config.init_std
-        self.activation = config.activation
-        self.gate = Linear(e, f, bias=bias, std=std, dtype=dtype, rngs=rngs)
-        self.up = Linear(e, f, bias=bias, std=std, dtype=dtype, rngs=rngs)
-        self.down = Linear(f, e, bias=bias, std=std, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        """`[B T E]` to `[B T E]`."""
-        return self.down(_ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
-
-
-class Layer(nnx.Module):
-    """One pre-norm residual layer."""
-
-    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
-        e, post = config.hidden_size, config.post_norms
-        self.attention_norm = _norm(config, e, dtype)
-        self.attention = SelfAttention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_norm = _norm(config, e, dtype) if post else None
-        self.mlp_norm = _norm(config, e, dtype)
-        self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
-        self.post_mlp_norm = _norm(config, e, dtype) if post else None
-
-    def __call__(
-        self, x: Array, positions: Array, spec: LayerSpec, attention: Attention
-    ) -> Array:
-        """The residual stream after this layer."""
-        y = self.attention(self.attention_norm(x), positions, spec, attention)
-        x = x + (y if self.post_attention_norm is None else self.post_attention_norm(y))
-        y = self.mlp(self.mlp_norm(x))
-        return x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))
+    hidden: Float[Array, "B T E"]
+    state: Any
+    left: tuple[Any, ...]
+    streams: tuple[Any, ...]
+    loops: tuple[Loop, ...]
 
 
 class Decoder(nnx.Module):
     """A causal language model without an opinion on attention.
+
+    `layers` is one `Layer` whose weights have a leading axis for the layers.
 
     Args:
         config: static; `config.layers` says what each layer's attention is.
@@ -195,16 +83,21 @@ class Decoder(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         noise = jax.random.normal(rngs.params(), shape, jnp.float32)
         self.embedding = nnx.Param((noise * config.init_std).astype(dtype))
-        self.layers = nnx.List(
+        self.layers = _stacked(
             [Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
         )
-        self.norm = _norm(config, config.hidden_size, dtype)
+        self.norm = norm_of(config, config.hidden_size, dtype)
         self.head = None if config.tie_embeddings else _head(config, dtype, rngs)
 
     @property
     def dtype(self) -> jnp.dtype:
         """Of the parameters, and of keys and values."""
         return self.embedding[...].dtype
+
+    def layer(self, index: int) -> Layer:
+        """A copy of one layer."""
+        graph, weights = nnx.split(self.layers)
+        return nnx.merge(graph, jax.tree.map(lambda x: x[index], weights))
 
     def embed(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape E"]:
         """Scaled embeddings; ids out of range read the nearest valid row."""
@@ -216,43 +109,79 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        attention: Attention,
-        *,
-        remat: bool = False,
-        loop: bool = False,
-        place: Callable[[Array], Array] = lambda x: x,
+        attention: Attention | Attending,
+        **how: Any,
     ) -> Float[Array, "B T E"]:
-        """Hidden states after the final norm.
+        """Hidden states after the final norm; arguments as of `run`."""
+        return self.run(tokens, positions, attention, **how).hidden
+
+    def run(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attention: Attention | Attending,
+        *,
+        trained: bool = False,
+        remat: bool = False,
+        unroll: bool = False,
+        streams: bool = False,
+        place: Callable[[Array], Array] = lambda x: x,
+    ) -> Pass:
+        """A pass over tokens, with all that it leaves.
 
         Args:
             tokens: right-padded token ids.
             positions: absolute positions, `EMPTY` at padding.
-            attention: called once per layer in order, `LayerInputs -> [B H T D]`.
-            remat: recompute each layer in the backward pass instead of storing it;
-                `attention` must then be pure, or `Carrying` all that it keeps.
-            loop: compile layers that compute the same once, see `walk`; the same holds
-                for `attention`.
+            attention: called once per kind of layer, or layer by layer with `unroll`.
+            trained: whether there may be a backward pass: loops are then given their
+                weights, which costs a copy where one loop is not the whole model.
+            remat: recompute each layer in the backward pass instead of storing it.
+            unroll: compile layer by layer: programs grow with depth.
+            streams: keep the residual stream behind every layer.
             place: where the residual stream is to be, over several devices; called
                 with it in front of every layer.
         """
-        x = self.embed(tokens)
-        carrying = attention if isinstance(attention, Carrying) else None
+        asked = attending(attention)
+        specs, kinds = self.config.layers, asked.kinds
+        loops = asked.loops or loops_of(specs, kinds)
+        first = [group.start for group in members(loops)]
+        graph, weights = nnx.split(self.layers)
 
-        def step(layer: Layer, spec: LayerSpec, x: Array, state: Any):
-            x = place(x)
-            if carrying is None:
-                return layer(x, positions, spec, attention), None
-            carrying.state = state  # in and out by name, or a trace would leak it
-            x = layer(x, positions, spec, attention)
-            carrying.leave(x)
-            return x, carrying.state
+        def step(depth: Depth, carry: Any, given: Any):
+            x, state = carry
+            if given is None:  # read where they lie
 
-        state = carrying.state if carrying else None
-        specs = self.config.layers
-        x, state = walk(self.layers, specs, step, x, state, remat=remat, loop=loop)
-        if carrying is not None:
-            carrying.state = state
-        return self.norm(x)
+                def read(stack: Array) -> Array:
+                    return jax.lax.dynamic_index_in_dim(stack, depth.layer, 0, False)
+
+                given = jax.tree.map(read, weights)
+
+            def attend(inputs: LayerInputs):
+                return asked.step(inputs, state)
+
+            layer: Layer = nnx.merge(graph, given)
+            at = first[depth.group]
+            depth = dataclasses.replace(depth, kind=kinds[at] if kinds else None)
+            x, (state, left) = layer(place(x), positions, specs[at].kind, depth, attend)
+            return (x, state), (left, x if streams else ())
+
+        carry, outs = over(
+            loops,
+            step,
+            (self.embed(tokens), asked.state),
+            grouped(loops, weights) if trained else None,
+            remat=remat,
+            apart=trained,
+            unroll=unroll,
+        )
+        left, seen = zip(*outs, strict=True)
+        return Pass(
+            hidden=self.norm(carry[0]),
+            state=carry[1],
+            left=left,
+            streams=seen,
+            loops=loops,
+        )
 
     def logits(self, hidden: Float[Array, "*shape E"]) -> Float[Array, "*shape V"]:
         """Next-token logits in float32."""
@@ -261,43 +190,19 @@ class Decoder(nnx.Module):
         else:
             rows, contract = self.head.kernel[...], 0
         hidden = hidden.astype(rows.dtype)
-        out = _product(hidden, rows, contract=contract, dtype=jnp.float32)
+        out = product(hidden, rows, contract=contract, dtype=jnp.float32)
         cap = self.config.final_softcap
         return out if cap is None else cap * jnp.tanh(out / cap)
 
 
-def _norm(config: DecoderConfig, size: int, dtype) -> RMSNorm:
-    return RMSNorm(size, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
+def _stacked(layers: list[Layer]) -> Layer:
+    """One layer with the weights of all of them along a leading axis."""
+    parts = [nnx.split(layer) for layer in layers]
+    graph, _ = parts[0]
+    weights = jax.tree.map(lambda *x: jnp.stack(x), *(held for _, held in parts))
+    return nnx.merge(graph, weights)
 
 
 def _head(config: DecoderConfig, dtype, rngs: nnx.Rngs) -> Linear:
     e, v, std = config.hidden_size, config.vocab_size, config.init_std
     return Linear(e, v, bias=False, std=std, dtype=dtype, rngs=rngs)
-
-
-def _product(x: Array, kernel: Array, *, contract: int, dtype=None) -> Array:
-    """`x @ kernel` over the kernel's axis `contract`, accumulated in float32."""
-
-    def dot(x: Array, kernel: Array) -> Array:
-        # Rows of one matrix: with a batch axis, XLA on a CPU lays the gradient of the
-        # kernel out so that a training step takes a quarter longer.
-        rows = x.reshape(-1, x.shape[-1])
-        dims = (((1,), (contract,)), ((), ()))
-        y = jax.lax.dot_general(rows, kernel, dims, preferred_element_type=dtype)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-
-    if x.size > x.shape[-1] or kernel.dtype.itemsize > 2:
-        return dot(x, kernel)
-
-    def two_rows(x: Array, kernel: Array) -> Array:
-        row = x.reshape(1, -1)
-        return dot(jnp.concatenate([row, row]), kernel)[:1].reshape(*x.shape[:-1], -1)
-
-    # XLA on a CPU widens the whole kernel to float32 to multiply one 16-bit row by it,
-    # at each step; two rows take the native product, 15 times as fast.
-    return jax.lax.platform_dependent(x, kernel, cpu=two_rows, default=dot)
-
-
-def _trailing(weight: Array, x: Array) -> Array:
-    """`weight [n]` with the rank of `x`, so that nothing promotes ranks implicitly."""
-    return weight.reshape((1,) * (x.ndim - 1) + weight.shape)

@@ -32,8 +32,7 @@ def with_evictor(model: Decoder, evictor: Evictor, *, seed: int = 0) -> Decoder:
     config = dataclasses.replace(config, evictor=evictor)
     made = extended(model, config, seed=seed)
     if evictor.kind == "neuron":
-        for layer in made.layers:
-            _silence(layer.attention, config.head_dim, config.num_heads)
+        _silence(made.layers.attention, config.head_dim, config.num_heads)
     return made
 
 
@@ -42,6 +41,6 @@ def _silence(attention, head_dim: int, heads: int) -> None:
     kv_heads = attention.k.kernel.shape[-1] // head_dim
     group = heads // kv_heads
     columns = jnp.arange(kv_heads) * group * head_dim + head_dim - 1
-    attention.q.kernel[...] = attention.q.kernel[...].at[:, columns].set(0)
-    if attention.q.bias is not None:
-        attention.q.bias[...] = attention.q.bias[...].at[columns].set(0)
+    for weight in (attention.q.kernel, attention.q.bias):
+        if weight is not None:
+            weight[...] = weight[...].at[..., columns].set(0)

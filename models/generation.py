@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache import KVCache, LayerCache
+from kvjax.cache import KVCache
 from kvjax.compress.config import Compression
 from kvjax.models import checks
 from kvjax.models.decoder import Decoder
-from kvjax.models.inference import NONE, prefill, step
+from kvjax.models.inference import NONE, nameless, prefill, step
 from kvjax.models.sampling import Sampling
 from kvjax.types import EMPTY, LengthsLike, TokensLike, pytree
 
@@ -65,12 +65,12 @@ def _record(state: _State, token: Array, stops: Array) -> _State:
 def _run(
     graph,
     params,
-    layers: tuple[LayerCache, ...],
+    cache: KVCache,
     state: _State,
     limit: Int[Array, ""],
     stops: Int[Array, "S"],
     sampling: Sampling,
-) -> tuple[tuple[LayerCache, ...], _State]:
+) -> tuple[KVCache, _State]:
     """Decode until `limit` tokens are made or every row has stopped."""
     model = nnx.merge(graph, params)
 
@@ -79,17 +79,19 @@ def _run(
         return (state.count < limit) & ~jnp.all(state.done)
 
     def body(carry):
-        layers, state = carry
+        cache, state = carry
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
         positions = jnp.where(state.done, EMPTY, state.length)[:, None]
-        logits, layers = step(model, layers, last, positions)
-        key, now = jax.random.split(state.key)
+        logits, cache = step(model, cache, last, positions)
+        key = now = state.key
+        if not sampling.greedy:
+            key, now = jax.random.split(key)
         token = sampling(logits[:, 0], now)
         length = state.length + (~state.done).astype(jnp.int32)
         state = dataclasses.replace(state, length=length, key=key)
-        return layers, _record(state, token, stops)
+        return cache, _record(state, token, stops)
 
-    return jax.lax.while_loop(go_on, body, (layers, state))
+    return jax.lax.while_loop(go_on, body, (cache, state))
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "room"))
@@ -112,7 +114,7 @@ _static = ("graph", "sampling")
 _decode = jax.jit(_run, static_argnames=_static)
 # The loop's own cache may be overwritten; a caller's may not (caches are values).
 _decode_donating = jax.jit(
-    _run, static_argnames=_static, donate_argnames=("layers", "state")
+    _run, static_argnames=_static, donate_argnames=("cache", "state")
 )
 
 
@@ -244,14 +246,14 @@ def _loop(
     pad = model.config.pad_token or 0
     state = _first(logits, cache.length, key, stops, pad, sampling, max_new_tokens)
     decode = _decode_donating if donate else _decode
-    layers, made = cache.layers, 1
+    held, made = nameless(cache), 1
     ends = range(made, max_new_tokens) if callback else [max_new_tokens]
     if callback:
         callback(np.asarray(state.tokens[:, :1]), np.asarray(state.made))
     for end in ends:
         limit = jnp.asarray(end + 1 if callback else end, jnp.int32)
-        layers, state = decode(
-            graph, params, layers, state, limit, stops, sampling=sampling
+        held, state = decode(
+            graph, params, held, state, limit, stops, sampling=sampling
         )
         decode = _decode_donating if not checks.is_traced(state.length) else _decode
         if callback:
@@ -259,5 +261,5 @@ def _loop(
             callback(np.asarray(state.tokens[:, :made]), np.asarray(state.made))
             if bool(jnp.all(state.done)):
                 break
-    after = KVCache(layers=layers, length=state.length, provenance=cache.provenance)
+    after = dataclasses.replace(held, length=state.length, provenance=cache.provenance)
     return Generation(tokens=state.tokens, lengths=state.made, cache=after)

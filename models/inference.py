@@ -4,8 +4,9 @@ A model is split once per call into a static graph and its parameters; a step is
 `jax.jit` over (parameters, cache, tokens), a whole generation one `while_loop`.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import KVCache, LayerCache
-from kvjax.compress.config import Compression
-from kvjax.compress.layer import build
+from kvjax.compress.building import Building, build_cache
+from kvjax.compress.config import Compression, Eviction
 from kvjax.compress.observe import Observed, observe, wants_mass
-from kvjax.compress.trim import trim_layer
+from kvjax.compress.survey import Layout, evictions_of
+from kvjax.compress.trim import trim_group
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
-from kvjax.models.decoder import Decoder
+from kvjax.models.decoder import Attending, Decoder
 from kvjax.types import (
     EMPTY,
     LayerInputs,
@@ -27,6 +29,7 @@ from kvjax.types import (
     LengthsLike,
     Tokens,
     TokensLike,
+    loops_of,
     padded_positions,
     pytree,
     static,
@@ -44,7 +47,7 @@ def bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def pad_tokens(tokens: Tokens, width: int) -> Tokens:
+def pad_tokens(tokens: Tokens, width: int) -> Int[Array, "B W"]:
     """Right-pad with token 0."""
     return jnp.pad(tokens, [(0, 0), (0, width - tokens.shape[1])])
 
@@ -54,18 +57,20 @@ def observe_prompt(
 ) -> tuple[Float[Array, "B V"], tuple[Observed, ...]]:
     """The pass over a prompt: logits of each row's last token, and what it leaves.
 
-    What is left serves every budget of `c` (`Compression.with_keep`).
+    What is left serves every budget of `c` (`Compression.with_keep`). Of layers that
+    any budget treats alike it is together, with a first axis for them.
     """
     mass = wants_mass(c)
-    seen: list[Observed] = []
 
-    def attention(inputs: LayerInputs) -> Array:
+    def look(inputs: LayerInputs, state: None):
         out, sums = c.prefill.attend(inputs, lengths, mass)
-        seen.append(observe(inputs, lengths, c, sums))
-        return out
+        evict: Eviction | None = inputs.depth.kind
+        return out, state, observe(inputs, lengths, c, evict, sums)
 
-    hidden = model(tokens, padded_positions(lengths, tokens.shape[1]), attention)
-    return last_logits(model, hidden, lengths), tuple(seen)
+    kinds = evictions_of(c, model.config.layers, tokens.shape[1])
+    positions = padded_positions(lengths, tokens.shape[1])
+    seen = model.run(tokens, positions, Attending(step=look, kinds=kinds))
+    return last_logits(model, seen.hidden, lengths), seen.left
 
 
 def last_logits(
@@ -76,50 +81,57 @@ def last_logits(
     return model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
 
 
-def build_cache(
-    seen: Sequence[Observed], lengths: Lengths, c: Compression, room: int
-) -> tuple[LayerCache, ...]:
-    """The layers of the cache after a prompt, compressed."""
-    layers, priorities = [], None
-    for observed in seen:
-        layer, priorities = build(
-            observed, lengths, c, room=room, priorities=priorities
-        )
-        layers.append(layer)
-    return tuple(layers)
-
-
 def step(
     model: Decoder,
-    layers: Sequence[LayerCache],
+    cache: KVCache,
     tokens: Tokens,
     positions: Int[Array, "B T"],
-) -> tuple[Float[Array, "B T V"], tuple[LayerCache, ...]]:
-    """New tokens through the model and the cache; padding has position `EMPTY`."""
-    after: list[LayerCache] = []
+) -> tuple[Float[Array, "B T V"], KVCache]:
+    """New tokens through the model and the cache; padding has position `EMPTY`.
 
-    def attention(inputs: LayerInputs) -> Array:
-        out, layer = layers[inputs.spec.index].attend(inputs)
-        after.append(layer)
-        return out
+    The cache's `length` stays.
+    """
 
-    hidden = model(tokens, positions, attention)
-    logits = model.logits(hidden)
-    over = functools.reduce(jnp.logical_or, [layer.overflow for layer in after])
+    def attend(inputs: LayerInputs, groups: tuple[LayerCache, ...]):
+        at = inputs.depth.group
+        out, group = groups[at].attend(inputs, inputs.depth.turn)
+        return out, (*groups[:at], group, *groups[at + 1 :]), ()
+
+    reading = Attending(step=attend, state=cache.groups, loops=cache.loops)
+    seen = model.run(tokens, positions, reading)
+    logits = model.logits(seen.hidden)
+    over = [jnp.any(group.overflow, axis=0) for group in seen.state]
+    over = functools.reduce(jnp.logical_or, over)
     # Under `jit` nobody can be told that a token did not fit, so the row says so.
-    return jnp.where(over[:, None, None], jnp.nan, logits), tuple(after)
+    logits = jnp.where(over[:, None, None], jnp.nan, logits)
+    return logits, dataclasses.replace(cache, groups=seen.state)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "c", "room"))
 def _prefill(graph, params, tokens, lengths, c: Compression, room: int):
     model = nnx.merge(graph, params)
-    logits, seen = observe_prompt(model, tokens, lengths, c)
-    return logits, build_cache(seen, lengths, c, room)
+    specs, width = model.config.layers, tokens.shape[1]
+    building = Building.of(c, specs, lengths, width, room, model.dtype)
+    mass = wants_mass(c)
+
+    def attend(inputs: LayerInputs, state: Any):
+        out, sums = c.prefill.attend(inputs, lengths, mass)
+        layout: Layout = inputs.depth.kind
+        observed = observe(inputs, lengths, c, layout.evict, sums)
+        return out, *building.step(inputs.depth, state, observed)
+
+    compressing = Attending(
+        step=attend, state=building.start(), kinds=building.found.layouts
+    )
+    positions = padded_positions(lengths, tokens.shape[1])
+    seen = model.run(tokens, positions, compressing)
+    logits = last_logits(model, seen.hidden, lengths)
+    return logits, building.cache(seen.state, seen.left)
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def _extend(graph, params, layers, tokens, positions):
-    return step(nnx.merge(graph, params), layers, tokens, positions)
+def _extend(graph, params, cache, tokens, positions):
+    return step(nnx.merge(graph, params), cache, tokens, positions)
 
 
 def prefill(
@@ -156,11 +168,9 @@ def prefill(
     if not checks.is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width))
     graph, params = nnx.split(model)
-    logits, layers = _prefill(graph, params, tokens, lengths, c, max_new_tokens)
-    cache = KVCache(
-        layers=layers, length=lengths, provenance=checks.provenance(model.config, c)
-    )
-    return logits, trim(cache)
+    logits, cache = _prefill(graph, params, tokens, lengths, c, max_new_tokens)
+    about = checks.provenance(model.config, c)
+    return logits, trim(dataclasses.replace(cache, provenance=about))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "c"))
@@ -168,7 +178,7 @@ def _observe(graph, params, tokens, lengths, c: Compression):
     return observe_prompt(nnx.merge(graph, params), tokens, lengths, c)
 
 
-_build = jax.jit(build_cache, static_argnames=("c", "room"))
+_build = jax.jit(build_cache, static_argnames=("loops", "specs", "c", "room"))
 
 
 @pytree
@@ -178,7 +188,7 @@ class Prompt:
     Attributes:
         logits: `[B, V]` of each row's last token.
         lengths: `[B]` tokens per row.
-        seen: what the pass left, per layer; keys and values of all tokens included.
+        seen: what the pass left; keys and values of all tokens included.
         config: of the model.
         method: the compression whose scores were computed, its budget aside.
     """
@@ -198,10 +208,12 @@ class Prompt:
             )
         checks.compression(self.config, c, self.lengths)
         checks.count("max_new_tokens", max_new_tokens)
-        layers = _build(self.seen, self.lengths, c, max_new_tokens)
-        provenance = checks.provenance(self.config, c)
-        cache = KVCache(layers=layers, length=self.lengths, provenance=provenance)
-        return trim(cache)
+        tokens = self.seen[0].k.shape[-2]
+        specs = self.config.layers
+        loops = loops_of(specs, evictions_of(self.method, specs, tokens))
+        cache = _build(self.seen, loops, specs, self.lengths, c, max_new_tokens)
+        about = checks.provenance(self.config, c)
+        return trim(dataclasses.replace(cache, provenance=about))
 
 
 def method_of(c: Compression) -> Compression:
@@ -236,8 +248,8 @@ def trim(cache: KVCache) -> KVCache:
     """
     if checks.is_traced(cache.length):
         return cache
-    layers = tuple(trim_layer(layer) for layer in cache.layers)
-    return KVCache(layers=layers, length=cache.length, provenance=cache.provenance)
+    groups = tuple(trim_group(group) for group in cache.groups)
+    return dataclasses.replace(cache, groups=groups)
 
 
 def extend(
@@ -269,8 +281,12 @@ def extend(
     offset = padded_positions(lengths, tokens.shape[1])
     positions = jnp.where(offset >= 0, offset + cache.length[:, None], EMPTY)
     graph, params = nnx.split(model)
-    logits, layers = _extend(graph, params, cache.layers, tokens, positions)
-    cache = KVCache(
-        layers=layers, length=cache.length + lengths, provenance=cache.provenance
-    )
-    return logits[:, :width], cache
+    logits, after = _extend(graph, params, nameless(cache), tokens, positions)
+    length = cache.length + lengths
+    after = dataclasses.replace(after, length=length, provenance=cache.provenance)
+    return logits[:, :width], after
+
+
+def nameless(cache: KVCache) -> KVCache:
+    """`cache` without what made it, on which no program should depend."""
+    return dataclasses.replace(cache, provenance=None)

@@ -48,8 +48,8 @@ def load(
         tokenizer: False skips the tokenizer and returns None for it.
 
     Returns:
-        `(model, tokenizer)`. Weights stream one tensor at a time: host memory peaks at
-        one tensor above the model.
+        `(model, tokenizer)`. Weights stream one parameter of all layers at a time:
+        host memory peaks at one such stack above the model.
 
     Raises:
         ValueError: with the file or tensor at fault, what was expected, and a remedy.

@@ -9,9 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from kvjax.attention import causal_attention
+from kvjax.depth import in_order
 from kvjax.models import checks
 from kvjax.models.config import Projection
-from kvjax.models.decoder import Decoder
+from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.extension import extended
 from kvjax.types import LayerInputs, LengthsLike, TokensLike, padded_positions
 
@@ -50,30 +51,28 @@ def with_projection(
         return made
     graph, params = nnx.split(model)
     found = _components(graph, params, *checks.prompt(config, tokens, lengths))
-    for layer, sides in zip(made.layers, found, strict=True):
-        for side in projection.sides:
-            basis = getattr(layer.attention, f"{side}_basis")
-            basis[...] = sides[side].astype(model.dtype)
+    for side in projection.sides:
+        basis = getattr(made.layers.attention, f"{side}_basis")
+        basis[...] = found[side].astype(model.dtype)
     return made
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def _components(graph, params, tokens, lengths) -> list[dict[str, Array]]:
-    """Principal components of every layer's keys and values, `[K, D, D]`."""
-    model, found = nnx.merge(graph, params), []
+def _components(graph, params, tokens, lengths) -> dict[str, Array]:
+    """Principal components of every layer's keys and values, `[L, K, D, D]`."""
+    model = nnx.merge(graph, params)
 
-    def look(inputs: LayerInputs) -> Array:
+    def look(inputs: LayerInputs, state: None):
         live = (inputs.positions >= 0)[:, None]
         plain = inputs.spec.rope.unrotate(
             inputs.k, jnp.maximum(inputs.positions, 0)[:, None]
         )
-        found.append(
-            {"key": _principal(plain, live), "value": _principal(inputs.v, live)}
-        )
-        return causal_attention(inputs)
+        found = {"key": _principal(plain, live), "value": _principal(inputs.v, live)}
+        return causal_attention(inputs), state, found
 
-    model(tokens, padded_positions(lengths, tokens.shape[1]), look)
-    return found
+    positions = padded_positions(lengths, tokens.shape[1])
+    seen = model.run(tokens, positions, Attending(step=look))
+    return in_order(seen.loops, seen.left)
 
 
 def _principal(

@@ -47,9 +47,10 @@ _PARAMETERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 def parameter_axes(path: str, rank: int) -> tuple[str | None, ...]:
     """Logical axes of a decoder parameter, by its dotted path; norms replicate."""
+    lead = ("layers",) if "layers" in path.split(".") else ()
     for suffix, axes in _PARAMETERS.items():
         if path == suffix or path.endswith("." + suffix):
-            return axes
+            return (*lead, *axes)
     return (None,) * rank
 
 

@@ -1,5 +1,6 @@
 """One pass over a prompt for many methods: what their scores look at is kept."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,11 @@ from jaxtyping import Array, Float
 
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import observe, wants_mass
+from kvjax.compress.survey import evictions_of
+from kvjax.depth import Depth, members, over, regrouped
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
-from kvjax.models.decoder import Decoder
+from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.inference import Prompt, bucket, last_logits, method_of, pad_tokens
 from kvjax.prefills import AbstractPrefill
 from kvjax.types import (
@@ -18,6 +21,7 @@ from kvjax.types import (
     Lengths,
     LengthsLike,
     TokensLike,
+    loops_of,
     padded_positions,
     pytree,
     static,
@@ -31,8 +35,9 @@ class SharedPass:
     Attributes:
         logits: `[B, V]` of each row's last token.
         lengths: `[B]` tokens per row.
-        inputs: queries, keys and values of all tokens, per layer.
-        mass: `[B, H, S]` attention each key received, per layer, or None.
+        inputs: queries, keys and values of all tokens; of layers that the model has
+            alike together, with a first axis for them.
+        mass: `[B, H, S]` attention each key received, likewise, or None.
         config: of the model.
         prefill: how it was read.
     """
@@ -65,31 +70,40 @@ class SharedPass:
         return Prompt(
             logits=self.logits,
             lengths=self.lengths,
-            seen=_look(self.inputs, self.mass, self.lengths, method),
+            seen=_look(self.inputs, self.mass, self.lengths, self.config, method),
             config=self.config,
             method=method,
         )
 
 
-@functools.partial(jax.jit, static_argnames=("c",))
-def _look(inputs, mass, lengths, c: Compression):
-    pairs = zip(inputs, mass, strict=True)
-    return tuple(observe(layer, lengths, c, sums) for layer, sums in pairs)
+@functools.partial(jax.jit, static_argnames=("config", "c"))
+def _look(inputs, mass, lengths, config: DecoderConfig, c: Compression):
+    evictions = evictions_of(c, config.layers, inputs[0].k.shape[-2])
+    loops = loops_of(config.layers, evictions)
+    groups = members(loops)
+
+    def one(depth: Depth, state: None, given: tuple[LayerInputs, Array | None]):
+        evict = evictions[groups[depth.group].start]
+        layer = dataclasses.replace(given[0], depth=depth)
+        return state, observe(layer, lengths, c, evict, given[1])
+
+    held = list(zip(inputs, mass, strict=True))
+    plain = loops_of(config.layers)
+    return over(loops, one, None, regrouped(plain, held, loops))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "prefill", "mass"))
 def _read(graph, params, tokens, lengths, prefill: AbstractPrefill, mass: bool):
     model = nnx.merge(graph, params)
-    kept = []
 
-    def attention(inputs: LayerInputs) -> Array:
+    def keep(inputs: LayerInputs, state: None):
         out, sums = prefill.attend(inputs, lengths, mass)
-        kept.append((inputs, sums))
-        return out
+        return out, state, (inputs, sums)
 
-    hidden = model(tokens, padded_positions(lengths, tokens.shape[1]), attention)
-    inputs, sums = zip(*kept, strict=True)
-    return last_logits(model, hidden, lengths), inputs, sums
+    positions = padded_positions(lengths, tokens.shape[1])
+    seen = model.run(tokens, positions, Attending(step=keep))
+    inputs, sums = zip(*seen.left, strict=True)
+    return last_logits(model, seen.hidden, lengths), inputs, sums
 
 
 def read_shared(

@@ -8,8 +8,10 @@ from jaxtyping import Array, Float
 
 from kvjax.compress import parallel
 from kvjax.compress.config import Compression
+from kvjax.compress.layer import handed_on
+from kvjax.compress.survey import survey
 from kvjax.models import checks
-from kvjax.models.decoder import Attention, Carrying, Decoder
+from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.inference import NONE
 from kvjax.types import (
     LayerInputs,
@@ -25,29 +27,35 @@ from kvjax.types import (
 def _simulate(graph, params, tokens, lengths, prompt_lengths, c: Compression):
     model = nnx.merge(graph, params)
     positions = padded_positions(lengths, tokens.shape[1])
-    return model.logits(model(tokens, positions, simulated(prompt_lengths, c)))
+    attention = simulated(model, prompt_lengths, tokens.shape[1], c)
+    return model.logits(model(tokens, positions, attention, trained=True))
 
 
 def simulated(
+    model: Decoder,
     prompt_lengths: Lengths,
+    tokens: int,
     c: Compression,
     later: int | None = None,
     choice_gradient: float = 0.0,
-) -> Attention:
-    """Attention of one pass in which prompts are compressed at `prompt_lengths`.
+) -> Attending:
+    """Attention of passes in which prompts are compressed at `prompt_lengths`.
 
-    For a single call of a `Decoder`, inside of `jit`: it carries what layers hand on.
-    Nothing is checked; see `simulate`. That no row has more than `later` tokens behind
-    its point, where it is known, saves their work. `choice_gradient` above 0 is the
-    temperature of a gradient for which tokens are kept (`kvjax.compress.choice`).
+    Nothing is checked; see `simulate`. Rows are `tokens` wide. That no row has more
+    than `later` tokens behind its point, where it is known, saves their work.
+    `choice_gradient` above 0 is the temperature of a gradient for which tokens are kept
+    (`kvjax.compress.choice`).
     """
+    config = model.config
+    found = survey(c, config.layers, prompt_lengths, tokens, model.dtype)
+    start = handed_on(c, prompt_lengths.shape[0], config.layers[0], tokens)
 
     def step(inputs: LayerInputs, priorities: Scores | None):
-        return parallel.attend(
-            inputs, prompt_lengths, c, priorities, later, choice_gradient
-        )
+        how = (prompt_lengths, c, found, priorities, later, choice_gradient)
+        out, chosen = parallel.attend(inputs, *how)
+        return out, None if start is None else chosen, ()
 
-    return Carrying(step, None)
+    return Attending(step=step, state=start, kinds=found.layouts)
 
 
 def simulate(

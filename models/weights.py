@@ -33,7 +33,7 @@ _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
 def dotted(path: tuple[Any, ...]) -> str:
-    """`layers.0.mlp.up.kernel` of an NNX path."""
+    """`layers.mlp.up.kernel` of an NNX path."""
     return ".".join(str(part) for part in path)
 
 
@@ -45,39 +45,40 @@ def stream_parameters(
     mesh: Mesh | None,
     rules: Mapping[str, str | None],
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Each parameter on its devices, in checkpoint order."""
+    """Each parameter on its devices, of all layers together."""
     weights = family(config.family).weights(config)
     _check_names(shards, weights, config)
+    sources: dict[str, list[tuple[str, tuple[int, int]]]] = {}
     for name, weight in weights.items():
-        parts = [shapes[path] for path in weight.paths]
+        parts = [_own(shapes[path], weight) for path in weight.paths]
         _check_shape(name, shards.shapes[name], parts, weight)
-    for name, weight in weights.items():
         start = 0
-        for path in weight.paths:
-            shape = shapes[path]
+        for path, shape in zip(weight.paths, parts, strict=True):
             stop = start + (shape[-1] if weight.transpose else shape[0])
-            host = _read(shards, name, (start, stop), shape, weight.transpose, dtype)
-            where = (
-                sharding.parameter_sharding(path, shape, mesh, rules) if mesh else None
-            )
+            sources.setdefault(path, []).append((name, (start, stop)))
             start = stop
-            yield path, sharding.place(host, where)
-            del host
+    for path, pieces in sources.items():
+        shape = shapes[path]
+        where = sharding.parameter_sharding(path, shape, mesh, rules) if mesh else None
+        host = _aligned(shape, dtype)
+        for name, rows in pieces:
+            weight = weights[name]
+            target = host if weight.layer is None else host[weight.layer]
+            _read(shards, name, rows, target.T if weight.transpose else target)
+        yield path, sharding.place(host, where)
+        del host, target
     if config.tie_embeddings and "lm_head.weight" in shards.shapes:
         _check_tied(shards)
 
 
-def _read(
-    shards: Shards,
-    name: str,
-    rows: tuple[int, int],
-    shape: tuple[int, ...],
-    transpose: bool,
-    dtype: np.dtype,
-) -> np.ndarray:
-    host = _aligned(shape, dtype)
-    target = host.T if transpose else host
-    done = 0
+def _own(shape: tuple[int, ...], weight: Weight) -> tuple[int, ...]:
+    """Of a parameter's shape, what one tensor fills."""
+    return shape if weight.layer is None else shape[1:]
+
+
+def _read(shards: Shards, name: str, rows: tuple[int, int], target: np.ndarray) -> None:
+    """Rows of a tensor into memory that is there, in its dtype."""
+    dtype, done = target.dtype, 0
     for piece in shards.rows(name, *rows):
         if not finite(piece):
             raise ValueError(
@@ -93,7 +94,6 @@ def _read(
             )
         target[done : done + len(piece)] = piece
         done += len(piece)
-    return host
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -163,16 +163,17 @@ def write_weights(model: Decoder, folder: pathlib.Path) -> None:
     weights = family(model.config.family).weights(model.config)
     tensors = {}
     for name, weight in weights.items():
-        stored = [
-            arrays[p].shape[:: -1 if weight.transpose else 1] for p in weight.paths
-        ]
+        parts = [_own(arrays[path].shape, weight) for path in weight.paths]
+        stored = [part[:: -1 if weight.transpose else 1] for part in parts]
         shape = (sum(part[0] for part in stored), *stored[0][1:])
         tensors[name] = (shape, jnp.dtype(arrays[weight.paths[0]].dtype))
 
     def pieces(name: str) -> Iterator[np.ndarray]:
-        for path in weights[name].paths:
-            host = _host(arrays[path])
-            rows = host.T if weights[name].transpose else host
+        weight = weights[name]
+        for path in weight.paths:
+            held = arrays[path]
+            host = _host(held if weight.layer is None else held[weight.layer])
+            rows = host.T if weight.transpose else host
             step = max(1, CHUNK_BYTES // max(rows[:1].nbytes, 1))
             for first in range(0, len(rows), step):
                 yield rows[first : first + step]

@@ -11,6 +11,7 @@ from flax import nnx
 
 import kvjax
 from kvjax.compress.config import Compression
+from kvjax.compress.survey import survey
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.config import Evictor, Projection, read_gates
 from kvjax.models.evictor import with_evictor
@@ -69,28 +70,6 @@ BUDGETED = tuple(
 )
 
 
-def structure(name: str) -> tuple[Any, ...]:
-    """What the tree of a preset's cache depends on; a test holds it."""
-    c = preset(name)
-    headwise = c.evict is not None and c.evict.budget.per_head
-    split = c.evict is not None and c.evict.values is not None
-    later = not isinstance(c.schedule, AfterPrefill)
-    tracked = type(c.evict.score) if later and c.evict is not None else None
-    return headwise, split, c.store, c.read, tracked
-
-
-REPRESENTATIVE = {structure(name): name for name in reversed(PRESETS)}
-"""The first preset of each structure."""
-
-
-def one_per_structure(more: int):
-    """Cases of a test of what depends on the cache alone; others are a sweep."""
-    others = pytest.mark.sweep(0, more)
-    chosen = REPRESENTATIVE.values()
-    cases = [pytest.param(n, marks=() if n in chosen else others) for n in PRESETS]
-    return pytest.mark.parametrize("name", cases)
-
-
 def gates(layers: int, kv_heads: int) -> tuple[tuple[float, ...], ...]:
     """Gates of which every second one is high, no two of them alike."""
     wide = np.arange(layers * kv_heads).reshape(layers, kv_heads) / 100
@@ -122,10 +101,11 @@ def small_model(dtype: str = "float32", std: float = 0.08, layers: int = 2) -> D
     model = with_evictor(model, Evictor(kind="mlp", hidden=16))
     model = with_projection(model, Projection())
     rng = np.random.default_rng(0)
-    for layer in model.layers:
-        for side in Projection().sides:
-            basis = getattr(layer.attention, f"{side}_basis")
-            basis[...] = jnp.asarray(rng.standard_normal(basis.shape), basis.dtype)
+    sides = [getattr(model.layers.attention, f"{s}_basis") for s in Projection().sides]
+    for layer in range(layers):
+        for basis in sides:
+            noise = jnp.asarray(rng.standard_normal(basis.shape[1:]), basis.dtype)
+            basis[...] = basis[...].at[layer].set(noise)
     return model
 
 
@@ -145,6 +125,38 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         prompt[row, LENGTHS[row] :] = 0
         later[row, : LATER[row]] = whole[row, LENGTHS[row] :][: LATER[row]]
     return prompt, later, whole
+
+
+def structure(name: str) -> tuple[Any, ...]:
+    """What the tree of a preset's cache depends on; a test holds it."""
+    c = preset(name)
+    specs, lengths = small_model().config.layers, jnp.asarray(LENGTHS)
+    layouts = survey(c, specs, lengths, WIDTH, jnp.dtype("float32")).layouts
+    pooled = any(layout.pooled for layout in layouts)
+    split = c.evict is not None and c.evict.values is not None
+    later = not isinstance(c.schedule, AfterPrefill)
+    tracked = type(c.evict.score) if later and c.evict is not None else None
+    return pooled, split, c.store, c.read, tracked
+
+
+REPRESENTATIVE = {structure(name): name for name in reversed(PRESETS)}
+"""The first preset of each structure."""
+
+
+def one_per_structure(more: int, fast: int | None = None):
+    """Cases of a test of what depends on the cache alone.
+
+    A preset of each structure, of which `make test` takes `fast` (None: all), and
+    `more` others.
+    """
+    chosen = list(REPRESENTATIVE.values())
+    few = pytest.mark.sweep(fast, len(chosen), kind="structure")
+    marks = [few] if fast is not None else []
+    others = [pytest.mark.sweep(0, more)]
+    return pytest.mark.parametrize(
+        "name",
+        [pytest.param(n, marks=marks if n in chosen else others) for n in PRESETS],
+    )
 
 
 def assert_forms_agree(model: Decoder, c: Compression) -> None:

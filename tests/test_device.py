@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def device() -> types.ModuleType:
     return tool("device")
 
 
-def session(device, monkeypatch, out, *, budget=60.0, silent=60.0, **stages):
+def session(device, monkeypatch, out, *, budget=60.0, silent=60.0, **stages: Any):
     """Exit code of all stages, of which some do what is given between their rows."""
 
     def command(python, stage, *args):
@@ -93,7 +94,7 @@ def test_a_stage_that_cannot_start_is_named(device, monkeypatch, tmp_path):
 
 def test_the_budget_is_kept(device, monkeypatch, tmp_path):
     start = time.monotonic()
-    stages = dict.fromkeys(device.STAGES, "time.sleep(60)")
+    stages: dict[str, Any] = dict.fromkeys(device.STAGES, "time.sleep(60)")
     assert session(device, monkeypatch, tmp_path, budget=1.5, **stages) == 1
     assert time.monotonic() - start < 5
     for stage in device.STAGES:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 import kvjax
-from kvjax.budgets import slots_to_keep
 from kvjax.eval.tasks import make_task
+from kvjax.exact import ceil_share
 
 PREFIX = 1
 """Tokens before the characters of a prompt; kvjax-tiny has one token per character."""
@@ -39,6 +39,6 @@ def _stays(item: Any, keep: float, n_sink: int) -> bool:
     record = f"[{item.meta['key']}:{item.meta['value']}]"
     start = PREFIX + item.context.index(record)
     tokens = PREFIX + len(item.context)
-    slots = int(slots_to_keep(np.asarray(tokens), keep))
+    slots = int(ceil_share(tokens, keep))
     newest = tokens - (slots - n_sink)
     return start >= newest or start + len(record) <= n_sink or newest <= n_sink

@@ -85,11 +85,11 @@ class TrainConfig:
         projection: bases of keys and values that the model gets, principal components
             of the first batch; they are trained, and what `trainable` names.
         trainable: names of the weights that are trained, as shell patterns
-            (`layers.*.attention.k.kernel`, `*norm.weight`); none: all.
+            (`*.attention.k.kernel`, `*norm.weight`); none: all.
         lora: low-rank updates; they are trained, and what `trainable` names.
         remat: recompute layers in the backward pass: less memory, a third more work.
         loop_layers: compile layers that compute the same once: minutes instead of an
-            hour for a deep model, for a copy of its weights in the passes' dtype.
+            hour for a deep model.
         compute: dtype of the passes; the weights that are trained stay in float32.
         mesh: devices, and what they split; one unless it says more.
         optimizer: how.

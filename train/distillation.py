@@ -1,5 +1,6 @@
 """What a pass computes on its way, and how far it is from a teacher's."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kvjax.models.decoder import Attention, Carrying, Decoder
+from kvjax.depth import in_order
+from kvjax.models.decoder import Attending, Attention, Decoder, attending
 from kvjax.train.mesh import along_rows
 from kvjax.train.objective_config import ObjectiveConfig
 from kvjax.types import LayerInputs, Lengths, Tokens, pytree
@@ -22,20 +24,22 @@ class Watched:
         last: hidden states after the final norm.
         hidden: the residual stream behind every layer but the last, then `last`; what
             transformers calls `hidden_states[1:]`. With `hidden_layers: last` that one
-            alone; empty unless `hidden` has a weight.
+            alone; None unless `hidden` has a weight.
         attention: each layer's attention before the o projection, heads side by side;
-            empty unless `attention` has a weight.
+            None unless `attention` has a weight.
+        state: what attention handed on behind the last layer.
     """
 
     last: Float[Array, "B T E"]
-    hidden: tuple[Float[Array, "B T E"], ...]
-    attention: tuple[Float[Array, "B T HD"], ...]
+    hidden: Float[Array, "L B T E"] | None
+    attention: Float[Array, "L B T HD"] | None
+    state: Any
 
 
 def watched(
     model: Decoder,
     tokens: Tokens,
-    attention: Attention,
+    attention: Attention | Attending,
     config: ObjectiveConfig,
     *,
     remat: bool = False,
@@ -46,54 +50,49 @@ def watched(
     Args:
         model: the student, or the teacher.
         tokens: `[B, T]`, in order from position 0.
-        attention: what it attends by. A `Carrying` ends with the state that it would
-            have ended with in a pass that nobody watches.
+        attention: what it attends by.
         config: what is kept; nothing is without a weight.
         remat: recompute layers in the backward pass.
-        loop: compile equal layers once; not where all layers are kept.
+        loop: compile equal layers once.
 
     Cost: with all terms, temporaries of `L (E + H D)` numbers per token.
     """
     rows, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
     every = bool(config.hidden) and config.hidden_layers == "all"
-    if not every and not config.attention:
-        how = {"remat": remat, "loop": loop, "place": along_rows}
-        last = model(tokens, positions, attention, **how)
-        return Watched(last=last, hidden=(last,) if config.hidden else (), attention=())
-    recorder = _recorder(attention, outputs=bool(config.attention), streams=every)
-    last = model(tokens, positions, recorder, remat=remat, place=along_rows)
-    inner, outputs, streams = recorder.state
-    if isinstance(attention, Carrying):
-        attention.state = inner
-    hidden = (*streams[:-1], last) if config.hidden else ()
-    return Watched(last=last, hidden=hidden, attention=outputs)
+    if config.attention:
+        attention = _outputs(attention)
+    seen = model.run(
+        tokens,
+        positions,
+        attention,
+        trained=True,
+        remat=remat,
+        unroll=not loop,
+        streams=every,
+        place=along_rows,
+    )
+    last, hidden, outputs = seen.hidden, None, None
+    if config.hidden:
+        hidden = last[None]
+    if every:
+        hidden = in_order(seen.loops, seen.streams).at[-1].set(last)
+    if config.attention:
+        outputs = in_order(seen.loops, seen.left)
+    return Watched(last=last, hidden=hidden, attention=outputs, state=seen.state)
 
 
-def _recorder(attention: Attention, *, outputs: bool, streams: bool) -> Carrying:
-    """`attention`; its state is `(inner state, outputs, residual streams)`."""
-    inner = attention if isinstance(attention, Carrying) else None
+def _outputs(attention: Attention | Attending) -> Attending:
+    """`attention` that leaves what the o projection gets."""
+    inner = attending(attention)
 
-    def step(inputs: LayerInputs, state: Any) -> tuple[Array, Any]:
-        own, outs, xs = state
-        if inner is None:
-            out = attention(inputs)
-        else:
-            out, own = inner.step(inputs, own)
-        if outputs:
-            b, _, t, _ = out.shape
-            kept = jnp.moveaxis(out, 1, 2).reshape(b, t, -1)
-            outs = (*outs, kept.astype(inputs.q.dtype))  # as the o projection gets it
-        return out, (own, outs, xs)
+    def step(inputs: LayerInputs, state: Any):
+        out, state, _ = inner.step(inputs, state)
+        b, _, t, _ = out.shape
+        kept = jnp.moveaxis(out, 1, 2).reshape(b, t, -1)
+        return out, state, kept.astype(inputs.q.dtype)
 
-    def behind(x: Array, state: Any) -> Any:
-        own, outs, xs = state
-        if inner is not None and inner.behind is not None:
-            own = inner.behind(x, own)
-        return own, outs, (*xs, x) if streams else xs
-
-    start = None if inner is None else inner.state
-    return Carrying(step, (start, (), ()), behind)
+    return dataclasses.replace(inner, step=step)
 
 
 Places = Callable[[Array, Array, Lengths], Bool[Array, "B T-1"]]
@@ -128,17 +127,11 @@ def distances(
         "hidden": (ours.hidden, wanted.hidden),
         "attention": (ours.attention, wanted.attention),
     }
+    each = jax.vmap(lambda x, y: relative_error(x[:, :-1], y[:, :-1], places))
     return {
-        name: jnp.mean(
-            jnp.stack(
-                [
-                    relative_error(x[:, :-1], y[:, :-1], places)
-                    for x, y in zip(one, other, strict=True)
-                ]
-            )
-        )
+        name: jnp.mean(each(one, other))
         for name, (one, other) in pairs.items()
-        if one
+        if one is not None
     }
 
 

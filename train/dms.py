@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.attention import self_attention
-from kvjax.models.decoder import Carrying
+from kvjax.models.decoder import Attending
 from kvjax.train.config import DMSConfig
 from kvjax.types import LayerInputs, Lengths
 
 
 def relaxed(
     config: DMSConfig, lengths: Lengths, step: Int[Array, ""], seed: int = 0
-) -> Carrying:
+) -> Attending:
     """Attention under relaxed evictions; its state becomes the mean `shortfall`.
 
     Args:
@@ -28,13 +28,13 @@ def relaxed(
         seed: of the run.
     """
 
-    def attention(inputs: LayerInputs, total: Array) -> tuple[Array, Array]:
+    def attention(inputs: LayerInputs, total: Array):
         spec = inputs.spec
         assert inputs.retention is not None
         evict = -inputs.retention
         missing = shortfall(evict, config, lengths, step) / spec.num_layers
         key = jax.random.fold_in(jax.random.key(seed), step)
-        key = jax.random.fold_in(key, spec.index)
+        key = jax.random.fold_in(key, inputs.depth.layer)
         noise = jax.random.logistic(key, evict.shape)
         # log(1 - sigmoid(x)), without a difference that rounds to zero.
         weight = -jax.nn.softplus((evict + noise) / config.temperature)
@@ -46,9 +46,9 @@ def relaxed(
             return jnp.where(late, near, 0.0)
 
         out, _ = self_attention(inputs, bias=bias)
-        return out, total + missing
+        return out, total + missing, ()
 
-    return Carrying(attention, jnp.zeros(()))
+    return Attending(step=attention, state=jnp.zeros(()))
 
 
 def shortfall(

@@ -74,7 +74,7 @@ def mixed(config: DuoConfig, gates: Float[Array, "L K"]) -> Attention:
 
     def attention(inputs: LayerInputs) -> Float[Array, "B H T D"]:
         spec = inputs.spec
-        gate = jnp.repeat(gates[spec.index], spec.groups)[None, :, None, None]
+        gate = jnp.repeat(gates[inputs.depth.layer], spec.groups)[None, :, None, None]
         streaming, _ = self_attention(inputs, allowed=allowed)
         return gate * causal_attention(inputs) + (1.0 - gate) * streaming
 

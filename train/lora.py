@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kvjax.models.decoder import Decoder, Linear
+from kvjax.models.blocks import Linear
+from kvjax.models.decoder import Decoder
 from kvjax.train.config import LoRAConfig
 from kvjax.types import nearest
 
@@ -23,11 +24,11 @@ class LoRALinear(Linear):
 
     def __init__(self, base: Linear, config: LoRAConfig, rngs: nnx.Rngs):
         self.kernel, self.bias = base.kernel, base.bias
-        (n_in, n_out), dtype = base.kernel.shape, base.kernel.dtype
-        bound = n_in**-0.5
-        noise = jax.random.normal(rngs.params(), (n_in, config.rank), jnp.float32)
-        self.lora_a = nnx.Param((noise * bound).astype(dtype))
-        self.lora_b = nnx.Param(jnp.zeros((config.rank, n_out), dtype))
+        (*lead, n_in, n_out), dtype = base.kernel.shape, base.kernel.dtype
+        shape = (*lead, n_in, config.rank)
+        noise = jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.lora_a = nnx.Param((noise * n_in**-0.5).astype(dtype))
+        self.lora_b = nnx.Param(jnp.zeros((*lead, config.rank, n_out), dtype))
         self.scale = config.alpha / config.rank
 
     @property
@@ -56,30 +57,25 @@ def with_lora(model: Decoder, config: LoRAConfig, *, seed: int = 0) -> Decoder:
                 f"{nearest(name, known)}"
             )
     made, rngs = nnx.clone(model), nnx.Rngs(seed)
-    for layer in made.layers:
-        for name in config.modules:
-            owner = layer.attention if name in ATTENTION else layer.mlp
-            setattr(owner, name, LoRALinear(getattr(owner, name), config, rngs))
+    for name in config.modules:
+        owner = made.layers.attention if name in ATTENTION else made.layers.mlp
+        setattr(owner, name, LoRALinear(getattr(owner, name), config, rngs))
     return made
 
 
 def merged(model: Decoder) -> Decoder:
     """A plain decoder whose matrices hold the updates."""
     made = nnx.clone(model)
-    for layer in made.layers:
-        for owner, names in ((layer.attention, ATTENTION), (layer.mlp, MLP)):
-            for name in names:
-                linear = getattr(owner, name)
-                if isinstance(linear, LoRALinear):
-                    setattr(owner, name, _plain(linear))
+    for owner, names in ((made.layers.attention, ATTENTION), (made.layers.mlp, MLP)):
+        for name in names:
+            linear = getattr(owner, name)
+            if isinstance(linear, LoRALinear):
+                setattr(owner, name, _plain(linear))
     return made
 
 
 def _plain(linear: LoRALinear) -> Linear:
-    n_in, n_out = linear.kernel.shape
-    made = Linear(
-        n_in, n_out, bias=False, std=0.0, dtype=linear.kernel.dtype, rngs=nnx.Rngs(0)
-    )
-    made.kernel[...] = linear.matrix
-    made.bias = linear.bias
+    dtype = linear.kernel.dtype
+    made = Linear(1, 1, bias=False, std=0.0, dtype=dtype, rngs=nnx.Rngs(0))
+    made.kernel, made.bias = nnx.Param(linear.matrix), linear.bias
     return made

@@ -132,8 +132,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def _axes(path: str, rank: int) -> tuple[str | None, ...]:
     base, _, last = path.rpartition(".")
     if last in ("lora_a", "lora_b"):  # [in, rank] and [rank, out] of a matrix
-        n_in, n_out = parameter_axes(f"{base}.kernel", rank)
-        return (n_in, None) if last == "lora_a" else (None, n_out)
+        *lead, n_in, n_out = parameter_axes(f"{base}.kernel", rank)
+        return (*lead, n_in, None) if last == "lora_a" else (*lead, None, n_out)
     found = parameter_axes(path, rank)
     return found if len(found) == rank else (None,) * rank
 

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import causal_attention
 from kvjax.compress.config import Compression
-from kvjax.models.decoder import Attention, Decoder
+from kvjax.models.decoder import Attending, Attention, Decoder
 from kvjax.models.simulate import simulated
 from kvjax.train import duo
 from kvjax.train.config import ObjectiveConfig, TrainConfig
@@ -82,9 +81,9 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
         if tokens.apart is not None:
             terms["distill"] = weights.distill, answer_mean(tokens.apart, batch)
         if config.dms is not None:
-            terms["shortfall"] = config.dms.weight, attention.state
+            terms["shortfall"] = config.dms.weight, ours.state
         if config.surrogate is not None:
-            terms["surrogate"] = config.surrogate.weight, attention.state
+            terms["surrogate"] = config.surrogate.weight, ours.state
         if config.duo is not None:  # its teacher is the model itself
             full = pass_of(model, attention=causal_attention)
             full = jax.lax.stop_gradient(full.last)
@@ -109,7 +108,7 @@ def _followed(
 
 def _attention(
     config: TrainConfig, c: Compression | None, model: Decoder, batch: Batch
-) -> Any:
+) -> Attention | Attending:
     """What the model attends by."""
     if config.duo is not None:
         return duo.mixed(config.duo, duo.gates_of(model))
@@ -119,25 +118,28 @@ def _attention(
         return regressing(batch.prompt_lengths, batch.later)
     if c is not None:
         gradient = config.sampling.choice_gradient
-        return simulated(batch.prompt_lengths, c, batch.later, gradient)
+        width = batch.tokens.shape[1]
+        how = (batch.prompt_lengths, width, c, batch.later, gradient)
+        return simulated(model, *how)
     return causal_attention
 
 
 def states(
     model: Decoder,
     batch: Batch,
-    attention: Attention = causal_attention,
+    attention: Attention | Attending = causal_attention,
     *,
     loop: bool = False,
 ) -> Float[Array, "B T E"]:
     """Hidden states of every token; `loop` compiles equal layers once."""
     rows, width = batch.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
-    return model(batch.tokens, positions, attention, loop=loop, place=along_rows)
+    how = {"trained": True, "unroll": not loop, "place": along_rows}
+    return model(batch.tokens, positions, attention, **how)
 
 
 def predictions(
-    model: Decoder, batch: Batch, attention: Attention = causal_attention
+    model: Decoder, batch: Batch, attention: Attention | Attending = causal_attention
 ) -> Float[Array, "B T-1 V"]:
     """Logits of every token but the first, all at once."""
     return model.logits(states(model, batch, attention))[:, :-1]

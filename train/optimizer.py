@@ -81,9 +81,13 @@ def _within(low: float, high: float) -> optax.GradientTransformation:
 
 
 def _matrices(params):
-    # Embedding rows are looked up, not multiplied: they stay with AdamW.
+    # Embedding rows are looked up, not multiplied: they stay with AdamW. Matrices of
+    # layers are stacked, each is one.
     def numbers(path, leaf):
-        table = any("embedding" in jax.tree_util.keystr((key,)) for key in path)
-        return None if table or leaf.ndim != 2 else contrib.MuonDimensionNumbers()
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        first = int("layers" in name.split("."))
+        if name.endswith("embedding") or leaf.ndim != first + 2:
+            return None
+        return contrib.MuonDimensionNumbers(first, first + 1)
 
     return jax.tree_util.tree_map_with_path(numbers, params)

@@ -16,7 +16,7 @@ Params = dict[str, Array]
 
 
 def params_of(model: Decoder, dtype: Any = "float32") -> Params:
-    """The weights of `model`, copied, by names such as `layers.0.mlp.up.kernel`."""
+    """The weights of `model`, copied, by names such as `layers.mlp.up.kernel`."""
     return {name: jnp.array(x, dtype) for name, x in leaves_of(model).items()}
 
 
@@ -31,14 +31,10 @@ def with_params(model: Decoder, params: Mapping[str, Array]) -> Decoder:
     """A model like `model` with the weights of a flat dict."""
     graph, state = nnx.split(model)
     nested = traverse_util.unflatten_dict(
-        {tuple(_key(k) for k in name.split(".")): x for name, x in params.items()}
+        {tuple(name.split(".")): x for name, x in params.items()}
     )
     nnx.replace_by_pure_dict(state, nested)
     return nnx.merge(graph, state)
-
-
-def _key(text: str) -> str | int:
-    return int(text) if text.isdecimal() else text
 
 
 def hollow(model: Decoder) -> Decoder:
@@ -52,7 +48,7 @@ def split(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
 
     Args:
         params: all weights.
-        patterns: shell patterns over names, `layers.*.attention.q.kernel`; none: all.
+        patterns: shell patterns over names, `layers.attention.q.kernel`; none: all.
 
     Raises:
         ValueError: a pattern matches nothing.

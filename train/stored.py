@@ -34,7 +34,7 @@ def path_of(directory: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def named(state: Any) -> dict[str, Array]:
-    """The leaves of a state by their paths, `opt_state.1.0.mu.layers.0.mlp.up.kernel`.
+    """The leaves of a state by their paths, `opt_state.1.0.mu.layers.mlp.up.kernel`.
 
     Names outlive what numbers do not: an optimizer state that gains or loses a leaf.
     """

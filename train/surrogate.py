@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.attention import causal_attention
-from kvjax.models.decoder import Carrying
+from kvjax.models.decoder import Attending
 from kvjax.pallas_kernels.column_stats import column_stats
 from kvjax.types import EMPTY, LayerInputs, Lengths
 
@@ -18,7 +18,7 @@ FLOOR = 1e-4
 """Added to oracle scores before the logarithm: what is smaller is all the same."""
 
 
-def regressing(prompt_lengths: Lengths, later: int) -> Carrying:
+def regressing(prompt_lengths: Lengths, later: int) -> Attending:
     """Plain attention; its state becomes the squared error, summed over the layers.
 
     Args:
@@ -29,7 +29,7 @@ def regressing(prompt_lengths: Lengths, later: int) -> Carrying:
     weight over the answers' queries). Deviations: every later query counts.
     """
 
-    def step(inputs: LayerInputs, total: Array) -> tuple[Array, Array]:
+    def step(inputs: LayerInputs, total: Array):
         assert inputs.retention is not None
         wanted = jnp.log(oracle(inputs, prompt_lengths, later) + FLOOR)
         miss = jnp.square(inputs.retention - jax.lax.stop_gradient(wanted))
@@ -38,9 +38,10 @@ def regressing(prompt_lengths: Lengths, later: int) -> Carrying:
         each = jnp.sum(jnp.where(counted, miss, 0.0), axis=(1, 2))
         count = prompt_lengths.astype(jnp.float32) * inputs.k.shape[1]
         mean = jnp.mean(each / count)
-        return causal_attention(inputs), total + mean / inputs.spec.num_layers
+        share = mean / inputs.spec.num_layers
+        return causal_attention(inputs), total + share, ()
 
-    return Carrying(step, jnp.zeros(()))
+    return Attending(step=step, state=jnp.zeros(()))
 
 
 def oracle(

@@ -37,7 +37,7 @@ def token_map(
     if isinstance(cache, Mapping):
         kept = cache["kept"]
     else:
-        kept = [cache.kept_positions(i)[row] for i in range(len(cache.layers))]
+        kept = [cache.kept_positions(i)[row] for i in range(cache.num_layers)]
     share = heads_kept(kept, len(pieces)) / np.array([[len(h)] for h in kept])
     lines, layers = -(-len(pieces) // columns), len(kept)
     width = min(columns, len(pieces))

@@ -8,7 +8,6 @@ from kvjax.budgets._pyramid import Pyramid as Pyramid
 from kvjax.budgets._retrieval import RetrievalHeads as RetrievalHeads
 from kvjax.budgets.base import AbstractBudget as AbstractBudget
 from kvjax.budgets.base import Uniform as Uniform
-from kvjax.budgets.base import slots_to_keep as slots_to_keep
 
 BUDGETS: Mapping[str, type[AbstractBudget]] = MappingProxyType(
     {

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import ClassVar, final
 
-import numpy as np
-
 from kvjax import exact
 from kvjax.budgets.base import AbstractBudget, same_in_all
 
@@ -44,13 +42,3 @@ class AdaKV(AbstractBudget):
         safe = exact.floor_share(slots, exact.decimal(self.safeguard))
         sure = xp.broadcast_to(xp.maximum(safe, 1)[..., None], (*slots.shape, heads))
         return sure, slots * heads
-
-    def layer_counts(self, mean, lengths, spec):
-        del lengths, spec
-        return mean
-
-    def shares(self, slots, lengths, spec):
-        del lengths
-        safe = np.floor(slots * self.safeguard + 1e-9)  # 0.29 * 100 is 28.9999...
-        safe = np.maximum(safe.astype(np.int32), 1)
-        return np.tile(safe[:, None], spec.num_kv_heads), slots * spec.num_kv_heads

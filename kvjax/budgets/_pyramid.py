@@ -8,7 +8,7 @@ from typing import final
 import numpy as np
 
 from kvjax import exact
-from kvjax.budgets.base import AbstractBudget, largest_remainder, same_in_all
+from kvjax.budgets.base import AbstractBudget, same_in_all
 
 
 @final
@@ -107,22 +107,6 @@ class Pyramid(AbstractBudget):
         else:
             found.append(_first(math.ceil(keep * longest), keep))
         return np.unique([n for n in found if 0 <= n <= longest])
-
-    def layer_counts(self, mean, lengths, spec):
-        layers = spec.num_layers
-        if layers == 1:
-            return mean
-        behind = mean.astype(np.float64)  # the window is inside the budget
-        least = behind / self.beta
-        most = 2 * behind - least
-        clipped = most >= lengths - self.window
-        most = np.where(clipped, lengths - self.window, most)
-        least = np.where(clipped, 2 * behind - most, least)
-        valid = (lengths >= most) & (most >= least) & (least >= self.window)
-        depth = np.arange(layers)[:, None]
-        shares = most - depth * (most - least) / (layers - 1)
-        shares = np.where(valid, shares, behind)
-        return largest_remainder(shares, layers * mean)[spec.index]
 
 
 def _first(slots: int, keep: Fraction) -> int:

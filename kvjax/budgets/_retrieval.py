@@ -6,7 +6,7 @@ from typing import ClassVar, final
 import numpy as np
 
 from kvjax import exact
-from kvjax.budgets.base import AbstractBudget, slots_to_keep
+from kvjax.budgets.base import AbstractBudget
 
 
 @final
@@ -54,16 +54,6 @@ class RetrievalHeads(AbstractBudget):
         each = xp.where(whole, seen[..., None], few[..., None])
         return each, self._total(lengths, specs)
 
-    def layer_counts(self, mean, lengths, spec):
-        del mean
-        each = self._by_head(lengths, spec)
-        return -(-each.sum(axis=1) // spec.num_kv_heads)
-
-    def shares(self, slots, lengths, spec):
-        del slots
-        each = self._by_head(lengths, spec)
-        return each, each.sum(axis=1)
-
     def fewest(self, counts):
         return exact.namespace(counts).minimum(counts, self._others)
 
@@ -93,12 +83,3 @@ class RetrievalHeads(AbstractBudget):
         ranks = np.array([spec.head_ranks for spec in specs])
         assert ranks.size  # checked before any compute
         return ranks < exact.ceil_share(ranks.size, self.keep)
-
-    def _by_head(self, lengths: np.ndarray, spec):
-        """Slots of every head, `[N, K]`; a window leaves no more than its tokens."""
-        assert spec.head_ranks and self.keep is not None  # checked before any compute
-        heads = np.array(spec.num_layers * spec.num_kv_heads)
-        whole = np.array(spec.head_ranks) < slots_to_keep(heads, self.keep)
-        seen = lengths if spec.window is None else np.minimum(lengths, spec.window)
-        few = np.minimum(seen, self.others)
-        return np.where(whole, seen[:, None], few[:, None]).astype(np.int32)

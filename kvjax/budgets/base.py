@@ -2,8 +2,6 @@
 
 import abc
 import dataclasses
-import functools
-from fractions import Fraction
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -17,20 +15,6 @@ Specs = tuple[LayerSpec, ...]
 
 Counts = Int[Array | np.ndarray, "L B"]
 RowLengths = Int[Array | np.ndarray, "B"]
-
-FAR = np.array([2**40])
-"""Tokens of a row that no budget in slots or bytes is cut to."""
-
-
-def slots_to_keep(n_tokens: np.ndarray, keep: float) -> np.ndarray:
-    """Slots for a kept fraction of `n_tokens`, rounded up; `keep=1` never evicts.
-
-    Exact: `keep` is taken as the shortest decimal it prints as, so that 0.07 of
-    1000 tokens are 70 and not 71.
-    """
-    share = Fraction(repr(float(keep)))
-    exact = np.asarray(n_tokens, dtype=object) * share.numerator
-    return np.asarray(-(-exact // share.denominator), dtype=np.int64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,82 +181,9 @@ class AbstractBudget(abc.ABC):
             )
         return slots
 
-    @abc.abstractmethod
-    def layer_counts(
-        self, mean: np.ndarray, lengths: np.ndarray, spec: LayerSpec
-    ) -> np.ndarray:
-        """Slots per head of one layer, `int64` like `lengths`.
-
-        Args:
-            mean: slots per head that an average layer gets.
-            lengths: row lengths, every integer from 0 up.
-            spec: the layer.
-        """
-
-    def shares(
-        self, slots: np.ndarray, lengths: np.ndarray, spec: LayerSpec
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """How the heads of a layer share its slots; for budgets that are `per_head`.
-
-        Args:
-            slots: slots per head of this layer, on average, `[N]`.
-            lengths: row lengths, every integer from 0 up, `[N]`.
-            spec: the layer.
-
-        Returns:
-            Slots that each head surely gets, `[N, K]`, and those of the whole layer,
-            `[N]`: what is left goes to the highest scores of all heads together.
-        """
-        raise AssertionError(f"{type(self).__name__} gives all heads the same")
-
     def fewest(self, counts: Int[Array | np.ndarray, "..."]) -> Any:
         """Slots that must do for what a score protects in every head, of `counts`."""
         return counts
-
-    def table(
-        self, longest: int, spec: LayerSpec, slot_bytes: float
-    ) -> Int[np.ndarray, "N+1"]:
-        """Slots per head of this layer for rows of `0 .. longest` tokens.
-
-        Args:
-            longest: largest row length.
-            spec: the layer.
-            slot_bytes: bytes of one slot of one head, for budgets in bytes.
-
-        Raises:
-            ValueError: a byte budget that is below one slot per head.
-        """
-        return _table(self, longest, spec, slot_bytes)
-
-    def bound(self, spec: LayerSpec, slot_bytes: float) -> int | None:
-        """Slots per head of this layer for rows of any length; None with `keep`.
-
-        Args:
-            spec: the layer.
-            slot_bytes: as in `table`.
-        """
-        if self.keep is not None:
-            return None
-        mean = self._mean(FAR, spec, slot_bytes)
-        return max(1, int(self.layer_counts(mean, FAR, spec)[0]))
-
-    def _mean(self, lengths: np.ndarray, spec: LayerSpec, slot_bytes: float):
-        if self.keep is not None:
-            return slots_to_keep(lengths, self.keep)
-        if self.slots is not None:
-            return np.minimum(lengths, self.slots)
-        slots = self._affordable(spec, spec.num_layers, slot_bytes)
-        return np.minimum(lengths, slots)
-
-
-@functools.lru_cache(maxsize=1024)
-def _table(budget: AbstractBudget, longest: int, spec: LayerSpec, slot_bytes: float):
-    lengths = np.arange(longest + 1)
-    mean = budget._mean(lengths, spec, slot_bytes)
-    counts = np.clip(budget.layer_counts(mean, lengths, spec), 0, lengths)
-    counts = np.maximum(counts, np.minimum(1, lengths)).astype(np.int32)
-    counts.setflags(write=False)
-    return counts
 
 
 @final
@@ -284,24 +195,8 @@ class Uniform(AbstractBudget):
         del lengths
         return same_in_all(mean, specs)
 
-    def layer_counts(self, mean, lengths, spec):
-        del lengths, spec
-        return mean
-
 
 def same_in_all(mean: RowLengths, specs: Specs) -> Any:
     """The mean in every layer."""
     xp = exact.namespace(mean)
     return xp.broadcast_to(mean, (len(specs), *mean.shape))
-
-
-def largest_remainder(shares: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Round `shares [L, N]` to integers whose sum over `L` is exactly `totals [N]`.
-
-    Shares must sum to about `totals`; ties go to the lower layer.
-    """
-    floor = np.floor(shares + 1e-9).astype(np.int64)
-    missing = totals - floor.sum(axis=0)
-    order = np.argsort(-(shares - floor), axis=0, kind="stable")
-    rank = np.argsort(order, axis=0, kind="stable")
-    return floor + (rank < missing)

@@ -5,8 +5,8 @@ from kvjax.cache.pages import Pages as Pages
 from kvjax.cache.parts import AbstractPart as AbstractPart
 from kvjax.cache.parts import Growth as Growth
 from kvjax.cache.parts import KeysOnly as KeysOnly
-from kvjax.cache.parts import Ragged as Ragged
 from kvjax.cache.parts import Slots as Slots
+from kvjax.cache.ragged import Ragged as Ragged
 from kvjax.cache.state import KVCache as KVCache
 from kvjax.cache.state import LayerCache as LayerCache
 from kvjax.cache.state import Provenance as Provenance

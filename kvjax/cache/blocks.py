@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 from kvjax.codecs import AbstractEncoded
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
+from kvjax.turns import Turn, cut
 from kvjax.types import NEG_INF, LayerSpec
 
 BLOCK = 1024
@@ -22,9 +23,10 @@ def attend_blocks(
     q_positions: Array,
     keys: AbstractEncoded,
     values: AbstractEncoded,
-    positions: Int[Array, "B K S"],
+    positions: Int[Array, "*layers B K S"],
     spec: LayerSpec,
     limit: Int[Array, "B T"] | None = None,
+    turn: Turn = None,
 ) -> Partial:
     """Attention over encoded slots, decoded block by block.
 
@@ -36,12 +38,12 @@ def attend_blocks(
     multiple = math.lcm(keys.block_multiple, values.block_multiple)
 
     def attend(start, width: int) -> Partial:
-        here = jax.lax.dynamic_slice_in_dim(positions, start, width, axis=-1)
+        here = cut(positions, start, width, -1, turn)
         mask = slot_mask(q_positions, here, spec.window)
         if limit is not None:
             mask = mask & (start + jnp.arange(width) < limit[:, None, :, None])
-        k = keys.block(start, width).decode(here, spec.rope)
-        v = values.block(start, width).decode(here, spec.rope)
+        k = keys.block(start, width, turn).decode(here, spec.rope)
+        v = values.block(start, width, turn).decode(here, spec.rope)
         return attend_block(q, k, v, mask, **how)
 
     return over_blocks(attend, positions.shape[-1], multiple, q.shape)

@@ -10,13 +10,19 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import exact
 from kvjax.cache.parts import AbstractPart, by_head, put_positions
-from kvjax.codecs import AbstractEncoded, PlainArray
+from kvjax.codecs import AbstractEncoded
+from kvjax.codecs.base import put_block
 from kvjax.pallas_kernels.page_score import page_score
 from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.pallas_kernels.paged_decode import paged_decode
+from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.quantized import Quantized
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
+from kvjax.turns import Turn, flat, put, row_of, take
 from kvjax.types import EMPTY, pytree, static
+
+LANES = 128
+"""Numbers side by side in the registers of a TPU."""
 
 
 @final
@@ -56,22 +62,24 @@ class Pages(AbstractPart):
 
     keys: AbstractEncoded
     values: AbstractEncoded
-    positions: Int[Array, "B K S"]
-    low: Float[Array, "B K P D"]
-    high: Float[Array, "B K P D"]
-    filled: Int[Array, "B"]
+    positions: Int[Array, "*layers B K S"]
+    low: Float[Array, "*layers B K P D"]
+    high: Float[Array, "*layers B K P D"]
+    filled: Int[Array, "*layers B"]
     budget: PageBudget = static()
     page: int = static()
     most: int = static()
 
     def _selected(
-        self, q: Array, q_positions: Array, limit: Array | None
+        self, q: Array, q_positions: Array, limit: Array | None, turn: Turn
     ) -> tuple[Array, Array]:
         """Page indices `[B, K, T, most]`, best first, and which of them to read."""
-        b, kv_heads, s = self.positions.shape
-        first = self.positions.reshape(b, kv_heads, s // self.page, self.page)
+        positions = take(self.positions, turn)
+        b, kv_heads, s = positions.shape
+        first = positions.reshape(b, kv_heads, s // self.page, self.page)
         start = jnp.min(jnp.where(first >= 0, first, jnp.iinfo(jnp.int32).max), axis=-1)
-        score = page_score(q, self.low, self.high, mode="bound", group="max")
+        low, high = flat((self.low, self.high), turn)
+        score = page_score(q, low, high, mode="bound", group="max", row=row_of(turn, b))
         seen = start[:, :, None] <= q_positions[:, None, :, None]
         if limit is not None:
             end = (jnp.arange(s // self.page) + 1) * self.page
@@ -81,7 +89,7 @@ class Pages(AbstractPart):
         pages = jnp.arange(s // self.page)
         score = jnp.where(seen & (pages == newest[..., None]), jnp.inf, score)
         best, index = jax.lax.top_k(score, self.most)
-        held = self.filled[:, None] if limit is None else limit
+        held = take(self.filled, turn)[:, None] if limit is None else limit
         allowed = self.budget.read(held // self.page)
         rank = jnp.arange(self.most)
         read = (rank < allowed[:, None, :, None]) & (best > -jnp.inf)
@@ -91,18 +99,35 @@ class Pages(AbstractPart):
     def free(self):
         return self.positions.shape[-1] - self.filled
 
-    def attend(self, q, q_positions, spec, limit=None):
-        index, read = self._selected(q, q_positions, limit)
+    def attend(self, q, q_positions, spec, limit=None, turn=None):
+        index, read = self._selected(q, q_positions, limit, turn)
         if q.shape[2] > 1:
-            return self._attend_masked(q, q_positions, index, read, spec)
+            mine = take(self, turn)
+            return mine._attend_masked(q, q_positions, index, read, spec)
         index, read = index[:, :, 0], read[:, :, 0]
-        b, kv_heads, s = self.positions.shape
+        rest = (q, q_positions, index, read, spec)
+        if turn is None or q.shape[-1] % LANES == 0:
+            return self._attend_pages(*rest, turn)
+        # Narrower pages lie otherwise in a TPU's memory than they are read, and one
+        # layer's are moved for less than those of all.
+        return jax.lax.platform_dependent(
+            tpu=lambda: take(self, turn)._attend_pages(*rest, None),
+            default=lambda: self._attend_pages(*rest, turn),
+        )
+
+    def _attend_pages(
+        self, q: Array, q_positions: Array, index: Array, read: Array, spec, turn: Turn
+    ) -> Partial:
+        """One query token per row: its pages, and nothing else."""
+        positions = take(self.positions, turn)
+        b, kv_heads, s = positions.shape
         each = s // self.page
-        paged = self.positions.reshape(b, kv_heads, each, self.page)
+        paged = positions.reshape(b, kv_heads, each, self.page)
         here = jnp.take_along_axis(paged, index[..., None], axis=2)
         here = here.reshape(b, kv_heads, -1)
         seen = slot_mask(q_positions, here, spec.window)[:, :, 0]
-        first = (jnp.arange(b)[:, None] * kv_heads + jnp.arange(kv_heads)) * each
+        row = jnp.arange(b) if turn is None else turn * b + jnp.arange(b)
+        first = (row[:, None] * kv_heads + jnp.arange(kv_heads)) * each
         return paged_decode(
             q,
             self._pool(self.keys),
@@ -115,16 +140,16 @@ class Pages(AbstractPart):
         )
 
     def _pool(self, side: AbstractEncoded) -> Array | Quantized:
-        """All rows' and heads' pages in one line, `[B * K * S / P, P, D]`."""
+        """All layers', rows' and heads' pages in one line, `[B * K * S / P, P, D]`."""
         stored = side.stored
         assert stored is not None  # codecs that take up blocks are
         slots = self.positions.shape[-1]
 
-        def cut(x: Array) -> Array:
-            rows = x.shape[2] * self.page // slots  # slots of a page, or groups of them
+        def paged(x: Array) -> Array:
+            rows = x.shape[-2] * self.page // slots  # slots of a page, or their groups
             return x.reshape(-1, rows, x.shape[-1])
 
-        return jax.tree.map(cut, stored)
+        return jax.tree.map(paged, stored)
 
     def _attend_masked(self, q, q_positions, index, read, spec):
         """Several query tokens, each with its own pages: masks instead of gathers."""
@@ -140,29 +165,26 @@ class Pages(AbstractPart):
             softcap=spec.softcap,
         )
 
-    def live_positions(self):
-        return by_head(self.positions)
+    def live_positions(self, turn=None):
+        return by_head(take(self.positions, turn))
 
-    def grow(self, tail, rows, growth, spec):
+    def grow(self, tail, rows, growth, spec, turn=None):
         live = tail.positions >= 0
         keys, values = growth.encode(tail, rows, spec)
-        start = jnp.minimum(self.filled, self.positions.shape[-1] - growth.block)
+        filled = take(self.filled, turn)
+        start = jnp.minimum(filled, self.positions.shape[-1] - growth.block)
         # Bounds of what is read, as those of the prompt's pages are.
         decoded = keys.decode(tail.positions, spec.rope)
         low, high, _ = page_summary(decoded, live, page=self.page)
         at = start // self.page
         return Pages(
-            keys=self.keys.put(keys, start, rows),
-            values=self.values.put(values, start, rows),
-            positions=put_positions(self.positions, tail.positions, start, rows),
-            low=_put(self.low, low, at, rows),
-            high=_put(self.high, high, at, rows),
+            keys=self.keys.put(keys, start, rows, turn),
+            values=self.values.put(values, start, rows, turn),
+            positions=put_positions(self.positions, tail.positions, start, rows, turn),
+            low=put_block(self.low, low, at, rows, turn),
+            high=put_block(self.high, high, at, rows, turn),
             budget=self.budget,
-            filled=self.filled + jnp.where(rows, growth.block, 0),
+            filled=put(self.filled, filled + jnp.where(rows, growth.block, 0), turn),
             page=self.page,
             most=self.most,
         )
-
-
-def _put(old: Array, new: Array, start: Array, rows: Array) -> Array:
-    return PlainArray(data=old).put(PlainArray(data=new), start, rows).data

@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Self, final
 
 import jax
@@ -10,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.blocks import BLOCK, attend_blocks, over_blocks
-from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray
+from kvjax.cache.blocks import attend_blocks
+from kvjax.codecs import AbstractCodec, AbstractEncoded
+from kvjax.codecs.base import put_block
 from kvjax.pallas_kernels.decode_attention import decode_attention
 from kvjax.pallas_kernels.decode_attention.api import MOST_QUERIES
-from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
+from kvjax.pallas_kernels.partial import Partial, softmax_partial
 from kvjax.pallas_kernels.slots import slot_logits, slot_mask
-from kvjax.types import EMPTY, NEG_INF, LayerSpec, pytree
+from kvjax.turns import Turn, flat, put, row_of, take
+from kvjax.types import NEG_INF, LayerSpec, pytree
 
 if TYPE_CHECKING:  # the tail is itself a part
     from kvjax.cache.tail import Tail
@@ -38,6 +39,7 @@ class AbstractPart(abc.ABC):
         q_positions: Int[Array, "B T"],
         spec: LayerSpec,
         limit: Int[Array, "B T"] | None = None,
+        turn: Turn = None,
     ) -> Partial:
         """Attention over the live slots of this part; `out` and `lse` in float32.
 
@@ -47,21 +49,31 @@ class AbstractPart(abc.ABC):
             spec: the layer.
             limit: slots that each query may see, from the first; None: all. Only
                 parts that grow heed it (the parallel form holds their later blocks).
+            turn: which layer's, where the part is that of several.
         """
 
     @property
-    def free(self) -> Int[Array, "B"] | None:
+    def free(self) -> Int[Array, "*layers B"] | None:
         """Slots that are left for later blocks; None for parts that do not grow."""
         return None
 
+    def layer(self, turn: int) -> Self:
+        """One layer's, where the part is that of several."""
+        return take(self, turn)
+
     @abc.abstractmethod
-    def live_positions(self) -> list[list[np.ndarray]]:
+    def live_positions(self, turn: int | None = None) -> list[list[np.ndarray]]:
         """Original positions held, per row and KV head; on the host."""
 
     def grow(
-        self, tail: "Tail", rows: Bool[Array, "B"], growth: "Growth", spec: LayerSpec
+        self,
+        tail: "Tail",
+        rows: Bool[Array, "B"],
+        growth: "Growth",
+        spec: LayerSpec,
+        turn: Turn = None,
     ) -> Self:
-        """Take up the full tail of the given rows as one encoded block."""
+        """Take up one layer's full `tail` of the given rows as one encoded block."""
         raise AssertionError(f"{type(self).__name__} does not grow")
 
 
@@ -90,13 +102,11 @@ class Growth:
         return jax.lax.cond(jnp.any(rows), run, lambda: blank)
 
 
-def put_positions(old: Array, new: Array, start: Array, rows: Array) -> Array:
+def put_positions(
+    old: Array, new: Array, start: Array, rows: Array, turn: Turn = None
+) -> Array:
     """Write `new [B, K, R]` into `old [B, K, S]` from slot `start` on, where `rows`."""
-    return (
-        PlainArray(data=old[..., None])
-        .put(PlainArray(data=new[..., None]), start, rows)
-        .data[..., 0]
-    )
+    return put_block(old[..., None], new[..., None], start, rows, turn)[..., 0]
 
 
 def by_head(positions: Int[Array, "B K S"]) -> list[list[np.ndarray]]:
@@ -113,22 +123,26 @@ def served(q: Array, keys: AbstractEncoded, values: AbstractEncoded) -> bool:
 def attend_stored(
     q: Array,
     q_positions: Array,
-    part: "Slots | Ragged",
+    keys: AbstractEncoded,
+    values: AbstractEncoded,
+    positions: Array,
     spec: LayerSpec,
     lengths: Int[Array, "B K"],
     offsets: Int[Array, "B K+1"] | None = None,
+    turn: Turn = None,
 ) -> Partial:
     """Attention by the kernel that reads keys and values as they are stored."""
-    keys, values = part.keys.stored, part.values.stored
-    assert keys is not None and values is not None
+    k, v = keys.stored, values.stored
+    assert k is not None and v is not None  # `served` says so
     return decode_attention(
         q,
-        keys,
-        values,
+        flat(k, turn),
+        flat(v, turn),
         lengths,
         offsets=offsets,
-        positions=part.positions,
+        positions=flat(positions, turn),
         q_positions=q_positions,
+        row=row_of(turn, q.shape[0]),
         scale=spec.scale,
         window=spec.window,
         softcap=spec.softcap,
@@ -150,34 +164,38 @@ class Slots(AbstractPart):
 
     keys: AbstractEncoded
     values: AbstractEncoded
-    positions: Int[Array, "B K S"]
-    filled: Int[Array, "B"] | None = None
+    positions: Int[Array, "*layers B K S"]
+    filled: Int[Array, "*layers B"] | None = None
 
-    def attend(self, q, q_positions, spec, limit=None):
+    def attend(self, q, q_positions, spec, limit=None, turn=None):
         if limit is None and served(q, self.keys, self.values):
             slot = jnp.arange(1, self.positions.shape[-1] + 1)
-            held = jnp.max(jnp.where(self.positions >= 0, slot, 0), axis=-1)
-            return attend_stored(q, q_positions, self, spec, held)
+            positions = take(self.positions, turn)
+            held = jnp.max(jnp.where(positions >= 0, slot, 0), axis=-1)
+            body = (self.keys, self.values, self.positions)
+            return attend_stored(q, q_positions, *body, spec, held, turn=turn)
         return attend_blocks(
-            q, q_positions, self.keys, self.values, self.positions, spec, limit
+            q, q_positions, self.keys, self.values, self.positions, spec, limit, turn
         )
 
     @property
     def free(self):
         return None if self.filled is None else self.positions.shape[-1] - self.filled
 
-    def live_positions(self):
-        return by_head(self.positions)
+    def live_positions(self, turn=None):
+        return by_head(take(self.positions, turn))
 
-    def grow(self, tail, rows, growth, spec):
+    def grow(self, tail, rows, growth, spec, turn=None):
         assert self.filled is not None
         keys, values = growth.encode(tail, rows, spec)
-        start = jnp.minimum(self.filled, self.positions.shape[-1] - growth.block)
+        filled = take(self.filled, turn)
+        start = jnp.minimum(filled, self.positions.shape[-1] - growth.block)
+        at = (start, rows, turn)
         return Slots(
-            keys=self.keys.put(keys, start, rows),
-            values=self.values.put(values, start, rows),
-            positions=put_positions(self.positions, tail.positions, start, rows),
-            filled=self.filled + jnp.where(rows, growth.block, 0),
+            keys=self.keys.put(keys, *at),
+            values=self.values.put(values, *at),
+            positions=put_positions(self.positions, tail.positions, *at),
+            filled=put(self.filled, filled + jnp.where(rows, growth.block, 0), turn),
         )
 
 
@@ -190,11 +208,14 @@ class KeysOnly(AbstractPart):
     """
 
     keys: AbstractEncoded
-    rest: Float[Array, "B K D"]
-    positions: Int[Array, "B K S"]
+    rest: Float[Array, "*layers B K D"]
+    positions: Int[Array, "*layers B K S"]
 
-    def attend(self, q, q_positions, spec, limit=None):
+    def attend(self, q, q_positions, spec, limit=None, turn=None):
         del limit
+        return take(self, turn)._attend(q, q_positions, spec)
+
+    def _attend(self, q, q_positions, spec):
         b, h, t, d = q.shape
         kv_heads, s = self.positions.shape[1:]
         live = (self.positions >= 0)[..., None]
@@ -209,75 +230,5 @@ class KeysOnly(AbstractPart):
         seen = (lse > NEG_INF)[..., None]
         return Partial(jnp.where(seen, rest[:, :, None, :], 0.0), lse)
 
-    def live_positions(self):
-        return by_head(self.positions)
-
-
-@final
-@pytree
-class Ragged(AbstractPart):
-    """One flat buffer for all heads of a layer: `[B, N, D]`.
-
-    Head `k` owns the slots `offsets[b, k] .. offsets[b, k + 1]`. How many that is
-    depends on the data, but their sum does not: head-wise budgets free memory.
-    """
-
-    keys: AbstractEncoded
-    values: AbstractEncoded
-    positions: Int[Array, "B N"]
-    offsets: Int[Array, "B K+1"]
-
-    @property
-    def heads(self) -> Int[Array, "B N"]:
-        """KV head of every slot (slots past the last offset: the last head)."""
-        index = jnp.arange(self.positions.shape[-1])[None, :, None]
-        owner = jnp.sum(index >= self.offsets[:, None, 1:], axis=-1)
-        return jnp.minimum(owner, self.offsets.shape[-1] - 2)
-
-    def attend(self, q, q_positions, spec, limit=None):
-        del limit
-        if served(q, self.keys, self.values):
-            held = self.offsets[:, 1:] - self.offsets[:, :-1]
-            return attend_stored(q, q_positions, self, spec, held, self.offsets)
-        heads = self.heads
-
-        def attend(start, width: int) -> Partial:
-            at = (start, width, 1)
-            here = jax.lax.dynamic_slice_in_dim(self.positions, *at)
-            live = (here >= 0)[..., None]
-            held = (part.block(start, width) for part in (self.keys, self.values))
-            keys, values = (jnp.where(live, x.decode(here, spec.rope), 0) for x in held)
-            owner = jax.lax.dynamic_slice_in_dim(heads, *at)
-            return self._attend(q, q_positions, spec, keys, values, here, owner)
-
-        # A flat slot is one head's: blocks of as many bytes as elsewhere.
-        block = BLOCK * (self.offsets.shape[-1] - 1)
-        multiple = math.lcm(self.keys.block_multiple, self.values.block_multiple)
-        slots = self.positions.shape[-1]
-        return over_blocks(attend, slots, multiple, q.shape, block)
-
-    def _attend(self, q, q_positions, spec, keys, values, positions, owner):
-        """Attention over some slots, the free ones cleared."""
-        # All heads' queries against the flat buffer, masked to the owner: one GEMM
-        # per row. The buffer is read once; the extra products are cheap beside it.
-        kv_heads = self.offsets.shape[-1] - 1
-        own = owner[:, None, :] == jnp.arange(kv_heads)[None, :, None]
-        flat = jnp.where(own, positions[:, None, :], EMPTY)  # [B, K, N]
-        (b, h, t, d), n = q.shape, positions.shape[-1]
-        rows = q.reshape(b, h * t, d).astype(keys.dtype)
-        logits = jnp.einsum("BXD,BND->BXN", rows, keys, preferred_element_type="f4")
-        logits = cap(logits.reshape(b, kv_heads, -1, t, n) * spec.scale, spec.softcap)
-        mask = slot_mask(q_positions, flat, spec.window)[:, :, None]
-        mask = jnp.broadcast_to(mask, logits.shape)
-        part = softmax_partial(
-            logits.reshape(b, h * t, n), mask.reshape(b, h * t, n), values
-        )
-        return Partial(part.out.reshape(b, h, t, d), part.lse.reshape(b, h, t))
-
-    def live_positions(self):
-        positions, offsets = np.asarray(self.positions), np.asarray(self.offsets)
-        rows = []
-        for held, edge in zip(positions, offsets, strict=True):
-            heads = [held[a:b] for a, b in zip(edge[:-1], edge[1:], strict=True)]
-            rows.append([head[head >= 0] for head in heads])
-        return rows
+    def live_positions(self, turn=None):
+        return by_head(take(self.positions, turn))

@@ -11,13 +11,18 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache.parts import AbstractPart, Growth, Slots
 from kvjax.cache.tail import Tail
 from kvjax.cache.tracking import AbstractTracker, Tracking, fold
-from kvjax.pallas_kernels.partial import merge
-from kvjax.types import LayerInputs, LayerSpec, nbytes, pytree, static
+from kvjax.depth import Loop, members
+from kvjax.pallas_kernels.partial import Partial, merge
+from kvjax.turns import Turn, put, take
+from kvjax.types import EMPTY, LayerInputs, LayerSpec, nbytes, pytree, static
 
 
 @pytree
 class LayerCache:
     """The cache of one layer: parts that attend by themselves, and a plain tail.
+
+    Or those of several layers that compute the same: arrays then have a first axis for
+    the layers, and `turn` says which one is meant (`kvjax.turns`).
 
     Attributes:
         parts: compressed bodies; `parts[0]` is the one that grows or is folded into.
@@ -35,62 +40,75 @@ class LayerCache:
     growth: Growth | None = static(default=None)
     tracker: AbstractTracker | None = static(default=None)
 
-    def attend(self, inputs: LayerInputs) -> tuple[Float[Array, "B H T D"], Self]:
-        """Attention of new tokens over the cache and themselves; the cache after."""
-        tokens = inputs.q.shape[2]
+    def layer(self, turn: int) -> Self:
+        """One layer's cache, where this is that of several."""
+        return dataclasses.replace(
+            self,
+            parts=tuple(part.layer(turn) for part in self.parts),
+            tail=self.tail.layer(turn),
+            tracking=take(self.tracking, turn),
+        )
+
+    def attend(
+        self, inputs: LayerInputs, turn: Turn = None
+    ) -> tuple[Float[Array, "B H T D"], Self]:
+        """Attention of new tokens over the cache and themselves; the cache after.
+
+        Where full tails move into a body, tokens up to the next full tail go together.
+        """
+        b, _, tokens, _ = inputs.q.shape
         if self.growth is None and self.tracker is None:
-            cache = dataclasses.replace(
-                self, tail=self.tail.append(inputs.k, inputs.v, inputs.positions)
-            )
-            return cache._read(inputs), cache
+            cache = self._append(inputs, turn)
+            return cache._read(inputs, turn).out, cache
         if tokens == 1:
-            return self._step(inputs)
+            return self._step(inputs, turn)
+        width = min(tokens, self.tail.capacity)
+        total = jnp.sum(inputs.positions >= 0, axis=1)
 
-        def one(cache: Self, x):
-            q, k, v, positions = (y[:, :, None] if y.ndim > 2 else y for y in x)
-            step = dataclasses.replace(
-                inputs, q=q, k=k, v=v, positions=positions[:, None]
-            )
-            out, cache = cache._step(step)
-            return cache, out[:, :, 0]
+        def one(carry, _):
+            cache, done, out = carry
+            left = cache.tail.capacity - take(cache.tail.used, turn)
+            count = jnp.minimum(jnp.minimum(left, width), total - done)
+            index = done[:, None] + jnp.arange(width)
+            mine = jnp.arange(width) < count[:, None]
+            given = _picked(inputs, jnp.minimum(index, tokens - 1), mine)
+            found, cache = cache._step(given, turn)
+            at = (jnp.arange(b)[:, None], jnp.where(mine, index, tokens))
+            found = jnp.moveaxis(found, 2, 1)
+            return (cache, done + count, out.at[at].set(found, mode="drop")), None
 
-        by_token = [jnp.moveaxis(x, 2, 0) for x in (inputs.q, inputs.k, inputs.v)]
-        cache, out = jax.lax.scan(
-            one, self, (*by_token, jnp.moveaxis(inputs.positions, 1, 0))
-        )
-        return jnp.moveaxis(out, 0, 2), cache
+        out = jnp.zeros((b, tokens, *inputs.q.shape[1::2]), jnp.float32)
+        start = (self, jnp.zeros((b,), jnp.int32), out)
+        # At least one token first, for a tail may be all but full, then full tails.
+        steps = 1 + -(-(tokens - 1) // width)
+        (cache, _, out), _ = jax.lax.scan(one, start, length=steps)
+        return jnp.moveaxis(out, 1, 2), cache
 
-    def _read(self, inputs: LayerInputs) -> Array:
-        read = (inputs.q, inputs.positions, self.spec)
-        return merge([part.attend(*read) for part in (*self.parts, self.tail)]).out
+    def _append(self, inputs: LayerInputs, turn: Turn) -> Self:
+        tail = self.tail.append(inputs.k, inputs.v, inputs.positions, turn)
+        return dataclasses.replace(self, tail=tail)
 
-    def _step(self, inputs: LayerInputs) -> tuple[Array, Self]:
-        """One token per row: append, attend, then move a full tail into the body."""
-        tail = self.tail.append(inputs.k, inputs.v, inputs.positions)
-        cache = dataclasses.replace(self, tail=tail)
-        out = cache._read(inputs)
+    def _read(self, inputs: LayerInputs, turn: Turn) -> Partial:
+        read = (inputs.q, inputs.positions, self.spec, None, turn)
+        return merge([part.attend(*read) for part in (*self.parts, self.tail)])
+
+    def _step(self, inputs: LayerInputs, turn: Turn) -> tuple[Array, Self]:
+        """Tokens that fit the tail: append, attend, move full tails into the body."""
+        cache = self._append(inputs, turn)
+        read = cache._read(inputs, turn)
         if self.tracker is not None:
-            cache = cache._track(inputs)
-        full = cache.tail.used >= cache.tail.capacity
-        if self.tracker is None:
-            out, cache = jax.lax.optimization_barrier((out, cache))
-            return out, cache._grow(full)
-        if cache.tail.capacity == 1:
-            return out, cache._fold(full)
-        return out, jax.lax.cond(
-            jnp.any(full), lambda c: c._fold(full), lambda c: c, cache
-        )
+            cache = cache._track(inputs, read.lse, turn)
+        full = take(cache.tail.used, turn) >= cache.tail.capacity
+        # The body is read above and written below; nothing else puts that in order.
+        out, cache = jax.lax.optimization_barrier((read.out, cache))
+        return out, (cache._grow if self.tracker is None else cache._fold)(full, turn)
 
-    def _track(self, inputs: LayerInputs) -> Self:
+    def _track(self, inputs: LayerInputs, lse: Array, turn: Turn) -> Self:
         assert self.tracker is not None and self.tracking is not None
-        state = self.tracker.update(
-            self.tracking.state,
-            inputs.q,
-            inputs.positions,
-            self._body(),
-            self.tail,
-            self.spec,
-        )
+        body, tail, state = take((self._body(), self.tail, self.tracking.state), turn)
+        asked = (inputs.q, inputs.positions, lse)
+        state = self.tracker.update(state, *asked, body, tail, self.spec)
+        state = put(self.tracking.state, state, turn)
         tracking = dataclasses.replace(self.tracking, state=state)
         return dataclasses.replace(self, tracking=tracking)
 
@@ -99,34 +117,29 @@ class LayerCache:
         assert isinstance(body, Slots)
         return body
 
-    def _fold(self, rows: Bool[Array, "B"]) -> Self:
+    def _fold(self, rows: Bool[Array, "B"], turn: Turn) -> Self:
         assert self.tracker is not None and self.tracking is not None
-        body, tail, tracking = fold(
-            self.tracker, self.tracking, self._body(), self.tail, self.spec, rows
-        )
-        return dataclasses.replace(
-            self, parts=(body, *self.parts[1:]), tail=tail, tracking=tracking
-        )
+        moved = (self._body(), self.tail, self.spec, rows, turn)
+        body, tail, tracking = fold(self.tracker, self.tracking, *moved)
+        parts = (body, *self.parts[1:])
+        return dataclasses.replace(self, parts=parts, tail=tail, tracking=tracking)
 
-    def _grow(self, rows: Bool[Array, "B"]) -> Self:
+    def _grow(self, rows: Bool[Array, "B"], turn: Turn) -> Self:
         assert self.growth is not None
-        body = self.parts[0].grow(self.tail, rows, self.growth, self.spec)
-        tail = dataclasses.replace(
-            self.tail,
-            positions=jnp.where(rows[:, None, None], -1, self.tail.positions),
-            used=jnp.where(rows, 0, self.tail.used),
-        )
-        return dataclasses.replace(self, parts=(body, *self.parts[1:]), tail=tail)
+        tail = take(self.tail, turn)
+        body = self.parts[0].grow(tail, rows, self.growth, self.spec, turn)
+        parts, tail = (body, *self.parts[1:]), self.tail.emptied(rows, turn)
+        return dataclasses.replace(self, parts=parts, tail=tail)
 
     @property
-    def overflow(self) -> Bool[Array, "B"]:
+    def overflow(self) -> Bool[Array, "*layers B"]:
         """Rows that were given more tokens than fit; their results are wrong."""
         over = self.tail.used > self.tail.capacity
         free = self.parts[0].free if self.parts else None
         return over if free is None else over | (free < 0)
 
     @property
-    def room(self) -> Int[Array, "B"] | None:
+    def room(self) -> Int[Array, "*layers B"] | None:
         """Tokens that still fit into each row, or None if the layer is bounded."""
         if self.tracker is not None:
             return None
@@ -137,6 +150,24 @@ class LayerCache:
         # A tail is moved as soon as it is full: the last slot must stay free unless
         # the body takes another block.
         return left - 1 + free // self.growth.block * self.growth.block
+
+
+def _picked(
+    inputs: LayerInputs, index: Int[Array, "B W"], live: Bool[Array, "B W"]
+) -> LayerInputs:
+    """Some of the tokens of each row; padding where not `live`."""
+
+    def pick(x: Array) -> Array:
+        return jnp.take_along_axis(x, index[:, None, :, None], axis=2)
+
+    positions = jnp.take_along_axis(inputs.positions, index, axis=1)
+    return dataclasses.replace(
+        inputs,
+        q=pick(inputs.q),
+        k=pick(inputs.k),
+        v=pick(inputs.v),
+        positions=jnp.where(live, positions, EMPTY),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,14 +190,29 @@ class KVCache:
     """The keys and values of a batch of sequences, a value.
 
     Attributes:
-        layers: one `LayerCache` per layer; capacities may differ.
+        groups: caches of layers that compute the same, each with a first axis for them.
         length: tokens seen by each row, the position of its next one.
+        loops: which layers are in which group, see `kvjax.depth`.
         provenance: what made it.
     """
 
-    layers: tuple[LayerCache, ...]
+    groups: tuple[LayerCache, ...]
     length: Int[Array, "B"]
+    loops: tuple[Loop, ...] = static()
     provenance: Provenance | None = static(default=None)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return sum(map(len, members(self.loops)))
+
+    @property
+    def layers(self) -> tuple[LayerCache, ...]:
+        """The cache of every layer by itself: a copy, to look at."""
+        found = {}
+        for group, numbers in zip(self.groups, members(self.loops), strict=True):
+            found |= {n: group.layer(turn) for turn, n in enumerate(numbers)}
+        return tuple(found[n] for n in range(len(found)))
 
     @property
     def nbytes(self) -> int:
@@ -174,19 +220,31 @@ class KVCache:
         return nbytes(self)
 
     @property
-    def room(self) -> int | None:
-        """Tokens that still fit into every row, or None if the cache is bounded.
+    def rooms(self) -> np.ndarray | None:
+        """Tokens that still fit into each row, or None if the cache is bounded.
 
         Reads the device; not for use under `jit`.
         """
-        rooms = [layer.room for layer in self.layers]
-        known = [int(jnp.min(room)) for room in rooms if room is not None]
-        return min(known) if known else None
+        rooms = [group.room for group in self.groups]
+        known = [np.asarray(room).min(axis=0) for room in rooms if room is not None]
+        return np.min(known, axis=0) if known else None
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that still fit into every row, see `rooms`."""
+        rooms = self.rooms
+        return None if rooms is None else int(rooms.min())
 
     def kept_positions(self, layer: int) -> list[list[np.ndarray]]:
         """Sorted original positions still attended, per row and KV head."""
-        cache = self.layers[layer]
-        held = [part.live_positions() for part in (*cache.parts, cache.tail)]
+        for group, numbers in zip(self.groups, members(self.loops), strict=True):
+            if layer in numbers:
+                parts, turn = (*group.parts, group.tail), numbers.index(layer)
+                break
+        else:
+            most = self.num_layers - 1
+            raise ValueError(f"`layer` must be in 0 .. {most}; got {layer!r}.")
+        held = [part.live_positions(turn) for part in parts]
         rows = []
         for row in zip(*held, strict=True):
             heads = [np.sort(np.concatenate(head)) for head in zip(*row, strict=True)]

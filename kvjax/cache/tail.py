@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Self, final
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.parts import AbstractPart, by_head
+from kvjax.cache.parts import AbstractPart, by_head, put_positions
+from kvjax.codecs.base import put_block
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
+from kvjax.turns import Turn, at_rows, put, take
 from kvjax.types import EMPTY, pytree
 
 
@@ -20,70 +21,78 @@ class Tail(AbstractPart):
     `used [B]` slots of a row are taken; the next token goes to slot `used`.
     """
 
-    keys: Float[Array, "B K R D"]
-    values: Float[Array, "B K R D"]
-    positions: Int[Array, "B K R"]
-    used: Int[Array, "B"]
+    keys: Float[Array, "*layers B K R D"]
+    values: Float[Array, "*layers B K R D"]
+    positions: Int[Array, "*layers B K R"]
+    used: Int[Array, "*layers B"]
 
     @property
     def capacity(self) -> int:
         """Slots `R`."""
         return self.positions.shape[-1]
 
-    def attend(self, q, q_positions, spec, limit=None):
+    def attend(self, q, q_positions, spec, limit=None, turn=None):
         del limit
+        mine = take(self, turn)
         return attend_block(
             q,
-            self.keys,
-            self.values,
-            slot_mask(q_positions, self.positions, spec.window),
+            mine.keys,
+            mine.values,
+            slot_mask(q_positions, mine.positions, spec.window),
             scale=spec.scale,
             softcap=spec.softcap,
         )
 
-    def live_positions(self):
-        return by_head(self.positions)
+    def live_positions(self, turn=None):
+        return by_head(take(self.positions, turn))
 
-    def append(self, k: Array, v: Array, positions: Int[Array, "B T"]) -> Self:
+    def append(
+        self, k: Array, v: Array, positions: Int[Array, "B T"], turn: Turn = None
+    ) -> Self:
         """Write tokens behind the used slots; padding (`EMPTY`) must come last.
 
         Tokens that do not fit are not written; `overflow` tells.
         """
         b, kv_heads, t, _ = k.shape
-        fresh = jnp.sum(positions >= 0, axis=-1, dtype=jnp.int32)
+        used = take(self.used, turn)
         if t == 1:
-            at = jnp.minimum(self.used, self.capacity - 1)
-            room = (self.used < self.capacity) & (fresh > 0)
-
-            def put(x, new, start, on):
-                old = jax.lax.dynamic_slice_in_dim(x, start, 1, axis=1)
-                new = jnp.where(on, new.astype(x.dtype), old)
-                return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1)
-
-            write = jax.vmap(put)
-            new_positions = jnp.broadcast_to(positions[:, None], (b, kv_heads, 1))
-            return dataclasses.replace(
-                self,
-                keys=write(self.keys, k, at, room),
-                values=write(self.values, v, at, room),
-                positions=write(self.positions, new_positions, at, room),
-                used=self.used + fresh,
-            )
-        slot = self.used[:, None] + jnp.arange(t)[None]
-        slot = jnp.where(positions >= 0, slot, self.capacity)  # dropped by the scatter
-        row = jnp.arange(b)[:, None]
+            return self._append_one(k, v, positions, used, turn)
+        slot = used[:, None] + jnp.arange(t)
+        slot = jnp.where(positions >= 0, slot, self.capacity)  # dropped
+        index = (jnp.arange(b)[:, None], slice(None), slot)
+        fresh = jnp.sum(positions >= 0, axis=-1, dtype=jnp.int32)
+        held = jnp.broadcast_to(positions[:, :, None], (b, t, kv_heads))
         return dataclasses.replace(
             self,
-            keys=self.keys.at[row, :, slot].set(
-                jnp.moveaxis(k, 1, 2).astype(self.keys.dtype), mode="drop"
-            ),
-            values=self.values.at[row, :, slot].set(
-                jnp.moveaxis(v, 1, 2).astype(self.values.dtype), mode="drop"
-            ),
-            positions=self.positions.at[row, :, slot].set(
-                positions[:, :, None].astype(jnp.int32), mode="drop"
-            ),
-            used=self.used + fresh,
+            keys=at_rows(self.keys, index, jnp.moveaxis(k, 1, 2), turn),
+            values=at_rows(self.values, index, jnp.moveaxis(v, 1, 2), turn),
+            positions=at_rows(self.positions, index, held, turn),
+            used=put(self.used, used + fresh, turn),
+        )
+
+    def _append_one(self, k, v, positions, used, turn: Turn) -> Self:
+        """The same for one token of each row."""
+        on = (positions[:, 0] >= 0) & (used < self.capacity)
+        at = (jnp.minimum(used, self.capacity - 1), on, turn)
+        held = jnp.broadcast_to(positions[:, None, :], k.shape[:3])
+        fresh = (positions[:, 0] >= 0).astype(jnp.int32)
+        return dataclasses.replace(
+            self,
+            keys=put_block(self.keys, k, *at),
+            values=put_block(self.values, v, *at),
+            positions=put_positions(self.positions, held, *at),
+            used=put(self.used, used + fresh, turn),
+        )
+
+    def emptied(self, rows: Bool[Array, "B"], turn: Turn = None) -> Self:
+        """Without the tokens of the given rows."""
+        positions, used = take((self.positions, self.used), turn)
+        positions = jnp.where(rows[:, None, None], EMPTY, positions)
+        used = jnp.where(rows, 0, used)
+        return dataclasses.replace(
+            self,
+            positions=put(self.positions, positions, turn),
+            used=put(self.used, used, turn),
         )
 
 

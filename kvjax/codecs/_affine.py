@@ -3,12 +3,12 @@
 import dataclasses
 from typing import final
 
-import jax
 from jaxtyping import Array, Int
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
 from kvjax.pallas_kernels.quantize_pack import dequantize, quantize_pack
 from kvjax.pallas_kernels.quantized import BITS, Quantized
+from kvjax.turns import cut
 from kvjax.types import pytree, static
 
 AXES = ("channel", "token")
@@ -56,19 +56,17 @@ class AffineArray(AbstractEncoded):
             group=self.group,
         )
 
-    def block(self, start, size):
+    def block(self, start, size, turn=None):
         each = self.block_multiple
 
-        def cut(x: Array, unit: int) -> Array:
-            return jax.lax.dynamic_slice_in_dim(
-                x, start // unit, size // unit, axis=x.ndim - 2
-            )
+        def units(x: Array, unit: int) -> Array:
+            return cut(x, start // unit, size // unit, -2, turn)
 
         return dataclasses.replace(
             self,
-            codes=cut(self.codes, 1),
-            scale=cut(self.scale, each),
-            zero=None if self.zero is None else cut(self.zero, each),
+            codes=units(self.codes, 1),
+            scale=units(self.scale, each),
+            zero=None if self.zero is None else units(self.zero, each),
         )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
+from kvjax.turns import cut, take
 from kvjax.types import pytree, static
 
 
@@ -38,9 +39,10 @@ class LowRankArray(AbstractEncoded):
         x = jnp.einsum("BSR,BKRD->BKSD", self.coefficients, self.basis)
         return rope.rotate(x, jnp.maximum(positions, 0)) if self.rotated else x
 
-    def block(self, start, size):
-        cut = jax.lax.dynamic_slice_in_dim(self.coefficients, start, size, axis=1)
-        return dataclasses.replace(self, coefficients=cut)
+    def block(self, start, size, turn=None):
+        coefficients = cut(self.coefficients, start, size, -2, turn)
+        basis = take(self.basis, turn)
+        return dataclasses.replace(self, coefficients=coefficients, basis=basis)
 
     def trim(self, rank: int) -> "LowRankArray":
         """The first `rank` components (the others must be zero)."""
@@ -118,6 +120,6 @@ class LowRank(AbstractCodec):
 
 def needed_rank(array: LowRankArray, multiple: int = 8) -> int:
     """Components that are not zero in some row, rounded up to `multiple`."""
-    used = jnp.any(array.basis != 0, axis=(1, 3))
+    used = jnp.any(array.basis != 0, axis=(-3, -1))
     rank = int(jnp.max(jnp.sum(used, axis=-1)))
     return min(array.rank, max(multiple, -(-rank // multiple) * multiple))

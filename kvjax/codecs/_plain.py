@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
+from kvjax.turns import cut
 from kvjax.types import pytree
 
 
@@ -29,9 +30,8 @@ class PlainArray(AbstractEncoded):
     def stored(self):
         return self.data
 
-    def block(self, start, size):
-        data = jax.lax.dynamic_slice_in_dim(self.data, start, size, axis=-2)
-        return PlainArray(data=data)
+    def block(self, start, size, turn=None):
+        return PlainArray(data=cut(self.data, start, size, -2, turn))
 
 
 @final

@@ -4,11 +4,11 @@ import dataclasses
 import math
 from typing import ClassVar, final
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
+from kvjax.turns import cut, take
 from kvjax.types import pytree, static
 
 
@@ -33,9 +33,10 @@ class ProjectedArray(AbstractEncoded):
         x = jnp.einsum("BKSR,KRD->BKSD", self.coefficients, self.basis)
         return rope.rotate(x, jnp.maximum(positions, 0)) if self.rotated else x
 
-    def block(self, start, size):
-        cut = jax.lax.dynamic_slice_in_dim(self.coefficients, start, size, axis=2)
-        return dataclasses.replace(self, coefficients=cut)
+    def block(self, start, size, turn=None):
+        coefficients = cut(self.coefficients, start, size, -2, turn)
+        basis = take(self.basis, turn)
+        return dataclasses.replace(self, coefficients=coefficients, basis=basis)
 
 
 @final

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.pallas_kernels.quantized import Quantized
 from kvjax.rope import Rope
+from kvjax.turns import FEW, Turn, each
 
 
 class AbstractEncoded(abc.ABC):
@@ -36,15 +37,24 @@ class AbstractEncoded(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def block(self, start: Any, size: int) -> "AbstractEncoded":
-        """Slots `start .. start + size` (`size` static), decodable by themselves."""
+    def block(self, start: Any, size: int, turn: Turn = None) -> "AbstractEncoded":
+        """Slots `start .. start + size` (`size` static), decodable by themselves.
+
+        With a `turn` those of one layer, where the arrays are those of several.
+        """
 
     @property
     def block_multiple(self) -> int:
         """`start` and `size` of `block` must be multiples of this."""
         return 1
 
-    def put(self, block: Self, start: Int[Array, "B"], rows: Bool[Array, "B"]) -> Self:
+    def put(
+        self,
+        block: Self,
+        start: Int[Array, "B"],
+        rows: Bool[Array, "B"],
+        turn: Turn = None,
+    ) -> Self:
         """Overwrite slots from `start` on with an encoded block, in the given rows.
 
         Every leaf has its slots, or its groups of slots, on the second last axis.
@@ -52,19 +62,46 @@ class AbstractEncoded(abc.ABC):
         """
 
         def write(old: Array, new: Array) -> Array:
-            unit = self.slots // old.shape[-2]
-            axis = old.ndim - 3  # without the batch
-
-            def one(old_row, new_row, at, on):
-                here = jax.lax.dynamic_slice_in_dim(
-                    old_row, at, new_row.shape[axis], axis
-                )
-                new_row = jnp.where(on, new_row.astype(old.dtype), here)
-                return jax.lax.dynamic_update_slice_in_dim(old_row, new_row, at, axis)
-
-            return jax.vmap(one)(old, new, start // unit, rows)
+            return put_block(
+                old, new, start // (self.slots // old.shape[-2]), rows, turn
+            )
 
         return jax.tree.map(write, self, block)
+
+
+def put_block(
+    old: Array,
+    new: Array,
+    start: Int[Array, "B"],
+    rows: Bool[Array, "B"],
+    turn: Turn = None,
+) -> Array:
+    """`old` with `new [B, ..., R, C]` at `start` of its second last axis, by row."""
+    lead = () if turn is None else (turn,)
+    zeros = (jnp.int32(0),) * (new.ndim - 3)
+    shape = (1,) * len(lead) + (1, *new.shape[1:])
+
+    def begin(row: Any) -> tuple[Any, ...]:
+        return (*lead, row, *zeros, start[row], jnp.int32(0))
+
+    def piece(row: Any, held: Array) -> Array:
+        there = jax.lax.dynamic_slice(held, begin(row), shape)
+        mine = jax.lax.dynamic_slice_in_dim(new, row, 1).astype(held.dtype)
+        return jnp.where(rows[row], mine.reshape(shape), there)
+
+    count = new.shape[0]
+    if count == 1 or count > FEW:
+
+        def one(row: Array, held: Array) -> Array:
+            return jax.lax.dynamic_update_slice(held, piece(row, held), begin(row))
+
+        return each(count, one, old)
+    # All is read before anything is written, or every write would copy the whole.
+    pieces = [piece(row, old) for row in range(count)]
+    pieces, old = jax.lax.optimization_barrier((pieces, old))
+    for row in range(count):
+        old = jax.lax.dynamic_update_slice(old, pieces[row], begin(row))
+    return old
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from kvjax.prefills import AbstractPrefill, Dense
 from kvjax.reads import AbstractRead, All, Quest
 from kvjax.schedules import AbstractSchedule, AfterPrefill, EveryTokens
 from kvjax.scorers import AbstractScorer, StreamingLLM
-from kvjax.types import LayerSpec
 from kvjax.units import AbstractUnit, Token
 
 RANKED = LowRank | Projected
@@ -192,11 +191,11 @@ class Compression:
                 f"{self.read.page}."
             )
 
-    def block(self, spec: LayerSpec) -> int:
-        """Tokens that move into the body as one block in this layer; 0 for none."""
+    def block(self, layer: int) -> int:
+        """Tokens that move into the body as one block in a layer; 0 for none."""
         if self.store.residual:
             return self.store.residual
-        return self.read.page_of(spec) or 0
+        return self.read.page_of(layer) or 0
 
     @property
     def keep(self) -> float | None:

@@ -1,28 +1,32 @@
 """The cache of one layer, built from what the pass over the prompt left."""
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from kvjax.cache import Growth, KeysOnly, LayerCache, Pages, Ragged, Slots, Tracking
 from kvjax.cache.parts import AbstractPart
 from kvjax.cache.tail import Tail, empty_tail
 from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray, straight_through
 from kvjax.compress.config import Compression, Eviction
-from kvjax.compress.observe import Observed, eviction_of, tracker_of
+from kvjax.compress.observe import Observed, tracker_of
 from kvjax.compress.select import Choice, choose, choose_flat, take, take_flat
+from kvjax.compress.survey import Layout, Share
 from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.reads import Quest
 from kvjax.schedules import EveryTokens
-from kvjax.types import EMPTY, Lengths, Scores
+from kvjax.types import EMPTY, LayerSpec, Lengths, Scores
 
 
 def build(
     observed: Observed,
     lengths: Lengths,
     c: Compression,
+    layout: Layout,
+    share: Share,
     *,
     room: int,
     priorities: Scores | None = None,
@@ -34,6 +38,8 @@ def build(
         observed: see `observe`.
         lengths: tokens of each prompt.
         c: what is done.
+        layout: of this layer.
+        share: what this layer gets.
         room: later tokens that must fit.
         priorities: an earlier layer's, where its kept tokens are reused.
         differentiable: hold decoded arrays with straight-through gradients instead of
@@ -42,60 +48,48 @@ def build(
     Returns:
         The cache, and the priorities that chose it.
     """
-    builder = _Builder(observed, lengths, c, room, differentiable)
-    evict = eviction_of(c, observed.spec, builder.tokens)
+    builder = _Builder(observed, lengths, c, layout, share, room, differentiable)
+    evict = layout.evict
     if evict is None:
-        return builder.uniform(builder.everything(), lengths, builder.tokens), None
-    counts, held, slots = builder.counts(evict)
-    shared = observed.spec.index % evict.unit.reuse != 0
-    if priorities is None or not shared:
-        priorities = builder.priorities(evict, counts)
+        return builder.uniform(builder.everything(), lengths), None
+    priorities = builder.chosen(evict, priorities)
     if evict.budget.per_head:
-        return builder.ragged(evict, priorities), priorities
+        return builder.ragged(priorities), priorities
     if c.evict is not None and isinstance(c.schedule, EveryTokens):
-        return builder.bounded(evict, priorities, counts, slots), priorities
+        return builder.bounded(evict, priorities), priorities
     if evict.values is not None:
-        return builder.decoupled(evict, priorities, counts), priorities
-    choice = choose(priorities, held, slots)
-    return builder.uniform(choice, held, slots), priorities
+        return builder.decoupled(priorities), priorities
+    choice = choose(priorities, share.held, layout.slots)
+    return builder.uniform(choice, share.held), priorities
+
+
+def handed_on(c: Compression, batch: int, spec: LayerSpec, tokens: int):
+    """What the first layer is handed where layers reuse the choice of others."""
+    if c.evict is None or c.evict.unit.reuse == 1:
+        return None
+    return jnp.zeros((batch, spec.num_kv_heads, tokens), jnp.float32)
 
 
 class _Builder:
     """The steps of `build`, with what they share."""
 
-    def __init__(self, observed, lengths, c, room, differentiable):
+    def __init__(self, observed, lengths, c, layout, share, room, differentiable):
         self.k, self.v, self.spec = observed.k, observed.v, observed.spec
         self.observed, self.lengths, self.c = observed, lengths, c
+        self.layout, self.share = layout, share
         self.room, self.differentiable = room, differentiable
         self.batch, self.kv_heads, self.tokens, self.head_dim = self.k.shape
 
-    def slot_bytes(self) -> float:
-        """Bytes of one slot of one head, its position included."""
-        size = self.k.dtype.itemsize
-        store = self.c.store
-        return 4 + sum(
-            codec.slot_bytes(self.head_dim, size)
-            for codec in (store.keys, store.values)
-        )
+    def chosen(self, evict: Eviction, before: Scores | None) -> Scores:
+        """Priorities of the layer's own, or those of an earlier one."""
+        own = functools.partial(self.priorities, evict)
+        if self.share.leads is None or before is None:
+            return own()
+        return jax.lax.cond(self.share.leads, own, lambda: before)
 
-    def counts(self, evict: Eviction) -> tuple[Int[Array, "B"], Int[Array, "B"], int]:
-        """Tokens per head that the budget gives each row; slots that these may need.
-
-        Whole chunks may hold a few more tokens than the budget, or fewer. Last: the
-        slots of the longest row.
-        """
-        table, slots = self.tables(evict)
-        counts, held = (jnp.take(jnp.asarray(x), self.lengths) for x in (table, slots))
-        return counts, held, int(slots.max())
-
-    def tables(self, evict: Eviction) -> tuple[np.ndarray, np.ndarray]:
-        """Both of `counts`, for rows of `0 .. T` tokens."""
-        table = evict.budget.table(self.tokens, self.spec, self.slot_bytes())
-        slots = evict.unit.slots(table, np.arange(self.tokens + 1))
-        return table, slots.astype(np.int32)
-
-    def priorities(self, evict: Eviction, counts: Int[Array, "B"]) -> Scores:
+    def priorities(self, evict: Eviction) -> Scores:
         """Priorities of all prompt tokens; padding and dead tokens are `-inf`."""
+        counts = self.share.counts
         scores = evict.score.rank(self.observed.seen, counts, self.lengths)
         index = jnp.arange(self.tokens)
         length = self.lengths[:, None, None]
@@ -158,9 +152,9 @@ class _Builder:
             self.batch, self.kv_heads, capacity, self.head_dim, self.k.dtype
         )
 
-    def uniform(self, choice: Choice, counts: Array, slots: int) -> LayerCache:
+    def uniform(self, choice: Choice, counts: Array) -> LayerCache:
         """The same capacity for all heads, with or without blocks of later tokens."""
-        block = self.c.block(self.spec)
+        block, slots, page = self.layout.block, self.layout.slots, self.layout.page
         if not block:
             return self.layer((self.part(choice, slots),), self.tail(self.room))
         whole = counts // block * block  # tokens that are encoded now
@@ -171,7 +165,6 @@ class _Builder:
         part = self.part(_fit(body, capacity), capacity, filled=whole)
         tail = self.rest(choice, whole, counts, block)
         growth = Growth(block=block, keys=self.c.store.keys, values=self.c.store.values)
-        page = self.c.read.page_of(self.spec)
         body_part = part if page is None else self.paged(part, page)
         return self.layer((body_part,), tail, growth=growth)
 
@@ -208,18 +201,13 @@ class _Builder:
             most=read.most_pages(part.positions.shape[-1] // page),
         )
 
-    def ragged(self, evict: Eviction, priorities: Scores) -> LayerCache:
+    def ragged(self, priorities: Scores) -> LayerCache:
         """One flat buffer whose heads share the layer's slots."""
-        store = self.c.store
-        _, slots = self.tables(evict)
-        each, all_heads = evict.budget.shares(
-            slots, np.arange(self.tokens + 1), self.spec
-        )
-        sure = jnp.take(jnp.asarray(each), self.lengths, axis=0)
-        counts = jnp.take(jnp.asarray(all_heads), self.lengths)
+        store, share = self.c.store, self.share
         multiple = math.lcm(store.keys.append_multiple, store.values.append_multiple)
-        capacity = -(-int(all_heads.max()) // multiple) * multiple
-        flat = choose_flat(priorities, sure, counts, capacity)
+        capacity = -(-self.layout.slots // multiple) * multiple
+        assert share.sure is not None and share.total is not None
+        flat = choose_flat(priorities, share.sure, share.total, capacity)
         positions = jnp.where(flat.live, flat.index, EMPTY)
         part = Ragged(
             keys=self.keys(take_flat(self.k, flat), flat.live, positions),
@@ -229,14 +217,14 @@ class _Builder:
         )
         return self.layer((part,), self.tail(self.room))
 
-    def bounded(self, evict, priorities, counts, slots) -> LayerCache:
+    def bounded(self, evict: Eviction, priorities: Scores) -> LayerCache:
         """A body that decode-time eviction keeps within its slots."""
-        tracker = tracker_of(self.c)
+        tracker, slots = tracker_of(self.c), self.layout.slots
         assert tracker is not None
-        limit, bound = counts, evict.budget.bound(self.spec, self.slot_bytes())
-        if bound is not None:  # a short prompt's body grows up to it
-            slots, limit = bound, jnp.full_like(counts, bound)
-        choice = _fit(choose(priorities, counts, slots), slots)
+        limit = self.share.counts
+        if evict.budget.keep is None:  # a short prompt's body grows up to its bound
+            limit = jnp.full_like(limit, slots)
+        choice = _fit(choose(priorities, self.share.counts, slots), slots)
         state = tracker.start(self.observed.seed, choice.index, tracker.interval)
         return self.layer(
             (self.part(choice, slots),),
@@ -245,20 +233,15 @@ class _Builder:
             tracker=tracker,
         )
 
-    def decoupled(self, evict, priorities, counts) -> LayerCache:
+    def decoupled(self, priorities: Scores) -> LayerCache:
         """Tokens with key and value, and tokens whose key alone is kept."""
-        both = evict.values.table(self.tokens, self.spec, self.slot_bytes())
-        keys = np.maximum(
-            evict.budget.table(self.tokens, self.spec, self.slot_bytes()), both
-        )
-        n_both = jnp.take(jnp.asarray(both), self.lengths)
-        n_keys = jnp.take(jnp.asarray(keys), self.lengths)
-        full = choose(priorities, n_both, int(both.max()))
+        n_both, n_keys = self.share.full, self.share.counts
+        full = choose(priorities, n_both, self.layout.full)
         order = jnp.argsort(-priorities, axis=-1, stable=True)
         rank = jnp.argsort(order, axis=-1)
         second = jnp.where(rank < n_both[:, None, None], -jnp.inf, priorities)
-        capacity = int((keys - both).max())
-        part = self.part(full, int(both.max()))
+        capacity = self.layout.bare
+        part = self.part(full, self.layout.full)
         if capacity == 0:
             return self.layer((part,), self.tail(self.room))
         return self.layer(

@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from kvjax.compress.config import Compression, Eviction, recency
+from kvjax.compress.config import Compression, Eviction
 from kvjax.schedules import EveryTokens
 from kvjax.scorers import AbstractScoreTracker
 from kvjax.types import LayerInputs, LayerSpec, Lengths, pytree, static
@@ -31,13 +31,6 @@ class Observed:
     spec: LayerSpec = static()
 
 
-def eviction_of(c: Compression, spec: LayerSpec, tokens: int) -> Eviction | None:
-    """The layer's eviction; a window drops what it can no longer see by itself."""
-    if c.evict is None and spec.window is not None and spec.window < tokens:
-        return recency(spec.window)
-    return c.evict
-
-
 def wants_mass(c: Compression) -> bool:
     """Whether the score of `c` sums attention over all queries."""
     return c.evict is not None and c.evict.score.needs_column_mass
@@ -55,10 +48,18 @@ def observe(
     inputs: LayerInputs,
     lengths: Lengths,
     c: Compression,
+    evict: Eviction | None,
     column_mass: Float[Array, "B H S"] | None,
 ) -> Observed:
-    """Look at a prompt's pass once; `build` then works for any budget of `c`."""
-    evict = eviction_of(c, inputs.spec, inputs.k.shape[2])
+    """Look at a prompt's pass once; `build` then works for any budget of `c`.
+
+    Args:
+        inputs: the layer's.
+        lengths: tokens of each prompt.
+        c: what is done.
+        evict: of this layer, see `survey.Layout`.
+        column_mass: see `wants_mass`.
+    """
     tracker = tracker_of(c)
     seen = seed = None
     if evict is not None:

@@ -19,6 +19,7 @@ from kvjax.compress.choice import relaxed_choice
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build
 from kvjax.compress.observe import observe, wants_mass
+from kvjax.compress.survey import Layout, Survey
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.pallas_kernels.partial import Partial, merge
@@ -30,6 +31,7 @@ def attend(
     inputs: LayerInputs,
     prompt_lengths: Lengths,
     c: Compression,
+    surveyed: Survey,
     priorities: Scores | None,
     later: int | None = None,
     choice_gradient: float = 0.0,
@@ -37,9 +39,11 @@ def attend(
     """One layer of the parallel form.
 
     Args:
-        inputs: the layer's queries, keys and values of the whole sequence.
+        inputs: the layer's queries, keys and values of the whole sequence; the kind of
+            its depth is its `Layout`.
         prompt_lengths: `[B]` compression points.
         c: what is done to the prompt.
+        surveyed: what each layer gets.
         priorities: those of the layer before, for index reuse.
         later: no row has more tokens behind its compression point; None: any number.
         choice_gradient: temperature of the gradient that the choice of tokens gets, see
@@ -55,11 +59,14 @@ def attend(
     before, mass = None, None
     if wants_mass(c) or not c.prefill.causal:
         before, mass = c.prefill.attend(prompt, prompt_lengths, wants_mass(c))
-    observed = observe(prompt, prompt_lengths, c, mass)
+    layout: Layout = inputs.depth.kind
+    observed = observe(prompt, prompt_lengths, c, layout.evict, mass)
     layer, priorities = build(
         observed,
         prompt_lengths,
         c,
+        layout,
+        surveyed.of(inputs.depth),
         room=later,
         priorities=priorities,
         differentiable=True,

@@ -6,12 +6,12 @@ from kvjax.cache import LayerCache, Slots
 from kvjax.codecs import LowRankArray, needed_rank
 
 
-def trim_layer(layer: LayerCache) -> LayerCache:
-    """Low-rank parts cut to the rank that their rows need."""
+def trim_group(group: LayerCache) -> LayerCache:
+    """Low-rank parts cut to the rank that their rows and layers need."""
     parts = tuple(
-        _trim(part) if isinstance(part, Slots) else part for part in layer.parts
+        _trim(part) if isinstance(part, Slots) else part for part in group.parts
     )
-    return dataclasses.replace(layer, parts=parts)
+    return dataclasses.replace(group, parts=parts)
 
 
 def _trim(part: Slots) -> Slots:

@@ -11,7 +11,6 @@ from jaxtyping import Array, Int
 
 from kvjax.cache import PageBudget
 from kvjax.scorers.base import positive_int
-from kvjax.types import LayerSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,8 +18,8 @@ class AbstractRead(abc.ABC):
     """Which held tokens a decode step attends to."""
 
     @abc.abstractmethod
-    def page_of(self, spec: LayerSpec) -> int | None:
-        """Page size of this layer, or None if it reads everything."""
+    def page_of(self, layer: int) -> int | None:
+        """Page size of a layer, counted from 0; None if it reads everything."""
 
 
 @final
@@ -28,8 +27,8 @@ class AbstractRead(abc.ABC):
 class All(AbstractRead):
     """Everything that is held."""
 
-    def page_of(self, spec):
-        del spec
+    def page_of(self, layer):
+        del layer
         return None
 
 
@@ -69,8 +68,8 @@ class Quest(AbstractRead):
         if self.slots is not None:
             positive_int("slots", self.slots)
 
-    def page_of(self, spec):
-        return None if spec.index < self.dense_layers else self.page
+    def page_of(self, layer):
+        return None if layer < self.dense_layers else self.page
 
     @property
     def budget(self) -> PageBudget:

@@ -41,7 +41,7 @@ class Random(AbstractScorer):
 
             return jax.vmap(draw, out_axes=1)(jnp.arange(tokens))
 
-        return jax.vmap(one)(row_keys(self.seed, inputs.spec.index, lengths))
+        return jax.vmap(one)(row_keys(self.seed, inputs.depth.layer, lengths))
 
 
 @final

@@ -27,11 +27,9 @@ def negative_norm(keys: Array) -> Array:
 
 
 def _masses(
-    q: Array, q_positions: Array, body: Slots, tail: Tail, spec: LayerSpec
+    q: Array, q_positions: Array, lse: Array, body: Slots, tail: Tail, spec: LayerSpec
 ) -> tuple[Array, Array]:
     """Softmax weights of body and tail slots over their union, per query head."""
-    parts = [part.attend(q, q_positions, spec) for part in (body, tail)]
-    lse = merge(parts).lse
     assert isinstance(body.keys, PlainArray)
 
     def weights(keys: Array, positions: Array) -> Array:
@@ -66,8 +64,8 @@ class ContentTracker(AbstractScoreTracker):
         del observed, index, tail
         return ()
 
-    def update(self, state, q, q_positions, body, tail, spec):
-        del q, q_positions, body, tail, spec
+    def update(self, state, q, q_positions, lse, body, tail, spec):
+        del q, q_positions, lse, body, tail, spec
         return state
 
     def scores(self, state, body, tail, spec):
@@ -115,9 +113,11 @@ class MassTracker(AbstractScoreTracker):
         mass = jnp.take_along_axis(observed, index, axis=-1)
         return _MassState(body=mass, tail=jnp.zeros((b, k, tail), jnp.float32))
 
-    def update(self, state, q, q_positions, body, tail, spec):
-        masses = _masses(q, q_positions, body, tail, spec)
-        in_body, in_tail = (group_mean(m[:, :, 0], spec.num_kv_heads) for m in masses)
+    def update(self, state, q, q_positions, lse, body, tail, spec):
+        masses = _masses(q, q_positions, lse, body, tail, spec)
+        in_body, in_tail = (
+            group_mean(jnp.sum(m, axis=2), spec.num_kv_heads) for m in masses
+        )
         return _MassState(body=state.body + in_body, tail=state.tail + in_tail)
 
     def scores(self, state, body, tail, spec):
@@ -171,18 +171,22 @@ class WindowTracker(AbstractScoreTracker):
         del index, tail
         return observed
 
-    def update(self, state, q, q_positions, body, tail, spec):
-        del body, tail, spec
-        live = (q_positions >= 0)[:, None, :, None]
-        queries = jnp.concatenate([state.queries[:, :, 1:], q], axis=2)
-        positions = jnp.concatenate([state.positions[:, 1:], q_positions], axis=1)
+    def update(self, state, q, q_positions, lse, body, tail, spec):
+        del lse, body, tail, spec
+        # The last ones of what was there and what has come, row by row.
+        fresh = jnp.sum(q_positions >= 0, axis=1)
+        index = fresh[:, None] + jnp.arange(self.window)
+        queries = jnp.concatenate([state.queries, q], axis=2)
+        positions = jnp.concatenate([state.positions, q_positions], axis=1)
         return _WindowState(
-            queries=jnp.where(live, queries, state.queries),
-            positions=jnp.where(live[:, 0, :, 0], positions, state.positions),
+            queries=jnp.take_along_axis(queries, index[:, None, :, None], axis=2),
+            positions=jnp.take_along_axis(positions, index, axis=1),
         )
 
     def scores(self, state, body, tail, spec):
-        masses = _masses(state.queries, state.positions, body, tail, spec)
+        asked = (state.queries, state.positions)
+        lse = merge([part.attend(*asked, spec) for part in (body, tail)]).lse
+        masses = _masses(*asked, lse, body, tail, spec)
         kv_heads = body.positions.shape[1]
         mass = jnp.concatenate([jnp.mean(m, axis=2) for m in masses], axis=-1)
         positions = jnp.concatenate([body.positions, tail.positions], axis=-1)

@@ -141,7 +141,7 @@ def positive_int(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"`{name}` must be an integer >= {least}; got {value!r}.")
 
 
-def row_keys(seed: int, layer: int, lengths: Lengths) -> Array:
+def row_keys(seed: int, layer: Int[Array, ""] | int, lengths: Lengths) -> Array:
     """One random key per row, a function of its length and not of its neighbours."""
     key = jax.random.fold_in(jax.random.key(seed), layer)
     return jax.vmap(lambda n: jax.random.fold_in(key, n))(lengths)

@@ -67,10 +67,13 @@ class Weight:
     Attributes:
         paths: decoder parameters that the tensor holds, stacked along its first axis.
         transpose: the checkpoint stores `[out, in]`, the decoder `[in, out]`.
+        layer: the layer that it belongs to, whose place in the parameters' first axis
+            it has; None for parameters of no layer.
     """
 
     paths: tuple[str, ...]
     transpose: bool = False
+    layer: int | None = None
 
 
 class AbstractFamily(abc.ABC):
@@ -188,9 +191,9 @@ class AbstractFamily(abc.ABC):
         out = {"model.embed_tokens.weight": Weight(paths=("embedding",))}
         for index in range(config.num_layers):
             for name, weight in self.layer_weights(config).items():
-                paths = tuple(f"layers.{index}.{path}" for path in weight.paths)
+                paths = tuple(f"layers.{path}" for path in weight.paths)
                 out[f"model.layers.{index}.{name}"] = dataclasses.replace(
-                    weight, paths=paths
+                    weight, paths=paths, layer=index
                 )
         out["model.norm.weight"] = Weight(paths=("norm.weight",))
         if not config.tie_embeddings:

@@ -5,6 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.cache import LayerCache
+from kvjax.compress.config import Compression
+from kvjax.compress.layer import build
+from kvjax.compress.observe import observe, wants_mass
+from kvjax.compress.survey import survey
+from kvjax.depth import Depth
+from kvjax.prefills import Dense
 from kvjax.rope import Rope
 from kvjax.types import LayerInputs, LayerSpec, padded_positions
 
@@ -13,9 +20,8 @@ GARBAGE = 1e4
 
 
 def layer_spec(heads: int, kv_heads: int, head_dim: int, **fields) -> LayerSpec:
-    """The first of four full-attention layers, unless `fields` say otherwise."""
+    """One of four full-attention layers, unless `fields` say otherwise."""
     given = {
-        "index": 0,
         "num_layers": 4,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
@@ -104,3 +110,24 @@ def prefix(sample: Sample, lengths: np.ndarray) -> Sample:
     positions = padded_positions(jnp.asarray(lengths, jnp.int32), width)
     inputs = dataclasses.replace(given, positions=positions, **cut)
     return Sample(inputs=inputs, lengths=np.asarray(lengths))
+
+
+def compressed(
+    sample: Sample,
+    c: Compression,
+    *,
+    room: int = 16,
+    specs: tuple[LayerSpec, ...] = (),
+    layer: int = 0,
+) -> LayerCache:
+    """One layer's cache after the sample as a prompt.
+
+    `specs` are those of all layers; by default they are like the sample's.
+    """
+    inputs, lengths = sample.inputs, jnp.asarray(sample.lengths, jnp.int32)
+    specs = specs or (inputs.spec,) * inputs.spec.num_layers
+    mass = Dense().attend(inputs, lengths, True)[1] if wants_mass(c) else None
+    found = survey(c, specs, lengths, inputs.k.shape[-2], inputs.k.dtype)
+    layout, share = found.layouts[layer], found.of(Depth(layer=layer))
+    seen = observe(inputs, lengths, c, layout.evict, mass)
+    return build(seen, lengths, c, layout, share, room=room)[0]

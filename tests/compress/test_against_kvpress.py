@@ -13,7 +13,8 @@ from kvjax.compress.config import Compression
 from kvjax.models.inference import read_prompt
 from tests.torch_env import find_torch_python, kvpress_reference
 
-pytestmark = pytest.mark.slow
+# Compared with another library's arithmetic, on scores that nearly tie: as it is used.
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 PROMPTS = ("S320", "S512")
 LENGTHS = np.array([320, 512], np.int32)
@@ -131,7 +132,7 @@ def read_prompts(model, case: str, tokens: bytes):
     return read_prompt(model, ids, LENGTHS, method(case))
 
 
-@pytest.mark.sweep(0, 24)
+@pytest.mark.sweep(0, 12)
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("case", PRESETS)
 def test_kept_positions_and_next_logits(run, case, keep):

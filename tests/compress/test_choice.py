@@ -9,6 +9,7 @@ from flax import nnx
 import kvjax
 from kvjax.attention import self_attention
 from kvjax.compress.choice import relaxed_choice
+from kvjax.models import Decoder
 from kvjax.models.simulate import simulated
 from kvjax.pallas_kernels.held import Held
 from kvjax.schedules import EveryTokens
@@ -83,7 +84,7 @@ def test_the_relaxed_choice_is_a_sigmoid_around_the_cut():
     np.testing.assert_array_equal(slope[0, 0, [2, 4]], 0.0)
 
 
-@pytest.mark.sweep(4, 8)
+@pytest.mark.sweep(2, 4)
 @pytest.mark.parametrize("name", BUDGETED)
 def test_the_forward_pass_does_not_change(name):
     """And the gradient is finite, and another one where there is a choice."""
@@ -93,8 +94,10 @@ def test_the_forward_pass_does_not_change(name):
     at = jnp.arange(whole.shape[1])[None, :].repeat(len(whole), 0)
 
     def loss(params, choice):
-        attend = simulated(jnp.asarray(LENGTHS), c, None, choice)
-        found = nnx.merge(graph, params)(jnp.asarray(whole), at, attend)
+        model: Decoder = nnx.merge(graph, params)
+        points = jnp.asarray(LENGTHS)
+        attend = simulated(model, points, whole.shape[1], c, None, choice)
+        found = model(jnp.asarray(whole), at, attend, trained=True)
         return jnp.sum(jnp.sin(found[:, -20:])), found
 
     (plain, one), slope = jax.value_and_grad(loss, has_aux=True)(params, 0.0)

@@ -41,17 +41,9 @@ COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "lowrank+knorm": ("lowrank_keys", {"evict": HALF}),
 }
 
-SLOW = ("tova+every1", "knorm+every4", "pyramid+every4", "quest+codes", "chunks+codes")
-"""Those of which the others have every part."""
 
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
-        for name in COMBINATIONS
-    ],
-)
+@pytest.mark.sweep(3, 5)
+@pytest.mark.parametrize("name", COMBINATIONS)
 def test_two_forms_agree(name):
     preset, fields = COMBINATIONS[name]
     assert_forms_agree(small_model(), kvjax.compression(preset, **fields))

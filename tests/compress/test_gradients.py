@@ -37,7 +37,7 @@ def loss_of(name: str):
     return loss, params
 
 
-@pytest.mark.sweep(1, 4)
+@pytest.mark.sweep(1, 2)
 @pytest.mark.parametrize("name", PRESETS)
 def test_gradient(name):
     loss, params = loss_of(name)

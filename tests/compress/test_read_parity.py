@@ -11,13 +11,11 @@ from kvjax.budgets import Uniform
 from kvjax.cache import KeysOnly, LayerCache, Pages, Ragged, Slots
 from kvjax.codecs import Affine, AffineArray, PlainArray
 from kvjax.compress.config import Compression, Eviction, Storage
-from kvjax.compress.layer import build
-from kvjax.compress.observe import observe
 from kvjax.pallas_kernels.page_score import page_score
 from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.pallas_kernels.partial import merge
 from kvjax.pallas_kernels.quantized import numbers
-from kvjax.prefills import Dense, VerticalSlash
+from kvjax.prefills import VerticalSlash
 from kvjax.reads import Quest
 from kvjax.schedules import EveryTokens
 from kvjax.scorers import H2O, KNorm
@@ -27,6 +25,7 @@ from tests import reference
 from tests.compress.samples import (
     SPECS,
     Sample,
+    compressed,
     decode_inputs,
     draw,
     prefix,
@@ -36,16 +35,6 @@ LENGTHS = np.array([75, 48, 61])
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 ATTEND = jax.jit(LayerCache.attend)
 GIVEN_SPEC = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-
-
-def compressed(sample: Sample, c: Compression, room: int = 16) -> LayerCache:
-    """The layer's cache after the sample as a prompt."""
-    lengths = jnp.asarray(sample.lengths, jnp.int32)
-    mass = None
-    if c.evict is not None and c.evict.score.needs_column_mass:
-        _, mass = Dense().attend(sample.inputs, lengths, True)
-    seen = observe(sample.inputs, lengths, c, mass)
-    return build(seen, lengths, c, room=room)[0]
 
 
 def full_row(sample: Sample, row: int, n: int):

@@ -1,17 +1,14 @@
 """Budgets by gates: which heads keep what, what is attended, and real bytes."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kvjax
 from kvjax.cache import Ragged
-from kvjax.compress.layer import build
-from kvjax.compress.observe import observe
 from kvjax.models.config import read_gates
 from kvjax.models.gates import with_gates
 from tests import reference
-from tests.compress.samples import decode_inputs, draw, layer_spec, prefix
+from tests.compress.samples import compressed, decode_inputs, draw, layer_spec, prefix
 from tests.small import HEAD_DIM, LENGTHS, ROWS, batch, gates, preset, small_model
 
 # One layer all streaming and one all retrieval at a half; distinct numbers.
@@ -59,11 +56,11 @@ def test_the_share_of_heads_is_rounded_up():
 
 
 def test_later_tokens_attend_to_what_their_heads_keep():
-    spec = layer_spec(4, 2, 16, num_layers=2, head_ranks=(3, 0))
-    whole, start = draw(5, spec, (70, 58)), np.array([66, 54])
-    inputs = prefix(whole, start).inputs
-    c, lengths = duo(0.5, 3, 9), jnp.asarray(start)
-    layer, _ = build(observe(inputs, lengths, c, None), lengths, c, room=4)
+    ranks = [(3, 0), (1, 2)]
+    specs = tuple(layer_spec(4, 2, 16, num_layers=2, head_ranks=x) for x in ranks)
+    whole, start = draw(5, specs[0], (70, 58)), np.array([66, 54])
+    prompt = prefix(whole, start)
+    layer = compressed(prompt, duo(0.5, 3, 9), room=4, specs=specs)
     for step in range(2):
         out, layer = layer.attend(decode_inputs(whole, start, step))
         for row, n in enumerate(start):

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvjax.budgets import AdaKV, Pyramid, Uniform, slots_to_keep
+from kvjax.budgets import AdaKV, Pyramid, Uniform
 from kvjax.compress.select import choose, choose_flat
+from kvjax.exact import ceil_share
 from kvjax.units import Chunk, Token
 from tests import reference
 from tests.compress.samples import layer_spec
@@ -30,8 +31,8 @@ def layer_tables(budget, longest: int, layers: int) -> np.ndarray:
     ("tokens", "keep", "slots"),
     [(1000, 0.07, 70), (10, 0.1, 1), (100, 0.29, 29), (3, 0.5, 2), (7, 1.0, 7)],
 )
-def test_slots_to_keep_examples(tokens, keep, slots):
-    assert slots_to_keep(np.array([tokens]), keep) == [slots]
+def test_ceil_share_examples(tokens, keep, slots):
+    assert ceil_share(np.array([tokens]), keep) == [slots]
 
 
 @settings(deadline=None)
@@ -39,9 +40,9 @@ def test_slots_to_keep_examples(tokens, keep, slots):
     st.integers(0, 2_000_000),
     st.decimals("0.0001", "1", places=4).map(lambda x: x.normalize()),
 )
-def test_slots_to_keep_is_decimal_arithmetic_rounded_up(tokens, keep):
+def test_ceil_share_is_decimal_arithmetic_rounded_up(tokens, keep):
     exact = (tokens * keep).to_integral_value(decimal.ROUND_CEILING)
-    assert slots_to_keep(np.array([tokens]), float(keep)) == [int(exact)]
+    assert ceil_share(np.array([tokens]), float(keep)) == [int(exact)]
 
 
 PYRAMIDS = {
@@ -58,7 +59,7 @@ PYRAMIDS = {
 def test_pyramid_layers_sum_to_the_budget(layers, length, percent, beta, window):
     budget = Pyramid(keep=percent / 100, beta=beta, window=window)
     table = layer_tables(budget, length, layers)
-    mean = slots_to_keep(np.arange(length + 1), percent / 100)
+    mean = ceil_share(np.arange(length + 1), percent / 100)
     np.testing.assert_array_equal(table.sum(axis=0), layers * mean)
     assert (np.diff(table, axis=0) <= 0).all()
     assert (table <= np.arange(length + 1)).all()
@@ -70,7 +71,7 @@ def test_pyramid_follows_kvpress_up_to_rounding(layers, length, percent, beta, w
     layers = max(layers, 2)  # kvpress gives a single layer the first layer's share
     budget = Pyramid(keep=percent / 100, beta=beta, window=window)
     ours = layer_tables(budget, length, layers)[:, length]
-    mean = int(slots_to_keep(np.array(length), percent / 100))
+    mean = int(ceil_share(np.array(length), percent / 100))
     theirs = reference.pyramidkv_layer_budgets(
         length,
         Fraction(mean, length),  # type: ignore[arg-type]
@@ -228,7 +229,7 @@ def test_head_wise_choice(alpha, protect):
 def test_uniform_and_head_wise_budgets_are_the_mean(length, percent, layers):
     for kind in (Uniform, AdaKV):
         table = layer_tables(kind(keep=percent / 100), length, layers)
-        want = slots_to_keep(np.arange(length + 1), percent / 100)
+        want = ceil_share(np.arange(length + 1), percent / 100)
         np.testing.assert_array_equal(table, np.tile(want, (layers, 1)))
 
 

@@ -131,6 +131,7 @@ def test_replies_are_those_of_each_prompt_alone(both, model, tokenizer):
         assert replies(path, cell.name)[3] == text[:stop]
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing(both, model, tokenizer, tmp_path):
     config, path, rows = both
     small = tiny.config(
@@ -249,6 +250,7 @@ def test_the_header_says_what_ran(both, model):
     assert fingerprint(tiny.model(norm_eps=1e-5)) != fingerprint(model)
 
 
+@pytest.mark.slow
 def test_progress_is_told_after_every_cell(model, tokenizer, tmp_path):
     told = []
     config = tiny.config(items=2, batch=2)

@@ -29,10 +29,10 @@ def cases() -> list:
                 if backend == "reference":
                     continue
                 kind = f"{name}-{backend}"
-                if backend in ("tpu", "gpu"):
-                    marks = [pytest.mark.interpret, pytest.mark.sweep(0, 4, kind=kind)]
+                if backend in KERNELS:
+                    marks = [pytest.mark.interpret, pytest.mark.sweep(0, 2, kind=kind)]
                 else:
-                    marks = [pytest.mark.sweep(6, 12, kind=kind)]
+                    marks = [pytest.mark.sweep(3, 6, kind=kind)]
                 marks += [pytest.mark.slow] if case.slow else []
                 label = f"{name}-{backend}-{case.name}"
                 found.append(pytest.param(name, backend, case, marks=marks, id=label))

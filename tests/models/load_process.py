@@ -58,7 +58,7 @@ def meshes(small: str) -> dict[str, object]:
     mesh = jax.make_mesh((2, 2), ("data", "model"))
     plain, _ = load(small, "float32", tokenizer=False)
     split, _ = load(small, "float32", tokenizer=False, mesh=mesh)
-    kernel = split.layers[0].attention.q.kernel[...]
+    kernel = split.layers.attention.q.kernel[...]
     save(split, pathlib.Path(small) / "again")
     again, _ = load(pathlib.Path(small) / "again", "float32", tokenizer=False)
     errors = []

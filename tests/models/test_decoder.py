@@ -152,4 +152,4 @@ def test_fresh_weights_follow_the_configuration():
     )
     model = Decoder(config, rngs=nnx.Rngs(0))
     assert abs(float(jnp.std(model.embedding[...])) - 0.1) < 0.01
-    assert abs(float(jnp.std(model.layers[0].mlp.up.kernel[...])) - 0.1) < 0.01
+    assert abs(float(jnp.std(model.layers.mlp.up.kernel[...])) - 0.1) < 0.01

@@ -40,7 +40,9 @@ def test_config_round_trips(family):
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_weights_cover_each_parameter_once(family):
     weights = FAMILIES[family].weights(CONFIGS[family])
-    paths = [path for weight in weights.values() for path in weight.paths]
+    paths = [
+        (weight.layer, path) for weight in weights.values() for path in weight.paths
+    ]
     assert len(paths) == len(set(paths))
 
 

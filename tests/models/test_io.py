@@ -80,7 +80,7 @@ def test_dtypes(gemma, source, target):
     model, _ = load(gemma, target, tokenizer=False)
     expected = cast["model.layers.0.mlp.up_proj.weight"].astype(jnp.dtype(target))
     assert model.dtype == jnp.dtype(target)
-    np.testing.assert_array_equal(model.layers[0].mlp.up.kernel[...], expected.T)
+    np.testing.assert_array_equal(model.layers.mlp.up.kernel[0], expected.T)
 
 
 def test_default_dtype_is_bfloat16_and_unknown_ones_are_named(gemma):

@@ -29,7 +29,7 @@ def damaging(test: Callable) -> Callable:
 def state() -> TrainState:
     """One of nested tuples and masks: Muon beside AdamW, with accumulation."""
     params = {
-        "layers.0.mlp.up.kernel": jax.random.normal(jax.random.key(0), (32, 64)),
+        "layers.mlp.up.kernel": jax.random.normal(jax.random.key(0), (2, 32, 64)),
         "embedding": jnp.ones((3, 4)),
         "norm.weight": jnp.ones(3),
     }
@@ -58,7 +58,7 @@ def test_what_is_saved_comes_back(state, tmp_path):
     assert restore(tmp_path / "none", state) is state
     saved(tmp_path, state, 3, 7)
     equal(restore(tmp_path, state), at(state, 7))
-    assert "params.layers.0.mlp.up.kernel" in named(state)
+    assert "params.layers.mlp.up.kernel" in named(state)
     assert len(named(state)) == len(jax.tree.leaves(state))
 
 

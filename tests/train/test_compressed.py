@@ -129,6 +129,7 @@ def test_recipes_that_contradict_themselves():
         DMSConfig(ratio=1.0)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_checkpoint_under_compression(tmp_path):
     save(model_of(), tmp_path / "base")
     choices = (Choice(compression="none"), Choice(compression="knorm", keeps=(0.5,)))

@@ -193,6 +193,7 @@ def test_batches_of_the_synthetic_recipes_do_not_change():
     assert digest.hexdigest() == DIGEST
 
 
+@pytest.mark.slow
 def test_a_run_on_text_with_the_model_of_another_tokenizer(tmp_path, texts):
     """It is evaluated, resumed bit for bit, and keeps its tokenizer."""
     shape = DecoderConfig(

@@ -12,8 +12,10 @@ from flax import nnx
 
 import kvjax
 from kvjax.attention import causal_attention
+from kvjax.depth import Depth
 from kvjax.models import Decoder
 from kvjax.models.config import Evictor
+from kvjax.models.decoder import attending
 from kvjax.models.evictor import with_evictor
 from kvjax.models.simulate import simulated
 from kvjax.train.config import (
@@ -45,13 +47,17 @@ def walk(model: Decoder, batch: Batch, attention):
     """Residual streams, the last one normed, and attention outputs, layer by layer."""
     positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     x, streams, outputs = model.embed(batch.tokens), [], []
+    asked = attending(attention)
+    state, kinds = asked.state, asked.kinds or (None,) * model.config.num_layers
+    for index, spec in enumerate(model.config.layers):
 
-    def kept(inputs):
-        outputs.append(attention(inputs))
-        return outputs[-1]
+        def kept(inputs, state=state):
+            out, *more = asked.step(inputs, state)
+            outputs.append(out)
+            return out, *more
 
-    for layer, spec in zip(model.layers, model.config.layers, strict=True):
-        x = layer(x, positions, spec, kept)
+        depth = Depth(layer=index, kind=kinds[index])
+        x, (state, _) = model.layer(index)(x, positions, spec, depth, kept)
         streams.append(x)
     streams[-1] = model.norm(x)
     return streams, outputs
@@ -99,8 +105,10 @@ def test_terms_and_their_gradient(layers, tokens):
     def theirs(state):
         aims = walk(teacher, batch, causal_attention)
         wanted, attended = jax.lax.stop_gradient(aims)
-        attention = simulated(batch.prompt_lengths, KNORM, batch.later)
-        streams, outputs = walk(nnx.merge(graph, state), batch, attention)
+        model: Decoder = nnx.merge(graph, state)
+        shape = (batch.prompt_lengths, batch.tokens.shape[1])
+        attention = simulated(model, *shape, KNORM, batch.later)
+        streams, outputs = walk(model, batch, attention)
         pairs = list(zip(streams, wanted, strict=True))
         pairs = pairs if layers == "all" else pairs[-1:]
         heads = zip(rows_of(outputs), rows_of(attended), strict=True)
@@ -155,13 +163,13 @@ def test_places_behind_the_point_end_with_the_last_target():
 
 def test_what_has_no_weight_is_not_computed(monkeypatch):
     """One pass of each model serves all terms; without terms there is no second one."""
-    calls, call = [], Decoder.__call__
+    calls, call = [], Decoder.run
 
     def noted(self, *args, **kwargs):
         calls.append(self)
         return call(self, *args, **kwargs)
 
-    monkeypatch.setattr(Decoder, "__call__", noted)
+    monkeypatch.setattr(Decoder, "run", noted)
     batch, model, teacher = a_batch(), model_of(), another()
     programs = []
     silent = ObjectiveConfig(hidden_layers="all", tokens="behind")
@@ -176,6 +184,7 @@ def test_what_has_no_weight_is_not_computed(monkeypatch):
     assert calls == [model, teacher]
 
 
+@pytest.mark.sweep(1, 2)
 @pytest.mark.parametrize("name", ["chunkkv", "dms"])
 def test_recomputed_layers_and_watching_change_nothing(name):
     """What attention carries goes on below; `remat` gives the same numbers."""
@@ -209,6 +218,7 @@ def test_watching_a_pass_of_sixteen_bits():
     weights = ObjectiveConfig(**ALL)
     model = Decoder(SHAPE, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     seen = watched(model, a_batch().tokens, causal_attention, weights)
+    assert seen.hidden is not None and seen.attention is not None
     assert len(seen.hidden) == len(seen.attention) == SHAPE.num_layers
     assert {x.dtype for x in jax.tree.leaves(seen)} == {jnp.dtype(jnp.bfloat16)}
     logits = model.logits(seen.last)[:, :-1]

@@ -12,6 +12,7 @@ import pytest
 
 import kvjax
 from kvjax.attention import causal_attention
+from kvjax.depth import Depth
 from kvjax.models import Decoder
 from kvjax.models.gates import with_gates
 from kvjax.models.io import load, save
@@ -37,10 +38,11 @@ ALONE = ObjectiveConfig(next_token=0.0)
 
 def test_a_gate_mixes_full_and_streaming_attention():
     """At 1 a head is the plain one, at 0 the streaming one of the paper."""
-    sample = draw(0, layer_spec(6, 3, 16, index=1), (40, 23))
+    sample = draw(0, layer_spec(6, 3, 16), (40, 23))
+    inputs = dataclasses.replace(sample.inputs, depth=Depth(layer=1))
     gates = jnp.array([[0.5, 0.5, 0.5], [1.0, 0.0, 0.25]])
-    found = mixed(DUO, gates)(sample.inputs)
-    plain = causal_attention(sample.inputs)
+    found = mixed(DUO, gates)(inputs)
+    plain = causal_attention(inputs)
     np.testing.assert_array_equal(found[:, :2], plain[:, :2])
     for row, n in enumerate(sample.lengths):
         q, k, v = sample.row(row)

@@ -11,8 +11,10 @@ from flax import nnx
 
 import kvjax
 from kvjax.attention import causal_attention
+from kvjax.depth import in_order
 from kvjax.models import Decoder
 from kvjax.models.config import Evictor
+from kvjax.models.decoder import Attending
 from kvjax.models.evictor import with_evictor
 from kvjax.models.io import load, save
 from kvjax.prefills import Delayed
@@ -37,22 +39,21 @@ from tests.train.small import SHAPE, STAGES, a_batch, model_of, recipe
 def test_an_evictor_starts_by_keeping_everything(tmp_path):
     base = model_of()
     model = with_evictor(base, Evictor(kind="neuron", offset=3.0))
-    seen = []
 
-    def look(inputs):
-        seen.append(inputs.retention)
-        return causal_attention(inputs)
+    def look(inputs, state):
+        return causal_attention(inputs), state, inputs.retention
 
     tokens = a_batch().tokens
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = model(tokens, positions, look)
-    assert len(seen) == SHAPE.num_layers
-    for retention in seen:
-        np.testing.assert_array_equal(retention, np.full((3, 2, 96), 3.0))
+    seen = model.run(tokens, positions, Attending(step=look))
+    wanted = np.full((SHAPE.num_layers, 3, 2, 96), 3.0)
+    np.testing.assert_array_equal(in_order(seen.loops, seen.left), wanted)
     save(model, tmp_path)
     again, _ = load(tmp_path, "float32", tokenizer=False)
     assert again.config == model.config
-    np.testing.assert_array_equal(again(tokens, positions, look), hidden)
+    np.testing.assert_array_equal(
+        again(tokens, positions, causal_attention), seen.hidden
+    )
     with pytest.raises(ValueError, match="kind 'neuron'; got 'mlp'"):
         with_evictor(model, Evictor(kind="mlp"))
     with pytest.raises(ValueError, match="Did you mean 'neuron'"):
@@ -70,9 +71,8 @@ def retained(seed: int, sure: float) -> Decoder:
     """A model whose neurons decide, and are sure of it."""
     model = with_evictor(model_of(), Evictor(gain=sure, offset=0.0), seed=seed)
     noise = np.random.default_rng(seed)
-    for layer in model.layers:
-        kernel = layer.attention.q.kernel
-        kernel[...] = jnp.asarray(noise.normal(size=kernel.shape) * 0.2, jnp.float32)
+    kernel = model.layers.attention.q.kernel
+    kernel[...] = jnp.asarray(noise.normal(size=kernel.shape) * 0.2, jnp.float32)
     return model
 
 
@@ -121,8 +121,8 @@ def test_dms_reaches_the_neuron_it_borrows():
         return objective(nnx.merge(graph, state), a_batch(), None)[0]
 
     slope = jax.grad(loss)(state)
-    columns = slope["layers"][0]["attention"]["q"]["kernel"][...].reshape(32, 4, 16)
-    assert (np.abs(columns[:, ::2, -1]).max(axis=0) > 0).all()
+    columns = slope["layers"]["attention"]["q"]["kernel"][...].reshape(2, 32, 4, 16)
+    assert (np.abs(columns[:, :, ::2, -1]).max(axis=1) > 0).all()
 
 
 def test_the_oracle_is_the_largest_later_weight():
@@ -132,7 +132,9 @@ def test_the_oracle_is_the_largest_later_weight():
         found.append((inputs, oracle(inputs, batch.prompt_lengths, batch.later)))
         return causal_attention(inputs)
 
-    predictions(model_of(), batch, look)
+    positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+    model_of()(batch.tokens, positions, look, unroll=True)
+    assert [inputs.depth.layer for inputs, _ in found] == list(range(SHAPE.num_layers))
     for inputs, ours in found:
         q, k = (np.asarray(x, np.float64) for x in (inputs.q, inputs.k))
         logits = np.einsum("bhtd,bhsd->bhts", q, np.repeat(k, 2, axis=1))

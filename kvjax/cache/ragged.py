@@ -1,0 +1,110 @@
+"""One flat buffer for the heads of a layer, or of all layers, each its own length."""
+
+import math
+from typing import final
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from kvjax.cache.blocks import BLOCK, over_blocks
+from kvjax.cache.parts import AbstractPart, attend_stored, served
+from kvjax.codecs import AbstractEncoded
+from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
+from kvjax.pallas_kernels.slots import slot_mask
+from kvjax.turns import cut, take
+from kvjax.types import EMPTY, pytree, static
+
+
+@final
+@pytree
+class Ragged(AbstractPart):
+    """One flat buffer for all heads of a layer, or of several: `[B, N, D]`.
+
+    Head `k` of a layer owns the slots `offsets[b, k] .. offsets[b, k + 1]`. How many
+    that is may depend on the data, but their sum does not: head-wise budgets free
+    memory, and so do budgets that differ by layer.
+
+    `edges` are the first slots of each layer's piece, and the end; empty in a buffer of
+    one layer. Slots that nobody owns are free.
+    """
+
+    keys: AbstractEncoded
+    values: AbstractEncoded
+    positions: Int[Array, "B N"]
+    offsets: Int[Array, "*layers B K+1"]
+    edges: tuple[int, ...] = static(default=())
+
+    @property
+    def heads(self) -> Int[Array, "B N"]:
+        """KV head of every slot, of one layer (slots past the last: the last head)."""
+        index = jnp.arange(self.positions.shape[-1])[None, :, None]
+        owner = jnp.sum(index >= self.offsets[:, None, 1:], axis=-1)
+        return jnp.minimum(owner, self.offsets.shape[-1] - 2)
+
+    def layer(self, turn):
+        if not self.edges:
+            return self
+        first, stop = self.edges[turn], self.edges[turn + 1]
+        return Ragged(
+            keys=self.keys.block(first, stop - first),
+            values=self.values.block(first, stop - first),
+            positions=self.positions[:, first:stop],
+            offsets=self.offsets[turn] - first,
+        )
+
+    def attend(self, q, q_positions, spec, limit=None, turn=None):
+        del limit
+        offsets = take(self.offsets, turn)
+        if served(q, self.keys, self.values):
+            held = offsets[:, 1:] - offsets[:, :-1]
+            body = (self.keys, self.values, self.positions)
+            return attend_stored(q, q_positions, *body, spec, held, offsets)
+        first, slots = jnp.int32(0), self.positions.shape[-1]
+        if self.edges and turn is not None:  # a piece as wide as the widest
+            total, slots = slots, int(np.diff(self.edges).max())
+            first = jnp.minimum(jnp.asarray(self.edges)[turn], total - slots)
+
+        def attend(start, width: int) -> Partial:
+            at = (first + start, width)
+            here = cut(self.positions, *at, -1, None)
+            slot = at[0] + jnp.arange(width)
+            mine = (slot >= offsets[:, :1]) & (slot < offsets[:, -1:])
+            here = jnp.where(mine, here, EMPTY)
+            live = (here >= 0)[..., None]
+            held = (part.block(*at) for part in (self.keys, self.values))
+            keys, values = (jnp.where(live, x.decode(here, spec.rope), 0) for x in held)
+            owner = jnp.sum(slot[None, :, None] >= offsets[:, None, 1:], axis=-1)
+            return self._attend(q, q_positions, spec, keys, values, here, owner)
+
+        # A flat slot is one head's: blocks of as many bytes as elsewhere.
+        block = BLOCK * (offsets.shape[-1] - 1)
+        multiple = math.lcm(self.keys.block_multiple, self.values.block_multiple)
+        return over_blocks(attend, slots, multiple, q.shape, block)
+
+    def _attend(self, q, q_positions, spec, keys, values, positions, owner):
+        """Attention over some slots, the free ones cleared."""
+        # All heads' queries against the flat buffer, masked to the owner: one GEMM
+        # per row. The buffer is read once; the extra products are cheap beside it.
+        kv_heads = self.offsets.shape[-1] - 1
+        own = owner[:, None, :] == jnp.arange(kv_heads)[None, :, None]
+        flat = jnp.where(own, positions[:, None, :], EMPTY)  # [B, K, N]
+        (b, h, t, d), n = q.shape, positions.shape[-1]
+        rows = q.reshape(b, h * t, d).astype(keys.dtype)
+        logits = jnp.einsum("BXD,BND->BXN", rows, keys, preferred_element_type="f4")
+        logits = cap(logits.reshape(b, kv_heads, -1, t, n) * spec.scale, spec.softcap)
+        mask = slot_mask(q_positions, flat, spec.window)[:, :, None]
+        mask = jnp.broadcast_to(mask, logits.shape)
+        part = softmax_partial(
+            logits.reshape(b, h * t, n), mask.reshape(b, h * t, n), values
+        )
+        return Partial(part.out.reshape(b, h, t, d), part.lse.reshape(b, h, t))
+
+    def live_positions(self, turn=None):
+        positions, offsets = np.asarray(self.positions), np.asarray(self.offsets)
+        offsets = offsets if turn is None else offsets[turn]
+        rows = []
+        for held, edge in zip(positions, offsets, strict=True):
+            heads = [held[a:b] for a, b in zip(edge[:-1], edge[1:], strict=True)]
+            rows.append([head[head >= 0] for head in heads])
+        return rows
