@@ -164,7 +164,7 @@ def _cleared(inputs: LayerInputs) -> LayerInputs:
 
 def widened(
     diagonals: Bool[Array, "B H S"], block: int
-) -> Bool[Array, "B H ceil(S/block)"]:
+) -> Bool[Array, "B H X"]:
     """Diagonals of blocks, by `query block - key block`, that hold a kept diagonal.
 
     Distance `s` lies in the block diagonals `s // block` and, unless it is a multiple

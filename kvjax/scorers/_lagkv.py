@@ -65,7 +65,7 @@ class LagKV(AbstractScorer):
         scores = jnp.where(short, recency, scores)
         return jnp.where(index < self.n_sink, jnp.inf, scores)
 
-    def _spread(self, x: Float[Array, "B K S D"], blocks: int) -> Scores:
+    def _spread(self, x: Float[Array, "B K S D"], blocks: int) -> Array:
         """`[B, K, blocks - 1, lag]` softmaxed deviations."""
         b, k, _, d = x.shape
         stop = self.n_sink + blocks * self.lag
