@@ -162,9 +162,7 @@ def _cleared(inputs: LayerInputs) -> LayerInputs:
     return dataclasses.replace(inputs, q=q, k=k, v=v)
 
 
-def widened(
-    diagonals: Bool[Array, "B H S"], block: int
-) -> Bool[Array, "B H X"]:
+def widened(diagonals: Bool[Array, "B H S"], block: int) -> Bool[Array, "B H X"]:
     """Diagonals of blocks, by `query block - key block`, that hold a kept diagonal.
 
     Distance `s` lies in the block diagonals `s // block` and, unless it is a multiple

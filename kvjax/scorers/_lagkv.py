@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.scorers.base import AbstractScorer, positive_int
-from kvjax.types import Scores
 
 
 @final
