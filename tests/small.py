@@ -159,8 +159,12 @@ def one_per_structure(more: int, fast: int | None = None):
     )
 
 
-def assert_forms_agree(model: Decoder, c: Compression) -> None:
-    """`simulate` gives the logits of teacher forcing through the real cache."""
+def assert_forms_agree(model: Decoder, c: Compression, flips: bool = False) -> None:
+    """`simulate` gives the logits of teacher forcing through the real cache.
+
+    With `flips` a rounding before a code may turn out the other way, which moves few
+    logits and by no more than one code does (docs/log.md, 2026-11-21).
+    """
     prompt, later, whole = batch()
     total = LENGTHS + LATER
     first, cache = kvjax.prefill(model, prompt, LENGTHS, c, max_new_tokens=64)
@@ -169,6 +173,9 @@ def assert_forms_agree(model: Decoder, c: Compression) -> None:
     for row, n in enumerate(LENGTHS):
         after = slice(n, total[row])
         np.testing.assert_allclose(logits[row, n - 1], first[row], atol=1e-4)
-        np.testing.assert_allclose(
-            logits[row, after], real[row, : LATER[row]], atol=1e-4
-        )
+        ours, theirs = logits[row, after], np.asarray(real[row, : LATER[row]])
+        if flips:
+            far = np.abs(ours - theirs)
+            assert np.mean(far > 1e-4) < 0.01 and far.max() < 5e-3
+            continue
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
