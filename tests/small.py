@@ -162,8 +162,8 @@ def one_per_structure(more: int, fast: int | None = None):
 def assert_forms_agree(model: Decoder, c: Compression, flips: bool = False) -> None:
     """`simulate` gives the logits of teacher forcing through the real cache.
 
-    With `flips` a rounding before a code may turn out the other way, which moves few
-    logits and by no more than one code does (docs/log.md, 2026-11-21).
+    With `flips` a rounding before a code may turn out the other way, which moves the
+    logits behind it by no more than one code does (docs/log.md, 2026-11-21).
     """
     prompt, later, whole = batch()
     total = LENGTHS + LATER
@@ -176,6 +176,6 @@ def assert_forms_agree(model: Decoder, c: Compression, flips: bool = False) -> N
         ours, theirs = logits[row, after], np.asarray(real[row, : LATER[row]])
         if flips:
             far = np.abs(ours - theirs)
-            assert np.mean(far > 1e-4) < 0.01 and far.max() < 5e-3
+            assert np.median(far) < 1e-4 and far.max() < 5e-3
             continue
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
