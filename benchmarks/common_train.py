@@ -10,7 +10,10 @@ import numpy as np
 from kvjax.compress.config import Compression
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.bundled import model_directory
-from kvjax.train.config import (
+from kvjax.train.loop import init_state, make_step
+from kvjax.train.objective import Batch, make_objective
+from kvjax.train.optimizer import make_optimizer
+from kvjax.train.recipe import (
     DataConfig,
     OptimizerConfig,
     SamplingConfig,
@@ -18,9 +21,6 @@ from kvjax.train.config import (
     Stage,
     TrainConfig,
 )
-from kvjax.train.loop import init_state, make_step
-from kvjax.train.objective import Batch, make_objective
-from kvjax.train.optimizer import make_optimizer
 from kvjax.train.run import weights_of
 
 BOTH = {

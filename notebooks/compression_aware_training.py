@@ -39,7 +39,7 @@ from kvjax.eval.config import EvalConfig, TaskEntry
 from kvjax.eval.harness import run as evaluate
 from kvjax.eval.report.curves import score_figure
 from kvjax.eval.results import load_rows
-from kvjax.train.config import CachedConfig, Choice, Stage, load_config
+from kvjax.train.recipe import CachedConfig, Choice, Stage, load_config
 from kvjax.train.run import run as train
 
 SMOKE = bool(os.environ.get("SMOKE"))  # set by the tests: less of everything

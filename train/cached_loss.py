@@ -15,8 +15,8 @@ from kvjax.eval.tasks import HELD_OUT, stream
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import prefill
 from kvjax.train.objective import LOGITS
-from kvjax.train.output_config import CACHED_LOSS
 from kvjax.train.readers import Reader
+from kvjax.train.recipe.output import CACHED_LOSS
 from kvjax.train.rows import Row, padded
 
 PASS_TOKENS = 16384

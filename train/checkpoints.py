@@ -19,7 +19,8 @@ from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from kvjax.train import processes
-from kvjax.train.output_config import HIGHER, KeepConfig
+from kvjax.train.recipe import KeepConfig
+from kvjax.train.recipe.output import HIGHER
 from kvjax.train.stored import (
     DIGESTS,
     STEP,

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from kvjax.eval.tasks import HELD_OUT, TRAIN, Episode, Task, make_task, stream
-from kvjax.train.config import DataConfig, Source, Stage
 from kvjax.train.mesh import WHOLE, Share
 from kvjax.train.objective import Batch
 from kvjax.train.readers import Reader, open_reader
+from kvjax.train.recipe import DataConfig, Source, Stage
 from kvjax.train.rows import Row as Row
 from kvjax.train.rows import pack as pack
 from kvjax.train.rows import row as row

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from kvjax.depth import in_order
 from kvjax.models.decoder import Attending, Attention, Decoder, attending
 from kvjax.train.mesh import along_rows
-from kvjax.train.objective_config import ObjectiveConfig
+from kvjax.train.recipe import ObjectiveConfig
 from kvjax.types import LayerInputs, Lengths, Tokens, pytree
 
 

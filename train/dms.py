@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.attention import self_attention
 from kvjax.models.decoder import Attending
-from kvjax.train.config import DMSConfig
+from kvjax.train.recipe import DMSConfig
 from kvjax.types import LayerInputs, Lengths
 
 

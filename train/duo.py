@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from kvjax.attention import causal_attention, self_attention
 from kvjax.models.config import read_gates
 from kvjax.models.decoder import Attention, Decoder
-from kvjax.train.config import DuoConfig
+from kvjax.train.recipe import DuoConfig
 from kvjax.types import LayerInputs
 
 PATTERNS = ("gates",)

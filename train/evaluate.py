@@ -12,10 +12,10 @@ from typing import Any
 
 from kvjax.eval.tasks import TASKS, Episode, Item, Turn, make_task
 from kvjax.models.io import load
-from kvjax.train.config import TrainConfig
 from kvjax.train.data import Mixture, Row, characters, pack
 from kvjax.train.greedy import replies
 from kvjax.train.objective import Batch
+from kvjax.train.recipe import TrainConfig
 
 
 def held_out_batches(config: TrainConfig, mixture: Mixture, step: int):

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from kvjax.train import processes
-from kvjax.train.config import TrainConfig
-from kvjax.train.output_config import LogConfig
-from kvjax.train.recipe import replace_text
+from kvjax.train.directory import replace_text
+from kvjax.train.recipe import LogConfig, TrainConfig
 from kvjax.train.stored import unwritten, writing
 
 GROUPS = ("held_out", "cached")

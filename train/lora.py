@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from kvjax.models.blocks import Linear
 from kvjax.models.decoder import Decoder
-from kvjax.train.config import LoRAConfig
+from kvjax.train.recipe import LoRAConfig
 from kvjax.types import nearest
 
 PATTERNS = ("*.lora_a", "*.lora_b")

@@ -15,10 +15,9 @@ from jaxtyping import Array
 
 from kvjax.models.config import DecoderConfig
 from kvjax.models.sharding import parameter_axes, spec
-from kvjax.train.config import TrainConfig
-from kvjax.train.mesh_config import MeshConfig
-from kvjax.train.output_config import CACHED_LOSS
 from kvjax.train.params import Params
+from kvjax.train.recipe import MeshConfig, TrainConfig
+from kvjax.train.recipe.output import CACHED_LOSS
 from kvjax.train.stored import named
 
 AXES = ("data", "fsdp", "tensor")

@@ -13,10 +13,10 @@ from kvjax.compress.config import Compression
 from kvjax.models.decoder import Attending, Attention, Decoder
 from kvjax.models.simulate import simulated
 from kvjax.train import duo
-from kvjax.train.config import ObjectiveConfig, TrainConfig
 from kvjax.train.distillation import PLACES, Watched, distances, watched
 from kvjax.train.dms import relaxed
 from kvjax.train.mesh import along_rows
+from kvjax.train.recipe import ObjectiveConfig, TrainConfig
 from kvjax.train.surrogate import regressing
 from kvjax.types import Lengths, Tokens, pytree, static
 

@@ -6,7 +6,7 @@ import optax
 from jaxtyping import ArrayLike
 from optax import contrib
 
-from kvjax.train.config import OptimizerConfig
+from kvjax.train.recipe import OptimizerConfig
 from kvjax.types import nearest
 
 OPTIMIZERS = ("muon", "adamw")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvjax.train.data_config import Source
+from kvjax.train.recipe import Source
 from kvjax.train.records import Example, Prepare, as_row, preparation
 from kvjax.train.rows import Row
 from kvjax.train.sources import open_dataset

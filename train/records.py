@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import jinja2
 import numpy as np
 
-from kvjax.train.data_config import Source
+from kvjax.train.recipe import Source
 from kvjax.train.rows import Row
 from kvjax.train.words import Words
 from kvjax.types import nearest

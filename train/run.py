@@ -20,8 +20,8 @@ from kvjax.models.io import checkpoint_directory, load, load_config, save
 from kvjax.models.projection import with_projection
 from kvjax.train import duo, lora, processes
 from kvjax.train.cached import CachedEvaluation
-from kvjax.train.config import TrainConfig
 from kvjax.train.data import Mixture
+from kvjax.train.directory import claimed
 from kvjax.train.duo import GatedDecoder, exported
 from kvjax.train.evaluate import held_out_batches
 from kvjax.train.logs import check_writers
@@ -37,7 +37,7 @@ from kvjax.train.mesh import (
 )
 from kvjax.train.objective import Batch
 from kvjax.train.params import Params, hollow, leaves_of, params_of, split, with_params
-from kvjax.train.recipe import claimed
+from kvjax.train.recipe import TrainConfig
 from kvjax.train.sampling import check_choices
 from kvjax.train.stored import writing
 from kvjax.train.words import Words, words_of

@@ -8,8 +8,8 @@ from kvjax.compress.config import Compression
 from kvjax.compress.presets import compression
 from kvjax.config import override
 from kvjax.eval.tasks import TRAIN, stream
-from kvjax.train.config import Choice, SamplingConfig, TrainConfig
 from kvjax.train.data import draw
+from kvjax.train.recipe import Choice, SamplingConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

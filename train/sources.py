@@ -4,7 +4,7 @@ import glob
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from kvjax.train.data_config import Source
+from kvjax.train.recipe import Source
 from kvjax.types import nearest
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from kvjax.models.bundled import model_directory
 from kvjax.models.io import checkpoint_directory, load_config
 from kvjax.models.tokenizer import has_tokenizer, load_tokenizer, save_tokenizer
 from kvjax.train import tokenizer as characters
-from kvjax.train.config import TrainConfig
+from kvjax.train.recipe import TrainConfig
 
 SAMPLE = 2000
 """Characters from which the length of a task's tokens is estimated."""

@@ -69,8 +69,8 @@ class Finetune(Command):
 
     def run(self, ui: UI) -> Mapping[str, Any]:
         """See `Command.run`."""
-        from kvjax.train.config import load_config
         from kvjax.train.processes import join
+        from kvjax.train.recipe import load_config
         from kvjax.train.run import run
 
         config = load_config(self.config, self.set)

@@ -18,9 +18,8 @@ from kvjax.cli.base import UI
 from kvjax.cli.finetune import bar
 from kvjax.cli.main import main
 from kvjax.train import processes
-from kvjax.train.config import Stage
 from kvjax.train.done import Progress
-from kvjax.train.recipe import as_tree
+from kvjax.train.recipe import Stage, as_tree
 from tests.train.tiny_run import recipe
 
 ALONE = {

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from kvjax.train.config import DataConfig, Source, Stage
 from kvjax.train.data import Mixture
+from kvjax.train.recipe import DataConfig, Source, Stage
 from kvjax.train.tokenizer import build_tokenizer
 from kvjax.train.words import CHARACTERS, Words
 

@@ -24,11 +24,12 @@ from typing import Any
 from unittest import mock
 
 from kvjax.models.config import Evictor, Projection
-from kvjax.train.config import (
+from kvjax.train.recipe import (
     CachedConfig,
     Choice,
     DMSConfig,
     DuoConfig,
+    LoRAConfig,
     MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -37,7 +38,6 @@ from kvjax.train.config import (
     SurrogateConfig,
     TrainConfig,
 )
-from kvjax.train.learned_config import LoRAConfig
 from kvjax.types import nbytes
 from tests.train.tiny_run import recipe
 

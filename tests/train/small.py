@@ -4,16 +4,11 @@ from flax import nnx
 
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.rope import Rope
-from kvjax.train.config import (
-    DataConfig,
-    Source,
-    Stage,
-    TrainConfig,
-)
 from kvjax.train.data import Mixture
 from kvjax.train.objective import (
     Batch,
 )
+from kvjax.train.recipe import DataConfig, Source, Stage, TrainConfig
 
 SHAPE = DecoderConfig(
     vocab_size=100,

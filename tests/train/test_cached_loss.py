@@ -15,17 +15,17 @@ from kvjax.train import cached_loss
 from kvjax.train.cached import FULL, CachedEvaluation
 from kvjax.train.cached_loss import cut, held_out_rows, loss
 from kvjax.train.checkpoints import Checkpoints
-from kvjax.train.config import (
+from kvjax.train.data import Mixture
+from kvjax.train.recipe import (
     CachedConfig,
     Choice,
     DataConfig,
+    KeepConfig,
     SamplingConfig,
     Source,
     Stage,
     load_config,
 )
-from kvjax.train.data import Mixture
-from kvjax.train.output_config import KeepConfig
 from kvjax.train.rows import Row, pack
 from kvjax.train.run import run
 from kvjax.train.words import Words

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from kvjax.train.checkpoints import Checkpoints, restore
-from kvjax.train.config import OptimizerConfig
 from kvjax.train.loop import TrainState, init_state
 from kvjax.train.optimizer import make_optimizer
-from kvjax.train.output_config import KeepConfig
+from kvjax.train.recipe import KeepConfig, OptimizerConfig
 from kvjax.train.stored import named, not_finite, steps_in
 
 

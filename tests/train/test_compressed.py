@@ -13,17 +13,17 @@ import kvjax
 from kvjax.models import Decoder
 from kvjax.models.config import Evictor
 from kvjax.models.io import save
-from kvjax.train.config import (
+from kvjax.train.objective import (
+    divergence,
+    make_objective,
+    predictions,
+)
+from kvjax.train.recipe import (
     Choice,
     DMSConfig,
     ObjectiveConfig,
     SamplingConfig,
     TrainConfig,
-)
-from kvjax.train.objective import (
-    divergence,
-    make_objective,
-    predictions,
 )
 from kvjax.train.run import run
 from kvjax.train.sampling import Sampler

@@ -12,7 +12,8 @@ from flax import nnx
 from kvjax.eval.tasks import make_task
 from kvjax.models import Decoder, DecoderConfig, load, save
 from kvjax.rope import Rope
-from kvjax.train.config import (
+from kvjax.train.data import Mixture, task_dataset
+from kvjax.train.recipe import (
     Choice,
     DataConfig,
     SamplingConfig,
@@ -21,7 +22,6 @@ from kvjax.train.config import (
     TrainConfig,
     load_config,
 )
-from kvjax.train.data import Mixture, task_dataset
 from kvjax.train.run import run
 from kvjax.train.tokenizer import BOS, EOS, decode
 from kvjax.train.words import Words

@@ -18,15 +18,15 @@ from kvjax.models.config import Evictor
 from kvjax.models.decoder import attending
 from kvjax.models.evictor import with_evictor
 from kvjax.models.simulate import simulated
-from kvjax.train.config import (
+from kvjax.train.distillation import behind, watched
+from kvjax.train.objective import Batch, make_objective, predictions
+from kvjax.train.recipe import (
     CachedConfig,
     DMSConfig,
     LoRAConfig,
     ObjectiveConfig,
     OptimizerConfig,
 )
-from kvjax.train.distillation import behind, watched
-from kvjax.train.objective import Batch, make_objective, predictions
 from kvjax.train.run import run, weights_of
 from tests.train.small import SHAPE, a_batch, model_of, recipe
 

@@ -13,13 +13,18 @@ from kvjax.models.bundled import bundled_models, shape_of, shapes
 from kvjax.pallas_kernels.targets import TARGETS
 from kvjax.train import dry_run as dry
 from kvjax.train.abstract import abstract_batch, abstract_state, hardest
-from kvjax.train.config import LoRAConfig, MeshConfig, ObjectiveConfig, load_config
 from kvjax.train.data import Mixture
 from kvjax.train.flops import matmul_flops
 from kvjax.train.mesh import make_mesh
 from kvjax.train.objective import make_objective
 from kvjax.train.optimizer import make_optimizer
-from kvjax.train.recipe import as_tree
+from kvjax.train.recipe import (
+    LoRAConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    as_tree,
+    load_config,
+)
 from kvjax.train.run import weights_of
 from kvjax.train.sampling import Sampler
 from kvjax.train.step import init_state, make_step

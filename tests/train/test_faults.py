@@ -10,17 +10,17 @@ import pytest
 import yaml
 
 from kvjax.cli.main import main
-from kvjax.train.config import (
+from kvjax.train.data import Mixture
+from kvjax.train.done import Progress
+from kvjax.train.interrupt import DEFAULTS
+from kvjax.train.loop import train
+from kvjax.train.recipe import (
+    KeepConfig,
     OptimizerConfig,
     Stage,
     TrainConfig,
     load_config,
 )
-from kvjax.train.data import Mixture
-from kvjax.train.done import Progress
-from kvjax.train.interrupt import DEFAULTS
-from kvjax.train.loop import train
-from kvjax.train.output_config import KeepConfig
 from kvjax.train.run import run, weights_of
 from kvjax.train.stored import steps_in
 from tests.train.test_checkpoints import cut, damaging, largest

@@ -18,19 +18,19 @@ from kvjax.models.decoder import Attending
 from kvjax.models.evictor import with_evictor
 from kvjax.models.io import load, save
 from kvjax.prefills import Delayed
-from kvjax.train.config import (
-    DMSConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    SurrogateConfig,
-    load_config,
-)
 from kvjax.train.dms import relaxed, shortfall
 from kvjax.train.objective import (
     make_objective,
     predictions,
 )
 from kvjax.train.params import params_of
+from kvjax.train.recipe import (
+    DMSConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SurrogateConfig,
+    load_config,
+)
 from kvjax.train.run import run
 from kvjax.train.surrogate import oracle
 from tests.train.small import SHAPE, STAGES, a_batch, model_of, recipe

@@ -12,7 +12,12 @@ from jaxtyping import Array
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.rope import Rope
-from kvjax.train.config import (
+from kvjax.train.data import Mixture
+from kvjax.train.loop import Weights, init_state, make_step
+from kvjax.train.objective import make_objective, predictions
+from kvjax.train.optimizer import make_optimizer, schedule
+from kvjax.train.params import params_of
+from kvjax.train.recipe import (
     DataConfig,
     OptimizerConfig,
     Source,
@@ -21,11 +26,6 @@ from kvjax.train.config import (
     bundled_recipes,
     load_config,
 )
-from kvjax.train.data import Mixture
-from kvjax.train.loop import Weights, init_state, make_step
-from kvjax.train.objective import make_objective, predictions
-from kvjax.train.optimizer import make_optimizer, schedule
-from kvjax.train.params import params_of
 from kvjax.train.sampling import Sampler
 from kvjax.train.tokenizer import encode
 from kvjax.types import LayerInputs

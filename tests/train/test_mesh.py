@@ -15,11 +15,10 @@ import pytest
 
 import kvjax
 from kvjax.models.io import save
-from kvjax.train.config import CachedConfig, MeshConfig, Source, Stage
 from kvjax.train.data import Mixture
 from kvjax.train.mesh import WHOLE, Share, check_mesh
-from kvjax.train.output_config import KeepConfig
 from kvjax.train.params import leaves_of
+from kvjax.train.recipe import CachedConfig, KeepConfig, MeshConfig, Source, Stage
 from kvjax.train.run import initial, run
 from tests.train.mesh_run import LEARNED, mesh_of, spread_recipe
 from tests.train.tiny_run import losses

@@ -13,16 +13,16 @@ from kvjax.attention import causal_attention
 from kvjax.models.config import Projection
 from kvjax.models.io import load, save
 from kvjax.models.projection import with_projection
-from kvjax.train.config import (
+from kvjax.train.data import Mixture
+from kvjax.train.objective import make_objective
+from kvjax.train.params import params_of
+from kvjax.train.recipe import (
     CachedConfig,
     Choice,
     ObjectiveConfig,
     OptimizerConfig,
     SamplingConfig,
 )
-from kvjax.train.data import Mixture
-from kvjax.train.objective import make_objective
-from kvjax.train.params import params_of
 from kvjax.train.run import run, weights_of
 from kvjax.train.sampling import Sampler
 from tests.train.small import DATA, STAGES, a_batch, model_of, recipe

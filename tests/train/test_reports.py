@@ -11,9 +11,8 @@ from flax import nnx
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Decoder
 from kvjax.train.cached import FULL, CachedEvaluation, cached_replies, questions
-from kvjax.train.config import CachedConfig, Choice, SamplingConfig, Stage
 from kvjax.train.greedy import replies
-from kvjax.train.output_config import LogConfig
+from kvjax.train.recipe import CachedConfig, Choice, LogConfig, SamplingConfig, Stage
 from kvjax.train.run import run
 from tests.train.tiny_run import losses, recipe
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvjax.train.sources
-from kvjax.train.config import Source, Stage
+from kvjax.train.recipe import Source, Stage
 from kvjax.train.tokenizer import EOS, decode
 from tests.train.datasets_samples import TEXTS, mixture, same, write_jsonl
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from kvjax.models.config import Evictor
-from kvjax.train.config import (
+from kvjax.train.recipe import (
     Choice,
     DMSConfig,
     DuoConfig,

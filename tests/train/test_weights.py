@@ -11,12 +11,6 @@ from flax import nnx
 import kvjax
 from kvjax.models.config import Evictor
 from kvjax.models.io import load
-from kvjax.train.config import (
-    DMSConfig,
-    LoRAConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-)
 from kvjax.train.data import Mixture
 from kvjax.train.loop import init_state, make_step
 from kvjax.train.lora import merged, with_lora
@@ -26,6 +20,7 @@ from kvjax.train.objective import (
 )
 from kvjax.train.optimizer import make_optimizer
 from kvjax.train.params import leaves_of, params_of
+from kvjax.train.recipe import DMSConfig, LoRAConfig, ObjectiveConfig, OptimizerConfig
 from kvjax.train.run import run, weights_of
 from tests.train.small import DATA, SHAPE, STAGES, a_batch, model_of, recipe
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from kvjax.models.config import DecoderConfig
 from kvjax.rope import Rope
-from kvjax.train.config import (
+from kvjax.train.recipe import (
     CachedConfig,
     Choice,
     DataConfig,

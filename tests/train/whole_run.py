@@ -6,8 +6,8 @@ import shutil
 import jax
 import numpy as np
 
-from kvjax.train.config import TrainConfig
 from kvjax.train.loop import TrainState
+from kvjax.train.recipe import TrainConfig
 from kvjax.train.run import run
 from kvjax.train.stored import steps_in
 from tests.train.tiny_run import losses, recipe

@@ -13,7 +13,7 @@ import yaml
 
 from kvjax.config import decode
 from kvjax.train import processes
-from kvjax.train.config import TrainConfig
+from kvjax.train.recipe import TrainConfig, as_tree
 from kvjax.train.stored import steps_in, writing
 
 FREE = (
@@ -78,11 +78,6 @@ def _locked(directory: pathlib.Path) -> Iterator[None]:
         lock.release()
 
 
-def as_tree(config: TrainConfig) -> Any:
-    """All fields of a recipe, as YAML and JSON have them."""
-    return _plain(dataclasses.asdict(config))
-
-
 def replace_text(path: pathlib.Path, text: str) -> None:
     """All of the file or none of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -129,12 +124,3 @@ def _flat(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in pairs:
         yield from _flat(value, f"{at}.{key}" if at else str(key))
-
-
-def _plain(tree: Any) -> Any:
-    """Mappings and lists, as YAML has them."""
-    if isinstance(tree, Mapping):
-        return {key: _plain(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_plain(value) for value in tree]
-    return tree

@@ -1,69 +1,22 @@
-"""The recipe of a run: frozen dataclasses, decoded strictly from YAML."""
+"""All that a recipe says of one run."""
 
 import dataclasses
-import importlib.resources
-import importlib.resources.abc
-import pathlib
-from collections.abc import Sequence
 
-import yaml
-
-from kvjax.config import decode, override, parse_assignments
 from kvjax.models.config import DecoderConfig, Evictor, Projection
-from kvjax.train.data_config import DataConfig as DataConfig
-from kvjax.train.data_config import Source as Source
-from kvjax.train.data_config import Stage as Stage
-from kvjax.train.learned_config import (
+from kvjax.train.recipe.data import DataConfig, Stage
+from kvjax.train.recipe.learned import (
     DMSConfig,
     DuoConfig,
     LoRAConfig,
     SurrogateConfig,
 )
-from kvjax.train.mesh_config import MeshConfig as MeshConfig
-from kvjax.train.objective_config import ObjectiveConfig as ObjectiveConfig
-from kvjax.train.output_config import KeepConfig, LogConfig
-from kvjax.train.sampling_config import CachedConfig as CachedConfig
-from kvjax.train.sampling_config import Choice as Choice
-from kvjax.train.sampling_config import SamplingConfig as SamplingConfig
-from kvjax.types import nearest
+from kvjax.train.recipe.mesh import MeshConfig
+from kvjax.train.recipe.objective import ObjectiveConfig
+from kvjax.train.recipe.optimizer import OptimizerConfig
+from kvjax.train.recipe.output import KeepConfig, LogConfig
+from kvjax.train.recipe.sampling import CachedConfig, SamplingConfig
 
 COMPUTE = ("float32", "bfloat16")
-SCHEDULES = ("linear", "cosine")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Optimizer and schedule: warm-up, constant, decay to zero.
-
-    Attributes:
-        name: `muon` (matrices; AdamW for the rest) or `adamw`.
-        learning_rate: of the constant part. Muon's updates are scaled to the size of
-            AdamW's, so one rate serves both.
-        warmup, decay: steps at the beginning and at the end.
-        schedule: shape of the decay, `linear` or `cosine` (half a period).
-        weight_decay: decoupled.
-        beta1, beta2: moments of AdamW.
-        clip: bound on the global gradient norm.
-        accumulate: batches per update, whose gradients are averaged.
-    """
-
-    name: str = "muon"
-    learning_rate: float = 2e-3
-    warmup: int = 50
-    decay: int = 300
-    schedule: str = "linear"
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.98
-    clip: float = 1.0
-    accumulate: int = 1
-
-    def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"Unknown `optimizer.schedule` {self.schedule!r}; expected one of "
-                f"{list(SCHEDULES)}.{nearest(self.schedule, SCHEDULES)}"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,43 +148,3 @@ class TrainConfig:
                 return number
             step -= stage.steps
         return len(self.stages) - 1
-
-
-def _folder() -> importlib.resources.abc.Traversable:
-    return importlib.resources.files("kvjax") / "configs" / "train"
-
-
-def bundled_recipes() -> list[str]:
-    """Names of `configs/train/`."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir())
-
-
-def load_config(name: str | pathlib.Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A bundled recipe of `configs/train/` or a YAML file, some fields changed.
-
-    Args:
-        name: bundled name, or path to a `.yaml` file.
-        overrides: `dotted.path=value`, the value in YAML.
-
-    Raises:
-        ValueError: no such recipe, unknown key (the nearest is named) or a value of a
-            wrong type.
-    """
-    path = pathlib.Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ValueError(f"no recipe at {path}.")
-        text = path.read_text(encoding="utf-8")
-    else:
-        known = bundled_recipes()
-        if str(name) not in known:
-            raise ValueError(
-                f"Unknown recipe {str(name)!r}; expected one of {known} or a path to a "
-                f".yaml file.{nearest(str(name), known)}"
-            )
-        text = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as wrong:
-        raise ValueError(f"{name} is not YAML: {wrong}") from None
-    return decode(override(tree, parse_assignments(overrides)), TrainConfig)

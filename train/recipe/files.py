@@ -1,0 +1,68 @@
+"""Recipes as files: bundled ones and a user's own, decoded strictly; and back."""
+
+import dataclasses
+import importlib.resources
+import importlib.resources.abc
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from kvjax.config import decode, override, parse_assignments
+from kvjax.train.recipe.config import TrainConfig
+from kvjax.types import nearest
+
+
+def _folder() -> importlib.resources.abc.Traversable:
+    return importlib.resources.files("kvjax") / "configs" / "train"
+
+
+def bundled_recipes() -> list[str]:
+    """Names of `configs/train/`."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir())
+
+
+def load_config(name: str | pathlib.Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A bundled recipe of `configs/train/` or a YAML file, some fields changed.
+
+    Args:
+        name: bundled name, or path to a `.yaml` file.
+        overrides: `dotted.path=value`, the value in YAML.
+
+    Raises:
+        ValueError: no such recipe, unknown key (the nearest is named) or a value of a
+            wrong type.
+    """
+    path = pathlib.Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"no recipe at {path}.")
+        text = path.read_text(encoding="utf-8")
+    else:
+        known = bundled_recipes()
+        if str(name) not in known:
+            raise ValueError(
+                f"Unknown recipe {str(name)!r}; expected one of {known} or a path to a "
+                f".yaml file.{nearest(str(name), known)}"
+            )
+        text = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as wrong:
+        raise ValueError(f"{name} is not YAML: {wrong}") from None
+    return decode(override(tree, parse_assignments(overrides)), TrainConfig)
+
+
+def as_tree(config: TrainConfig) -> Any:
+    """All fields of a recipe, as YAML and JSON have them."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(tree: Any) -> Any:
+    """Mappings and lists, as YAML has them."""
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_plain(value) for value in tree]
+    return tree
