@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from kvjax.models.bundled import shape_of
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
+from kvjax.train.data.batch import Batch
 from kvjax.train.mesh import ROWS, everywhere, shardings
-from kvjax.train.objective import Batch
 from kvjax.train.params import Params
 from kvjax.train.recipe import TrainConfig
 from kvjax.train.run import check_widths, weights_of

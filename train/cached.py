@@ -20,14 +20,14 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.generation import generate_from
 from kvjax.models.inference import extend, prefill
 from kvjax.train.cached_loss import Cut, held_out_rows, loss
-from kvjax.train.data import characters
+from kvjax.train.data.readers import Reader
+from kvjax.train.data.rows import padded
+from kvjax.train.data.sampling import samples_of
+from kvjax.train.data.tasks import characters
+from kvjax.train.data.words import CHARACTERS, Words
 from kvjax.train.duo import exported
-from kvjax.train.readers import Reader
 from kvjax.train.recipe import Choice, TrainConfig
 from kvjax.train.recipe.output import CACHED_LOSS
-from kvjax.train.rows import padded
-from kvjax.train.sampling import samples_of
-from kvjax.train.words import CHARACTERS, Words
 
 FULL = "full"
 """What logs call the cache that nothing is done to."""

@@ -14,10 +14,10 @@ from kvjax.eval.fidelity import feeding
 from kvjax.eval.tasks import HELD_OUT, stream
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import prefill
+from kvjax.train.data.readers import Reader
+from kvjax.train.data.rows import Row, padded
 from kvjax.train.objective import LOGITS
-from kvjax.train.readers import Reader
 from kvjax.train.recipe.output import CACHED_LOSS
-from kvjax.train.rows import Row, padded
 
 PASS_TOKENS = 16384
 """Tokens of the rows that go through the model together, unless one row has more."""

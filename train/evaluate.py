@@ -12,9 +12,11 @@ from typing import Any
 
 from kvjax.eval.tasks import TASKS, Episode, Item, Turn, make_task
 from kvjax.models.io import load
-from kvjax.train.data import Mixture, Row, characters, pack
+from kvjax.train.data import Mixture
+from kvjax.train.data.batch import Batch, pack
+from kvjax.train.data.rows import Row
+from kvjax.train.data.tasks import characters
 from kvjax.train.greedy import replies
-from kvjax.train.objective import Batch
 from kvjax.train.recipe import TrainConfig
 
 

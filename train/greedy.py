@@ -12,7 +12,7 @@ from flax import nnx
 from kvjax.attention import causal_attention
 from kvjax.eval.tasks import STOP, Item
 from kvjax.models.decoder import Decoder
-from kvjax.train.tokenizer import BOS, decode, encode
+from kvjax.train.data.tokenizer import BOS, decode, encode
 
 PASS_TOKENS = 16384
 """Tokens of one pass; bounds its memory."""

@@ -14,15 +14,17 @@ from kvjax.models.decoder import Decoder
 from kvjax.train import processes
 from kvjax.train.cached_loss import mean_loss
 from kvjax.train.checkpoints import Checkpoints, restore
+from kvjax.train.data.batch import Batch
+from kvjax.train.data.sampling import Sampler
+from kvjax.train.data.share import WHOLE
 from kvjax.train.done import Done, Progress, diverged
 from kvjax.train.interrupt import deferred_interrupt
 from kvjax.train.logs import Log, opened
-from kvjax.train.mesh import WHOLE, share_of, spread
-from kvjax.train.objective import Batch, make_objective
+from kvjax.train.mesh import share_of, spread
+from kvjax.train.objective import make_objective
 from kvjax.train.optimizer import make_optimizer
 from kvjax.train.params import Params
 from kvjax.train.recipe import TrainConfig
-from kvjax.train.sampling import Sampler
 from kvjax.train.step import TrainState as TrainState
 from kvjax.train.step import Weights as Weights
 from kvjax.train.step import init_state as init_state

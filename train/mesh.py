@@ -3,7 +3,6 @@
 The step is one program for all devices; XLA's partitioner adds the communication.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +14,7 @@ from jaxtyping import Array
 
 from kvjax.models.config import DecoderConfig
 from kvjax.models.sharding import parameter_axes, spec
+from kvjax.train.data.share import WHOLE, Share
 from kvjax.train.params import Params
 from kvjax.train.recipe import MeshConfig, TrainConfig
 from kvjax.train.recipe.output import CACHED_LOSS
@@ -183,29 +183,6 @@ def along_rows(x: Array) -> Array:
 
 def _own(x: Array) -> bool:
     return jax.process_count() > 1 and x.is_fully_addressable
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Share:
-    """The rows of a batch that one process makes: parts `first .. last - 1` of `ways`.
-
-    Where several processes hold the same rows, each makes them.
-    """
-
-    first: int = 0
-    last: int = 1
-    ways: int = 1
-
-    def rows(self, count: int) -> range:
-        """Of a batch of `count`."""
-        return range(count * self.first // self.ways, count * self.last // self.ways)
-
-    def of(self, rows: int) -> int:
-        """Rows of the batch of which this share has `rows`."""
-        return rows * self.ways // (self.last - self.first)
-
-
-WHOLE = Share()
 
 
 def share_of(mesh: Mesh) -> Share:

@@ -6,43 +6,23 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from kvjax.attention import causal_attention
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Attending, Attention, Decoder
 from kvjax.models.simulate import simulated
 from kvjax.train import duo
+from kvjax.train.data.batch import Batch
 from kvjax.train.distillation import PLACES, Watched, distances, watched
 from kvjax.train.dms import relaxed
 from kvjax.train.mesh import along_rows
 from kvjax.train.recipe import ObjectiveConfig, TrainConfig
 from kvjax.train.surrogate import regressing
-from kvjax.types import Lengths, Tokens, pytree, static
+from kvjax.types import pytree
 
 LOGITS = 1 << 28
 """Logits that are held at a time, over all devices: a gibibyte in float32."""
-
-
-@pytree
-class Batch:
-    """Rows of tokens and how much each one counts as a target.
-
-    Attributes:
-        tokens: right-padded token ids, `[B, T]`.
-        weights: loss weight of predicting `tokens[:, t]`, `[B, T]`; 0 at padding.
-        answers: whether the token belongs to an answer, `[B, T]`.
-        prompt_lengths: tokens before the compression point, `[B]`.
-        step: of the training, from 0.
-        later: no row has more tokens behind its compression point; static.
-    """
-
-    tokens: Tokens
-    weights: Float[Array, "B T"]
-    answers: Array
-    prompt_lengths: Lengths
-    step: Int[Array, ""]
-    later: int = static()
 
 
 Metrics = dict[str, Array]

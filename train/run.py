@@ -21,26 +21,20 @@ from kvjax.models.projection import with_projection
 from kvjax.train import duo, lora, processes
 from kvjax.train.cached import CachedEvaluation
 from kvjax.train.data import Mixture
+from kvjax.train.data.batch import Batch
+from kvjax.train.data.sampling import check_choices
+from kvjax.train.data.share import WHOLE
+from kvjax.train.data.words import Words, words_of
 from kvjax.train.directory import claimed
 from kvjax.train.duo import GatedDecoder, exported
 from kvjax.train.evaluate import held_out_batches
 from kvjax.train.logs import check_writers
 from kvjax.train.loop import Progress, TrainState, Weights, train
 from kvjax.train.lora import merged, with_lora
-from kvjax.train.mesh import (
-    RULES,
-    WHOLE,
-    check_mesh,
-    make_mesh,
-    placed,
-    share_of,
-)
-from kvjax.train.objective import Batch
+from kvjax.train.mesh import RULES, check_mesh, make_mesh, placed, share_of
 from kvjax.train.params import Params, hollow, leaves_of, params_of, split, with_params
 from kvjax.train.recipe import TrainConfig
-from kvjax.train.sampling import check_choices
 from kvjax.train.stored import writing
-from kvjax.train.words import Words, words_of
 
 
 def _shape(config: TrainConfig) -> DecoderConfig:

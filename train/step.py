@@ -12,8 +12,9 @@ import optax
 from jax.sharding import Mesh
 
 from kvjax.models.decoder import Decoder
+from kvjax.train.data.batch import Batch
 from kvjax.train.mesh import everywhere, gathered, shardings
-from kvjax.train.objective import Batch, Objective, next_token, said, states
+from kvjax.train.objective import Objective, next_token, said, states
 from kvjax.train.params import Params, leaves_of, with_params
 from kvjax.types import pytree
 

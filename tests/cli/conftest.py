@@ -14,7 +14,7 @@ def checkpoint(tmp_path_factory) -> pathlib.Path:
     import kvjax
     from kvjax.models import Decoder, DecoderConfig
     from kvjax.rope import Rope
-    from kvjax.train.tokenizer import VOCABULARY, build_tokenizer
+    from kvjax.train.data.tokenizer import VOCABULARY, build_tokenizer
 
     config = DecoderConfig(
         family="llama",

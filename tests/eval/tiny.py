@@ -8,7 +8,7 @@ from flax import nnx
 from kvjax.eval.config import EvalConfig, decode_config
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.rope import Rope
-from kvjax.train.tokenizer import build_tokenizer
+from kvjax.train.data.tokenizer import build_tokenizer
 
 CONFIG = DecoderConfig(
     vocab_size=100,

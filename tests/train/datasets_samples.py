@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from kvjax.train.data import Mixture
+from kvjax.train.data.tokenizer import build_tokenizer
+from kvjax.train.data.words import CHARACTERS, Words
 from kvjax.train.recipe import DataConfig, Source, Stage
-from kvjax.train.tokenizer import build_tokenizer
-from kvjax.train.words import CHARACTERS, Words
 
 STAGES = (Stage(steps=99, lengths={48: 1.0, 64: 1.0}, tokens_per_step=192),)
 TEXTS = [f"document {i} " + "abc " * (i % 7) for i in range(12)]

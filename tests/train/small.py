@@ -5,9 +5,7 @@ from flax import nnx
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.rope import Rope
 from kvjax.train.data import Mixture
-from kvjax.train.objective import (
-    Batch,
-)
+from kvjax.train.data.batch import Batch
 from kvjax.train.recipe import DataConfig, Source, Stage, TrainConfig
 
 SHAPE = DecoderConfig(

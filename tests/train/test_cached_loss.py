@@ -16,6 +16,9 @@ from kvjax.train.cached import FULL, CachedEvaluation
 from kvjax.train.cached_loss import cut, held_out_rows, loss
 from kvjax.train.checkpoints import Checkpoints
 from kvjax.train.data import Mixture
+from kvjax.train.data.batch import pack
+from kvjax.train.data.rows import Row
+from kvjax.train.data.words import Words
 from kvjax.train.recipe import (
     CachedConfig,
     Choice,
@@ -26,9 +29,7 @@ from kvjax.train.recipe import (
     Stage,
     load_config,
 )
-from kvjax.train.rows import Row, pack
 from kvjax.train.run import run
-from kvjax.train.words import Words
 from tests.train.datasets_samples import (
     chat_words,
     merging_tokenizer,

@@ -13,6 +13,7 @@ import kvjax
 from kvjax.models import Decoder
 from kvjax.models.config import Evictor
 from kvjax.models.io import save
+from kvjax.train.data.sampling import Sampler
 from kvjax.train.objective import (
     divergence,
     make_objective,
@@ -26,7 +27,6 @@ from kvjax.train.recipe import (
     TrainConfig,
 )
 from kvjax.train.run import run
-from kvjax.train.sampling import Sampler
 from tests.train.small import DATA, SHAPE, STAGES, a_batch, model_of, recipe
 
 

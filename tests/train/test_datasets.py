@@ -13,6 +13,8 @@ from kvjax.eval.tasks import make_task
 from kvjax.models import Decoder, DecoderConfig, load, save
 from kvjax.rope import Rope
 from kvjax.train.data import Mixture, task_dataset
+from kvjax.train.data.tokenizer import BOS, EOS, decode
+from kvjax.train.data.words import Words
 from kvjax.train.recipe import (
     Choice,
     DataConfig,
@@ -23,8 +25,6 @@ from kvjax.train.recipe import (
     load_config,
 )
 from kvjax.train.run import run
-from kvjax.train.tokenizer import BOS, EOS, decode
-from kvjax.train.words import Words
 from tests.train.datasets_samples import (
     STAGES,
     TEXTS,

@@ -18,8 +18,9 @@ from kvjax.models.config import Evictor
 from kvjax.models.decoder import attending
 from kvjax.models.evictor import with_evictor
 from kvjax.models.simulate import simulated
+from kvjax.train.data.batch import Batch
 from kvjax.train.distillation import behind, watched
-from kvjax.train.objective import Batch, make_objective, predictions
+from kvjax.train.objective import make_objective, predictions
 from kvjax.train.recipe import (
     CachedConfig,
     DMSConfig,

@@ -14,6 +14,7 @@ from kvjax.pallas_kernels.targets import TARGETS
 from kvjax.train import dry_run as dry
 from kvjax.train.abstract import abstract_batch, abstract_state, hardest
 from kvjax.train.data import Mixture
+from kvjax.train.data.sampling import Sampler
 from kvjax.train.flops import matmul_flops
 from kvjax.train.mesh import make_mesh
 from kvjax.train.objective import make_objective
@@ -26,7 +27,6 @@ from kvjax.train.recipe import (
     load_config,
 )
 from kvjax.train.run import weights_of
-from kvjax.train.sampling import Sampler
 from kvjax.train.step import init_state, make_step
 from kvjax.types import nbytes
 from tests.train.mesh_run import spread_recipe

@@ -126,7 +126,7 @@ def test_under_the_finished_model(whole, tmp_path, monkeypatch, capsys):
 
 def test_under_the_tokenizer(whole, tmp_path, monkeypatch):
     """Its library says so in words alone."""
-    from kvjax.train import tokenizer
+    from kvjax.train.data import tokenizer
 
     part = copied(whole, tmp_path)
 

@@ -10,9 +10,9 @@ from kvjax.eval.tasks import STOP, make_task
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.rope import Rope
+from kvjax.train.data.tokenizer import BOS, decode, encode
 from kvjax.train.evaluate import table
 from kvjax.train.greedy import replies
-from kvjax.train.tokenizer import BOS, decode, encode
 
 CONFIG = DecoderConfig(
     vocab_size=100,

@@ -13,6 +13,8 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.rope import Rope
 from kvjax.train.data import Mixture
+from kvjax.train.data.sampling import Sampler
+from kvjax.train.data.tokenizer import encode
 from kvjax.train.loop import Weights, init_state, make_step
 from kvjax.train.objective import make_objective, predictions
 from kvjax.train.optimizer import make_optimizer, schedule
@@ -26,8 +28,6 @@ from kvjax.train.recipe import (
     bundled_recipes,
     load_config,
 )
-from kvjax.train.sampling import Sampler
-from kvjax.train.tokenizer import encode
 from kvjax.types import LayerInputs
 
 RECIPE = "configs/train/kvjax_tiny.yaml"

@@ -16,7 +16,8 @@ import pytest
 import kvjax
 from kvjax.models.io import save
 from kvjax.train.data import Mixture
-from kvjax.train.mesh import WHOLE, Share, check_mesh
+from kvjax.train.data.share import WHOLE, Share
+from kvjax.train.mesh import check_mesh
 from kvjax.train.params import leaves_of
 from kvjax.train.recipe import CachedConfig, KeepConfig, MeshConfig, Source, Stage
 from kvjax.train.run import initial, run

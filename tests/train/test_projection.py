@@ -14,6 +14,7 @@ from kvjax.models.config import Projection
 from kvjax.models.io import load, save
 from kvjax.models.projection import with_projection
 from kvjax.train.data import Mixture
+from kvjax.train.data.sampling import Sampler
 from kvjax.train.objective import make_objective
 from kvjax.train.params import params_of
 from kvjax.train.recipe import (
@@ -24,7 +25,6 @@ from kvjax.train.recipe import (
     SamplingConfig,
 )
 from kvjax.train.run import run, weights_of
-from kvjax.train.sampling import Sampler
 from tests.train.small import DATA, STAGES, a_batch, model_of, recipe
 
 BASES = [f"layers.attention.{side}_basis" for side in ("key", "value")]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvjax.train.records import (
+from kvjax.train.data.records import (
     EMPTY,
     REFUSED,
     REWRITTEN,
@@ -13,7 +13,7 @@ from kvjax.train.records import (
     plain,
     question,
 )
-from kvjax.train.words import CHARACTERS, Words
+from kvjax.train.data.words import CHARACTERS, Words
 from tests.train.datasets_samples import (
     CHATML,
     ENDED,

@@ -5,9 +5,9 @@ import logging
 import numpy as np
 import pytest
 
-import kvjax.train.sources
+from kvjax.train.data import sources
+from kvjax.train.data.tokenizer import EOS, decode
 from kvjax.train.recipe import Source, Stage
-from kvjax.train.tokenizer import EOS, decode
 from tests.train.datasets_samples import TEXTS, mixture, same, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -124,7 +124,7 @@ def test_a_hub_id_goes_to_the_library(monkeypatch):
     source = Source(
         dataset="owner/name", text="body", split="train[:9]", fields={"name": "en"}
     )
-    records = kvjax.train.sources.open_dataset(source, source.split)
+    records = sources.open_dataset(source, source.split)
     assert records.column_names == ["body"]
     want = {"name": "en", "split": "train[:9]", "streaming": False}
     assert asked == {"path": "owner/name", **want}

@@ -5,7 +5,14 @@ import string
 import numpy as np
 import pytest
 
-from kvjax.train.tokenizer import BOS, CHARACTERS, UNK, decode, encode, save_tokenizer
+from kvjax.train.data.tokenizer import (
+    BOS,
+    CHARACTERS,
+    UNK,
+    decode,
+    encode,
+    save_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from kvjax.compress.config import Compression
 from kvjax.compress.presets import compression
 from kvjax.config import override
 from kvjax.eval.tasks import TRAIN, stream
-from kvjax.train.data import draw
+from kvjax.train.data.mixture import draw
 from kvjax.train.recipe import Choice, SamplingConfig, TrainConfig
 
 

@@ -8,20 +8,15 @@ import pathlib
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
 
-from kvjax.eval.tasks import HELD_OUT, TRAIN, Episode, Task, make_task, stream
-from kvjax.train.mesh import WHOLE, Share
-from kvjax.train.objective import Batch
-from kvjax.train.readers import Reader, open_reader
+from kvjax.eval.tasks import TRAIN, Episode, Task, make_task, stream
+from kvjax.train.data.batch import Batch, pack
+from kvjax.train.data.readers import Reader, open_reader
+from kvjax.train.data.rows import Row, row
+from kvjax.train.data.share import WHOLE, Share
+from kvjax.train.data.tasks import characters
+from kvjax.train.data.words import CHARACTERS, Words
 from kvjax.train.recipe import DataConfig, Source, Stage
-from kvjax.train.rows import Row as Row
-from kvjax.train.rows import pack as pack
-from kvjax.train.rows import row as row
-from kvjax.train.words import CHARACTERS, Words
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 class Mixture:
@@ -201,54 +196,6 @@ class Mixture:
         return open_reader(source, split, self.words, seed, self.widths)
 
 
-def characters(task: Task, words: Words, width: int) -> int:
-    """Characters of an episode whose row has about `width` tokens."""
-    room = width - len(words.begin) - len(words.end)
-    return int(words.density(task) * room)
-
-
 def draw[K](rng: random.Random, weights: dict[K, float]) -> K:
     """A key, with probability proportional to its weight."""
     return rng.choices(list(weights), weights=list(weights.values()))[0]
-
-
-def task_dataset(
-    task: str,
-    items: int,
-    length: int,
-    seed: int = 0,
-    *,
-    held_out: bool = False,
-    **fields: Any,
-) -> "Dataset":
-    """A synthetic task as a `datasets.Dataset`, for any trainer.
-
-    Args:
-        task: its name.
-        items: how many.
-        length: characters of an item, at most about that many.
-        seed: of the items.
-        held_out: the items that `Task.generate` gives to evaluations, instead of ones
-            that share no random stream with them.
-        fields: of the task.
-
-    Returns:
-        Columns `context`, `question` and `answer`, text each.
-
-    Raises:
-        ValueError: unknown task or field, or a length that no item fits into.
-    """
-    import datasets
-
-    maker = make_task(task, **fields)
-    kind = HELD_OUT if held_out else f"{TRAIN}/dataset"
-    table = []
-    for index in range(items):
-        episode = maker.episode(stream(kind, maker.name, seed, index), length)
-        turn = episode.turns[0]
-        table.append((episode.context, turn.question, turn.answer))
-    names = ("context", "question", "answer")
-    text = datasets.Features({name: datasets.Value("string") for name in names})
-    return datasets.Dataset.from_list(
-        [dict(zip(names, entry, strict=True)) for entry in table], features=text
-    )

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvjax.train.data.records import Example, Prepare, as_row, preparation
+from kvjax.train.data.rows import Row
+from kvjax.train.data.sources import open_dataset
+from kvjax.train.data.words import Words
 from kvjax.train.recipe import Source
-from kvjax.train.records import Example, Prepare, as_row, preparation
-from kvjax.train.rows import Row
-from kvjax.train.sources import open_dataset
-from kvjax.train.words import Words
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

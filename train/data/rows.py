@@ -1,17 +1,12 @@
-"""Rows of tokens, and how they become a batch."""
+"""Rows of tokens: what becomes a line of a batch."""
 
 import dataclasses
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from kvjax.eval.tasks import Episode
-from kvjax.train.objective import Batch
-from kvjax.train.words import CHARACTERS, Words
-
-LATER = 256
-"""`Batch.later` is a multiple of this."""
+from kvjax.train.data.words import CHARACTERS, Words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,36 +76,3 @@ def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     for line, row in zip(out, rows, strict=True):
         line[: len(row)] = row
     return out, lengths
-
-
-def pack(
-    rows: Sequence[Row],
-    width: int,
-    points: Sequence[int] | None = None,
-    step: int = 0,
-    pad: int = CHARACTERS.pad,
-) -> Batch:
-    """Right-padded `[B, width]` arrays; a row that is too long is an error.
-
-    `points` are the rows' compression points; None: behind each context.
-    """
-    tokens = np.full((len(rows), width), pad, np.int32)
-    weights = np.zeros((len(rows), width), np.float32)
-    answers = np.zeros((len(rows), width), bool)
-    for i, one in enumerate(rows):
-        n = len(one.tokens)
-        if n > width:
-            raise ValueError(
-                f"Row {i} has {n} tokens, the batch is {width} wide. Generate "
-                f"episodes of at most {width - 2} characters."
-            )
-        tokens[i, :n], weights[i, :n] = one.tokens, one.weights
-        answers[i, :n] = one.answers
-    if points is None:
-        points = [one.point(0.0, 0.0) for one in rows]
-    arrays = (tokens, weights, answers, np.asarray(points, np.int32), np.int32(step))
-    names = ("tokens", "weights", "answers", "prompt_lengths", "step")
-    later = max(len(one.tokens) - at for one, at in zip(rows, points, strict=True))
-    fields = dict(zip(names, map(jnp.asarray, arrays), strict=True))
-    # A multiple, since every value compiles a program.
-    return Batch(**fields, later=min(width, -(-later // LATER) * LATER))

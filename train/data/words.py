@@ -12,7 +12,7 @@ from kvjax.eval.text import Codec
 from kvjax.models.bundled import model_directory
 from kvjax.models.io import checkpoint_directory, load_config
 from kvjax.models.tokenizer import has_tokenizer, load_tokenizer, save_tokenizer
-from kvjax.train import tokenizer as characters
+from kvjax.train.data import tokenizer as characters
 from kvjax.train.recipe import TrainConfig
 
 SAMPLE = 2000

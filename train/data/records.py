@@ -8,9 +8,9 @@ from typing import Any, TypedDict
 import jinja2
 import numpy as np
 
+from kvjax.train.data.rows import Row
+from kvjax.train.data.words import Words
 from kvjax.train.recipe import Source
-from kvjax.train.rows import Row
-from kvjax.train.words import Words
 from kvjax.types import nearest
 
 EMPTY = "empty"
