@@ -12,7 +12,7 @@ from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.bundled import model_directory
 from kvjax.train.data.batch import Batch
 from kvjax.train.loop import init_state, make_step
-from kvjax.train.objective import make_objective
+from kvjax.train.objectives.objective import make_objective
 from kvjax.train.optimizer import make_optimizer
 from kvjax.train.recipe import (
     DataConfig,

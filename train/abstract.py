@@ -13,7 +13,8 @@ from kvjax.models.bundled import shape_of
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.train.data.batch import Batch
-from kvjax.train.mesh import ROWS, everywhere, shardings
+from kvjax.train.mesh import everywhere, shardings
+from kvjax.train.objectives.passes import ROWS
 from kvjax.train.params import Params
 from kvjax.train.recipe import TrainConfig
 from kvjax.train.run import check_widths, weights_of

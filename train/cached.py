@@ -25,7 +25,7 @@ from kvjax.train.data.rows import padded
 from kvjax.train.data.sampling import samples_of
 from kvjax.train.data.tasks import characters
 from kvjax.train.data.words import CHARACTERS, Words
-from kvjax.train.duo import exported
+from kvjax.train.objectives.duo import exported
 from kvjax.train.recipe import Choice, TrainConfig
 from kvjax.train.recipe.output import CACHED_LOSS
 

@@ -16,7 +16,7 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.inference import prefill
 from kvjax.train.data.readers import Reader
 from kvjax.train.data.rows import Row, padded
-from kvjax.train.objective import LOGITS
+from kvjax.train.objectives.losses import LOGITS
 from kvjax.train.recipe.output import CACHED_LOSS
 
 PASS_TOKENS = 16384

@@ -33,7 +33,7 @@ from kvjax.train.abstract import (
 from kvjax.train.data.sampling import Sample, Sampler, check_choices
 from kvjax.train.flops import matmul_flops
 from kvjax.train.mesh import check_mesh, make_mesh
-from kvjax.train.objective import make_objective
+from kvjax.train.objectives.objective import make_objective
 from kvjax.train.optimizer import make_optimizer
 from kvjax.train.recipe import TrainConfig, as_tree
 from kvjax.train.step import make_step

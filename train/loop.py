@@ -21,7 +21,7 @@ from kvjax.train.done import Done, Progress, diverged
 from kvjax.train.interrupt import deferred_interrupt
 from kvjax.train.logs import Log, opened
 from kvjax.train.mesh import share_of, spread
-from kvjax.train.objective import make_objective
+from kvjax.train.objectives.objective import make_objective
 from kvjax.train.optimizer import make_optimizer
 from kvjax.train.params import Params
 from kvjax.train.recipe import TrainConfig

@@ -15,13 +15,13 @@ from jaxtyping import Array
 from kvjax.models.config import DecoderConfig
 from kvjax.models.sharding import parameter_axes, spec
 from kvjax.train.data.share import WHOLE, Share
+from kvjax.train.objectives.passes import ROWS
 from kvjax.train.params import Params
 from kvjax.train.recipe import MeshConfig, TrainConfig
 from kvjax.train.recipe.output import CACHED_LOSS
 from kvjax.train.stored import named
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = PartitionSpec(("data", "fsdp"))
 RULES: Mapping[str, str | None] = MappingProxyType(
     {
         "embed": "fsdp",
@@ -168,17 +168,6 @@ def gathered(params: Params, mesh: Mesh) -> Params:
         return jax.lax.with_sharding_constraint(x, where)
 
     return {path: whole(path, x) for path, x in params.items()}
-
-
-def along_rows(x: Array) -> Array:
-    """A pass's `[B, ...]` split over the devices along its rows.
-
-    In a loop over layers the partitioner would rather split the width, as the weights
-    are, and keep all rows on every device. Without a mesh nothing happens.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, ROWS)
 
 
 def _own(x: Array) -> bool:

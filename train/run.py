@@ -18,7 +18,7 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.evictor import SILENCED, with_evictor
 from kvjax.models.io import checkpoint_directory, load, load_config, save
 from kvjax.models.projection import with_projection
-from kvjax.train import duo, lora, processes
+from kvjax.train import lora, processes
 from kvjax.train.cached import CachedEvaluation
 from kvjax.train.data import Mixture
 from kvjax.train.data.batch import Batch
@@ -26,12 +26,13 @@ from kvjax.train.data.sampling import check_choices
 from kvjax.train.data.share import WHOLE
 from kvjax.train.data.words import Words, words_of
 from kvjax.train.directory import claimed
-from kvjax.train.duo import GatedDecoder, exported
 from kvjax.train.evaluate import held_out_batches
 from kvjax.train.logs import check_writers
 from kvjax.train.loop import Progress, TrainState, Weights, train
 from kvjax.train.lora import merged, with_lora
 from kvjax.train.mesh import RULES, check_mesh, make_mesh, placed, share_of
+from kvjax.train.objectives import duo
+from kvjax.train.objectives.duo import GatedDecoder, exported
 from kvjax.train.params import Params, hollow, leaves_of, params_of, split, with_params
 from kvjax.train.recipe import TrainConfig
 from kvjax.train.stored import writing

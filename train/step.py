@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 from kvjax.models.decoder import Decoder
 from kvjax.train.data.batch import Batch
 from kvjax.train.mesh import everywhere, gathered, shardings
-from kvjax.train.objective import Objective, next_token, said, states
+from kvjax.train.objectives.losses import next_token, said
+from kvjax.train.objectives.objective import Objective
+from kvjax.train.objectives.passes import plain_states
 from kvjax.train.params import Params, leaves_of, with_params
 from kvjax.types import pytree
 
@@ -141,7 +143,7 @@ def make_eval(
     def evaluate(params: Params, fixed: Params, batch: Batch):
         with weights.traced():
             model = weights.joined(params, fixed)
-            hidden = states(model, batch, loop=loop)
+            hidden = plain_states(model, batch.tokens, loop=loop)
             loss, metrics = next_token(said(model, hidden, batch), batch)
         return {"loss": loss, **metrics}
 

@@ -1,11 +1,15 @@
 """A small model and its recipe, for tests of training."""
 
 from flax import nnx
+from jaxtyping import Array
 
+from kvjax.attention import causal_attention
 from kvjax.models import Decoder, DecoderConfig
+from kvjax.models.decoder import Attending, Attention
 from kvjax.rope import Rope
 from kvjax.train.data import Mixture
 from kvjax.train.data.batch import Batch
+from kvjax.train.objectives.passes import pass_over
 from kvjax.train.recipe import DataConfig, Source, Stage, TrainConfig
 
 SHAPE = DecoderConfig(
@@ -30,6 +34,14 @@ def model_of(config: DecoderConfig = SHAPE) -> Decoder:
 
 def recipe(**fields) -> TrainConfig:
     return TrainConfig(model=SHAPE, data=DATA, stages=STAGES, **fields)
+
+
+def predictions(
+    model: Decoder, batch: Batch, attention: Attention | Attending = causal_attention
+) -> Array:
+    """Logits of every token but the first."""
+    hidden = pass_over(model, batch.tokens, attention).hidden
+    return model.logits(hidden)[:, :-1]
 
 
 def a_batch(visible: float = 0.5) -> Batch:

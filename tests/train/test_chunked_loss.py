@@ -7,7 +7,8 @@ from flax import nnx
 
 from kvjax.attention import causal_attention
 from kvjax.models import Decoder
-from kvjax.train.objective import answer_mean, next_token, said, states
+from kvjax.train.objectives.losses import answer_mean, next_token, said
+from kvjax.train.objectives.passes import pass_over
 from kvjax.train.params import params_of, with_params
 from tests.train.small import SHAPE, a_batch, model_of
 
@@ -19,7 +20,9 @@ def teacher() -> Decoder:
 
 def scored(params, teacher: Decoder, most: int, attention=causal_attention):
     model, batch = with_params(model_of(), params), a_batch()
-    hidden, wanted = (states(one, batch, attention) for one in (model, teacher))
+    hidden, wanted = (
+        pass_over(one, batch.tokens, attention).hidden for one in (model, teacher)
+    )
     tokens = said(model, hidden, batch, teacher, wanted, most=most)
     loss, metrics = next_token(tokens, batch)
     assert tokens.apart is not None

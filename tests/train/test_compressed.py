@@ -14,11 +14,8 @@ from kvjax.models import Decoder
 from kvjax.models.config import Evictor
 from kvjax.models.io import save
 from kvjax.train.data.sampling import Sampler
-from kvjax.train.objective import (
-    divergence,
-    make_objective,
-    predictions,
-)
+from kvjax.train.objectives.losses import divergence
+from kvjax.train.objectives.objective import make_objective
 from kvjax.train.recipe import (
     Choice,
     DMSConfig,
@@ -27,7 +24,15 @@ from kvjax.train.recipe import (
     TrainConfig,
 )
 from kvjax.train.run import run
-from tests.train.small import DATA, SHAPE, STAGES, a_batch, model_of, recipe
+from tests.train.small import (
+    DATA,
+    SHAPE,
+    STAGES,
+    a_batch,
+    model_of,
+    predictions,
+    recipe,
+)
 
 
 @pytest.mark.parametrize(

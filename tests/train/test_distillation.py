@@ -19,8 +19,9 @@ from kvjax.models.decoder import attending
 from kvjax.models.evictor import with_evictor
 from kvjax.models.simulate import simulated
 from kvjax.train.data.batch import Batch
-from kvjax.train.distillation import behind, watched
-from kvjax.train.objective import make_objective, predictions
+from kvjax.train.objectives.distillation import behind
+from kvjax.train.objectives.objective import make_objective
+from kvjax.train.objectives.passes import watched
 from kvjax.train.recipe import (
     CachedConfig,
     DMSConfig,
@@ -29,7 +30,7 @@ from kvjax.train.recipe import (
     OptimizerConfig,
 )
 from kvjax.train.run import run, weights_of
-from tests.train.small import SHAPE, a_batch, model_of, recipe
+from tests.train.small import SHAPE, a_batch, model_of, predictions, recipe
 
 KNORM = kvjax.compression("knorm", **{"evict.budget.keep": 0.4})
 ALL: dict[str, Any] = {

@@ -17,7 +17,7 @@ from kvjax.train.data import Mixture
 from kvjax.train.data.sampling import Sampler
 from kvjax.train.flops import matmul_flops
 from kvjax.train.mesh import make_mesh
-from kvjax.train.objective import make_objective
+from kvjax.train.objectives.objective import make_objective
 from kvjax.train.optimizer import make_optimizer
 from kvjax.train.recipe import (
     LoRAConfig,

@@ -16,8 +16,8 @@ from kvjax.depth import Depth
 from kvjax.models import Decoder
 from kvjax.models.gates import with_gates
 from kvjax.models.io import load, save
-from kvjax.train.duo import GatedDecoder, exported, mixed
-from kvjax.train.objective import make_objective
+from kvjax.train.objectives.duo import GatedDecoder, exported, mixed
+from kvjax.train.objectives.objective import make_objective
 from kvjax.train.optimizer import make_optimizer
 from kvjax.train.params import params_of, with_params
 from kvjax.train.recipe import (

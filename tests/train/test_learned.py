@@ -18,11 +18,9 @@ from kvjax.models.decoder import Attending
 from kvjax.models.evictor import with_evictor
 from kvjax.models.io import load, save
 from kvjax.prefills import Delayed
-from kvjax.train.dms import relaxed, shortfall
-from kvjax.train.objective import (
-    make_objective,
-    predictions,
-)
+from kvjax.train.objectives.dms import relaxed, shortfall
+from kvjax.train.objectives.objective import make_objective
+from kvjax.train.objectives.surrogate import oracle
 from kvjax.train.params import params_of
 from kvjax.train.recipe import (
     DMSConfig,
@@ -32,8 +30,7 @@ from kvjax.train.recipe import (
     load_config,
 )
 from kvjax.train.run import run
-from kvjax.train.surrogate import oracle
-from tests.train.small import SHAPE, STAGES, a_batch, model_of, recipe
+from tests.train.small import SHAPE, STAGES, a_batch, model_of, predictions, recipe
 
 
 def test_an_evictor_starts_by_keeping_everything(tmp_path):

@@ -16,7 +16,7 @@ from kvjax.train.data import Mixture
 from kvjax.train.data.sampling import Sampler
 from kvjax.train.data.tokenizer import encode
 from kvjax.train.loop import Weights, init_state, make_step
-from kvjax.train.objective import make_objective, predictions
+from kvjax.train.objectives.objective import make_objective
 from kvjax.train.optimizer import make_optimizer, schedule
 from kvjax.train.params import params_of
 from kvjax.train.recipe import (
@@ -29,6 +29,7 @@ from kvjax.train.recipe import (
     load_config,
 )
 from kvjax.types import LayerInputs
+from tests.train.small import predictions
 
 RECIPE = "configs/train/kvjax_tiny.yaml"
 

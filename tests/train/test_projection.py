@@ -15,7 +15,7 @@ from kvjax.models.io import load, save
 from kvjax.models.projection import with_projection
 from kvjax.train.data import Mixture
 from kvjax.train.data.sampling import Sampler
-from kvjax.train.objective import make_objective
+from kvjax.train.objectives.objective import make_objective
 from kvjax.train.params import params_of
 from kvjax.train.recipe import (
     CachedConfig,

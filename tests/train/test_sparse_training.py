@@ -10,7 +10,7 @@ from flax import nnx
 
 import kvjax
 from kvjax.pallas_kernels.sparse_prefill import gradient
-from kvjax.train.objective import make_objective
+from kvjax.train.objectives.objective import make_objective
 from kvjax.train.recipe import CachedConfig, Choice, SamplingConfig
 from kvjax.train.run import run
 from tests.train.small import SHAPE, a_batch, model_of, recipe

@@ -14,15 +14,20 @@ from kvjax.models.io import load
 from kvjax.train.data import Mixture
 from kvjax.train.loop import init_state, make_step
 from kvjax.train.lora import merged, with_lora
-from kvjax.train.objective import (
-    make_objective,
-    predictions,
-)
+from kvjax.train.objectives.objective import make_objective
 from kvjax.train.optimizer import make_optimizer
 from kvjax.train.params import leaves_of, params_of
 from kvjax.train.recipe import DMSConfig, LoRAConfig, ObjectiveConfig, OptimizerConfig
 from kvjax.train.run import run, weights_of
-from tests.train.small import DATA, SHAPE, STAGES, a_batch, model_of, recipe
+from tests.train.small import (
+    DATA,
+    SHAPE,
+    STAGES,
+    a_batch,
+    model_of,
+    predictions,
+    recipe,
+)
 
 
 def test_only_what_is_named_is_trained(tmp_path):

@@ -1,0 +1,115 @@
+"""What a model says of each token, and the losses made of that."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from kvjax.models.decoder import Decoder
+from kvjax.train.data.batch import Batch
+from kvjax.types import pytree
+
+LOGITS = 1 << 28
+"""Logits that are held at a time, over all devices: a gibibyte in float32."""
+
+Metrics = dict[str, Array]
+
+
+@pytree
+class Said:
+    """What a model says of every token but the first.
+
+    Attributes:
+        loss: cross-entropy, `[B, T-1]`, in nats.
+        right: whether the token is the likeliest one, `[B, T-1]`.
+        apart: KL divergence from the teacher, `[B, T-1]`, in nats; None without one.
+    """
+
+    loss: Float[Array, "B T-1"]
+    right: Bool[Array, "B T-1"]
+    apart: Float[Array, "B T-1"] | None
+
+
+def said(
+    model: Decoder,
+    hidden: Float[Array, "B T E"],
+    batch: Batch,
+    teacher: Decoder | None = None,
+    wanted: Float[Array, "B T E"] | None = None,
+    *,
+    most: int = LOGITS,
+) -> Said:
+    """Scores of the tokens behind `hidden`; logits are made for some of them at a time.
+
+    Args:
+        model: its head is used.
+        hidden: its states of every token.
+        batch: the tokens.
+        teacher: to be compared with, or None.
+        wanted: its states.
+        most: logits that may be held at a time. Where all of them are fewer, there is
+            one chunk; else chunks follow one another, each made again in the backward
+            pass.
+    """
+    rows, width = batch.tokens.shape
+    count = -(-rows * width * model.config.vocab_size // most)
+    targets = jnp.pad(batch.tokens[:, 1:], [(0, 0), (0, 1)])
+
+    def score(hidden: Array, targets: Array, wanted: Array | None) -> Said:
+        logits = model.logits(hidden)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        apart = None
+        if teacher is not None and wanted is not None:
+            apart = divergence(logits, jax.lax.stop_gradient(teacher.logits(wanted)))
+        right = jnp.argmax(logits, axis=-1) == targets
+        return Said(loss=loss, right=right, apart=apart)
+
+    if count == 1:
+        found = score(hidden, targets, wanted)
+    else:
+        pieces = jax.tree.map(lambda x: _cut(x, count), (hidden, targets, wanted))
+        scan = jax.checkpoint(lambda _, piece: ((), score(*piece)))
+        _, found = jax.lax.scan(scan, (), pieces)
+        found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1), found)
+    return jax.tree.map(lambda x: x[:, : width - 1], found)
+
+
+def _cut(x: Array, count: int) -> Array:
+    """`[B, T, ...]` as `[count, B, t, ...]`, padded behind with zeros."""
+    rows, width = x.shape[:2]
+    size = -(-width // count)
+    x = jnp.pad(x, [(0, 0), (0, count * size - width)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(rows, count, size, *x.shape[2:]), 1, 0)
+
+
+def divergence(
+    logits: Float[Array, "*shape V"], wanted: Float[Array, "*shape V"]
+) -> Float[Array, "*shape"]:
+    """KL divergence of `logits` from `wanted`, in nats."""
+    log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(logits)
+    return optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+
+
+def next_token(tokens: Said, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+    """Weighted mean cross-entropy of the next token, and what to log.
+
+    Returns:
+        The loss, and `answer_loss`, `answer_accuracy` over answer tokens and `exact`,
+        the share of rows whose answers are right at every token: what greedy decoding
+        would give, since it leaves the gold path at its first error.
+    """
+    weights, answers = batch.weights[:, 1:], batch.answers[:, 1:]
+    metrics = {
+        "answer_loss": answer_mean(tokens.loss, batch),
+        "answer_accuracy": answer_mean(tokens.right.astype(jnp.float32), batch),
+        "exact": (tokens.right | ~answers).all(axis=1).mean(),
+    }
+    total = (tokens.loss * weights).sum() / jnp.maximum(weights.sum(), 1e-6)
+    return total, jax.lax.stop_gradient(metrics)
+
+
+def answer_mean(each: Float[Array, "B T-1"], batch: Batch) -> Float[Array, ""]:
+    """Mean over the answer tokens."""
+    answers = batch.answers[:, 1:]
+    count = jnp.maximum(jnp.sum(answers, dtype=jnp.float32), 1.0)
+    return jnp.where(answers, each, 0.0).sum() / count
