@@ -12,12 +12,12 @@ import optax
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Decoder
 from kvjax.train import processes
-from kvjax.train.cached_loss import mean_loss
 from kvjax.train.checkpoints import Checkpoints, restore
 from kvjax.train.data.batch import Batch
 from kvjax.train.data.sampling import Sampler
 from kvjax.train.data.share import WHOLE
 from kvjax.train.done import Done, Progress, diverged
+from kvjax.train.held_out.cached_loss import mean_loss
 from kvjax.train.interrupt import deferred_interrupt
 from kvjax.train.logs import Log, opened
 from kvjax.train.mesh import share_of, spread

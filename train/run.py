@@ -19,14 +19,14 @@ from kvjax.models.evictor import SILENCED, with_evictor
 from kvjax.models.io import checkpoint_directory, load, load_config, save
 from kvjax.models.projection import with_projection
 from kvjax.train import lora, processes
-from kvjax.train.cached import CachedEvaluation
 from kvjax.train.data import Mixture
 from kvjax.train.data.batch import Batch
 from kvjax.train.data.sampling import check_choices
 from kvjax.train.data.share import WHOLE
 from kvjax.train.data.words import Words, words_of
 from kvjax.train.directory import claimed
-from kvjax.train.evaluate import held_out_batches
+from kvjax.train.held_out.batches import held_out_batches
+from kvjax.train.held_out.cached import CachedEvaluation
 from kvjax.train.logs import check_writers
 from kvjax.train.loop import Progress, TrainState, Weights, train
 from kvjax.train.lora import merged, with_lora

@@ -144,7 +144,8 @@ def listening() -> Iterator[dict[str, list[Any]]]:
     import jax
 
     from kvjax.pallas_kernels import dispatch
-    from kvjax.train import cached, run
+    from kvjax.train import run
+    from kvjax.train.held_out import cached
 
     heard: dict[str, list[Any]] = {"replies": [], "partitions": [], "frozen": []}
     reply, count, train = cached.cached_replies, dispatch.partitions, run.train

@@ -11,14 +11,14 @@ from flax import nnx
 import kvjax
 from kvjax.compress.config import Compression
 from kvjax.models import Decoder, inference
-from kvjax.train import cached_loss
-from kvjax.train.cached import FULL, CachedEvaluation
-from kvjax.train.cached_loss import cut, held_out_rows, loss
 from kvjax.train.checkpoints import Checkpoints
 from kvjax.train.data import Mixture
 from kvjax.train.data.batch import pack
 from kvjax.train.data.rows import Row
 from kvjax.train.data.words import Words
+from kvjax.train.held_out import cached_loss
+from kvjax.train.held_out.cached import FULL, CachedEvaluation
+from kvjax.train.held_out.cached_loss import cut, held_out_rows, loss
 from kvjax.train.recipe import (
     CachedConfig,
     Choice,

@@ -1,7 +1,6 @@
 """Greedy replies from drafts equal greedy decoding token by token."""
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -11,8 +10,7 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.rope import Rope
 from kvjax.train.data.tokenizer import BOS, decode, encode
-from kvjax.train.evaluate import table
-from kvjax.train.greedy import replies
+from tests.train.greedy import replies
 
 CONFIG = DecoderConfig(
     vocab_size=100,
@@ -45,11 +43,3 @@ def test_drafts_give_the_greedy_reply(seed):
     items = make_task("recall", value_length=4).generate(0, 3, 100)
     got = replies(model, items, 6)
     assert got == [one_by_one(model, item.prompt, 6) for item in items]
-
-
-def test_table_has_a_row_per_task():
-    text = table(
-        {"recall": {"512": 0.987, "256": 1.0}, "chain": {"512": np.float64(1)}}
-    )
-    assert "| recall | 100.0 | 98.7 |" in text
-    assert "| chain |  | 100.0 |" in text

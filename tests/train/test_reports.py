@@ -10,10 +10,15 @@ from flax import nnx
 
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Decoder
-from kvjax.train.cached import FULL, CachedEvaluation, cached_replies, questions
-from kvjax.train.greedy import replies
+from kvjax.train.held_out.cached import (
+    FULL,
+    CachedEvaluation,
+    cached_replies,
+    questions,
+)
 from kvjax.train.recipe import CachedConfig, Choice, LogConfig, SamplingConfig, Stage
 from kvjax.train.run import run
+from tests.train.greedy import replies
 from tests.train.tiny_run import losses, recipe
 
 SHORT = (Stage(steps=1, lengths={64: 1.0}, tokens_per_step=128),)

@@ -4,7 +4,7 @@ import pytest
 
 from kvjax.eval.tasks import make_task
 from kvjax.models.io import load
-from kvjax.train.greedy import replies
+from tests.train.greedy import replies
 
 BUNDLED = ("kvjax-tiny", "kvjax-tiny-seed1")  # trained from nothing, used whole
 

@@ -1,6 +1,6 @@
 """Held-out accuracy and loss through the real cache: what a recipe asks of it.
 
-Tasks: prefill, compress, ask, decode. Datasets: see `kvjax.train.cached_loss`.
+Tasks: prefill, compress, ask, decode. Datasets: see `kvjax.train.held_out.cached_loss`.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.generation import generate_from
 from kvjax.models.inference import extend, prefill
-from kvjax.train.cached_loss import Cut, held_out_rows, loss
 from kvjax.train.data.readers import Reader
 from kvjax.train.data.rows import padded
 from kvjax.train.data.sampling import samples_of
 from kvjax.train.data.tasks import characters
 from kvjax.train.data.words import CHARACTERS, Words
+from kvjax.train.held_out.cached_loss import Cut, held_out_rows, loss
 from kvjax.train.objectives.duo import exported
 from kvjax.train.recipe import Choice, TrainConfig
 from kvjax.train.recipe.output import CACHED_LOSS

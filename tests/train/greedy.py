@@ -1,4 +1,7 @@
-"""Greedy replies without a cache: the gold answer as the draft of what comes next."""
+"""Greedy replies without a cache: the gold answer as the draft of what comes next.
+
+What replies through a cache are compared with.
+"""
 
 import dataclasses
 import functools

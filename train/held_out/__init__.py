@@ -1,0 +1,1 @@
+"""What a run measures on held-out rows and items while it trains."""

@@ -1,0 +1,39 @@
+"""Held-out rows of a recipe's sources, for the loss with a full cache."""
+
+from kvjax.eval.tasks import Episode, Turn, make_task
+from kvjax.train.data.batch import Batch, pack
+from kvjax.train.data.mixture import Mixture
+from kvjax.train.data.rows import Row
+from kvjax.train.data.tasks import characters
+from kvjax.train.recipe import TrainConfig
+
+
+def held_out_batches(config: TrainConfig, mixture: Mixture, step: int):
+    """Held-out rows of each source at the widths of the stage of `step`, by name.
+
+    Tasks give `eval_items` items, datasets as many rows of their `held_out` split
+    (again from its beginning where it has fewer); a dataset without one is left out.
+    """
+    out: dict[str, Batch] = {}
+    for width in sorted(config.stages[config.stage_of(step)].lengths):
+        for name in dict.fromkeys(s.task for s in config.data.sources if s.task):
+            rows = _task_rows(name, config.eval_items, mixture, width)
+            out[f"{name}@{width}"] = pack(rows, width, pad=mixture.words.pad)
+        for name, reader in mixture.held_out.items():
+            reader.reset()
+            rows = [reader.take(width) for _ in range(config.eval_items)]
+            out[f"{name}@{width}"] = pack(rows, width, pad=mixture.words.pad)
+    return out
+
+
+def _task_rows(name: str, items: int, mixture: Mixture, width: int) -> list[Row]:
+    task = make_task(name)
+    length = characters(task, mixture.words, width)
+    while True:
+        rows = []
+        for item in task.generate(0, items, length):
+            turn = Turn(question=item.question, answer=item.answer, meta=item.meta)
+            rows.append(mixture.row(Episode(context=item.context, turns=(turn,))))
+        if max(len(one.tokens) for one in rows) <= width:
+            return rows
+        length = length * 9 // 10  # more tokens than such text usually has
