@@ -12,7 +12,7 @@ import pytest
 from tests.tree import ROOT, tracked
 
 LADDER = (
-    ("types", "rope", "depth", "turns", "exact", "config"),
+    ("types", "rope", "depth", "turns", "exact", "config", "interrupt"),
     ("pallas_kernels",),
     ("codecs", "cache", "attention"),
     ("scorers", "budgets", "units", "prefills", "reads", "schedules"),

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from kvjax.compress.config import Compression
+from kvjax.interrupt import DEFAULTS, noted_interrupt
 from kvjax.models.decoder import Decoder
 from kvjax.train import processes
 from kvjax.train.checkpoints import Checkpoints, restore
@@ -18,7 +19,6 @@ from kvjax.train.data.sampling import Sampler
 from kvjax.train.data.share import WHOLE
 from kvjax.train.done import Done, Progress, diverged
 from kvjax.train.held_out.cached_loss import mean_loss
-from kvjax.train.interrupt import deferred_interrupt
 from kvjax.train.logs import Log, opened
 from kvjax.train.mesh import share_of, spread
 from kvjax.train.objectives.objective import make_objective
@@ -31,6 +31,9 @@ from kvjax.train.step import init_state as init_state
 from kvjax.train.step import make_eval
 from kvjax.train.step import make_step as make_step
 from kvjax.train.stored import not_finite, path_of
+
+# A step donates its state: interrupted in the middle, there is none to save.
+STOPPING = "stopping at the end of this step; once more to lose it"
 
 
 def train(
@@ -78,7 +81,7 @@ def train(
     with (
         opened(directory, config, first) as log,
         Checkpoints(directory / "checkpoints", config.keep) as checkpoints,
-        deferred_interrupt() as interrupted,
+        noted_interrupt(*DEFAULTS, deferred=STOPPING) as interrupted,
     ):
         loop = _Loop(weights, config, optimizer, state, log, checkpoints)
         for number, batch in enumerate(batches(first, config.steps), first + 1):

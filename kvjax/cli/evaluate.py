@@ -1,10 +1,9 @@
 """`kvjax eval`."""
 
-import contextlib
 import dataclasses
 import pathlib
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, final
 
 import tyro
@@ -27,6 +26,7 @@ from kvjax.cli.base import (
 )
 from kvjax.cli.tables import print_scores
 from kvjax.config import parse_assignments
+from kvjax.interrupt import noted_interrupt
 from kvjax.models.bundled import DEFAULT
 
 _BUDGET = "evict.budget.keep"
@@ -149,35 +149,6 @@ def _tasks(config, names: str) -> tuple[Any, ...]:
     return tuple(known.get(name) or TaskEntry(name=name) for name in split(names))
 
 
-@contextlib.contextmanager
-def remembered_interrupt() -> Iterator[Callable[[], None]]:
-    """A Ctrl-C that is not lost: what it gives raises it again, if there was one.
-
-    Python swallows an exception that a signal raises inside a finalizer, of which
-    compiling runs many.
-    """
-    asked = False
-
-    def note(signum: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if asked:
-            raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # ignored, or somebody else's
-        yield check
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def evaluate(
     config, out: pathlib.Path, dtype: str, ui: UI
 ) -> tuple[Sequence[Mapping[str, Any]], int]:
@@ -203,9 +174,10 @@ def evaluate(
             bar.update(
                 task, completed=state.done, total=state.total, description=state.cell
             )
-            check()
+            if interrupted():
+                raise KeyboardInterrupt
 
-        with remembered_interrupt() as check:
+        with noted_interrupt(signal.SIGINT) as interrupted:
             rows = run(model, tokenizer, config, out, progress=tell)
         bar.update(task, description="done")
     return rows, resumed

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from kvjax.cli.main import main
+from kvjax.interrupt import DEFAULTS
 from kvjax.train.data import Mixture
 from kvjax.train.done import Progress
-from kvjax.train.interrupt import DEFAULTS
 from kvjax.train.loop import train
 from kvjax.train.recipe import (
     KeepConfig,
