@@ -7,7 +7,6 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ def load(
     dtype: Any = "bfloat16",
     *,
     mesh: Mesh | None = None,
-    rules: Mapping[str, str | None] = sharding.RULES,
+    rules: sharding.Rules = sharding.RULES,
     tokenizer: bool = True,
 ) -> tuple[Decoder, Any]:
     """The model and the tokenizer of a checkpoint.

@@ -1,25 +1,37 @@
 """One table from logical axes to mesh axes, for parameters and for caches."""
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-RULES: Mapping[str, str | None] = MappingProxyType(
+MeshAxes = str | tuple[str, ...] | None
+Rules = Mapping[str, MeshAxes]
+"""Logical axis to the axis, or axes, of a mesh that split it; None: whole."""
+
+# Each logical axis on a mesh that decodes (data, model), and on one that trains (data,
+# fsdp, tensor).
+_TABLE: Mapping[str, tuple[MeshAxes, MeshAxes]] = MappingProxyType(
     {
-        "batch": "data",
-        "heads": "model",
-        "kv_heads": "model",
-        "mlp": "model",
-        "vocab": "model",
-        "slots": None,
-        "embed": None,
-        "head_dim": None,
-        "layers": None,
+        "batch": ("data", ("data", "fsdp")),
+        "heads": ("model", "tensor"),
+        "kv_heads": ("model", "tensor"),
+        "mlp": ("model", "tensor"),
+        "vocab": ("model", "tensor"),
+        "slots": (None, None),
+        "embed": (None, "fsdp"),
+        "head_dim": (None, None),
+        "layers": (None, None),
     }
 )
-"""Logical axis to mesh axis; a mesh without that axis replicates."""
+
+RULES: Rules = MappingProxyType({axis: to for axis, (to, _) in _TABLE.items()})
+"""Those of a mesh that decodes; a mesh without that axis replicates."""
+
+TRAINING: Rules = MappingProxyType({axis: to for axis, (_, to) in _TABLE.items()})
+"""Those of a mesh that trains."""
 
 # Parameter path suffix to logical axes. `[in, out]` kernels: q, k, v, gate and up are
 # split by columns, o and down by rows, so one layer needs two reductions.
@@ -57,11 +69,16 @@ def parameter_axes(path: str, rank: int) -> tuple[str | None, ...]:
 def spec(
     axes: tuple[str | None, ...],
     mesh: Mesh,
-    rules: Mapping[str, str | None] = RULES,
+    rules: Rules = RULES,
 ) -> PartitionSpec:
     """`PartitionSpec` of logical `axes` on `mesh`."""
-    names = [rules.get(axis) if axis else None for axis in axes]
-    return PartitionSpec(*(n if n in mesh.axis_names else None for n in names))
+    placed = [rules.get(axis) if axis else None for axis in axes]
+    here = set(mesh.axis_names)
+    return PartitionSpec(*(x if set(_names(x)) <= here else None for x in placed))
+
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -78,7 +95,7 @@ def parameter_sharding(
     path: str,
     shape: tuple[int, ...],
     mesh: Mesh,
-    rules: Mapping[str, str | None] = RULES,
+    rules: Rules = RULES,
 ) -> NamedSharding:
     """Sharding of one decoder parameter.
 
@@ -92,9 +109,9 @@ def parameter_sharding(
     return NamedSharding(mesh, placed)
 
 
-def check_divides(logical: str, size: int, name: object, mesh: Mesh) -> None:
+def check_divides(logical: str, size: int, name: MeshAxes, mesh: Mesh) -> None:
     """Raise unless `size` divides over mesh axis `name` (None: not split)."""
-    ways = mesh.shape[name] if isinstance(name, str) else 1
+    ways = math.prod(mesh.shape[axis] for axis in _names(name))
     if size % ways:
         raise ValueError(
             f"{logical!r} of size {size} does not divide over mesh axis {name!r} of "
@@ -107,7 +124,7 @@ def check_heads(
     num_heads: int,
     num_kv_heads: int,
     mesh: Mesh,
-    rules: Mapping[str, str | None] = RULES,
+    rules: Rules = RULES,
 ) -> None:
     """Raise unless whole heads fall on each device."""
     for name, count in (("heads", num_heads), ("kv_heads", num_kv_heads)):

@@ -43,7 +43,7 @@ def stream_parameters(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
     mesh: Mesh | None,
-    rules: Mapping[str, str | None],
+    rules: sharding.Rules,
 ) -> Iterator[tuple[str, jax.Array]]:
     """Each parameter on its devices, of all layers together."""
     weights = family(config.family).weights(config)

@@ -3,8 +3,6 @@
 The step is one program for all devices; XLA's partitioner adds the communication.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from kvjax.models.config import DecoderConfig
-from kvjax.models.sharding import parameter_axes, spec
+from kvjax.models.sharding import TRAINING, parameter_axes, spec
 from kvjax.train.data.share import WHOLE, Share
 from kvjax.train.objectives.passes import ROWS
 from kvjax.train.params import Params
@@ -22,16 +20,6 @@ from kvjax.train.recipe.output import CACHED_LOSS
 from kvjax.train.stored import named
 
 AXES = ("data", "fsdp", "tensor")
-RULES: Mapping[str, str | None] = MappingProxyType(
-    {
-        "embed": "fsdp",
-        "heads": "tensor",
-        "kv_heads": "tensor",
-        "mlp": "tensor",
-        "vocab": "tensor",
-    }
-)
-"""Logical axes of `kvjax.models.sharding` to axes of the mesh."""
 
 
 def check_mesh(config: TrainConfig, model: DecoderConfig, available: int) -> None:
@@ -122,7 +110,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     no axis in the table (norms, counts) is everywhere.
     """
     leaves = [
-        NamedSharding(mesh, spec(_axes(path, x.ndim), mesh, RULES))
+        NamedSharding(mesh, spec(_axes(path, x.ndim), mesh, TRAINING))
         for path, x in named(tree).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
@@ -159,7 +147,7 @@ def gathered(params: Params, mesh: Mesh) -> Params:
     Looked up in a table that is split along the rows, tokens would come out split along
     the width of the model, and all layers would follow.
     """
-    wide = {**RULES, "embed": None}
+    wide = {**TRAINING, "embed": None}
 
     def whole(path: str, x: Array) -> Array:
         if path.rpartition(".")[2] != "embedding":

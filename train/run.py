@@ -18,6 +18,7 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.evictor import SILENCED, with_evictor
 from kvjax.models.io import checkpoint_directory, load, load_config, save
 from kvjax.models.projection import with_projection
+from kvjax.models.sharding import TRAINING
 from kvjax.train import lora, processes
 from kvjax.train.data import Mixture
 from kvjax.train.data.batch import Batch
@@ -30,7 +31,7 @@ from kvjax.train.held_out.cached import CachedEvaluation
 from kvjax.train.logs import check_writers
 from kvjax.train.loop import Progress, TrainState, Weights, train
 from kvjax.train.lora import merged, with_lora
-from kvjax.train.mesh import RULES, check_mesh, make_mesh, placed, share_of
+from kvjax.train.mesh import check_mesh, make_mesh, placed, share_of
 from kvjax.train.objectives import duo
 from kvjax.train.objectives.duo import GatedDecoder, exported
 from kvjax.train.params import Params, hollow, leaves_of, params_of, split, with_params
@@ -48,7 +49,7 @@ def initial(config: TrainConfig, mesh: Mesh | None = None) -> Decoder:
     """The model that training starts from, in float32, spread over `mesh`."""
     if config.model is not None:
         return Decoder(config.model, rngs=nnx.Rngs(config.seed))
-    path, rules = model_directory(config.init), RULES
+    path, rules = model_directory(config.init), TRAINING
     return load(path, "float32", mesh=mesh, rules=rules, tokenizer=False)[0]
 
 

@@ -11,10 +11,11 @@ from jaxtyping import Array, Float
 from kvjax.attention import causal_attention
 from kvjax.depth import in_order
 from kvjax.models.decoder import Attending, Attention, Decoder, Pass, attending
+from kvjax.models.sharding import TRAINING
 from kvjax.train.recipe import ObjectiveConfig
 from kvjax.types import LayerInputs, Tokens, pytree
 
-ROWS = PartitionSpec(("data", "fsdp"))
+ROWS = PartitionSpec(TRAINING["batch"])
 """How rows lie on the mesh of a run."""
 
 
