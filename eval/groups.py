@@ -16,11 +16,12 @@ import numpy as np
 from kvjax.cache import KVCache
 from kvjax.eval.tasks import Item, Task
 from kvjax.eval.tasks.base import before_stop
-from kvjax.eval.text import Codec, pad
+from kvjax.eval.text import Codec
 from kvjax.eval.timing import timed
 from kvjax.models.decoder import Decoder
 from kvjax.models.generation import generate_from
-from kvjax.models.inference import Prompt, bucket, extend
+from kvjax.models.inference import Prompt, bucket, extend, last_of
+from kvjax.models.padding import pad_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class AbstractGroup(abc.ABC):
 
     def read(self, index: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Padded tokens and lengths of a batch."""
-        tokens, lengths = pad([self.prompts[i] for i in index], self.width)
+        tokens, lengths = pad_rows([self.prompts[i] for i in index], self.width)
         return jnp.asarray(tokens), jnp.asarray(lengths)
 
     def scored(self, index: np.ndarray) -> int:
@@ -165,7 +166,9 @@ class Questions(AbstractGroup):
         logits, compile_s = prompt.logits, 0.0
         if self.question_room:
             rows = [self.questions[i] for i in index]
-            asked = timed(lambda: _last(model, cache, *pad(rows, self.question_room)))
+            asked = timed(
+                lambda: _last(model, cache, *pad_rows(rows, self.question_room))
+            )
             (logits, cache), compile_s = asked.value, asked.compile_s
         decoded = timed(
             lambda: generate_from(
@@ -201,5 +204,4 @@ class Questions(AbstractGroup):
 def _last(model: Decoder, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray):
     """Logits of each row's last token, and the cache after all of them."""
     logits, cache = extend(model, cache, jnp.asarray(tokens), jnp.asarray(lengths))
-    last = jnp.asarray(lengths - 1)[:, None, None]
-    return jnp.take_along_axis(logits, last, axis=1)[:, 0], cache
+    return last_of(logits, jnp.asarray(lengths)), cache

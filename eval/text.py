@@ -4,8 +4,6 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 
 class Codec:
     """A Hugging Face tokenizer as the harness uses it.
@@ -65,11 +63,3 @@ class Codec:
         return bool(tokens) and all(
             token != unknown and 0 <= token < self._vocab_size for token in tokens
         )
-
-
-def pad(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded `[B, width]` tokens and `[B]` lengths."""
-    tokens = np.zeros((len(rows), width), np.int32)
-    for line, row in zip(tokens, rows, strict=True):
-        line[: len(row)] = row
-    return tokens, np.array([len(row) for row in rows], np.int32)

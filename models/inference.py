@@ -77,8 +77,13 @@ def last_logits(
     model: Decoder, hidden: Float[Array, "B T E"], lengths: Lengths
 ) -> Float[Array, "B V"]:
     """Logits of each row's last token."""
+    return model.logits(last_of(hidden, lengths))
+
+
+def last_of(x: Float[Array, "B T C"], lengths: Lengths) -> Float[Array, "B C"]:
+    """Of all tokens, what each row's last one has."""
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    return model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+    return jnp.take_along_axis(x, last, axis=1)[:, 0]
 
 
 def step(

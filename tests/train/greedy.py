@@ -15,6 +15,7 @@ from flax import nnx
 from kvjax.attention import causal_attention
 from kvjax.eval.tasks import STOP, Item
 from kvjax.models.decoder import Decoder
+from kvjax.models.padding import pad_rows
 from kvjax.train.data.tokenizer import BOS, decode, encode
 
 PASS_TOKENS = 16384
@@ -67,10 +68,9 @@ def replies(model: Decoder, items: Sequence[Item], max_new_tokens: int) -> list[
         rows = min(max(1, PASS_TOKENS // width), 1 << (len(left) - 1).bit_length())
         for start in range(0, len(left), rows):
             group = left[start : start + rows]
-            tokens = np.zeros((rows, width), np.int32)
-            for line, draft in zip(tokens, group, strict=False):
-                text = np.concatenate([draft.prompt, draft.guess])
-                line[: len(text)] = text
+            texts = [np.concatenate([one.prompt, one.guess]) for one in group]
+            texts += [np.zeros(0, np.int32)] * (rows - len(group))
+            tokens, _ = pad_rows(texts, width)
             chosen = np.asarray(_choices(graph, state, tokens))
             for line, draft in zip(chosen, group, strict=False):
                 draft.accept(line, max_new_tokens)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kvjax.models.padding import pad_rows
 from kvjax.train.data.rows import Row
 from kvjax.train.data.words import CHARACTERS
 from kvjax.types import Lengths, Tokens, pytree, static
@@ -46,23 +47,24 @@ def pack(
 
     `points` are the rows' compression points; None: behind each context.
     """
-    tokens = np.full((len(rows), width), pad, np.int32)
-    weights = np.zeros((len(rows), width), np.float32)
-    answers = np.zeros((len(rows), width), bool)
     for i, one in enumerate(rows):
-        n = len(one.tokens)
-        if n > width:
+        if len(one.tokens) > width:
             raise ValueError(
-                f"Row {i} has {n} tokens, the batch is {width} wide. Generate "
-                f"episodes of at most {width - 2} characters."
+                f"Row {i} has {len(one.tokens)} tokens, the batch is {width} wide. "
+                f"Generate episodes of at most {width - 2} characters."
             )
-        tokens[i, :n], weights[i, :n] = one.tokens, one.weights
-        answers[i, :n] = one.answers
+    tokens, lengths = pad_rows([one.tokens for one in rows], width, fill=pad)
+    weights, _ = pad_rows([one.weights for one in rows], width, dtype=np.float32)
+    answers, _ = pad_rows([one.answers for one in rows], width, dtype=bool)
     if points is None:
         points = [one.point(0.0, 0.0) for one in rows]
-    arrays = (tokens, weights, answers, np.asarray(points, np.int32), np.int32(step))
-    names = ("tokens", "weights", "answers", "prompt_lengths", "step")
-    later = max(len(one.tokens) - at for one, at in zip(rows, points, strict=True))
-    fields = dict(zip(names, map(jnp.asarray, arrays), strict=True))
-    # A multiple, since every value compiles a program.
-    return Batch(**fields, later=min(width, -(-later // LATER) * LATER))
+    later = int((lengths - np.asarray(points, np.int32)).max())
+    return Batch(
+        tokens=jnp.asarray(tokens),
+        weights=jnp.asarray(weights),
+        answers=jnp.asarray(answers),
+        prompt_lengths=jnp.asarray(points, jnp.int32),
+        step=jnp.asarray(step, jnp.int32),
+        # A multiple, since every value compiles a program.
+        later=min(width, -(-later // LATER) * LATER),
+    )

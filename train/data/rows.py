@@ -1,7 +1,6 @@
 """Rows of tokens: what becomes a line of a batch."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -67,12 +66,3 @@ def row(episode: Episode, *, context_weight: float, words: Words = CHARACTERS) -
         context=context,
         prompt=context + len(pieces[1]),
     )
-
-
-def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as one array, zeros behind each, and their lengths."""
-    lengths = np.array([len(row) for row in rows], np.int32)
-    out = np.zeros((len(rows), int(lengths.max())), rows[0].dtype)
-    for line, row in zip(out, rows, strict=True):
-        line[: len(row)] = row
-    return out, lengths

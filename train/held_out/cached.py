@@ -18,9 +18,9 @@ from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.generation import generate_from
-from kvjax.models.inference import extend, prefill
+from kvjax.models.inference import extend, last_of, prefill
+from kvjax.models.padding import pad_rows
 from kvjax.train.data.readers import Reader
-from kvjax.train.data.rows import padded
 from kvjax.train.data.sampling import samples_of
 from kvjax.train.data.tasks import characters
 from kvjax.train.data.words import CHARACTERS, Words
@@ -162,8 +162,8 @@ def questions(config: TrainConfig, width: int, words: Words = CHARACTERS) -> Que
     begin = np.asarray(words.begin, np.int32)
     contexts = [np.concatenate([begin, words.encode(item.context)]) for _, item in made]
     asked = [words.encode(item.question) for _, item in made]
-    context, context_lengths = map(jnp.asarray, padded(contexts))
-    question, question_lengths = map(jnp.asarray, padded(asked))
+    context, context_lengths = map(jnp.asarray, pad_rows(contexts))
+    question, question_lengths = map(jnp.asarray, pad_rows(asked))
     return Questions(
         items=tuple(made),
         contexts=context,
@@ -183,8 +183,7 @@ def cached_replies(
         model, asked.contexts, asked.context_lengths, c, max_new_tokens=room
     )
     logits, cache = extend(model, cache, asked.questions, asked.question_lengths)
-    last = jnp.maximum(asked.question_lengths - 1, 0)[:, None, None]
-    first = jnp.take_along_axis(logits, last, axis=1)[:, 0]
+    first = last_of(logits, asked.question_lengths)
     stop = words.stops(STOP)
     made = generate_from(model, cache, first, max_new_tokens=most, stop_tokens=stop)
     tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)

@@ -14,8 +14,9 @@ from kvjax.eval.fidelity import feeding
 from kvjax.eval.tasks import HELD_OUT, stream
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import prefill
+from kvjax.models.padding import pad_rows
 from kvjax.train.data.readers import Reader
-from kvjax.train.data.rows import Row, padded
+from kvjax.train.data.rows import Row
 from kvjax.train.objectives.losses import LOGITS
 from kvjax.train.recipe.output import CACHED_LOSS
 
@@ -66,9 +67,9 @@ def cut(rows: Sequence[Row], points: Sequence[int]) -> Cut:
     it are the uncompressed prompt's.
     """
     pairs = list(zip(rows, points, strict=True))
-    prompts, prompt_lengths = padded([one.tokens[:at] for one, at in pairs])
-    follow, follow_lengths = padded([one.tokens[at:] for one, at in pairs])
-    weights, _ = padded([one.weights[at:] for one, at in pairs])
+    prompts, prompt_lengths = pad_rows([one.tokens[:at] for one, at in pairs])
+    follow, follow_lengths = pad_rows([one.tokens[at:] for one, at in pairs])
+    weights, _ = pad_rows([one.weights[at:] for one, at in pairs], dtype=np.float32)
     weights[:, :1] = 0.0
     return Cut(
         prompts=prompts,
