@@ -11,9 +11,7 @@ from kvjax.compress.config import Compression
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.bundled import model_directory
 from kvjax.train.data.batch import Batch
-from kvjax.train.loop import init_state, make_step
 from kvjax.train.objectives.objective import make_objective
-from kvjax.train.optimizer import make_optimizer
 from kvjax.train.recipe import (
     DataConfig,
     OptimizerConfig,
@@ -22,7 +20,9 @@ from kvjax.train.recipe import (
     Stage,
     TrainConfig,
 )
-from kvjax.train.run import weights_of
+from kvjax.train.run.model import weights_of
+from kvjax.train.run.optimizer import make_optimizer
+from kvjax.train.run.step import init_state, make_step
 
 BOTH = {
     "evict.score.window": 16,

@@ -23,6 +23,9 @@ LADDER = (
 )
 """A module imports from its own rung and from those above it in this list."""
 
+TRAIN = ("recipe", "data", "objectives", "held_out", "run")
+"""The rooms of kvjax.train, in the same sense."""
+
 RANK = {name: rank for rank, rung in enumerate(LADDER) for name in rung}
 LINKED = ("models", "train", "eval", "configs", "pallas_kernels")
 
@@ -77,6 +80,19 @@ def test_imports_go_down_the_ladder():
         else:
             source = path.read_text(encoding="utf-8")
             bad += [f"{where} imports {name}" for name in upward(source, package)]
+    assert not bad, "\n".join(bad)
+
+
+def test_imports_inside_train_go_down():
+    bad = []
+    for path, package in packages():
+        _, rung, *room = package.split(".")
+        if rung != "train" or not room:
+            continue
+        above = TRAIN[TRAIN.index(room[0]) + 1 :]
+        for name in imports(path.read_text(encoding="utf-8"), package):
+            if name.startswith(tuple(f"kvjax.train.{one}" for one in above)):
+                bad.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not bad, "\n".join(bad)
 
 

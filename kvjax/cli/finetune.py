@@ -69,9 +69,9 @@ class Finetune(Command):
 
     def run(self, ui: UI) -> Mapping[str, Any]:
         """See `Command.run`."""
-        from kvjax.train.processes import join
         from kvjax.train.recipe import load_config
         from kvjax.train.run import run
+        from kvjax.train.run.processes import join
 
         config = load_config(self.config, self.set)
         if self.dry_run or self.device is not None:
@@ -86,7 +86,7 @@ class Finetune(Command):
         return {"out": str(out), "model": str(out / "model"), "steps": int(state.step)}
 
     def _compiled(self, config: Any, ui: UI) -> Mapping[str, Any]:
-        from kvjax.train.dry_run import dry_run
+        from kvjax.train.run.dry_run import dry_run
 
         if not self.dry_run or self.device is None or self.distributed:
             raise ValueError(

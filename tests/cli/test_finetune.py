@@ -17,9 +17,9 @@ from rich.console import Console
 from kvjax.cli.base import UI
 from kvjax.cli.finetune import bar
 from kvjax.cli.main import main
-from kvjax.train import processes
-from kvjax.train.done import Progress
 from kvjax.train.recipe import Stage, as_tree
+from kvjax.train.run import processes
+from kvjax.train.run.progress import Progress
 from tests.train.tiny_run import recipe
 
 ALONE = {

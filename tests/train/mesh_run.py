@@ -8,7 +8,7 @@ and `heard.json`: what was replied through the cache, the partitions that its op
 the bytes of the frozen weights, and of all live arrays of their shapes.
 A model in DIRECTORY/start is where training starts from, instead of fresh weights.
 `DEVICES` in the environment is how many devices a process has; with the variables of
-`kvjax.train.processes` it is one of several.
+`kvjax.train.run.processes` it is one of several.
 """
 
 import collections
@@ -144,11 +144,11 @@ def listening() -> Iterator[dict[str, list[Any]]]:
     import jax
 
     from kvjax.pallas_kernels import dispatch
-    from kvjax.train import run
     from kvjax.train.held_out import cached
+    from kvjax.train.run import runner
 
     heard: dict[str, list[Any]] = {"replies": [], "partitions": [], "frozen": []}
-    reply, count, train = cached.cached_replies, dispatch.partitions, run.train
+    reply, count, train = cached.cached_replies, dispatch.partitions, runner.train
 
     def trained(weights: Any, *args: Any, **kwargs: Any) -> Any:
         gc.collect()
@@ -168,7 +168,7 @@ def listening() -> Iterator[dict[str, list[Any]]]:
 
     with (
         mock.patch.object(cached, "cached_replies", replied),
-        mock.patch.object(run, "train", trained),
+        mock.patch.object(runner, "train", trained),
     ):
         yield heard
 
@@ -176,8 +176,8 @@ def listening() -> Iterator[dict[str, list[Any]]]:
 if __name__ == "__main__":
     import jax
 
-    from kvjax.train.processes import VARIABLES, join
     from kvjax.train.run import run
+    from kvjax.train.run.processes import VARIABLES, join
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))

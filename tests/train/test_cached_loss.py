@@ -11,7 +11,6 @@ from flax import nnx
 import kvjax
 from kvjax.compress.config import Compression
 from kvjax.models import Decoder, inference
-from kvjax.train.checkpoints import Checkpoints
 from kvjax.train.data import Mixture
 from kvjax.train.data.batch import pack
 from kvjax.train.data.rows import Row
@@ -30,6 +29,7 @@ from kvjax.train.recipe import (
     load_config,
 )
 from kvjax.train.run import run
+from kvjax.train.run.checkpoints import Checkpoints
 from tests.train.datasets_samples import (
     chat_words,
     merging_tokenizer,

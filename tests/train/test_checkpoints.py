@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.train.checkpoints import Checkpoints, restore
-from kvjax.train.loop import TrainState, init_state
-from kvjax.train.optimizer import make_optimizer
 from kvjax.train.recipe import KeepConfig, OptimizerConfig
-from kvjax.train.stored import named, not_finite, steps_in
+from kvjax.train.run.checkpoints import Checkpoints, restore
+from kvjax.train.run.optimizer import make_optimizer
+from kvjax.train.run.step import TrainState, init_state
+from kvjax.train.run.stored import named, not_finite, steps_in
 
 
 def damaging(test: Callable) -> Callable:

@@ -9,7 +9,7 @@ from kvjax.attention import causal_attention
 from kvjax.models import Decoder
 from kvjax.train.objectives.losses import answer_mean, next_token, said
 from kvjax.train.objectives.passes import pass_over
-from kvjax.train.params import params_of, with_params
+from kvjax.train.run.params import params_of, with_params
 from tests.train.small import SHAPE, a_batch, model_of
 
 

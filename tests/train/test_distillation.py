@@ -29,7 +29,8 @@ from kvjax.train.recipe import (
     ObjectiveConfig,
     OptimizerConfig,
 )
-from kvjax.train.run import run, weights_of
+from kvjax.train.run import run
+from kvjax.train.run.model import weights_of
 from tests.train.small import SHAPE, a_batch, model_of, predictions, recipe
 
 KNORM = kvjax.compression("knorm", **{"evict.budget.keep": 0.4})

@@ -11,14 +11,9 @@ import yaml
 from kvjax.cli.main import main
 from kvjax.models.bundled import bundled_models, shape_of, shapes
 from kvjax.pallas_kernels.targets import TARGETS
-from kvjax.train import dry_run as dry
-from kvjax.train.abstract import abstract_batch, abstract_state, hardest
 from kvjax.train.data import Mixture
 from kvjax.train.data.sampling import Sampler
-from kvjax.train.flops import matmul_flops
-from kvjax.train.mesh import make_mesh
 from kvjax.train.objectives.objective import make_objective
-from kvjax.train.optimizer import make_optimizer
 from kvjax.train.recipe import (
     LoRAConfig,
     MeshConfig,
@@ -26,8 +21,13 @@ from kvjax.train.recipe import (
     as_tree,
     load_config,
 )
-from kvjax.train.run import weights_of
-from kvjax.train.step import init_state, make_step
+from kvjax.train.run import dry_run as dry
+from kvjax.train.run.abstract import abstract_batch, abstract_state, hardest
+from kvjax.train.run.flops import matmul_flops
+from kvjax.train.run.mesh import make_mesh
+from kvjax.train.run.model import weights_of
+from kvjax.train.run.optimizer import make_optimizer
+from kvjax.train.run.step import init_state, make_step
 from kvjax.types import nbytes
 from tests.train.mesh_run import spread_recipe
 

@@ -18,8 +18,6 @@ from kvjax.models.gates import with_gates
 from kvjax.models.io import load, save
 from kvjax.train.objectives.duo import GatedDecoder, exported, mixed
 from kvjax.train.objectives.objective import make_objective
-from kvjax.train.optimizer import make_optimizer
-from kvjax.train.params import params_of, with_params
 from kvjax.train.recipe import (
     CachedConfig,
     Choice,
@@ -28,6 +26,8 @@ from kvjax.train.recipe import (
     OptimizerConfig,
 )
 from kvjax.train.run import run
+from kvjax.train.run.optimizer import make_optimizer
+from kvjax.train.run.params import params_of, with_params
 from tests import reference
 from tests.compress.samples import draw, layer_spec
 from tests.train.small import SHAPE, STAGES, a_batch, model_of, recipe

@@ -12,8 +12,6 @@ import yaml
 from kvjax.cli.main import main
 from kvjax.interrupt import DEFAULTS
 from kvjax.train.data import Mixture
-from kvjax.train.done import Progress
-from kvjax.train.loop import train
 from kvjax.train.recipe import (
     KeepConfig,
     OptimizerConfig,
@@ -21,8 +19,11 @@ from kvjax.train.recipe import (
     TrainConfig,
     load_config,
 )
-from kvjax.train.run import run, weights_of
-from kvjax.train.stored import steps_in
+from kvjax.train.run import run
+from kvjax.train.run.loop import train
+from kvjax.train.run.model import weights_of
+from kvjax.train.run.progress import Progress
+from kvjax.train.run.stored import steps_in
 from tests.train.test_checkpoints import cut, damaging, largest
 from tests.train.tiny_run import recipe
 from tests.train.whole_run import copied, goes_on
@@ -119,7 +120,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole, tmp_path, number, si
 
 
 def test_ctrl_c_on_the_command_line(whole, tmp_path, monkeypatch, capsys, signals):
-    from kvjax.train import loop
+    from kvjax.train.run import loop
 
     part = copied(whole, tmp_path, last=4)
     plain = loop.Sampler.at

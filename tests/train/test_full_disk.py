@@ -11,9 +11,9 @@ import pytest
 
 from kvjax.cli.main import main
 from kvjax.models.io import load
-from kvjax.train.done import Progress
 from kvjax.train.run import run
-from kvjax.train.stored import steps_in
+from kvjax.train.run.progress import Progress
+from kvjax.train.run.stored import steps_in
 from tests.train.test_checkpoints import damaging
 from tests.train.tiny_run import recipe
 from tests.train.whole_run import copied, goes_on

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from kvjax.train.run import run
-from kvjax.train.stored import steps_in
+from kvjax.train.run.stored import steps_in
 from tests.train.tiny_run import RECIPES
 from tests.train.whole_run import goes_on
 

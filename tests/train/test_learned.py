@@ -21,7 +21,6 @@ from kvjax.prefills import Delayed
 from kvjax.train.objectives.dms import relaxed, shortfall
 from kvjax.train.objectives.objective import make_objective
 from kvjax.train.objectives.surrogate import oracle
-from kvjax.train.params import params_of
 from kvjax.train.recipe import (
     DMSConfig,
     ObjectiveConfig,
@@ -30,6 +29,7 @@ from kvjax.train.recipe import (
     load_config,
 )
 from kvjax.train.run import run
+from kvjax.train.run.params import params_of
 from tests.train.small import SHAPE, STAGES, a_batch, model_of, predictions, recipe
 
 

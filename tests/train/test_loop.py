@@ -15,10 +15,7 @@ from kvjax.rope import Rope
 from kvjax.train.data import Mixture
 from kvjax.train.data.sampling import Sampler
 from kvjax.train.data.tokenizer import encode
-from kvjax.train.loop import Weights, init_state, make_step
 from kvjax.train.objectives.objective import make_objective
-from kvjax.train.optimizer import make_optimizer, schedule
-from kvjax.train.params import params_of
 from kvjax.train.recipe import (
     DataConfig,
     OptimizerConfig,
@@ -28,6 +25,9 @@ from kvjax.train.recipe import (
     bundled_recipes,
     load_config,
 )
+from kvjax.train.run.optimizer import make_optimizer, schedule
+from kvjax.train.run.params import params_of
+from kvjax.train.run.step import Weights, init_state, make_step
 from kvjax.types import LayerInputs
 from tests.train.small import predictions
 

@@ -17,10 +17,11 @@ import kvjax
 from kvjax.models.io import save
 from kvjax.train.data import Mixture
 from kvjax.train.data.share import WHOLE, Share
-from kvjax.train.mesh import check_mesh
-from kvjax.train.params import leaves_of
 from kvjax.train.recipe import CachedConfig, KeepConfig, MeshConfig, Source, Stage
-from kvjax.train.run import initial, run
+from kvjax.train.run import run
+from kvjax.train.run.mesh import check_mesh
+from kvjax.train.run.model import initial
+from kvjax.train.run.params import leaves_of
 from tests.train.mesh_run import LEARNED, mesh_of, spread_recipe
 from tests.train.tiny_run import losses
 from tests.tree import ROOT

@@ -16,7 +16,6 @@ from kvjax.models.projection import with_projection
 from kvjax.train.data import Mixture
 from kvjax.train.data.sampling import Sampler
 from kvjax.train.objectives.objective import make_objective
-from kvjax.train.params import params_of
 from kvjax.train.recipe import (
     CachedConfig,
     Choice,
@@ -24,7 +23,9 @@ from kvjax.train.recipe import (
     OptimizerConfig,
     SamplingConfig,
 )
-from kvjax.train.run import run, weights_of
+from kvjax.train.run import run
+from kvjax.train.run.model import weights_of
+from kvjax.train.run.params import params_of
 from tests.train.small import DATA, STAGES, a_batch, model_of, recipe
 
 BASES = [f"layers.attention.{side}_basis" for side in ("key", "value")]

@@ -5,12 +5,12 @@ import yaml
 
 import kvjax
 from kvjax.config import decode
-from kvjax.train.abstract import hardest
 from kvjax.train.data.sampling import Sampler
-from kvjax.train.dry_run import dry_run
 from kvjax.train.held_out.cached import FULL, CachedEvaluation
 from kvjax.train.recipe import CachedConfig, Choice, SamplingConfig, load_config
 from kvjax.train.run import run
+from kvjax.train.run.abstract import hardest
+from kvjax.train.run.dry_run import dry_run
 from tests.train import tiny_run
 from tests.train.small import SHAPE, recipe
 

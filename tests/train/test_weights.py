@@ -12,13 +12,14 @@ import kvjax
 from kvjax.models.config import Evictor
 from kvjax.models.io import load
 from kvjax.train.data import Mixture
-from kvjax.train.loop import init_state, make_step
-from kvjax.train.lora import merged, with_lora
 from kvjax.train.objectives.objective import make_objective
-from kvjax.train.optimizer import make_optimizer
-from kvjax.train.params import leaves_of, params_of
 from kvjax.train.recipe import DMSConfig, LoRAConfig, ObjectiveConfig, OptimizerConfig
-from kvjax.train.run import run, weights_of
+from kvjax.train.run import run
+from kvjax.train.run.lora import merged, with_lora
+from kvjax.train.run.model import weights_of
+from kvjax.train.run.optimizer import make_optimizer
+from kvjax.train.run.params import leaves_of, params_of
+from kvjax.train.run.step import init_state, make_step
 from tests.train.small import (
     DATA,
     SHAPE,

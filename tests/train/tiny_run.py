@@ -133,8 +133,8 @@ def break_at(fault: str) -> None:
 if __name__ == "__main__":
     import jax
 
-    from kvjax.train.done import Progress
     from kvjax.train.run import run
+    from kvjax.train.run.progress import Progress
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     where, fault = pathlib.Path(sys.argv[1]), sys.argv[2]

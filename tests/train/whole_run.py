@@ -6,10 +6,10 @@ import shutil
 import jax
 import numpy as np
 
-from kvjax.train.loop import TrainState
 from kvjax.train.recipe import TrainConfig
 from kvjax.train.run import run
-from kvjax.train.stored import steps_in
+from kvjax.train.run.step import TrainState
+from kvjax.train.run.stored import steps_in
 from tests.train.tiny_run import losses, recipe
 
 Whole = tuple[TrainState, pathlib.Path]

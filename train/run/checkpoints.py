@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
-from kvjax.train import processes
 from kvjax.train.recipe import KeepConfig
 from kvjax.train.recipe.output import HIGHER
-from kvjax.train.stored import (
+from kvjax.train.run import processes
+from kvjax.train.run.stored import (
     DIGESTS,
     STEP,
     cause,

@@ -13,12 +13,12 @@ from kvjax.models.bundled import shape_of
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.train.data.batch import Batch
-from kvjax.train.mesh import everywhere, shardings
 from kvjax.train.objectives.passes import ROWS
-from kvjax.train.params import Params
 from kvjax.train.recipe import TrainConfig
-from kvjax.train.run import check_widths, weights_of
-from kvjax.train.step import TrainState, Weights, init_state
+from kvjax.train.run.mesh import everywhere, shardings
+from kvjax.train.run.model import check_widths, weights_of
+from kvjax.train.run.params import Params
+from kvjax.train.run.step import TrainState, Weights, init_state
 
 
 def abstract_shape(config: TrainConfig) -> DecoderConfig:

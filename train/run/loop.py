@@ -12,25 +12,21 @@ import optax
 from kvjax.compress.config import Compression
 from kvjax.interrupt import DEFAULTS, noted_interrupt
 from kvjax.models.decoder import Decoder
-from kvjax.train import processes
-from kvjax.train.checkpoints import Checkpoints, restore
 from kvjax.train.data.batch import Batch
 from kvjax.train.data.sampling import Sampler
 from kvjax.train.data.share import WHOLE
-from kvjax.train.done import Done, Progress, diverged
 from kvjax.train.held_out.cached_loss import mean_loss
-from kvjax.train.logs import Log, opened
-from kvjax.train.mesh import share_of, spread
 from kvjax.train.objectives.objective import make_objective
-from kvjax.train.optimizer import make_optimizer
-from kvjax.train.params import Params
 from kvjax.train.recipe import TrainConfig
-from kvjax.train.step import TrainState as TrainState
-from kvjax.train.step import Weights as Weights
-from kvjax.train.step import init_state as init_state
-from kvjax.train.step import make_eval
-from kvjax.train.step import make_step as make_step
-from kvjax.train.stored import not_finite, path_of
+from kvjax.train.run import processes
+from kvjax.train.run.checkpoints import Checkpoints, restore
+from kvjax.train.run.logs import Log, opened
+from kvjax.train.run.mesh import share_of, spread
+from kvjax.train.run.optimizer import make_optimizer
+from kvjax.train.run.params import Params
+from kvjax.train.run.progress import Done, Progress, diverged
+from kvjax.train.run.step import TrainState, Weights, init_state, make_eval, make_step
+from kvjax.train.run.stored import not_finite, path_of
 
 # A step donates its state: interrupted in the middle, there is none to save.
 STOPPING = "stopping at the end of this step; once more to lose it"

@@ -9,10 +9,10 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from kvjax.train import processes
-from kvjax.train.directory import replace_text
 from kvjax.train.recipe import LogConfig, TrainConfig
-from kvjax.train.stored import unwritten, writing
+from kvjax.train.run import processes
+from kvjax.train.run.directory import replace_text
+from kvjax.train.run.stored import unwritten, writing
 
 GROUPS = ("held_out", "cached")
 """Events of a name of their own; all others are of a training step."""

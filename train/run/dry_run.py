@@ -2,7 +2,8 @@
 
 The real compiler runs and nothing is executed. What it wants in its environment has to
 be set before JAX is imported, and its wheels should not be where JAX is used otherwise:
-so it runs in a process of its own, `python -m kvjax.train.dry_run`, fed by `dry_run`.
+so it runs in a process of its own, `python -m kvjax.train.run.dry_run`, which
+`dry_run` feeds.
 """
 
 import dataclasses
@@ -24,19 +25,19 @@ from kvjax.config import decode
 from kvjax.pallas_kernels.compile import versions
 from kvjax.pallas_kernels.measured import one_line
 from kvjax.pallas_kernels.targets import TARGETS, Target
-from kvjax.train.abstract import (
+from kvjax.train.data.sampling import Sample, Sampler, check_choices
+from kvjax.train.objectives.objective import make_objective
+from kvjax.train.recipe import TrainConfig, as_tree
+from kvjax.train.run.abstract import (
     abstract_batch,
     abstract_shape,
     abstract_state,
     hardest,
 )
-from kvjax.train.data.sampling import Sample, Sampler, check_choices
-from kvjax.train.flops import matmul_flops
-from kvjax.train.mesh import check_mesh, make_mesh
-from kvjax.train.objectives.objective import make_objective
-from kvjax.train.optimizer import make_optimizer
-from kvjax.train.recipe import TrainConfig, as_tree
-from kvjax.train.step import make_step
+from kvjax.train.run.flops import matmul_flops
+from kvjax.train.run.mesh import check_mesh, make_mesh
+from kvjax.train.run.optimizer import make_optimizer
+from kvjax.train.run.step import make_step
 from kvjax.types import nearest
 
 COMPILERS = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_cuda13_plugin", "cuda13")}
@@ -57,7 +58,7 @@ class Row:
             memory (the donated state) do not count again in `total`.
         total: bytes that the step needs at once.
         hbm: bytes that there are.
-        matmul_flops: of all devices, see `kvjax.train.flops`.
+        matmul_flops: of all devices, see `kvjax.train.run.flops`.
         counted_flops: of one device, by XLA, which counts the body of a loop once;
             None where it does not say.
     """
@@ -158,7 +159,7 @@ def _run(
     heard: Callable[[dict[str, Any]], None],
 ) -> tuple[int, str]:
     """Exit code of the process that compiles, and what it said beside its records."""
-    command = [python, "-m", "kvjax.train.dry_run"]
+    command = [python, "-m", "kvjax.train.run.dry_run"]
     environment = {**os.environ, **target.environment, "PYTHONPATH": _path()}
     with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as said:
         json.dump(request, asked)

@@ -12,9 +12,9 @@ import filelock
 import yaml
 
 from kvjax.config import decode
-from kvjax.train import processes
 from kvjax.train.recipe import TrainConfig, as_tree
-from kvjax.train.stored import steps_in, writing
+from kvjax.train.run import processes
+from kvjax.train.run.stored import steps_in, writing
 
 FREE = (
     "resume",

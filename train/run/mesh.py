@@ -14,10 +14,10 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.sharding import TRAINING, parameter_axes, spec
 from kvjax.train.data.share import WHOLE, Share
 from kvjax.train.objectives.passes import ROWS
-from kvjax.train.params import Params
 from kvjax.train.recipe import MeshConfig, TrainConfig
 from kvjax.train.recipe.output import CACHED_LOSS
-from kvjax.train.stored import named
+from kvjax.train.run.params import Params
+from kvjax.train.run.stored import named
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from kvjax.models.decoder import Decoder
 from kvjax.train.data.batch import Batch
-from kvjax.train.mesh import everywhere, gathered, shardings
 from kvjax.train.objectives.losses import next_token, said
 from kvjax.train.objectives.objective import Objective
 from kvjax.train.objectives.passes import plain_states
-from kvjax.train.params import Params, leaves_of, with_params
+from kvjax.train.run.mesh import everywhere, gathered, shardings
+from kvjax.train.run.params import Params, leaves_of, with_params
 from kvjax.types import pytree
 
 

@@ -1,0 +1,103 @@
+"""A run as a recipe says it: model, data, compressions, optimizer, loop."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+
+import jax
+from jax.experimental import multihost_utils
+
+from kvjax.models.io import save
+from kvjax.train.data import Mixture
+from kvjax.train.data.sampling import check_choices
+from kvjax.train.data.share import WHOLE
+from kvjax.train.data.words import Words, words_of
+from kvjax.train.held_out.batches import held_out_batches
+from kvjax.train.held_out.cached import CachedEvaluation
+from kvjax.train.objectives.duo import exported
+from kvjax.train.recipe import TrainConfig
+from kvjax.train.run import processes
+from kvjax.train.run.directory import claimed
+from kvjax.train.run.logs import check_writers
+from kvjax.train.run.loop import train
+from kvjax.train.run.lora import merged
+from kvjax.train.run.mesh import check_mesh, make_mesh, share_of
+from kvjax.train.run.model import check_widths, model_shape, weights_of
+from kvjax.train.run.params import leaves_of, params_of, with_params
+from kvjax.train.run.progress import Progress
+from kvjax.train.run.step import TrainState, Weights
+from kvjax.train.run.stored import writing
+
+
+def run(
+    config: TrainConfig,
+    directory: pathlib.Path,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+) -> TrainState:
+    """Train what `config` says, or go on where `directory` stands.
+
+    The finished model is saved in `directory / "model"`, in bfloat16, with the
+    tokenizer of the model that training started from; the recipe in `recipe.yaml`.
+
+    Args:
+        config: the recipe.
+        directory: of the run.
+        progress: told of each step.
+
+    Raises:
+        ValueError: a directory of another recipe or of another run that still goes
+            on; see `kvjax.train.run.loop.train`.
+        OSError: a checkpoint, a line of the log or the model cannot be written; the
+            checkpoints that are complete are named.
+    """
+    check_writers(config.log)
+    check_choices(config)
+    shape = model_shape(config)
+    check_mesh(config, shape, jax.device_count())
+    check_widths(config, shape.max_positions)
+    alone = config.mesh.devices == jax.process_count() == 1
+    mesh = None if alone else make_mesh(config.mesh)
+    words = words_of(config)
+    mixture = Mixture(
+        config.data,
+        config.stages,
+        config.seed,
+        config.sampling.visible,
+        words,
+        WHOLE if mesh is None else share_of(mesh),
+    )
+    # All rows of it: every process has to start from the same weights.
+    sample = None if config.projection is None else mixture.batch(0, WHOLE)
+    weights, params = weights_of(config, sample, mesh=mesh)
+    cached = CachedEvaluation(config, weights.model.config, words, mixture.held_out)
+    with claimed(directory, config):
+        state = train(
+            weights,
+            params,
+            config,
+            mixture.batches,
+            directory=directory,
+            held_out=functools.partial(held_out_batches, config, mixture),
+            cached=cached,
+            progress=progress,
+        )
+        target = directory / "model"
+        with writing("the model", target, directory / "checkpoints"):
+            _export(weights, state, words, target)
+    return state
+
+
+def _export(
+    weights: Weights, state: TrainState, words: Words, directory: pathlib.Path
+) -> None:
+    stored = {**weights.fixed, **state.params}
+    model = exported(with_params(weights.model, stored))
+    model = merged(with_params(model, params_of(model, "bfloat16")))
+    if jax.process_count() > 1:
+        whole = functools.partial(multihost_utils.process_allgather, tiled=True)
+        model = with_params(model, jax.tree.map(whole, leaves_of(model)))
+    if processes.first():
+        save(model, directory)
+        words.save(directory, model.config.max_positions)
+    processes.barrier("exported")
