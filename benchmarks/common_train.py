@@ -10,7 +10,7 @@ import numpy as np
 from kvjax.compress.config import Compression
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.bundled import model_directory
-from kvjax.train.data.batch import Batch
+from kvjax.train.data.batch import TokenBatch
 from kvjax.train.objectives.objective import make_objective
 from kvjax.train.recipe import (
     DataConfig,
@@ -51,11 +51,11 @@ def recipe(
     )
 
 
-def a_batch(model: Decoder, rows: int, width: int, later: int) -> Batch:
+def a_batch(model: Decoder, rows: int, width: int, later: int) -> TokenBatch:
     """Random tokens; the last `later` of a row lie behind its compression point."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(3, model.config.vocab_size, (rows, width), dtype=np.int32)
-    return Batch(
+    return TokenBatch(
         tokens=jnp.asarray(tokens),
         weights=jnp.ones((rows, width)),
         answers=jnp.zeros((rows, width), bool),

@@ -39,7 +39,7 @@ from kvjax.eval.config import EvalConfig, TaskEntry
 from kvjax.eval.harness import run as evaluate
 from kvjax.eval.report.curves import score_figure
 from kvjax.eval.results import load_rows
-from kvjax.train.recipe import CachedConfig, Choice, Stage, load_config
+from kvjax.train.recipe import CachedConfig, CompressionChoice, Stage, load_config
 from kvjax.train.run import run as train
 
 SMOKE = bool(os.environ.get("SMOKE"))  # set by the tests: less of everything
@@ -99,8 +99,8 @@ recipe = dataclasses.replace(
         recipe.sampling,
         ramp=40,
         choices=(
-            Choice(compression="none"),
-            Choice(compression="tova", keeps=(0.5, 0.25, 0.125), weight=4.0),
+            CompressionChoice(compression="none"),
+            CompressionChoice(compression="tova", keeps=(0.5, 0.25, 0.125), weight=4.0),
         ),
     ),
     optimizer=dataclasses.replace(recipe.optimizer, warmup=10, decay=110),

@@ -19,7 +19,7 @@ from kvjax.cli.finetune import bar
 from kvjax.cli.main import main
 from kvjax.train.recipe import Stage, as_tree
 from kvjax.train.run import processes
-from kvjax.train.run.progress import Progress
+from kvjax.train.run.progress import StepProgress
 from tests.train.tiny_run import recipe
 
 ALONE = {
@@ -34,9 +34,9 @@ def shown(terminal: bool, bars: bool) -> str:
     file = io.StringIO()
     err = Console(file=file, force_terminal=terminal, width=100)
     with bar(UI(err=err, json=False, bars=bars), 6) as tell:
-        tell(Progress(step=1, steps=6, loss=None))
+        tell(StepProgress(step=1, steps=6, loss=None))
         err.print("a line of the log")
-        tell(Progress(step=6, steps=6, loss=1.23456))
+        tell(StepProgress(step=6, steps=6, loss=1.23456))
     return file.getvalue()
 
 
@@ -61,7 +61,7 @@ def calls(monkeypatch) -> list:
 
     def run(config, directory, *, progress):
         made.append(("ran", config.steps))
-        progress(Progress(step=config.steps, steps=config.steps, loss=0.5))
+        progress(StepProgress(step=config.steps, steps=config.steps, loss=0.5))
         return types.SimpleNamespace(step=config.steps)
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)

@@ -26,7 +26,7 @@ from unittest import mock
 from kvjax.models.config import Evictor, Projection
 from kvjax.train.recipe import (
     CachedConfig,
-    Choice,
+    CompressionChoice,
     DMSConfig,
     DuoConfig,
     LoRAConfig,
@@ -41,7 +41,7 @@ from kvjax.train.recipe import (
 from kvjax.types import nbytes
 from tests.train.tiny_run import recipe
 
-HALF = Choice(
+HALF = CompressionChoice(
     compression="snapkv_kivi",
     keeps=(0.5,),
     fields={"evict.score.window": 4, "store.residual": 0},
@@ -52,7 +52,7 @@ SAMPLED: dict[str, Any] = {
     "sampling": SamplingConfig(
         visible=0.5,
         choice_gradient=0.5,
-        choices=(HALF, Choice(compression="none")),
+        choices=(HALF, CompressionChoice(compression="none")),
     ),
     "objective": ObjectiveConfig(distill=0.5),
     "loop_layers": True,
@@ -84,7 +84,7 @@ SURROGATE: dict[str, Any] = {
 PROJECTION: dict[str, Any] = {
     "projection": Projection(),
     "sampling": SamplingConfig(
-        choices=(Choice(compression="matryoshka", keeps=(0.5, 0.25)),)
+        choices=(CompressionChoice(compression="matryoshka", keeps=(0.5, 0.25)),)
     ),
     "objective": ObjectiveConfig(next_token=0.0, distill=1.0),
     "optimizer": FAST,

@@ -8,7 +8,7 @@ from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.decoder import Attending, Attention
 from kvjax.rope import Rope
 from kvjax.train.data import Mixture
-from kvjax.train.data.batch import Batch
+from kvjax.train.data.batch import TokenBatch
 from kvjax.train.objectives.passes import pass_over
 from kvjax.train.recipe import DataConfig, Source, Stage, TrainConfig
 
@@ -37,12 +37,14 @@ def recipe(**fields) -> TrainConfig:
 
 
 def predictions(
-    model: Decoder, batch: Batch, attention: Attention | Attending = causal_attention
+    model: Decoder,
+    batch: TokenBatch,
+    attention: Attention | Attending = causal_attention,
 ) -> Array:
     """Logits of every token but the first."""
     hidden = pass_over(model, batch.tokens, attention).hidden
     return model.logits(hidden)[:, :-1]
 
 
-def a_batch(visible: float = 0.5) -> Batch:
+def a_batch(visible: float = 0.5) -> TokenBatch:
     return Mixture(DATA, STAGES, 0, visible).batch(0)

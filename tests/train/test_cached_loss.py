@@ -13,14 +13,14 @@ from kvjax.compress.config import Compression
 from kvjax.models import Decoder, inference
 from kvjax.train.data import Mixture
 from kvjax.train.data.batch import pack
-from kvjax.train.data.rows import Row
+from kvjax.train.data.rows import TokenRow
 from kvjax.train.data.words import Words
 from kvjax.train.held_out import cached_loss
 from kvjax.train.held_out.cached import FULL, CachedEvaluation
 from kvjax.train.held_out.cached_loss import cut, held_out_rows, loss
 from kvjax.train.recipe import (
     CachedConfig,
-    Choice,
+    CompressionChoice,
     DataConfig,
     KeepConfig,
     SamplingConfig,
@@ -43,13 +43,16 @@ from tests.train.tiny_run import recipe
 SNAPKV = {"evict.score.window": 4, "evict.budget.keep": 0.4}
 CODES = {"store.residual": 0, "store.keys.group": 8, "store.values.group": 8}
 SAMPLING = SamplingConfig(
-    choices=(Choice(compression="none"), Choice(compression="knorm", keeps=(0.25,)))
+    choices=(
+        CompressionChoice(compression="none"),
+        CompressionChoice(compression="knorm", keeps=(0.25,)),
+    )
 )
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
-def ragged() -> tuple[list[Row], list[int]]:
+def ragged() -> tuple[list[TokenRow], list[int]]:
     """Rows of several lengths, weights between 0 and 2, points anywhere.
 
     No token comes twice in a row: keys of equal norm would leave `knorm` to rounding.
@@ -59,7 +62,7 @@ def ragged() -> tuple[list[Row], list[int]]:
     for n, point in ((96, 30), (61, 60), (70, 12), (80, 47), (96, 71), (33, 31)):
         weights = rng.uniform(0, 2, n) * (rng.uniform(size=n) < 0.7)
         rows.append(
-            Row(
+            TokenRow(
                 tokens=rng.permutation(np.arange(4, 100, dtype=np.int32))[:n],
                 weights=weights.astype(np.float32),
                 answers=weights > 0,
@@ -122,7 +125,7 @@ def test_rows_and_evaluations_share_their_programs(monkeypatch):
 
 
 def test_the_first_token_behind_the_point_does_not_count():
-    row = Row(
+    row = TokenRow(
         tokens=np.arange(4, 12, dtype=np.int32),
         weights=np.ones(8, np.float32),
         answers=np.ones(8, bool),
@@ -201,7 +204,7 @@ def test_a_metric_that_nothing_measures_is_refused(texts):
 
 def test_a_compression_that_does_not_fit_the_rows_is_named(texts):
     source = Source(dataset=texts, text="text", held_out="train[6:]")
-    wide = (Choice(compression="snapkv", keeps=(0.1,)),)
+    wide = (CompressionChoice(compression="snapkv", keeps=(0.1,)),)
     data = DataConfig(sources=(source,))
     config = recipe(data=data, cached=CachedConfig(items=2, choices=wide))
     held = Mixture(data, config.stages, 0).held_out

@@ -7,7 +7,7 @@ from flax import nnx
 
 from kvjax.attention import causal_attention
 from kvjax.models import Decoder
-from kvjax.train.objectives.losses import answer_mean, next_token, said
+from kvjax.train.objectives.losses import answer_mean, next_token, token_scores
 from kvjax.train.objectives.passes import pass_over
 from kvjax.train.run.params import params_of, with_params
 from tests.train.small import SHAPE, a_batch, model_of
@@ -23,7 +23,7 @@ def scored(params, teacher: Decoder, most: int, attention=causal_attention):
     hidden, wanted = (
         pass_over(one, batch.tokens, attention).hidden for one in (model, teacher)
     )
-    tokens = said(model, hidden, batch, teacher, wanted, most=most)
+    tokens = token_scores(model, hidden, batch, teacher, wanted, most=most)
     loss, metrics = next_token(tokens, batch)
     assert tokens.apart is not None
     return loss + answer_mean(tokens.apart, batch), metrics

@@ -17,7 +17,7 @@ from kvjax.train.data.sampling import Sampler
 from kvjax.train.objectives.losses import divergence
 from kvjax.train.objectives.objective import make_objective
 from kvjax.train.recipe import (
-    Choice,
+    CompressionChoice,
     DMSConfig,
     ObjectiveConfig,
     SamplingConfig,
@@ -89,8 +89,8 @@ def test_distillation_is_zero_from_oneself():
 
 def test_sampler_goes_from_mild_to_hard():
     choices = (
-        Choice(compression="none"),
-        Choice(compression="knorm", keeps=(0.5, 0.25, 0.125), weight=3.0),
+        CompressionChoice(compression="none"),
+        CompressionChoice(compression="knorm", keeps=(0.5, 0.25, 0.125), weight=3.0),
     )
     sampler = Sampler(SamplingConfig(choices=choices, ramp=300), seed=0)
     again = Sampler(SamplingConfig(choices=choices, ramp=300), seed=0)
@@ -105,9 +105,15 @@ def test_sampler_goes_from_mild_to_hard():
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        (Choice(compression="snapvk"), r"choices\[0\].*Did you mean 'snapkv'"),
-        (Choice(compression="kivi_2bit", keeps=(0.5,)), r"choices\[0\].*"),
-        (Choice(compression="knorm", fields={"evict.socre": 1}), "evict|socre"),
+        (
+            CompressionChoice(compression="snapvk"),
+            r"choices\[0\].*Did you mean 'snapkv'",
+        ),
+        (CompressionChoice(compression="kivi_2bit", keeps=(0.5,)), r"choices\[0\].*"),
+        (
+            CompressionChoice(compression="knorm", fields={"evict.socre": 1}),
+            "evict|socre",
+        ),
     ],
 )
 def test_a_wrong_choice_is_named(choice, message):
@@ -121,7 +127,7 @@ def test_recipes_that_contradict_themselves():
         TrainConfig(**given)
     with pytest.raises(ValueError, match="needs an `evictor`"):
         TrainConfig(**given, model=SHAPE, dms=DMSConfig())
-    sampling = SamplingConfig(choices=(Choice(compression="none"),))
+    sampling = SamplingConfig(choices=(CompressionChoice(compression="none"),))
     with pytest.raises(ValueError, match="exclude each other"):
         TrainConfig(
             **given,
@@ -137,7 +143,10 @@ def test_recipes_that_contradict_themselves():
 @pytest.mark.slow
 def test_a_run_from_a_checkpoint_under_compression(tmp_path):
     save(model_of(), tmp_path / "base")
-    choices = (Choice(compression="none"), Choice(compression="knorm", keeps=(0.5,)))
+    choices = (
+        CompressionChoice(compression="none"),
+        CompressionChoice(compression="knorm", keeps=(0.5,)),
+    )
     config = TrainConfig(
         init=str(tmp_path / "base"),
         data=DATA,

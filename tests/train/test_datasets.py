@@ -16,7 +16,7 @@ from kvjax.train.data import Mixture, task_dataset
 from kvjax.train.data.tokenizer import BOS, EOS, decode
 from kvjax.train.data.words import Words
 from kvjax.train.recipe import (
-    Choice,
+    CompressionChoice,
     DataConfig,
     SamplingConfig,
     Source,
@@ -214,7 +214,7 @@ def test_a_run_on_text_with_the_model_of_another_tokenizer(tmp_path, texts):
         init=str(tmp_path / "base"),
         data=DataConfig(sources=(source, Source(task="fact"))),
         stages=(Stage(steps=4, lengths={64: 1.0}, tokens_per_step=192),),
-        sampling=SamplingConfig(choices=(Choice(compression="knorm"),)),
+        sampling=SamplingConfig(choices=(CompressionChoice(compression="knorm"),)),
         log_every=1,
         eval_every=4,
         save_every=2,

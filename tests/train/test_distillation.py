@@ -18,7 +18,7 @@ from kvjax.models.config import Evictor
 from kvjax.models.decoder import attending
 from kvjax.models.evictor import with_evictor
 from kvjax.models.simulate import simulated
-from kvjax.train.data.batch import Batch
+from kvjax.train.data.batch import TokenBatch
 from kvjax.train.objectives.distillation import behind
 from kvjax.train.objectives.objective import make_objective
 from kvjax.train.objectives.passes import watched
@@ -46,7 +46,7 @@ def another(seed: int = 1) -> Decoder:
     return Decoder(SHAPE, rngs=nnx.Rngs(seed))
 
 
-def walk(model: Decoder, batch: Batch, attention):
+def walk(model: Decoder, batch: TokenBatch, attention):
     """Residual streams, the last one normed, and attention outputs, layer by layer."""
     positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     x, streams, outputs = model.embed(batch.tokens), [], []
@@ -72,7 +72,7 @@ def error(ours, wanted, places: tuple[list[int], list[int]]):
     return jnp.mean((ours - wanted) ** 2) / jnp.mean(wanted**2)
 
 
-def counted(batch: Batch, tokens: str) -> tuple[list[int], list[int]]:
+def counted(batch: TokenBatch, tokens: str) -> tuple[list[int], list[int]]:
     """Rows and tokens whose next token is an answer, or lies behind the point."""
     flags, weights = np.asarray(batch.answers), np.asarray(batch.weights)
     rows, places = [], []

@@ -81,7 +81,7 @@ def test_shapes_are_those_of_a_run():
     batch = Mixture(SHAPED.data, SHAPED.stages, 0).batch(0)
     rows, width = batch.tokens.shape
     abstract = abstract_batch(rows, width, mesh)
-    row = dry.Row(compression="none", width=64, rows=4, hbm=1 << 30)
+    row = dry.CompiledStep(compression="none", width=64, rows=4, hbm=1 << 30)
     step = make_step(thought, make_objective(SHAPED), optimizer)
     dry.compiled(row, step, (imagined, abstract, thought.arrays))
     assert row.status == "ok", row.reason
@@ -94,7 +94,7 @@ def test_shapes_are_those_of_a_run():
 
 
 def test_a_failure_is_a_row():
-    row = dry.Row(compression="none", width=64, rows=4, hbm=1)
+    row = dry.CompiledStep(compression="none", width=64, rows=4, hbm=1)
     dry.compiled(row, jax.jit(lambda x: x.nothing), (jnp.ones(3),))
     assert row.status == "failed" and "nothing" in row.reason
     said = "RESOURCE_EXHAUSTED: Ran out of memory. Used 21.50G of 15.75G hbm. Exceeded"

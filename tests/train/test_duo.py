@@ -20,7 +20,7 @@ from kvjax.train.objectives.duo import GatedDecoder, exported, mixed
 from kvjax.train.objectives.objective import make_objective
 from kvjax.train.recipe import (
     CachedConfig,
-    Choice,
+    CompressionChoice,
     DuoConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -145,7 +145,7 @@ def test_gates_end_in_the_config_and_survive_a_file(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_trains_gates_and_nothing_else(tmp_path):
-    asked = Choice(compression="duo", fields={"evict.budget.others": 8})
+    asked = CompressionChoice(compression="duo", fields={"evict.budget.others": 8})
     config = recipe(
         duo=DuoConfig(sink=2, recent=5, weight=5.0),
         objective=ALONE,

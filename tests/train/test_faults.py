@@ -22,7 +22,7 @@ from kvjax.train.recipe import (
 from kvjax.train.run import run
 from kvjax.train.run.loop import train
 from kvjax.train.run.model import weights_of
-from kvjax.train.run.progress import Progress
+from kvjax.train.run.progress import StepProgress
 from kvjax.train.run.stored import steps_in
 from tests.train.test_checkpoints import cut, damaging, largest
 from tests.train.tiny_run import recipe
@@ -107,7 +107,7 @@ def signals() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", list(DEFAULTS), ids=lambda s: s.name)
 def test_a_signal_saves_and_the_same_command_goes_on(whole, tmp_path, number, signals):
-    def told(progress: Progress) -> None:
+    def told(progress: StepProgress) -> None:
         if progress.step == 3:
             os.kill(os.getpid(), number)
 
@@ -175,7 +175,7 @@ def test_a_directory_that_another_run_writes_to(whole, tmp_path):
     part = copied(whole, tmp_path, last=4)
     refused = []
 
-    def told(progress: Progress) -> None:
+    def told(progress: StepProgress) -> None:
         with pytest.raises(ValueError, match=r"another run.*--out") as said:
             run(recipe(), part)
         refused.append(str(said.value))

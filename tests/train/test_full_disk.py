@@ -12,7 +12,7 @@ import pytest
 from kvjax.cli.main import main
 from kvjax.models.io import load
 from kvjax.train.run import run
-from kvjax.train.run.progress import Progress
+from kvjax.train.run.progress import StepProgress
 from kvjax.train.run.stored import steps_in
 from tests.train.test_checkpoints import damaging
 from tests.train.tiny_run import recipe
@@ -76,7 +76,7 @@ def test_under_a_line_of_the_log(whole, tmp_path, monkeypatch):
     """What is being saved by then becomes complete, and is named."""
     part = copied(whole, tmp_path, last=4)
 
-    def told(progress: Progress) -> None:
+    def told(progress: StepProgress) -> None:
         if progress.step == 6:
             fill(monkeypatch, "log.jsonl")
 
@@ -145,7 +145,7 @@ def test_under_the_tokenizer(whole, tmp_path, monkeypatch):
 def test_a_file_that_may_grow_no_longer(whole, tmp_path):
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def told(progress: Progress) -> None:
+    def told(progress: StepProgress) -> None:
         if progress.step == 3:  # the kernel refuses longer files
             while not steps_in(tmp_path / "checkpoints"):
                 time.sleep(0.01)

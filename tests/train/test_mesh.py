@@ -16,7 +16,7 @@ import pytest
 import kvjax
 from kvjax.models.io import save
 from kvjax.train.data import Mixture
-from kvjax.train.data.share import WHOLE, Share
+from kvjax.train.data.share import WHOLE, RowShare
 from kvjax.train.recipe import CachedConfig, KeepConfig, MeshConfig, Source, Stage
 from kvjax.train.run import run
 from kvjax.train.run.mesh import check_mesh
@@ -254,7 +254,7 @@ def test_shares_are_the_rows_of_the_batch(kind, tmp_path):
     if kind == "text":
         sources = (Source(dataset=str(tmp_path / "notes.txt"), text="text"),)
     data = dataclasses.replace(config.data, sources=sources)
-    parts = [Share(first=0, last=1, ways=4), Share(first=1, last=4, ways=4)]
+    parts = [RowShare(first=0, last=1, ways=4), RowShare(first=1, last=4, ways=4)]
     whole, *shared = (
         Mixture(data, config.stages, 0, 0.5, share=share) for share in (WHOLE, *parts)
     )

@@ -18,7 +18,7 @@ from kvjax.train.data.sampling import Sampler
 from kvjax.train.objectives.objective import make_objective
 from kvjax.train.recipe import (
     CachedConfig,
-    Choice,
+    CompressionChoice,
     ObjectiveConfig,
     OptimizerConfig,
     SamplingConfig,
@@ -83,7 +83,7 @@ def test_a_projection_is_saved_with_the_model(sides, tmp_path):
 
 @pytest.mark.slow
 def test_projections_learn_and_the_rest_stays(tmp_path):
-    choice = Choice(compression="matryoshka", keeps=(0.5, 0.25))
+    choice = CompressionChoice(compression="matryoshka", keeps=(0.5, 0.25))
     config = recipe(
         projection=Projection(),
         sampling=SamplingConfig(choices=(choice,)),

@@ -16,7 +16,13 @@ from kvjax.train.held_out.cached import (
     cached_replies,
     questions,
 )
-from kvjax.train.recipe import CachedConfig, Choice, LogConfig, SamplingConfig, Stage
+from kvjax.train.recipe import (
+    CachedConfig,
+    CompressionChoice,
+    LogConfig,
+    SamplingConfig,
+    Stage,
+)
 from kvjax.train.run import run
 from tests.train.greedy import replies
 from tests.train.tiny_run import losses, recipe
@@ -84,9 +90,9 @@ def test_writers_get_the_numbers_of_the_log(tmp_path, monkeypatch):
 
 
 CHOICES = (
-    Choice(compression="none"),
-    Choice(compression="knorm", keeps=(0.5, 0.25)),
-    Choice(
+    CompressionChoice(compression="none"),
+    CompressionChoice(compression="knorm", keeps=(0.5, 0.25)),
+    CompressionChoice(
         compression="kivi_2bit", fields={"store.residual": 0, "store.keys.group": 8}
     ),
 )
@@ -124,11 +130,11 @@ def test_compressions_of_the_evaluation():
     assert config.model is not None
     made = CachedEvaluation(config, config.model)
     assert list(made.compressions) == [FULL, "knorm-keep0.25", "kivi_2bit"]
-    two = (Choice(compression="h2o", keeps=(0.5, 0.25)),)
+    two = (CompressionChoice(compression="h2o", keeps=(0.5, 0.25)),)
     chosen = dataclasses.replace(config, cached=CachedConfig(items=2, choices=two))
     names = list(CachedEvaluation(chosen, config.model).compressions)
     assert names == [FULL, "h2o-keep0.5", "h2o-keep0.25"]
-    wide = (Choice(compression="snapkv", keeps=(0.1,)),)
+    wide = (CompressionChoice(compression="snapkv", keeps=(0.1,)),)
     wrong = dataclasses.replace(config, cached=CachedConfig(items=2, choices=wide))
     with pytest.raises(ValueError, match=r"cannot run under 'snapkv-keep0.1'.*choices"):
         CachedEvaluation(wrong, config.model)

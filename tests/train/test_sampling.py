@@ -7,7 +7,12 @@ import kvjax
 from kvjax.config import decode
 from kvjax.train.data.sampling import Sampler
 from kvjax.train.held_out.cached import FULL, CachedEvaluation
-from kvjax.train.recipe import CachedConfig, Choice, SamplingConfig, load_config
+from kvjax.train.recipe import (
+    CachedConfig,
+    CompressionChoice,
+    SamplingConfig,
+    load_config,
+)
 from kvjax.train.run import run
 from kvjax.train.run.abstract import hardest
 from kvjax.train.run.dry_run import dry_run
@@ -15,8 +20,10 @@ from tests.train import tiny_run
 from tests.train.small import SHAPE, recipe
 
 RAMP = 200
-CODES = Choice(compression="kivi_2bit", bits=(4, 2), fields={"store.residual": 0})
-BOTH = Choice(
+CODES = CompressionChoice(
+    compression="kivi_2bit", bits=(4, 2), fields={"store.residual": 0}
+)
+BOTH = CompressionChoice(
     compression="snapkv_kivi",
     keeps=(0.5, 0.25, 0.125),
     bits=(8, 2),
@@ -24,7 +31,7 @@ BOTH = Choice(
 )
 
 
-def sampler(*choices: Choice, ramp: int = RAMP, seed: int = 0) -> Sampler:
+def sampler(*choices: CompressionChoice, ramp: int = RAMP, seed: int = 0) -> Sampler:
     return Sampler(SamplingConfig(choices=choices, ramp=ramp), seed)
 
 
@@ -35,10 +42,13 @@ def names(drawn: Sampler, first: int, last: int) -> list[str]:
 
 def test_bits_are_read_from_a_recipe():
     text = "{compression: kivi_2bit, bits: [4, 2], fields: {store.residual: 0}}"
-    assert decode(yaml.safe_load(text), Choice) == CODES
+    assert decode(yaml.safe_load(text), CompressionChoice) == CODES
     for wrong in ("4", "[four]", "[2.5]", "['4']"):
-        with pytest.raises(ValueError, match="Choice.bits: "):
-            decode(yaml.safe_load(f"{{compression: int8, bits: {wrong}}}"), Choice)
+        with pytest.raises(ValueError, match="CompressionChoice.bits: "):
+            decode(
+                yaml.safe_load(f"{{compression: int8, bits: {wrong}}}"),
+                CompressionChoice,
+            )
     config = load_config("kv2bit")
     assert config.sampling.choices[1].bits == (4, 2) and config.sampling.ramp
     assert load_config("tolerant").sampling.choices[1].bits == ()
@@ -51,14 +61,16 @@ def test_bits_are_those_of_keys_and_values():
         fields = {"store.keys.bits": bits, "store.values.bits": bits}
         want = kvjax.compression("kivi_2bit", **CODES.fields, **fields)
         assert one.compression == want
-    keys = Choice(compression="kivi_2bit", bits=(8,), fields={"store.values": "plain"})
+    keys = CompressionChoice(
+        compression="kivi_2bit", bits=(8,), fields={"store.values": "plain"}
+    )
     one = sampler(keys).samples[0][0].compression
     fields = {"store.values": "plain", "store.keys.bits": 8}
     assert one == kvjax.compression("kivi_2bit", **fields)
 
 
 def test_bits_join_from_mild_to_hard():
-    drawn = sampler(Choice(compression="none"), CODES)
+    drawn = sampler(CompressionChoice(compression="none"), CODES)
     assert set(names(drawn, 0, RAMP // 2)) == {"none", "kivi_2bit-4bits"}
     later = names(drawn, RAMP, 2000)
     assert set(later) == {"none", "kivi_2bit-4bits", "kivi_2bit-2bits"}
@@ -91,9 +103,9 @@ def test_bits_are_crossed_with_budgets():
 def test_choices_without_bits_draw_what_they_did():
     """A run that goes on sees the compressions that it would have seen."""
     choices = (
-        Choice(compression="none"),
-        Choice(compression="knorm", keeps=(0.5, 0.25, 0.125), weight=3.0),
-        Choice(compression="kivi_2bit"),
+        CompressionChoice(compression="none"),
+        CompressionChoice(compression="knorm", keeps=(0.5, 0.25, 0.125), weight=3.0),
+        CompressionChoice(compression="kivi_2bit"),
     )
     want = (
         "kivi_2bit kivi_2bit none knorm-keep0.5 knorm-keep0.5 knorm-keep0.25 "
@@ -106,16 +118,27 @@ def test_choices_without_bits_draw_what_they_did():
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
-        (Choice(compression="none", bits=(4,)), "has no codes .* Leave `bits` out"),
-        (Choice(compression="matryoshka", bits=(4,)), "are Projected and Projected"),
-        (Choice(compression="kivi_2bit", bits=(4, 3)), "must be 1, 2, 4 or 8; got 3"),
-        (Choice(compression="int8", bits=(1,)), "`symmetric` needs a bit"),
         (
-            Choice(compression="kivi_2bit", bits=(4,), fields={"store.keys.bits": 2}),
+            CompressionChoice(compression="none", bits=(4,)),
+            "has no codes .* Leave `bits` out",
+        ),
+        (
+            CompressionChoice(compression="matryoshka", bits=(4,)),
+            "are Projected and Projected",
+        ),
+        (
+            CompressionChoice(compression="kivi_2bit", bits=(4, 3)),
+            "must be 1, 2, 4 or 8; got 3",
+        ),
+        (CompressionChoice(compression="int8", bits=(1,)), "`symmetric` needs a bit"),
+        (
+            CompressionChoice(
+                compression="kivi_2bit", bits=(4,), fields={"store.keys.bits": 2}
+            ),
             "sets store.keys.bits to 2",
         ),
         (
-            Choice(
+            CompressionChoice(
                 compression="kivi_2bit",
                 bits=(4,),
                 fields={"store.values": {"type": "affine", "bits": 8}},

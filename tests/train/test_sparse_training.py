@@ -11,7 +11,7 @@ from flax import nnx
 import kvjax
 from kvjax.pallas_kernels.sparse_prefill import gradient
 from kvjax.train.objectives.objective import make_objective
-from kvjax.train.recipe import CachedConfig, Choice, SamplingConfig
+from kvjax.train.recipe import CachedConfig, CompressionChoice, SamplingConfig
 from kvjax.train.run import run
 from tests.train.small import SHAPE, a_batch, model_of, recipe
 
@@ -42,8 +42,8 @@ def backward(monkeypatch) -> list[int]:
 
 def test_a_recipe_with_sparse_prefill_among_its_choices(tmp_path, backward):
     choices = (
-        Choice(compression="vertical_slash", fields=FIELDS),
-        Choice(compression="none", weight=1e-9),
+        CompressionChoice(compression="vertical_slash", fields=FIELDS),
+        CompressionChoice(compression="none", weight=1e-9),
     )
     config = recipe(
         sampling=SamplingConfig(choices=choices),

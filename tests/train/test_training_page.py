@@ -9,7 +9,7 @@ import yaml
 
 from kvjax.models.config import Evictor
 from kvjax.train.recipe import (
-    Choice,
+    CompressionChoice,
     DMSConfig,
     DuoConfig,
     LoRAConfig,
@@ -21,7 +21,7 @@ from kvjax.train.recipe import (
 
 TABLES: dict[str, Any] = {
     "`sampling`": SamplingConfig,
-    "a choice": Choice,
+    "a choice": CompressionChoice,
     "`lora`": LoRAConfig,
     "`objective`": ObjectiveConfig,
     "`optimizer`": OptimizerConfig,

@@ -22,7 +22,7 @@ from kvjax.models.config import DecoderConfig
 from kvjax.rope import Rope
 from kvjax.train.recipe import (
     CachedConfig,
-    Choice,
+    CompressionChoice,
     DataConfig,
     LoRAConfig,
     ObjectiveConfig,
@@ -60,14 +60,16 @@ def recipe(**fields: Any) -> TrainConfig:
     return dataclasses.replace(base, **fields)
 
 
-SNAPKV = Choice(compression="snapkv", keeps=(0.5,), fields={"evict.score.window": 8})
-KIVI = Choice(
+SNAPKV = CompressionChoice(
+    compression="snapkv", keeps=(0.5,), fields={"evict.score.window": 8}
+)
+KIVI = CompressionChoice(
     compression="kivi_2bit",
     fields={"store.residual": 8, "store.keys.group": 8, "store.values.group": 8},
 )
 
 
-def compressed(*others: Choice, **fields: Any) -> TrainConfig:
+def compressed(*others: CompressionChoice, **fields: Any) -> TrainConfig:
     """Sampled compressions whose choice of tokens has a gradient, and Muon.
 
     Two batches make an update and a checkpoint is behind every third, so the first one
@@ -75,7 +77,7 @@ def compressed(*others: Choice, **fields: Any) -> TrainConfig:
     """
     base = recipe()
     assert base.model is not None
-    choices = (Choice(compression="int8"), SNAPKV, *others)
+    choices = (CompressionChoice(compression="int8"), SNAPKV, *others)
     given = {
         "model": dataclasses.replace(base.model, num_layers=1),
         "sampling": SamplingConfig(choices=choices, choice_gradient=0.1),
@@ -134,14 +136,14 @@ if __name__ == "__main__":
     import jax
 
     from kvjax.train.run import run
-    from kvjax.train.run.progress import Progress
+    from kvjax.train.run.progress import StepProgress
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     where, fault = pathlib.Path(sys.argv[1]), sys.argv[2]
     name = sys.argv[3] if len(sys.argv) > 3 else "plain"
     break_at(fault)
 
-    def told(progress: Progress) -> None:
+    def told(progress: StepProgress) -> None:
         if fault == f"step:{progress.step}":
             while not (where / "checkpoints" / f"step_{progress.step - 1}").exists():
                 time.sleep(0.01)

@@ -7,16 +7,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.models.padding import pad_rows
-from kvjax.train.data.rows import Row
+from kvjax.train.data.rows import TokenRow
 from kvjax.train.data.words import CHARACTERS
 from kvjax.types import Lengths, Tokens, pytree, static
 
 LATER = 256
-"""`Batch.later` is a multiple of this."""
+"""`TokenBatch.later` is a multiple of this."""
 
 
 @pytree
-class Batch:
+class TokenBatch:
     """Rows of tokens and how much each one counts as a target.
 
     Attributes:
@@ -37,12 +37,12 @@ class Batch:
 
 
 def pack(
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     width: int,
     points: Sequence[int] | None = None,
     step: int = 0,
     pad: int = CHARACTERS.pad,
-) -> Batch:
+) -> TokenBatch:
     """Right-padded `[B, width]` arrays; a row that is too long is an error.
 
     `points` are the rows' compression points; None: behind each context.
@@ -59,7 +59,7 @@ def pack(
     if points is None:
         points = [one.point(0.0, 0.0) for one in rows]
     later = int((lengths - np.asarray(points, np.int32)).max())
-    return Batch(
+    return TokenBatch(
         tokens=jnp.asarray(tokens),
         weights=jnp.asarray(weights),
         answers=jnp.asarray(answers),

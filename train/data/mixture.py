@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kvjax.eval.tasks import TRAIN, Episode, Task, make_task, stream
-from kvjax.train.data.batch import Batch, pack
-from kvjax.train.data.readers import Reader, open_reader
-from kvjax.train.data.rows import Row, row
-from kvjax.train.data.share import WHOLE, Share
+from kvjax.train.data.batch import TokenBatch, pack
+from kvjax.train.data.readers import RowReader, open_reader
+from kvjax.train.data.rows import TokenRow, row
+from kvjax.train.data.share import WHOLE, RowShare
 from kvjax.train.data.tasks import characters
 from kvjax.train.data.words import CHARACTERS, Words
 from kvjax.train.recipe import DataConfig, Source, Stage
@@ -27,7 +27,7 @@ class Mixture:
         stages: how many rows of which width, when.
         seed: of the training stream; held-out items never share it.
         visible: share of rows that are compressed behind their (last) question; the
-            others before it. See `Row.point` for plain text.
+            others before it. See `TokenRow.point` for plain text.
         words: of the model; characters unless it has a tokenizer of its own.
         share: the rows of each batch that are made here.
 
@@ -42,7 +42,7 @@ class Mixture:
         seed: int,
         visible: float = 0.0,
         words: Words = CHARACTERS,
-        share: Share = WHOLE,
+        share: RowShare = WHOLE,
     ):
         self.config = config
         self.share = share
@@ -51,7 +51,7 @@ class Mixture:
         self.seed = seed
         self.words = words
         self.widths = sorted({width for stage in stages for width in stage.lengths})
-        self.readers: list[tuple[Source, Reader]] = []
+        self.readers: list[tuple[Source, RowReader]] = []
         self.mixtures = [
             self._weights(stage.sources or config.sources) for stage in self.stages
         ]
@@ -64,7 +64,7 @@ class Mixture:
         }
         self._at = 0  # the step before which the readers stand
 
-    def batch(self, step: int, share: Share | None = None) -> Batch:
+    def batch(self, step: int, share: RowShare | None = None) -> TokenBatch:
         """The batch of one step; its rows have one width.
 
         Args:
@@ -96,17 +96,17 @@ class Mixture:
         return dataclasses.replace(batch, later=width)
 
     def _take(
-        self, source: Task | Reader, rng: random.Random, width: int, mine: bool
-    ) -> Row | None:
+        self, source: Task | RowReader, rng: random.Random, width: int, mine: bool
+    ) -> TokenRow | None:
         """The next row of a source; None where another process makes it."""
-        if not isinstance(source, Reader):
+        if not isinstance(source, RowReader):
             made = self._row(source, rng, width)  # the rows behind it go on in `rng`
             return made if mine else None
         if mine:
             return source.take(width)
         return source.skip(width)
 
-    def batches(self, first: int, last: int) -> Iterator[Batch]:
+    def batches(self, first: int, last: int) -> Iterator[TokenBatch]:
         """Batches `first .. last - 1`, the next one prepared in the background."""
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(self.batch, first)
@@ -128,13 +128,13 @@ class Mixture:
             rng = stream(TRAIN, "mixture", self.seed, past)
             width, chosen = self._plan(rng, past)
             for one in chosen:
-                if isinstance(one, Reader):
+                if isinstance(one, RowReader):
                     one.skip(width)
         self._at = step
 
     def _plan(
         self, rng: random.Random, step: int
-    ) -> tuple[int, Iterator[Task | Reader]]:
+    ) -> tuple[int, Iterator[Task | RowReader]]:
         """Width of the step's rows and where each one comes from."""
         stage, weights = self._stage(step)
         width = draw(rng, stage.lengths)
@@ -145,7 +145,7 @@ class Mixture:
         # Drawn as rows are made: in one stream, what a task draws comes in between.
         return width, (draw(rng, weights) for _ in range(stage.rows(width)))
 
-    def _row(self, task: Task, rng: random.Random, width: int) -> Row:
+    def _row(self, task: Task, rng: random.Random, width: int) -> TokenRow:
         # Wide rows ask many questions: answers are what teaches.
         most = max(1, self.config.turns * width // 128) if task.multi_turn else 1
         turns = rng.randint(1, most)
@@ -157,21 +157,21 @@ class Mixture:
                 return one
             length = length * 9 // 10  # more tokens than such text usually has
 
-    def row(self, episode: Episode) -> Row:
+    def row(self, episode: Episode) -> TokenRow:
         """The row of an episode, with the tokens and weights of this mixture."""
         weight = self.config.context_weight
         return row(episode, context_weight=weight, words=self.words)
 
-    def _stage(self, step: int) -> tuple[Stage, dict[Task | Reader, float]]:
+    def _stage(self, step: int) -> tuple[Stage, dict[Task | RowReader, float]]:
         for stage, weights in zip(self.stages, self.mixtures, strict=True):
             if step < stage.steps:
                 return stage, weights
             step -= stage.steps
         return self.stages[-1], self.mixtures[-1]
 
-    def _weights(self, sources: Sequence[Source]) -> dict[Task | Reader, float]:
+    def _weights(self, sources: Sequence[Source]) -> dict[Task | RowReader, float]:
         """Each task or reader and its weight; what is named twice weighs both."""
-        weights: dict[Task | Reader, float] = {}
+        weights: dict[Task | RowReader, float] = {}
         for source in sources:
             if source.task:
                 one = make_task(source.task, **source.fields)
@@ -181,7 +181,7 @@ class Mixture:
             weights[one] = weights.get(one, 0.0) + source.weight
         return weights
 
-    def _reader(self, source: Source) -> Reader:
+    def _reader(self, source: Source) -> RowReader:
         """The source's reader: stages that name the same data go on in it."""
         data = dataclasses.replace(source, weight=1.0, held_out="")
         for known, reader in self.readers:
@@ -191,7 +191,7 @@ class Mixture:
         self.readers.append((data, reader))
         return reader
 
-    def _open(self, source: Source, split: str) -> Reader:
+    def _open(self, source: Source, split: str) -> RowReader:
         seed = stream(TRAIN, "order", self.seed, len(self.readers)).getrandbits(32)
         return open_reader(source, split, self.words, seed, self.widths)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvjax.train.data.records import Example, Prepare, as_row, preparation
-from kvjax.train.data.rows import Row
+from kvjax.train.data.rows import TokenRow
 from kvjax.train.data.sources import open_dataset
 from kvjax.train.data.words import Words
 from kvjax.train.recipe import Source
@@ -32,7 +32,7 @@ What is kept goes by the arguments of the call, not by the code that is called.
 LOG = logging.getLogger("kvjax.train")
 
 
-class Reader(abc.ABC):
+class RowReader(abc.ABC):
     """An endless sequence of rows of one dataset, in an order of its own each pass.
 
     Plain text is packed: documents follow one another, `<bos>` and `<eos>` between
@@ -50,7 +50,7 @@ class Reader(abc.ABC):
     skipped: collections.Counter[str]
 
     @abc.abstractmethod
-    def take(self, width: int) -> Row:
+    def take(self, width: int) -> TokenRow:
         """The next row, at most `width` tokens.
 
         Raises:
@@ -68,7 +68,7 @@ class Reader(abc.ABC):
 
 def open_reader(
     source: Source, split: str, words: Words, seed: int, widths: Sequence[int]
-) -> Reader:
+) -> RowReader:
     """A reader of one split of a source.
 
     `seed` is of the order, `widths` are those of the rows that will be asked for.
@@ -82,11 +82,11 @@ def open_reader(
     name = f"dataset {source.dataset!r}, split {split!r}"
     if source.streaming:
         mixed = records.shuffle(seed=seed, buffer_size=source.buffer)  # type: ignore
-        return Streamed(name, mixed, prepare, bool(source.text))  # type: ignore
-    return Stored(name, records, prepare, bool(source.text), seed, widths)  # type: ignore
+        return StreamedReader(name, mixed, prepare, bool(source.text))  # type: ignore
+    return StoredReader(name, records, prepare, bool(source.text), seed, widths)  # type: ignore
 
 
-class Stored(Reader):
+class StoredReader(RowReader):
     """Rows of a dataset that is on disk: any row is found without those before it.
 
     All records are tokenized once, by `Dataset.map`, which keeps the result on disk.
@@ -141,7 +141,7 @@ class Stored(Reader):
         order = np.random.default_rng([self.seed, number]).permutation(self.ids)
         return order, np.cumsum(self.lengths[order])
 
-    def take(self, width: int) -> Row:
+    def take(self, width: int) -> TokenRow:
         if self.packed:
             tokens = np.concatenate(list(self._stretch(width)))
             self.at += width
@@ -181,7 +181,7 @@ class Stored(Reader):
             yield part
 
 
-class Streamed(Reader):
+class StreamedReader(RowReader):
     """Rows of a dataset that is read as it goes; going on means reading up to there.
 
     The state of a shuffle buffer is its records, so a resumed run reads again what the
@@ -223,7 +223,7 @@ class Streamed(Reader):
         if str(self.skipped.total()).strip("0") == "1":  # 1, 10, 100 ...
             LOG.warning("%s: %s", self.name, _report(self.skipped, None))
 
-    def take(self, width: int) -> Row:
+    def take(self, width: int) -> TokenRow:
         if self.packed:
             parts = [self.left]
             while sum(map(len, parts)) < width:

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import jinja2
 import numpy as np
 
-from kvjax.train.data.rows import Row
+from kvjax.train.data.rows import TokenRow
 from kvjax.train.data.words import Words
 from kvjax.train.recipe import Source
 from kvjax.types import nearest
@@ -24,7 +24,7 @@ class Example(TypedDict):
     """A record that was read; the columns of a prepared dataset.
 
     `fault` says why the record gives no row, and is empty where it does. The rest is
-    as in `Row`.
+    as in `TokenRow`.
     """
 
     tokens: np.ndarray
@@ -142,10 +142,10 @@ def _shared(one: np.ndarray, two: np.ndarray) -> int:
     return int(np.argmin(np.append(one[:least] == two[:least], False)))
 
 
-def as_row(example: Mapping[str, Any]) -> Row:
+def as_row(example: Mapping[str, Any]) -> TokenRow:
     """The row of an example, its loss on answers only."""
     answers = np.asarray(example["answers"], bool)
-    return Row(
+    return TokenRow(
         tokens=np.asarray(example["tokens"], np.int32),
         weights=answers.astype(np.float32),
         answers=answers,

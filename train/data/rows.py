@@ -9,7 +9,7 @@ from kvjax.train.data.words import CHARACTERS, Words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class TokenRow:
     """One row as tokens, with the loss weight of each.
 
     Attributes:
@@ -41,7 +41,9 @@ class Row:
         return self.prompt if draw < visible or not self.context else self.context
 
 
-def row(episode: Episode, *, context_weight: float, words: Words = CHARACTERS) -> Row:
+def row(
+    episode: Episode, *, context_weight: float, words: Words = CHARACTERS
+) -> TokenRow:
     """`<bos>` context, then question and answer of each turn, `<eos>`.
 
     Answers weigh 1 each; the rest, mostly filler nobody can predict, `context_weight`.
@@ -59,7 +61,7 @@ def row(episode: Episode, *, context_weight: float, words: Words = CHARACTERS) -
     answers = np.concatenate([next(ends), *flags, next(ends)])
     weights = np.where(answers, 1.0, context_weight).astype(np.float32)
     context = len(words.begin) + len(pieces[0])
-    return Row(
+    return TokenRow(
         tokens=tokens,
         weights=weights,
         answers=answers,

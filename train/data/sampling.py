@@ -9,7 +9,7 @@ from kvjax.compress.presets import compression
 from kvjax.config import override
 from kvjax.eval.tasks import TRAIN, stream
 from kvjax.train.data.mixture import draw
-from kvjax.train.recipe import Choice, SamplingConfig, TrainConfig
+from kvjax.train.recipe import CompressionChoice, SamplingConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,9 @@ def check_choices(config: TrainConfig) -> None:
     samples_of(config.cached.choices, "cached.choices")
 
 
-def samples_of(choices: Sequence[Choice], where: str) -> list[tuple[Sample, ...]]:
+def samples_of(
+    choices: Sequence[CompressionChoice], where: str
+) -> list[tuple[Sample, ...]]:
     """The compressions of each choice.
 
     Raises:
@@ -77,7 +79,7 @@ def samples_of(choices: Sequence[Choice], where: str) -> list[tuple[Sample, ...]
     return made
 
 
-def _samples(choice: Choice) -> Iterator[Sample]:
+def _samples(choice: CompressionChoice) -> Iterator[Sample]:
     """One per `keep` and, for each of these, one per number of bits."""
     base = compression(choice.compression, **choice.fields)
     if choice.bits:

@@ -4,7 +4,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Share:
+class RowShare:
     """The rows of a batch that one process makes: parts `first .. last - 1` of `ways`.
 
     Where several processes hold the same rows, each makes them.
@@ -23,4 +23,4 @@ class Share:
         return rows * self.ways // (self.last - self.first)
 
 
-WHOLE = Share()
+WHOLE = RowShare()

@@ -1,9 +1,9 @@
 """Held-out rows of a recipe's sources, for the loss with a full cache."""
 
 from kvjax.eval.tasks import Episode, Turn, make_task
-from kvjax.train.data.batch import Batch, pack
+from kvjax.train.data.batch import TokenBatch, pack
 from kvjax.train.data.mixture import Mixture
-from kvjax.train.data.rows import Row
+from kvjax.train.data.rows import TokenRow
 from kvjax.train.data.tasks import characters
 from kvjax.train.recipe import TrainConfig
 
@@ -14,7 +14,7 @@ def held_out_batches(config: TrainConfig, mixture: Mixture, step: int):
     Tasks give `eval_items` items, datasets as many rows of their `held_out` split
     (again from its beginning where it has fewer); a dataset without one is left out.
     """
-    out: dict[str, Batch] = {}
+    out: dict[str, TokenBatch] = {}
     for width in sorted(config.stages[config.stage_of(step)].lengths):
         for name in dict.fromkeys(s.task for s in config.data.sources if s.task):
             rows = _task_rows(name, config.eval_items, mixture, width)
@@ -26,7 +26,7 @@ def held_out_batches(config: TrainConfig, mixture: Mixture, step: int):
     return out
 
 
-def _task_rows(name: str, items: int, mixture: Mixture, width: int) -> list[Row]:
+def _task_rows(name: str, items: int, mixture: Mixture, width: int) -> list[TokenRow]:
     task = make_task(name)
     length = characters(task, mixture.words, width)
     while True:

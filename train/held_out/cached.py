@@ -20,13 +20,13 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.generation import generate_from
 from kvjax.models.inference import extend, last_of, prefill
 from kvjax.models.padding import pad_rows
-from kvjax.train.data.readers import Reader
+from kvjax.train.data.readers import RowReader
 from kvjax.train.data.sampling import samples_of
 from kvjax.train.data.tasks import characters
 from kvjax.train.data.words import CHARACTERS, Words
-from kvjax.train.held_out.cached_loss import Cut, held_out_rows, loss
+from kvjax.train.held_out.cached_loss import CutRows, held_out_rows, loss
 from kvjax.train.objectives.duo import exported
-from kvjax.train.recipe import Choice, TrainConfig
+from kvjax.train.recipe import CompressionChoice, TrainConfig
 from kvjax.train.recipe.output import CACHED_LOSS
 
 FULL = "full"
@@ -34,7 +34,7 @@ FULL = "full"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Questions:
+class HeldOutQuestions:
     """Held-out items of one width, padded.
 
     Attributes:
@@ -78,7 +78,7 @@ class CachedEvaluation:
         config: TrainConfig,
         model: DecoderConfig,
         words: Words = CHARACTERS,
-        held_out: Mapping[str, Reader] = MappingProxyType({}),
+        held_out: Mapping[str, RowReader] = MappingProxyType({}),
     ):
         self.config, self.words = config, words
         self.compressions: dict[str, Compression] = {FULL: Compression()}
@@ -88,8 +88,8 @@ class CachedEvaluation:
                 for one in made
                 if one.compression != Compression()
             }
-        self.questions: dict[int, Questions] = {}
-        self.rows: dict[int, tuple[Cut, ...]] = {}
+        self.questions: dict[int, HeldOutQuestions] = {}
+        self.rows: dict[int, tuple[CutRows, ...]] = {}
         items = config.cached.items
         for width in dict.fromkeys(max(s.lengths) for s in config.stages if items):
             if _tasks(config):
@@ -139,7 +139,7 @@ class CachedEvaluation:
                 ) from None
 
 
-def _choices(config: TrainConfig) -> tuple[Choice, ...]:
+def _choices(config: TrainConfig) -> tuple[CompressionChoice, ...]:
     if config.cached.choices:
         return config.cached.choices
     return tuple(choice.hardest for choice in config.sampling.choices)
@@ -149,7 +149,9 @@ def _tasks(config: TrainConfig) -> list[str]:
     return list(dict.fromkeys(s.task for s in config.data.sources if s.task))
 
 
-def questions(config: TrainConfig, width: int, words: Words = CHARACTERS) -> Questions:
+def questions(
+    config: TrainConfig, width: int, words: Words = CHARACTERS
+) -> HeldOutQuestions:
     """Held-out items of the recipe's tasks in turn, of about `width` tokens."""
     names = _tasks(config)
     count = config.cached.items
@@ -164,7 +166,7 @@ def questions(config: TrainConfig, width: int, words: Words = CHARACTERS) -> Que
     asked = [words.encode(item.question) for _, item in made]
     context, context_lengths = map(jnp.asarray, pad_rows(contexts))
     question, question_lengths = map(jnp.asarray, pad_rows(asked))
-    return Questions(
+    return HeldOutQuestions(
         items=tuple(made),
         contexts=context,
         context_lengths=context_lengths,
@@ -174,7 +176,7 @@ def questions(config: TrainConfig, width: int, words: Words = CHARACTERS) -> Que
 
 
 def cached_replies(
-    model: Decoder, asked: Questions, c: Compression, words: Words = CHARACTERS
+    model: Decoder, asked: HeldOutQuestions, c: Compression, words: Words = CHARACTERS
 ) -> list[str]:
     """Greedy replies from the cache that `c` leaves of the contexts."""
     most = asked.reply_tokens
@@ -200,7 +202,7 @@ def _closed(text: str) -> str:
 
 
 def score(
-    model: Decoder, asked: Questions, c: Compression, words: Words = CHARACTERS
+    model: Decoder, asked: HeldOutQuestions, c: Compression, words: Words = CHARACTERS
 ) -> float:
     """Mean score of the replies."""
     given = cached_replies(model, asked, c, words)

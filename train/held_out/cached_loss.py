@@ -15,8 +15,8 @@ from kvjax.eval.tasks import HELD_OUT, stream
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import prefill
 from kvjax.models.padding import pad_rows
-from kvjax.train.data.readers import Reader
-from kvjax.train.data.rows import Row
+from kvjax.train.data.readers import RowReader
+from kvjax.train.data.rows import TokenRow
 from kvjax.train.objectives.losses import LOGITS
 from kvjax.train.recipe.output import CACHED_LOSS
 
@@ -31,7 +31,7 @@ A call holds weights of all its queries over the tail, which has room for what f
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cut:
+class CutRows:
     """Held-out rows of one source, cut at their compression points.
 
     Attributes:
@@ -48,7 +48,7 @@ class Cut:
     follow_lengths: np.ndarray
     weights: np.ndarray
 
-    def groups(self) -> Iterator["Cut"]:
+    def groups(self) -> Iterator["CutRows"]:
         """Parts of at most `PASS_TOKENS`, all of one shape: they share a program."""
         rows = len(self.prompts)
         width = self.prompts.shape[1] + self.follow.shape[1]
@@ -57,10 +57,10 @@ class Cut:
         fields = [field.name for field in dataclasses.fields(self)]
         for first in range(0, rows, size):
             part = slice(first, first + size)
-            yield Cut(**{name: getattr(self, name)[part] for name in fields})
+            yield CutRows(**{name: getattr(self, name)[part] for name in fields})
 
 
-def cut(rows: Sequence[Row], points: Sequence[int]) -> Cut:
+def cut(rows: Sequence[TokenRow], points: Sequence[int]) -> CutRows:
     """Rows cut in front of their tokens number `points`.
 
     The first token behind the point is fed and does not count: the logits that predict
@@ -71,7 +71,7 @@ def cut(rows: Sequence[Row], points: Sequence[int]) -> Cut:
     follow, follow_lengths = pad_rows([one.tokens[at:] for one, at in pairs])
     weights, _ = pad_rows([one.weights[at:] for one, at in pairs], dtype=np.float32)
     weights[:, :1] = 0.0
-    return Cut(
+    return CutRows(
         prompts=prompts,
         prompt_lengths=prompt_lengths,
         follow=follow,
@@ -81,8 +81,8 @@ def cut(rows: Sequence[Row], points: Sequence[int]) -> Cut:
 
 
 def held_out_rows(
-    readers: Mapping[str, Reader], items: int, width: int, seed: int
-) -> tuple[Cut, ...]:
+    readers: Mapping[str, RowReader], items: int, width: int, seed: int
+) -> tuple[CutRows, ...]:
     """The first rows of each held-out split, `items` in all, dealt to them in turn.
 
     The same at each call. They are compressed before their last question, plain text
@@ -119,7 +119,7 @@ def held_out_rows(
     return tuple(made)
 
 
-def loss(model: Decoder, rows: Cut, c: Compression) -> float:
+def loss(model: Decoder, rows: CutRows, c: Compression) -> float:
     """Mean loss of the tokens behind the points, from the cache that `c` leaves.
 
     In nats, over the tokens that count, by their weights.
@@ -128,7 +128,7 @@ def loss(model: Decoder, rows: Cut, c: Compression) -> float:
     return float(total) / float(rows.weights.sum())
 
 
-def _cost(model: Decoder, rows: Cut, c: Compression) -> Array:
+def _cost(model: Decoder, rows: CutRows, c: Compression) -> Array:
     count, width = rows.follow.shape
     held = max(1, LOGITS // (count * model.config.vocab_size))
     calls = -(-(width - 1) // min(CALL_TOKENS, held))

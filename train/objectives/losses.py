@@ -6,7 +6,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from kvjax.models.decoder import Decoder
-from kvjax.train.data.batch import Batch
+from kvjax.train.data.batch import TokenBatch
 from kvjax.types import pytree
 
 LOGITS = 1 << 28
@@ -16,7 +16,7 @@ Metrics = dict[str, Array]
 
 
 @pytree
-class Said:
+class TokenScores:
     """What a model says of every token but the first.
 
     Attributes:
@@ -30,15 +30,15 @@ class Said:
     apart: Float[Array, "B T-1"] | None
 
 
-def said(
+def token_scores(
     model: Decoder,
     hidden: Float[Array, "B T E"],
-    batch: Batch,
+    batch: TokenBatch,
     teacher: Decoder | None = None,
     wanted: Float[Array, "B T E"] | None = None,
     *,
     most: int = LOGITS,
-) -> Said:
+) -> TokenScores:
     """Scores of the tokens behind `hidden`; logits are made for some of them at a time.
 
     Args:
@@ -55,14 +55,14 @@ def said(
     count = -(-rows * width * model.config.vocab_size // most)
     targets = jnp.pad(batch.tokens[:, 1:], [(0, 0), (0, 1)])
 
-    def score(hidden: Array, targets: Array, wanted: Array | None) -> Said:
+    def score(hidden: Array, targets: Array, wanted: Array | None) -> TokenScores:
         logits = model.logits(hidden)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         apart = None
         if teacher is not None and wanted is not None:
             apart = divergence(logits, jax.lax.stop_gradient(teacher.logits(wanted)))
         right = jnp.argmax(logits, axis=-1) == targets
-        return Said(loss=loss, right=right, apart=apart)
+        return TokenScores(loss=loss, right=right, apart=apart)
 
     if count == 1:
         found = score(hidden, targets, wanted)
@@ -90,7 +90,9 @@ def divergence(
     return optax.losses.kl_divergence_with_log_targets(log_q, log_p)
 
 
-def next_token(tokens: Said, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+def next_token(
+    tokens: TokenScores, batch: TokenBatch
+) -> tuple[Float[Array, ""], Metrics]:
     """Weighted mean cross-entropy of the next token, and what to log.
 
     Returns:
@@ -108,7 +110,7 @@ def next_token(tokens: Said, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
     return total, jax.lax.stop_gradient(metrics)
 
 
-def answer_mean(each: Float[Array, "B T-1"], batch: Batch) -> Float[Array, ""]:
+def answer_mean(each: Float[Array, "B T-1"], batch: TokenBatch) -> Float[Array, ""]:
     """Mean over the answer tokens."""
     answers = batch.answers[:, 1:]
     count = jnp.maximum(jnp.sum(answers, dtype=jnp.float32), 1.0)

@@ -10,16 +10,16 @@ from kvjax.attention import causal_attention
 from kvjax.compress.config import Compression
 from kvjax.models.decoder import Attending, Attention, Decoder
 from kvjax.models.simulate import simulated
-from kvjax.train.data.batch import Batch
+from kvjax.train.data.batch import TokenBatch
 from kvjax.train.objectives import duo
 from kvjax.train.objectives.distillation import PLACES, distances
 from kvjax.train.objectives.dms import relaxed
-from kvjax.train.objectives.losses import Metrics, answer_mean, next_token, said
+from kvjax.train.objectives.losses import Metrics, answer_mean, next_token, token_scores
 from kvjax.train.objectives.passes import Watched, plain_states, watched
 from kvjax.train.objectives.surrogate import regressing
 from kvjax.train.recipe import ObjectiveConfig, TrainConfig
 
-Objective = Callable[[Decoder, Batch, Decoder | None], tuple[Array, Metrics]]
+Objective = Callable[[Decoder, TokenBatch, Decoder | None], tuple[Array, Metrics]]
 """Loss and metrics of a model, a batch, and the teacher if the loss needs one."""
 
 
@@ -34,7 +34,7 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
     weights = config.objective
 
     def objective(
-        model: Decoder, batch: Batch, teacher: Decoder | None = None
+        model: Decoder, batch: TokenBatch, teacher: Decoder | None = None
     ) -> tuple[Array, Metrics]:
         attention = _attention(config, c, model, batch)
         pass_of = functools.partial(
@@ -48,7 +48,7 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
             wanted = jax.lax.stop_gradient(wanted)
             terms |= _followed(weights, ours, wanted, batch)
         aim = (teacher, wanted.last) if weights.distill and wanted else (None, None)
-        tokens = said(model, ours.last, batch, *aim)
+        tokens = token_scores(model, ours.last, batch, *aim)
         loss, metrics = next_token(tokens, batch)
         loss = weights.next_token * loss
         if tokens.apart is not None:
@@ -71,7 +71,7 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
 
 
 def _followed(
-    weights: ObjectiveConfig, ours: Watched, wanted: Watched, batch: Batch
+    weights: ObjectiveConfig, ours: Watched, wanted: Watched, batch: TokenBatch
 ) -> dict[str, tuple[float, Array]]:
     """Weight and value of the terms that compare what two passes computed inside."""
     places = PLACES[weights.tokens](batch.answers, batch.weights, batch.prompt_lengths)
@@ -80,7 +80,7 @@ def _followed(
 
 
 def _attention(
-    config: TrainConfig, c: Compression | None, model: Decoder, batch: Batch
+    config: TrainConfig, c: Compression | None, model: Decoder, batch: TokenBatch
 ) -> Attention | Attending:
     """What the model attends by."""
     if config.duo is not None:

@@ -17,5 +17,5 @@ from kvjax.train.recipe.optimizer import OptimizerConfig as OptimizerConfig
 from kvjax.train.recipe.output import KeepConfig as KeepConfig
 from kvjax.train.recipe.output import LogConfig as LogConfig
 from kvjax.train.recipe.sampling import CachedConfig as CachedConfig
-from kvjax.train.recipe.sampling import Choice as Choice
+from kvjax.train.recipe.sampling import CompressionChoice as CompressionChoice
 from kvjax.train.recipe.sampling import SamplingConfig as SamplingConfig

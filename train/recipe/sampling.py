@@ -5,7 +5,7 @@ from typing import Any, Self
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
+class CompressionChoice:
     """One compression that training may draw.
 
     Attributes:
@@ -44,7 +44,7 @@ class SamplingConfig:
             are kept, in standard deviations of their scores; 0 gives them none.
     """
 
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[CompressionChoice, ...] = ()
     ramp: int = 0
     visible: float = 0.5
     choice_gradient: float = 0.0
@@ -65,4 +65,4 @@ class CachedConfig:
     """
 
     items: int = 8
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[CompressionChoice, ...] = ()

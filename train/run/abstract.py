@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from kvjax.models.bundled import shape_of
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
-from kvjax.train.data.batch import Batch
+from kvjax.train.data.batch import TokenBatch
 from kvjax.train.objectives.passes import ROWS
 from kvjax.train.recipe import TrainConfig
 from kvjax.train.run.mesh import everywhere, shardings
@@ -61,14 +61,14 @@ def located[T](tree: T, mesh: Mesh) -> T:
     )
 
 
-def abstract_batch(rows: int, width: int, mesh: Mesh) -> Batch:
+def abstract_batch(rows: int, width: int, mesh: Mesh) -> TokenBatch:
     """A batch whose rows may be compressed anywhere."""
 
     def struct(dtype: Any, *shape: int) -> Any:
         where = NamedSharding(mesh, ROWS) if shape else everywhere(mesh)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    return Batch(
+    return TokenBatch(
         tokens=struct(jnp.int32, rows, width),
         weights=struct(jnp.float32, rows, width),
         answers=struct(jnp.bool_, rows, width),

@@ -45,7 +45,7 @@ COMPILERS = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_cuda13_plugin", "cuda13")}
 
 
 @dataclasses.dataclass(kw_only=True)
-class Row:
+class CompiledStep:
     """One program of a recipe on one kind of chip; bytes are of one device.
 
     Attributes:
@@ -128,7 +128,7 @@ def dry_run(
         told: of what is being compiled.
 
     Returns:
-        `device`, `chips`, `versions` and `rows` (`Row`, as mappings).
+        `device`, `chips`, `versions` and `rows` (`CompiledStep`, as mappings).
 
     Raises:
         ValueError: unknown chip or slice, a mesh that does not fit it or the model, no
@@ -238,7 +238,7 @@ def _records(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for sample in _samples(config):
         name = sample.name if sample else "none"
         yield {"starts": f"{name}, {batch.tokens.shape[0]} rows of {width} tokens"}
-        row = Row(
+        row = CompiledStep(
             compression=name,
             width=width,
             rows=batch.tokens.shape[0],
@@ -263,7 +263,7 @@ def _samples(config: TrainConfig) -> list[Sample | None]:
     return [one for choice in known for one in choice] or [None]
 
 
-def compiled(row: Row, step: Any, shapes: tuple[Any, ...]) -> None:
+def compiled(row: CompiledStep, step: Any, shapes: tuple[Any, ...]) -> None:
     """Fill in what the compiler says of a step; a failure is its status."""
     began = time.perf_counter()
     try:

@@ -12,7 +12,7 @@ import optax
 from kvjax.compress.config import Compression
 from kvjax.interrupt import DEFAULTS, noted_interrupt
 from kvjax.models.decoder import Decoder
-from kvjax.train.data.batch import Batch
+from kvjax.train.data.batch import TokenBatch
 from kvjax.train.data.sampling import Sampler
 from kvjax.train.data.share import WHOLE
 from kvjax.train.held_out.cached_loss import mean_loss
@@ -24,7 +24,7 @@ from kvjax.train.run.logs import Log, opened
 from kvjax.train.run.mesh import share_of, spread
 from kvjax.train.run.optimizer import make_optimizer
 from kvjax.train.run.params import Params
-from kvjax.train.run.progress import Done, Progress, diverged
+from kvjax.train.run.progress import StartedStep, StepProgress, diverged
 from kvjax.train.run.step import TrainState, Weights, init_state, make_eval, make_step
 from kvjax.train.run.stored import not_finite, path_of
 
@@ -36,12 +36,12 @@ def train(
     weights: Weights,
     params: Params,
     config: TrainConfig,
-    batches: Callable[[int, int], Iterator[Batch]],
+    batches: Callable[[int, int], Iterator[TokenBatch]],
     *,
     directory: pathlib.Path,
-    held_out: Callable[[int], dict[str, Batch]] | None = None,
+    held_out: Callable[[int], dict[str, TokenBatch]] | None = None,
     cached: Callable[[Decoder, int], dict[str, dict[str, float]]] | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[StepProgress], None] | None = None,
 ) -> TrainState:
     """Train to the end, from the newest checkpoint of `directory` if there is one.
 
@@ -83,8 +83,8 @@ def train(
         for number, batch in enumerate(batches(first, config.steps), first + 1):
             loop.advance(number, batch)
             if progress is not None:
-                progress(Progress(step=number, steps=config.steps, loss=loop.loss))
-            loop.say(number)
+                progress(StepProgress(step=number, steps=config.steps, loss=loop.loss))
+            loop.log_step(number)
             metrics = loop.evaluate(number, held_out, cached)
             stop = loop.stops(number, interrupted)
             if stop or loop.is_due(number, metrics):
@@ -111,10 +111,10 @@ class _Loop:
         self.sampler = Sampler(config.sampling, config.seed)
         self.held_out = make_eval(weights, loop=config.loop_layers)
         self.share = WHOLE if weights.mesh is None else share_of(weights.mesh)
-        self.last: Done | None = None
+        self.last: StartedStep | None = None
         self.loss: float | None = None
-        self.began = self.said_at = time.perf_counter()
-        self.said = int(state.step)
+        self.began = self.logged_at = time.perf_counter()
+        self.logged = int(state.step)
 
         @functools.cache  # one program per compression, and per width inside of it
         def compiled(c: Compression | None):
@@ -122,7 +122,7 @@ class _Loop:
 
         self.compiled = compiled
 
-    def advance(self, number: int, batch: Batch) -> None:
+    def advance(self, number: int, batch: TokenBatch) -> None:
         """One step; the one before it, which has finished by now, is checked."""
         sample = self.sampler.at(number - 1)
         step = self.compiled(sample.compression if sample else None)
@@ -131,7 +131,7 @@ class _Loop:
         self.state, metrics = step(self.state, batch, self.weights.arrays)
         before, self.last = (
             self.last,
-            Done(
+            StartedStep(
                 number=number,
                 width=batch.tokens.shape[1],
                 rows=batch.tokens.shape[0],
@@ -142,21 +142,21 @@ class _Loop:
         if before is not None:
             self._check(before)
 
-    def say(self, number: int) -> None:
+    def log_step(self, number: int) -> None:
         """Log a step that is to be logged."""
         if number % self.config.log_every or self.last is None:
             return
         self._check(self.last)
-        done, now = self.last, time.perf_counter()
+        started, now = self.last, time.perf_counter()
         self.log(
             step=number,
-            width=done.width,
-            **({"compression": done.compression} if done.compression else {}),
-            **{k: float(v) for k, v in done.metrics.items()},
+            width=started.width,
+            **({"compression": started.compression} if started.compression else {}),
+            **{k: float(v) for k, v in started.metrics.items()},
             seconds=round(now - self.began, 1),
-            step_ms=round((now - self.said_at) / (number - self.said) * 1e3),
+            step_ms=round((now - self.logged_at) / (number - self.logged) * 1e3),
         )
-        self.said, self.said_at = number, now
+        self.logged, self.logged_at = number, now
 
     def evaluate(self, number: int, held_out, cached) -> dict[str, float] | None:
         """Held-out metrics where they are due, averaged over sets and compressions."""
@@ -178,7 +178,7 @@ class _Loop:
                 through = cached(model, number)
             for name, values in through.items():
                 self.log(step=number, cached=name, **values)
-        self.said_at += time.perf_counter() - began  # steps are timed without it
+        self.logged_at += time.perf_counter() - began  # steps are timed without it
         if not found:
             return None
         means = {k: sum(one[k] for one in found) / len(found) for k in found[0]}
@@ -205,12 +205,12 @@ class _Loop:
             raise self._diverged(self.last, f"{names[0]}{more} not finite")
         self.checkpoints.save(self.state, metrics)
 
-    def _check(self, done: Done) -> None:
-        self.loss = done.loss
-        if not (math.isfinite(self.loss) and math.isfinite(done.norm)):
-            what = f"loss {self.loss}, gradient norm {done.norm}"
-            raise self._diverged(done, what)
+    def _check(self, started: StartedStep) -> None:
+        self.loss = started.loss
+        if not (math.isfinite(self.loss) and math.isfinite(started.norm)):
+            what = f"loss {self.loss}, gradient norm {started.norm}"
+            raise self._diverged(started, what)
 
-    def _diverged(self, done: Done, what: str) -> ValueError:
+    def _diverged(self, started: StartedStep, what: str) -> ValueError:
         saved = self.checkpoints.last_saved
-        return diverged(done, what, self.config.seed, saved)
+        return diverged(started, what, self.config.seed, saved)

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from kvjax.models.config import DecoderConfig
 from kvjax.models.sharding import TRAINING, parameter_axes, spec
-from kvjax.train.data.share import WHOLE, Share
+from kvjax.train.data.share import WHOLE, RowShare
 from kvjax.train.objectives.passes import ROWS
 from kvjax.train.recipe import MeshConfig, TrainConfig
 from kvjax.train.recipe.output import CACHED_LOSS
@@ -38,7 +38,7 @@ def check_mesh(config: TrainConfig, model: DecoderConfig, available: int) -> Non
     if mesh.devices > available or (processes > 1 and mesh.devices != available):
         few = "at most" if processes == 1 else "exactly"
         raise ValueError(
-            f"`mesh` asks for {_said(mesh)} = {mesh.devices} devices; {processes} "
+            f"`mesh` asks for {_axes_text(mesh)} = {mesh.devices} devices; {processes} "
             f"process(es) have {available}. Their product must be {few} that."
         )
     sizes = {
@@ -86,7 +86,7 @@ def _check_rows(config: TrainConfig) -> None:
         )
 
 
-def _said(mesh: MeshConfig) -> str:
+def _axes_text(mesh: MeshConfig) -> str:
     return " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES)
 
 
@@ -162,7 +162,7 @@ def _own(x: Array) -> bool:
     return jax.process_count() > 1 and x.is_fully_addressable
 
 
-def share_of(mesh: Mesh) -> Share:
+def share_of(mesh: Mesh) -> RowShare:
     """What this process makes of every batch."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     held = NamedSharding(mesh, ROWS).addressable_devices_indices_map((ways,))
@@ -177,10 +177,10 @@ def share_of(mesh: Mesh) -> Share:
             "batch; they must follow one another. Choose mesh axes whose inner ones "
             "fill the devices of a process."
         )
-    return Share(first=starts[0], last=starts[-1] + 1, ways=ways)
+    return RowShare(first=starts[0], last=starts[-1] + 1, ways=ways)
 
 
-def spread[T](batch: T, mesh: Mesh, share: Share = WHOLE) -> T:
+def spread[T](batch: T, mesh: Mesh, share: RowShare = WHOLE) -> T:
     """A batch over the devices of all processes.
 
     Args:

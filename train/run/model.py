@@ -14,7 +14,7 @@ from kvjax.models.evictor import SILENCED, with_evictor
 from kvjax.models.io import checkpoint_directory, load, load_config
 from kvjax.models.projection import with_projection
 from kvjax.models.sharding import TRAINING
-from kvjax.train.data.batch import Batch
+from kvjax.train.data.batch import TokenBatch
 from kvjax.train.objectives import duo
 from kvjax.train.objectives.duo import GatedDecoder
 from kvjax.train.recipe import TrainConfig
@@ -41,7 +41,7 @@ def initial(config: TrainConfig, mesh: Mesh | None = None) -> Decoder:
 
 
 def extended(
-    model: Decoder, config: TrainConfig, sample: Batch | None = None
+    model: Decoder, config: TrainConfig, sample: TokenBatch | None = None
 ) -> Decoder:
     """`model` with what training adds to it; `sample` is for what starts from data."""
     if config.evictor is not None:
@@ -55,7 +55,7 @@ def extended(
     return model if config.duo is None else GatedDecoder(model)
 
 
-def _lengths(sample: Batch) -> Array:
+def _lengths(sample: TokenBatch) -> Array:
     """Tokens of each row, up to the last one that counts."""
     counts = jnp.flip(sample.weights > 0, axis=1)
     return sample.tokens.shape[1] - jnp.argmax(counts, axis=1).astype(jnp.int32)
@@ -74,7 +74,7 @@ def _trained(config: TrainConfig) -> tuple[str, ...]:
 
 def weights_of(
     config: TrainConfig,
-    sample: Batch | None = None,
+    sample: TokenBatch | None = None,
     *,
     base: Decoder | None = None,
     mesh: Mesh | None = None,

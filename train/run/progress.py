@@ -7,7 +7,7 @@ import jax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Progress:
+class StepProgress:
     """What the callback of a run is told behind each step.
 
     Attributes:
@@ -22,7 +22,7 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Done:
+class StartedStep:
     """What a step was given, and what it says of itself.
 
     Attributes:
@@ -51,21 +51,21 @@ class Done:
 
 
 def diverged(
-    done: Done, what: str, seed: int, saved: pathlib.Path | None
+    step: StartedStep, what: str, seed: int, saved: pathlib.Path | None
 ) -> ValueError:
     """A step whose numbers are not finite: which, under what, on which batch.
 
     Args:
-        done: the step.
+        step: that was started.
         what: it gave.
         seed: of the run; with the number of the step it gives the batch.
         saved: the newest checkpoint.
     """
     kept = f"the last good state is {saved}" if saved else "no state was saved before"
     return ValueError(
-        f"step {done.number} under compression {done.compression or 'none'} gave "
-        f"{what}. Its batch, {done.rows} rows of {done.width} tokens, follows from "
-        f"seed {seed} and the step: Mixture.batch({done.number - 1}) makes it again. "
+        f"step {step.number} under compression {step.compression or 'none'} gave "
+        f"{what}. Its batch, {step.rows} rows of {step.width} tokens, follows from "
+        f"seed {seed} and the step: Mixture.batch({step.number - 1}) makes it again. "
         f"Nothing of the step was saved; {kept}. Lower optimizer.learning_rate or "
         "optimizer.clip, or look at that batch."
     )

@@ -24,7 +24,7 @@ from kvjax.train.run.lora import merged
 from kvjax.train.run.mesh import check_mesh, make_mesh, share_of
 from kvjax.train.run.model import check_widths, model_shape, weights_of
 from kvjax.train.run.params import leaves_of, params_of, with_params
-from kvjax.train.run.progress import Progress
+from kvjax.train.run.progress import StepProgress
 from kvjax.train.run.step import TrainState, Weights
 from kvjax.train.run.stored import writing
 
@@ -33,7 +33,7 @@ def run(
     config: TrainConfig,
     directory: pathlib.Path,
     *,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[StepProgress], None] | None = None,
 ) -> TrainState:
     """Train what `config` says, or go on where `directory` stands.
 

@@ -12,8 +12,8 @@ import optax
 from jax.sharding import Mesh
 
 from kvjax.models.decoder import Decoder
-from kvjax.train.data.batch import Batch
-from kvjax.train.objectives.losses import next_token, said
+from kvjax.train.data.batch import TokenBatch
+from kvjax.train.objectives.losses import next_token, token_scores
 from kvjax.train.objectives.objective import Objective
 from kvjax.train.objectives.passes import plain_states
 from kvjax.train.run.mesh import everywhere, gathered, shardings
@@ -96,7 +96,7 @@ class Weights:
         return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
 
 
-Step = Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[[TrainState, TokenBatch, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_step(
@@ -112,7 +112,7 @@ def make_step(
         teacher = weights.guided(fixed, guide)
         return objective(weights.joined(params, fixed), batch, teacher)
 
-    def step(state: TrainState, batch: Batch, arrays: tuple[Params, Params]):
+    def step(state: TrainState, batch: TokenBatch, arrays: tuple[Params, Params]):
         grad = jax.value_and_grad(loss, has_aux=True)
         with weights.traced():
             (value, metrics), grads = grad(state.params, batch, arrays)
@@ -132,7 +132,7 @@ def make_step(
 
 def make_eval(
     weights: Weights, *, loop: bool = False
-) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+) -> Callable[[Params, TokenBatch], dict[str, jax.Array]]:
     """`evaluate(params, batch) -> metrics` with a full cache, jitted.
 
     `loop` compiles equal layers once.
@@ -140,11 +140,11 @@ def make_eval(
     where = None if weights.mesh is None else everywhere(weights.mesh)
 
     @functools.partial(jax.jit, out_shardings=where)
-    def evaluate(params: Params, fixed: Params, batch: Batch):
+    def evaluate(params: Params, fixed: Params, batch: TokenBatch):
         with weights.traced():
             model = weights.joined(params, fixed)
             hidden = plain_states(model, batch.tokens, loop=loop)
-            loss, metrics = next_token(said(model, hidden, batch), batch)
+            loss, metrics = next_token(token_scores(model, hidden, batch), batch)
         return {"loss": loss, **metrics}
 
     return lambda params, batch: evaluate(params, weights.fixed, batch)
