@@ -84,7 +84,7 @@ def torch_side(args, tree: dict, folder: pathlib.Path, results: dict) -> dict:
         "prompts": group.prompts[: args.torch_items],
         "questions": group.questions[: args.torch_items],
         "new": group.reply_room,
-        "stops": group.codec.stops(group.task.stop),
+        "stops": group.tokenizer.stops(group.task.stop),
     }
     (folder / "work.json").write_text(json.dumps(work))
     python = os.environ.get("KVJAX_TORCH_PYTHON") or sys.executable

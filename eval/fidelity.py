@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import KVCache
 from kvjax.compress.config import Compression
 from kvjax.eval.groups import AbstractGroup, Answers
-from kvjax.eval.text import Codec
+from kvjax.eval.text import Tokenizer
 from kvjax.eval.timing import timed
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import extend, read_prompt
@@ -167,7 +167,7 @@ class TextTask:
     def __post_init__(self):
         check_split(self.context, self.continuation, self.calls)
 
-    def windows(self, codec: Codec, count: int) -> np.ndarray:
+    def windows(self, tokenizer: Tokenizer, count: int) -> np.ndarray:
         """`[count, context + continuation]` tokens, spread evenly over the file.
 
         Raises:
@@ -180,9 +180,9 @@ class TextTask:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as wrong:
             raise ValueError(f"task 'text': {path} is not UTF-8 ({wrong}).") from None
-        codec.check(f"task 'text' ({path})", [text])
-        tokens = codec.encode(text)
-        own = self.context + self.continuation - len(codec.prefix)
+        tokenizer.check(f"task 'text' ({path})", [text])
+        tokens = tokenizer.encode(text)
+        own = self.context + self.continuation - len(tokenizer.prefix)
         if own < 2 or len(tokens) < count * own:
             raise ValueError(
                 f"task 'text': {path} has {len(tokens)} tokens; {count} windows of "
@@ -190,7 +190,7 @@ class TextTask:
             )
         stride = len(tokens) // count
         rows = [tokens[i * stride : i * stride + own] for i in range(count)]
-        return np.array([[*codec.prefix, *row] for row in rows], np.int32)
+        return np.array([[*tokenizer.prefix, *row] for row in rows], np.int32)
 
 
 @final
@@ -216,7 +216,7 @@ class TextGroup(AbstractGroup):
         return None
 
     def shown(self, item):
-        return self.codec.decode(self.prompts[item]), ""
+        return self.tokenizer.decode(self.prompts[item]), ""
 
     def answer(self, model, cache, prompt, index):
         del prompt

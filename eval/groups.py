@@ -16,7 +16,7 @@ import numpy as np
 from kvjax.cache import KVCache
 from kvjax.eval.tasks import Item, Task
 from kvjax.eval.tasks.base import before_stop
-from kvjax.eval.text import Codec
+from kvjax.eval.text import Tokenizer
 from kvjax.eval.timing import timed
 from kvjax.models.decoder import Decoder
 from kvjax.models.generation import generate_from
@@ -53,7 +53,7 @@ class AbstractGroup(abc.ABC):
         prompts: token ids that are read before compression.
         batch: rows of a batch.
         width: tokens that prompts are padded to.
-        codec: of the model.
+        tokenizer: of the model.
     """
 
     title: str
@@ -63,7 +63,7 @@ class AbstractGroup(abc.ABC):
     prompts: tuple[tuple[int, ...], ...]
     batch: int
     width: int
-    codec: Codec
+    tokenizer: Tokenizer
 
     @property
     @abc.abstractmethod
@@ -176,7 +176,7 @@ class Questions(AbstractGroup):
                 cache,
                 logits,
                 max_new_tokens=self.reply_room,
-                stop_tokens=self.codec.stops(self.task.stop),
+                stop_tokens=self.tokenizer.stops(self.task.stop),
             )
         )
         tokens, lengths, _ = decoded.value
@@ -194,7 +194,7 @@ class Questions(AbstractGroup):
 
     def _score(self, i: int, tokens: np.ndarray) -> dict[str, Any]:
         item = self.items[i]
-        text = self.codec.decode(tokens[: self.task.max_new_tokens].tolist())
+        text = self.tokenizer.decode(tokens[: self.task.max_new_tokens].tolist())
         reply = before_stop(text)
         reply = reply + self.task.stop if len(reply) < len(text) else reply
         score = float(self.task.score(item, reply))

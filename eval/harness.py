@@ -264,6 +264,6 @@ def _kept(cell: Cell, tally: _Tally, item: int) -> dict[str, Any] | None:
         "compression": cell.method.name,
         "keep": cell.keep,
         "task": group.title,
-        "tokens": [group.codec.piece(token) for token in group.prompts[item]],
+        "tokens": [group.tokenizer.piece(token) for token in group.prompts[item]],
         "kept": tally.maps[item],
     }

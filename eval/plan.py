@@ -12,7 +12,7 @@ from kvjax.eval.fidelity import TextGroup, TextTask
 from kvjax.eval.groups import AbstractGroup, Questions
 from kvjax.eval.methods import Method, methods
 from kvjax.eval.tasks import TASKS, Item, Task, make_task
-from kvjax.eval.text import Codec
+from kvjax.eval.text import Tokenizer
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.inference import bucket
@@ -81,14 +81,14 @@ def plan(model: DecoderConfig, tokenizer: Any, config: EvalConfig) -> Plan:
             task or the model; budgets below what a method protects; characters that
             the tokenizer does not know; a file that is missing or too short.
     """
-    codec = Codec(tokenizer, model.vocab_size)
+    tokenizer = Tokenizer(tokenizer, model.vocab_size)
     chosen = methods(config)
     groups: list[AbstractGroup] = []
     for entry in config.tasks:
         if entry.name == TEXT:
-            groups.append(_text_group(entry, config, codec))
+            groups.append(_text_group(entry, config, tokenizer))
         else:
-            groups += _question_groups(entry, config, codec)
+            groups += _question_groups(entry, config, tokenizer)
     made = Plan(config=config, groups=tuple(_one_width(groups)), methods=chosen)
     for group in made.groups:
         _check_range(model, group)
@@ -101,7 +101,9 @@ def plan(model: DecoderConfig, tokenizer: Any, config: EvalConfig) -> Plan:
     return made
 
 
-def _text_group(entry: TaskEntry, config: EvalConfig, codec: Codec) -> TextGroup:
+def _text_group(
+    entry: TaskEntry, config: EvalConfig, tokenizer: Tokenizer
+) -> TextGroup:
     if entry.lengths or entry.visibility:
         raise ValueError(
             f"task {entry.title!r} takes no `lengths` and no `visibility`; "
@@ -109,7 +111,7 @@ def _text_group(entry: TaskEntry, config: EvalConfig, codec: Codec) -> TextGroup
         )
     text = decode(dict(entry.fields), TextTask)
     count = entry.items or config.items
-    rows = text.windows(codec, count)
+    rows = text.windows(tokenizer, count)
     return TextGroup(
         title=entry.title,
         length=text.context + text.continuation,
@@ -118,14 +120,14 @@ def _text_group(entry: TaskEntry, config: EvalConfig, codec: Codec) -> TextGroup
         prompts=tuple(tuple(row[: text.context].tolist()) for row in rows),
         batch=min(config.batch, count),
         width=bucket(text.context),
-        codec=codec,
+        tokenizer=tokenizer,
         text=text,
         follow=rows[:, text.context :],
     )
 
 
 def _question_groups(
-    entry: TaskEntry, config: EvalConfig, codec: Codec
+    entry: TaskEntry, config: EvalConfig, tokenizer: Tokenizer
 ) -> Iterator[Questions]:
     depths = config.depths if entry.name == NEEDLE else (None,)
     makers = [_task(entry, depth) for depth in depths]
@@ -135,29 +137,29 @@ def _question_groups(
             item
             for task in makers
             for item in task.generate(
-                config.seed, count, max(1, length - len(codec.prefix))
+                config.seed, count, max(1, length - len(tokenizer.prefix))
             )
         ]
         texts = [item.prompt + item.answer for item in items]
-        codec.check(f"task {entry.title!r}", texts)
+        tokenizer.check(f"task {entry.title!r}", texts)
         for visibility in entry.visibility or config.visibility:
             yield _questions(
-                entry, config, codec, makers[0], items, length, visibility, depths
+                entry, config, tokenizer, makers[0], items, length, visibility, depths
             )
 
 
 def _questions(
     entry: TaskEntry,
     config: EvalConfig,
-    codec: Codec,
+    tokenizer: Tokenizer,
     task: Task,
     items: Sequence[Item],
     length: int,
     visibility: str,
     depths: tuple[float | None, ...],
 ) -> Questions:
-    contexts = [(*codec.prefix, *codec.encode(item.context)) for item in items]
-    questions = [tuple(codec.encode(item.question)) for item in items]
+    contexts = [(*tokenizer.prefix, *tokenizer.encode(item.context)) for item in items]
+    questions = [tuple(tokenizer.encode(item.question)) for item in items]
     if visibility == "query_aware":
         contexts = [a + b for a, b in zip(contexts, questions, strict=True)]
         questions = [() for _ in items]
@@ -169,7 +171,7 @@ def _questions(
         prompts=tuple(contexts),
         batch=min(config.batch, len(items)),
         width=bucket(max(map(len, contexts))),
-        codec=codec,
+        tokenizer=tokenizer,
         task=task,
         items=tuple(items),
         questions=tuple(questions),

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
-class Codec:
+class Tokenizer:
     """A Hugging Face tokenizer as the harness uses it.
 
     Attributes:

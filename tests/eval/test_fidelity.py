@@ -8,7 +8,7 @@ import pytest
 import kvjax
 from kvjax.eval import harness
 from kvjax.eval.fidelity import TextTask, compare, fidelity
-from kvjax.eval.text import Codec
+from kvjax.eval.text import Tokenizer
 from tests.eval import tiny
 
 
@@ -99,20 +99,20 @@ def test_text_as_a_task(model, text, tmp_path):
 
 
 def test_windows_of_a_text(text, tmp_path):
-    codec = Codec(tiny.tokenizer(), 100)
+    tokenizer = Tokenizer(tiny.tokenizer(), 100)
     task = TextTask(path=str(text), context=20, continuation=5)
-    windows = task.windows(codec, 4)
+    windows = task.windows(tokenizer, 4)
     assert windows.shape == (4, 25)
     assert (windows[:, 0] == 1).all()
-    assert codec.decode(windows[0].tolist()) == text.read_text()[:24]
+    assert tokenizer.decode(windows[0].tolist()) == text.read_text()[:24]
     with pytest.raises(ValueError, match="Lower `items`"):
-        task.windows(codec, 1000)
+        task.windows(tokenizer, 1000)
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="UTF-8"):
-        TextTask(path=str(tmp_path / "bytes")).windows(codec, 1)
+        TextTask(path=str(tmp_path / "bytes")).windows(tokenizer, 1)
     (tmp_path / "accents").write_text("déjà vu " * 9)
     with pytest.raises(ValueError, match="'àé'"):
-        TextTask(path=str(tmp_path / "accents")).windows(codec, 1)
+        TextTask(path=str(tmp_path / "accents")).windows(tokenizer, 1)
 
 
 def test_a_real_model_on_a_real_text(shared_data):
@@ -121,10 +121,10 @@ def test_a_real_model_on_a_real_text(shared_data):
     if not folder.is_dir() or not book.is_dir():
         pytest.skip("needs models/stories260k and lm/tinyshakespeare")
     model, tokenizer = kvjax.load(folder, dtype="float32")
-    codec = Codec(tokenizer, model.config.vocab_size)
+    tokenizer = Tokenizer(tokenizer, model.config.vocab_size)
     file = next(path for path in sorted(book.iterdir()) if path.suffix == ".txt")
     task = TextTask(path=str(file), context=192, continuation=64)
-    tokens = jnp.asarray(task.windows(codec, 4))
+    tokens = jnp.asarray(task.windows(tokenizer, 4))
     window = {"evict.score.window": 16}
     full = fidelity(model, tokens, 192, kvjax.Compression())
     int8 = fidelity(model, tokens, 192, kvjax.compression("int8"))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.eval.tasks import TRAIN, Task, stream
-from kvjax.eval.text import Codec
+from kvjax.eval.text import Tokenizer
 from kvjax.models.bundled import model_directory
 from kvjax.models.io import checkpoint_directory, load_config
 from kvjax.models.tokenizer import has_tokenizer, load_tokenizer, save_tokenizer
@@ -35,7 +35,7 @@ class Words:
     def __init__(self, tokenizer: Any, vocab_size: int):
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
-        self.begin = tuple(Codec(tokenizer, vocab_size).prefix)
+        self.begin = tuple(Tokenizer(tokenizer, vocab_size).prefix)
         end = tokenizer.eos_token_id
         self.end: tuple[int, ...] = () if end is None else (end,)
         self.pad = int(tokenizer.pad_token_id or 0)
@@ -57,12 +57,12 @@ class Words:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids; specials are dropped."""
-        return Codec(self.tokenizer, self.vocab_size).decode(tokens)
+        return Tokenizer(self.tokenizer, self.vocab_size).decode(tokens)
 
     @functools.cache  # noqa: B019 - lives as long as one run
     def stops(self, stop: str) -> tuple[int, ...]:
         """Every token whose text holds `stop`."""
-        return Codec(self.tokenizer, self.vocab_size).stops(stop)
+        return Tokenizer(self.tokenizer, self.vocab_size).stops(stop)
 
     @functools.cache  # noqa: B019
     def density(self, task: Task) -> float:
@@ -74,8 +74,8 @@ class Words:
         episode = task.episode(stream(TRAIN, "density", 0, 0), SAMPLE)
         turn = episode.turns[0]
         text = episode.context + turn.question + turn.answer
-        codec = Codec(self.tokenizer, self.vocab_size)
-        codec.check(f"task {task.name!r}", [text])
+        tokenizer = Tokenizer(self.tokenizer, self.vocab_size)
+        tokenizer.check(f"task {task.name!r}", [text])
         return len(text) / len(self.encode(text))
 
     def save(self, directory: pathlib.Path, max_positions: int) -> None:
