@@ -73,11 +73,11 @@ def path_of(args) -> str:
 def torch_side(args, tree: dict, folder: pathlib.Path, results: dict) -> dict:
     from kvjax.config import decode
     from kvjax.eval.config import EvalConfig
-    from kvjax.eval.groups import Questions
+    from kvjax.eval.groups import QuestionGroup
 
     model, tokenizer = kvjax.load(path_of(args), dtype="float32")
     group = plan(model.config, tokenizer, decode(tree, EvalConfig)).groups[0]
-    assert isinstance(group, Questions)
+    assert isinstance(group, QuestionGroup)
     work = {
         "methods": ["random", *args.methods],
         "keeps": args.keeps,

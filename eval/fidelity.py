@@ -71,14 +71,14 @@ def fidelity(
     check_split(context, tokens.shape[1] - context, calls)
     follow = tokens[:, context:]
     room = follow.shape[1]
-    full, held, resident = None, None, 0.0
+    full, compressed, resident = None, None, 0.0
     for one in (Compression(), c):
         prompt = read_prompt(model, tokens[:, :context], None, one)
         cache = prompt.compress(one, max_new_tokens=room)
-        full, held = held, feed(model, cache, follow, calls)
+        full, compressed = compressed, feed(model, cache, follow, calls)
         resident = cache.nbytes / tokens.shape[0]
-    assert full is not None and held is not None
-    nll, kl, agreement = map(np.asarray, compare(full, held, follow[:, 1:]))
+    assert full is not None and compressed is not None
+    nll, kl, agreement = map(np.asarray, compare(full, compressed, follow[:, 1:]))
     return Fidelity(nll=nll, kl=kl, agreement=agreement, resident_bytes=resident)
 
 
@@ -122,11 +122,11 @@ def feeding(
 @jax.jit
 def compare(
     full: Float[Array, "B M V"],
-    held: Float[Array, "B M V"],
+    compressed: Float[Array, "B M V"],
     targets: Int[Array, "B M"],
 ) -> tuple[Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
     """Mean NLL, KL and top-1 agreement of each row."""
-    p, q = jax.nn.log_softmax(full), jax.nn.log_softmax(held)
+    p, q = jax.nn.log_softmax(full), jax.nn.log_softmax(compressed)
     nll = -jnp.take_along_axis(q, targets[..., None], axis=-1)[..., 0]
     kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
     same = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
@@ -210,10 +210,6 @@ class TextGroup(AbstractGroup):
     @property
     def room(self):
         return self.text.continuation
-
-    @property
-    def seed(self):
-        return None
 
     def shown(self, item):
         return self.tokenizer.decode(self.prompts[item]), ""

@@ -54,6 +54,7 @@ class AbstractGroup(abc.ABC):
         batch: rows of a batch.
         width: tokens that prompts are padded to.
         tokenizer: of the model.
+        seed: of the items, or None if nothing is drawn.
     """
 
     title: str
@@ -64,16 +65,12 @@ class AbstractGroup(abc.ABC):
     batch: int
     width: int
     tokenizer: Tokenizer
+    seed: int | None = None
 
     @property
     @abc.abstractmethod
     def room(self) -> int:
         """Tokens that follow the compression point, at most."""
-
-    @property
-    @abc.abstractmethod
-    def seed(self) -> int | None:
-        """Seed of the items, or None if nothing is drawn."""
 
     @abc.abstractmethod
     def answer(
@@ -115,7 +112,7 @@ class AbstractGroup(abc.ABC):
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Questions(AbstractGroup):
+class QuestionGroup(AbstractGroup):
     """Items of a generated task.
 
     Query-agnostic prompts are contexts; their questions are read through the
@@ -127,14 +124,12 @@ class Questions(AbstractGroup):
         task: scores the replies.
         items: one per prompt.
         questions: token ids read after compression; empty where prompts hold them.
-        item_seed: of the items.
         reply_tokens: least room for a reply.
     """
 
     task: Task
     items: tuple[Item, ...]
     questions: tuple[tuple[int, ...], ...]
-    item_seed: int
     reply_tokens: int
 
     @property
@@ -151,10 +146,6 @@ class Questions(AbstractGroup):
     @property
     def room(self):
         return self.question_room + self.reply_room
-
-    @property
-    def seed(self):
-        return self.item_seed
 
     def shown(self, item):
         one = self.items[item]

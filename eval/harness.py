@@ -18,9 +18,9 @@ from kvjax.compress.observe import wants_mass
 from kvjax.eval.config import EvalConfig
 from kvjax.eval.groups import AbstractGroup
 from kvjax.eval.methods import NONE, Method
-from kvjax.eval.plan import Cell, Plan, plan
+from kvjax.eval.plan import Cell, EvalPlan, plan
 from kvjax.eval.record import averages, describe, header, provenance
-from kvjax.eval.results import Run, open_run
+from kvjax.eval.results import RunWriter, open_run
 from kvjax.eval.timing import Timed, timed
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import Prompt, read_prompt
@@ -31,7 +31,7 @@ MAP_TOKENS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class EvalProgress:
     """What the callback is told after each cell.
 
     Attributes:
@@ -49,7 +49,7 @@ class Progress:
     resumed: bool
 
 
-Callback = Callable[[Progress], None]
+Callback = Callable[[EvalProgress], None]
 
 
 @dataclasses.dataclass
@@ -103,7 +103,7 @@ def run(
 class _Runner:
     """The loop of `run`, with what its steps share."""
 
-    def __init__(self, model: Decoder, made: Plan, store: Run, progress):
+    def __init__(self, model: Decoder, made: EvalPlan, store: RunWriter, progress):
         self.model, self.made, self.store = model, made, store
         self.progress: Callback | None = progress
         self.rows: list[dict[str, Any]] = []
@@ -205,10 +205,10 @@ class _Runner:
         ]
         if not wanted or group.width > MAP_TOKENS:
             return
-        held = [cache.kept_positions(layer) for layer in range(cache.num_layers)]
+        kept = [cache.kept_positions(layer) for layer in range(cache.num_layers)]
         for row, item in wanted:
             tally.maps[item] = [
-                [head.tolist() for head in layer[row]] for layer in held
+                [head.tolist() for head in layer[row]] for layer in kept
             ]
 
     def _refer(self, cells: Sequence[Cell], tallies: Mapping[Any, _Tally]) -> None:
@@ -250,7 +250,7 @@ class _Runner:
     def _tell(self, cell: Cell, row: Mapping[str, Any], *, resumed: bool) -> None:
         if self.progress is not None:
             done, total = len(self.rows), len(self.old)
-            self.progress(Progress(done, total, cell.name, row, resumed))
+            self.progress(EvalProgress(done, total, cell.name, row, resumed))
 
 
 def _kept(cell: Cell, tally: _Tally, item: int) -> dict[str, Any] | None:

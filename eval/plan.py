@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kvjax.config import decode
 from kvjax.eval.config import NEEDLE, TEXT, EvalConfig, TaskEntry
 from kvjax.eval.fidelity import TextGroup, TextTask
-from kvjax.eval.groups import AbstractGroup, Questions
+from kvjax.eval.groups import AbstractGroup, QuestionGroup
 from kvjax.eval.methods import Method, methods
 from kvjax.eval.tasks import TASKS, Item, Task, make_task
 from kvjax.eval.text import Tokenizer
@@ -48,7 +48,7 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class EvalPlan:
     """The groups and methods of an evaluation, and the cells they make."""
 
     config: EvalConfig
@@ -73,7 +73,7 @@ class Plan:
         ]
 
 
-def plan(model: DecoderConfig, tokenizer: Any, config: EvalConfig) -> Plan:
+def plan(model: DecoderConfig, tokenizer: Any, config: EvalConfig) -> EvalPlan:
     """All cells of an evaluation of `model`.
 
     Raises:
@@ -89,7 +89,7 @@ def plan(model: DecoderConfig, tokenizer: Any, config: EvalConfig) -> Plan:
             groups.append(_text_group(entry, config, tokenizer))
         else:
             groups += _question_groups(entry, config, tokenizer)
-    made = Plan(config=config, groups=tuple(_one_width(groups)), methods=chosen)
+    made = EvalPlan(config=config, groups=tuple(_one_width(groups)), methods=chosen)
     for group in made.groups:
         _check_range(model, group)
         for method in chosen:
@@ -128,7 +128,7 @@ def _text_group(
 
 def _question_groups(
     entry: TaskEntry, config: EvalConfig, tokenizer: Tokenizer
-) -> Iterator[Questions]:
+) -> Iterator[QuestionGroup]:
     depths = config.depths if entry.name == NEEDLE else (None,)
     makers = [_task(entry, depth) for depth in depths]
     count = entry.items or config.items
@@ -143,12 +143,12 @@ def _question_groups(
         texts = [item.prompt + item.answer for item in items]
         tokenizer.check(f"task {entry.title!r}", texts)
         for visibility in entry.visibility or config.visibility:
-            yield _questions(
+            yield _question_group(
                 entry, config, tokenizer, makers[0], items, length, visibility, depths
             )
 
 
-def _questions(
+def _question_group(
     entry: TaskEntry,
     config: EvalConfig,
     tokenizer: Tokenizer,
@@ -157,13 +157,13 @@ def _questions(
     length: int,
     visibility: str,
     depths: tuple[float | None, ...],
-) -> Questions:
+) -> QuestionGroup:
     contexts = [(*tokenizer.prefix, *tokenizer.encode(item.context)) for item in items]
     questions = [tuple(tokenizer.encode(item.question)) for item in items]
     if visibility == "query_aware":
         contexts = [a + b for a, b in zip(contexts, questions, strict=True)]
         questions = [() for _ in items]
-    return Questions(
+    return QuestionGroup(
         title=entry.title,
         length=length,
         visibility=visibility,
@@ -175,7 +175,7 @@ def _questions(
         task=task,
         items=tuple(items),
         questions=tuple(questions),
-        item_seed=config.seed,
+        seed=config.seed,
         reply_tokens=config.reply_tokens,
     )
 

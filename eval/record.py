@@ -57,10 +57,10 @@ def mean(
     items: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[float | None, float | None]:
     """Mean of a column and its standard error, which one item does not have."""
-    held = [item[name] for item in items if item.get(name) is not None]
-    if not held:
+    found = [item[name] for item in items if item.get(name) is not None]
+    if not found:
         return None, None
-    values = np.array(held, np.float64)
+    values = np.array(found, np.float64)
     if len(values) == 1:
         return float(values[0]), None
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)

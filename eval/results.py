@@ -73,7 +73,7 @@ _COMPARED = ("schema", "model_fingerprint", "config")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunWriter:
     """A run directory that is open for writing."""
 
     path: pathlib.Path
@@ -112,7 +112,7 @@ class Run:
         return self.path / kind / f"{cell}.parquet"
 
 
-def open_run(directory: str | os.PathLike[str], header: Mapping[str, Any]) -> Run:
+def open_run(directory: str | os.PathLike[str], header: Mapping[str, Any]) -> RunWriter:
     """A new run, or an earlier one that goes on where it stopped.
 
     Raises:
@@ -135,7 +135,7 @@ def open_run(directory: str | os.PathLike[str], header: Mapping[str, Any]) -> Ru
             left.unlink(missing_ok=True)
     if not record.exists():
         _write(record, (json.dumps(header, indent=2) + "\n").encode())
-    return Run(path)
+    return RunWriter(path)
 
 
 def read_header(run_dir: str | os.PathLike[str]) -> dict[str, Any]:

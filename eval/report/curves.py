@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from kvjax.eval.report.run import Row, group, mean, mean_se, methods
+from kvjax.eval.report.run import CellRow, group, mean, mean_se, methods
 from kvjax.eval.report.style import FLOOR, INK, SETTINGS, look, new_figure, spread
 
 Look = Mapping[str, tuple[str, str]]
@@ -23,7 +23,9 @@ def bytes_label(value: float, _: int | None = None) -> str:
     return f"{value:.3g} {units[0]}"
 
 
-def score_figure(rows: Sequence[Row], title: str, looks: Look | None = None) -> Figure:
+def score_figure(
+    rows: Sequence[CellRow], title: str, looks: Look | None = None
+) -> Figure:
     """Score against resident bytes for the rows of one task and length.
 
     One line per method over its budgets, with one standard error; `none` is the
@@ -41,7 +43,7 @@ def score_figure(rows: Sequence[Row], title: str, looks: Look | None = None) -> 
 
 
 def cost_figure(
-    rows: Sequence[Row],
+    rows: Sequence[CellRow],
     column: str,
     label: str,
     title: str,
@@ -58,7 +60,7 @@ def cost_figure(
     return figure
 
 
-def _figure(rows: Sequence[Row], column: str, title: str, looks: Look | None):
+def _figure(rows: Sequence[CellRow], column: str, title: str, looks: Look | None):
     """Axes with a line per method, and where each ends."""
     figure = new_figure(5.0, 3.7)
     with rc_context(SETTINGS):
@@ -74,7 +76,7 @@ def _figure(rows: Sequence[Row], column: str, title: str, looks: Look | None):
     return figure, axes, ends
 
 
-def _points(rows: Sequence[Row], column: str) -> list[tuple[float, float, float]]:
+def _points(rows: Sequence[CellRow], column: str) -> list[tuple[float, float, float]]:
     """`(bytes, value, standard error)` per budget, from few bytes to many."""
     points = []
     for same in group(rows, "keep").values():
@@ -100,7 +102,7 @@ def _line(axes: Axes, name: str, points, mark: tuple[str, str]) -> tuple[float, 
     return sizes[-1], values[-1]
 
 
-def _bytes_axis(axes: Axes, rows: Sequence[Row]) -> None:
+def _bytes_axis(axes: Axes, rows: Sequence[CellRow]) -> None:
     sizes = [row["resident_bytes"] for row in rows if row.get("resident_bytes")]
     low, high = math.log2(min(sizes)), math.log2(max(sizes))
     axes.set_xscale("log", base=2)

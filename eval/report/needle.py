@@ -6,11 +6,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvjax.eval.report.run import Row, group, mean
+from kvjax.eval.report.run import CellRow, group, mean
 from kvjax.eval.report.style import SETTINGS, new_figure
 
 
-def needle_figure(rows: Sequence[Row], title: str) -> Figure:
+def needle_figure(rows: Sequence[CellRow], title: str) -> Figure:
     """Heat maps of one method: depth of the needle against length, one per budget."""
     budgets = group(rows, "keep")
     lengths = sorted({row["length"] for row in rows})
@@ -29,7 +29,7 @@ def needle_figure(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, rows: Sequence[Row], lengths: list, depths: list) -> None:
+def _panel(axes: Axes, rows: Sequence[CellRow], lengths: list, depths: list) -> None:
     cells = group(rows, "depth", "length")
     grid = [[mean(cells.get((d, n), ()), "score") for n in lengths] for d in depths]
     shown = [[float("nan") if v is None else v for v in line] for line in grid]

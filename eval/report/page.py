@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvjax.eval.report.curves import bytes_label
-from kvjax.eval.report.run import Row, Run
+from kvjax.eval.report.run import CellRow, LoadedRun
 from kvjax.eval.report.token_map import (
     heads_kept,
     pieces_of,
@@ -51,7 +51,7 @@ CAVEATS = (
 )
 
 
-def page(run: Run, sections: Iterable[tuple[str, str, str]]) -> str:
+def page(run: LoadedRun, sections: Iterable[tuple[str, str, str]]) -> str:
     """The whole document; `sections` are `(anchor, heading, body)`."""
     parts = list(sections)
     title = f"kvjax report: {run.about.get('model', run.path.name)}"
@@ -70,7 +70,7 @@ def page(run: Run, sections: Iterable[tuple[str, str, str]]) -> str:
     )
 
 
-def _lead(run: Run) -> str:
+def _lead(run: LoadedRun) -> str:
     tasks = sorted({row["task"] for row in run.rows})
     names = {row["compression"] for row in run.rows}
     date = str(run.about.get("date"))[:10]
@@ -95,11 +95,11 @@ def empty(why: str) -> str:
 
 def plots(images: Sequence[str], kind: str = "") -> str:
     """Inline figures as a grid that folds into one column."""
-    held = "".join(f'<figure class="plot">{image}</figure>' for image in images)
-    return f'<div class="plots {kind}">{held}</div>'
+    figures = "".join(f'<figure class="plot">{image}</figure>' for image in images)
+    return f'<div class="plots {kind}">{figures}</div>'
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[CellRow]) -> str:
     """All rows; a click on a heading sorts."""
     used = [n for n in _TABLE if any(row.get(n) is not None for row in rows)]
     heads = "".join(
@@ -173,7 +173,7 @@ def _map(entry: Mapping[str, Any]) -> str:
     )
 
 
-def provenance(run: Run) -> str:
+def provenance(run: LoadedRun) -> str:
     """Where the numbers come from, and what they do not say."""
     about = {key: value for key, value in run.about.items() if key != "config"}
     seeds = sorted({row["seed"] for row in run.rows if row.get("seed") is not None})

@@ -8,11 +8,11 @@ from typing import Any
 
 from kvjax.eval.results import load_rows, read_header
 
-Row = Mapping[str, Any]
+CellRow = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class LoadedRun:
     """What a finished or interrupted evaluation left behind.
 
     Attributes:
@@ -24,11 +24,11 @@ class Run:
 
     path: pathlib.Path
     about: Mapping[str, Any]
-    rows: tuple[Row, ...]
+    rows: tuple[CellRow, ...]
     maps: tuple[Mapping[str, Any], ...]
 
 
-def load_run(directory: str | pathlib.Path) -> Run:
+def load_run(directory: str | pathlib.Path) -> LoadedRun:
     """Read a run directory.
 
     Raises:
@@ -48,7 +48,7 @@ def load_run(directory: str | pathlib.Path) -> Run:
             "into it again: it goes on where it stopped."
         )
     maps = tuple(_map(file) for file in sorted((path / "maps").glob("*.json")))
-    return Run(path=path, about=about, rows=tuple(rows), maps=maps)
+    return LoadedRun(path=path, about=about, rows=tuple(rows), maps=maps)
 
 
 def _map(file: pathlib.Path) -> Mapping[str, Any]:
@@ -65,16 +65,16 @@ def _map(file: pathlib.Path) -> Mapping[str, Any]:
     return found
 
 
-def methods(rows: Iterable[Row]) -> list[str]:
+def methods(rows: Iterable[CellRow]) -> list[str]:
     """Method names in the order of the figures: reference, methods, floor."""
     names = dict.fromkeys(row["compression"] for row in rows)
     ends = {"none": -1, "random": 1}
     return sorted(names, key=lambda name: (ends.get(name, 0), name))
 
 
-def group(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
+def group(rows: Iterable[CellRow], *names: str) -> dict[tuple, list[CellRow]]:
     """Rows by the values of some columns, in sorted order."""
-    out: dict[tuple, list[Row]] = {}
+    out: dict[tuple, list[CellRow]] = {}
     for row in rows:
         out.setdefault(tuple(row.get(name) for name in names), []).append(row)
     order = sorted(
@@ -83,13 +83,13 @@ def group(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
     return {key: out[key] for key in order}
 
 
-def mean(rows: Iterable[Row], name: str) -> float | None:
+def mean(rows: Iterable[CellRow], name: str) -> float | None:
     """Mean of a column over the rows that have it."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return sum(values) / len(values) if values else None
 
 
-def mean_se(rows: Iterable[Row], name: str) -> float:
+def mean_se(rows: Iterable[CellRow], name: str) -> float:
     """Standard error of the mean of independent rows, from each row's own."""
     values = [row.get(name) or 0.0 for row in rows]
     return sum(value**2 for value in values) ** 0.5 / len(values)

@@ -40,17 +40,17 @@ SETTINGS: dict[Any, Any] = {
 }
 
 
-class Shown(Figure):
+class NotebookFigure(Figure):
     """A figure that notebooks show without pyplot and its global state."""
 
     def _repr_png_(self) -> bytes:
         return png(self)
 
 
-def new_figure(width: float, height: float) -> Shown:
+def new_figure(width: float, height: float) -> NotebookFigure:
     """An empty figure in the house style, sizes in inches."""
     with rc_context(SETTINGS):
-        return Shown(figsize=(width, height), layout="constrained")
+        return NotebookFigure(figsize=(width, height), layout="constrained")
 
 
 def look(names: Sequence[str]) -> dict[str, tuple[str, str]]:

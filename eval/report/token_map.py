@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import rc_context
 
 from kvjax.cache import KVCache
-from kvjax.eval.report.style import SETTINGS, Shown, new_figure
+from kvjax.eval.report.style import SETTINGS, NotebookFigure, new_figure
 
 
 def token_map(
@@ -17,7 +17,7 @@ def token_map(
     row: int = 0,
     columns: int = 64,
     title: str = "",
-) -> Shown:
+) -> NotebookFigure:
     """A text, and below each piece of it how many KV heads of each layer kept it.
 
     Args:
@@ -73,14 +73,14 @@ def heads_kept(kept: Sequence[Sequence[Any]], length: int) -> np.ndarray:
     counts = np.zeros((len(kept), length), np.int32)
     for layer, heads in enumerate(kept):
         for positions in heads:
-            held = np.asarray(positions, np.int64)
-            if held.size and held.max() >= length:
+            slots = np.asarray(positions, np.int64)
+            if slots.size and slots.max() >= length:
                 raise ValueError(
-                    f"layer {layer} kept position {held.max()}, but `pieces` has only "
+                    f"layer {layer} kept position {slots.max()}, but `pieces` has only "
                     f"{length} entries; pass one per token of the prompt, specials "
                     "included."
                 )
-            counts[layer, held] += 1
+            counts[layer, slots] += 1
     return counts
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from kvjax.eval.report import page
 from kvjax.eval.report.curves import cost_figure, score_figure
 from kvjax.eval.report.needle import needle_figure
-from kvjax.eval.report.run import Row, Run, group, load_run, methods
+from kvjax.eval.report.run import CellRow, LoadedRun, group, load_run, methods
 from kvjax.eval.report.style import look, png, svg
 from kvjax.eval.report.token_map import pieces_of, token_map
 
@@ -52,7 +52,7 @@ def write_report(
     return target
 
 
-def _ordered(run: Run) -> list[Row]:
+def _ordered(run: LoadedRun) -> list[CellRow]:
     order = methods(run.rows)
     return sorted(
         run.rows,
@@ -75,7 +75,7 @@ def _figures(figures: Named, folder: pathlib.Path, kind: str = "") -> str:
     return page.plots(images, kind)
 
 
-def _scores(run: Run, folder: pathlib.Path) -> str:
+def _scores(run: LoadedRun, folder: pathlib.Path) -> str:
     """One panel per task, length and visibility."""
     rows = [r for r in run.rows if r.get("resident_bytes") and r["score"] is not None]
     if not rows:
@@ -98,7 +98,7 @@ def _scores(run: Run, folder: pathlib.Path) -> str:
     return note + _figures(figures(), folder)
 
 
-def _fidelity(run: Run, folder: pathlib.Path) -> str:
+def _fidelity(run: LoadedRun, folder: pathlib.Path) -> str:
     """Teacher-forced text: divergence from the uncompressed model."""
     rows = [r for r in run.rows if r.get("kl") is not None and r.get("resident_bytes")]
     if not rows:
@@ -118,7 +118,7 @@ def _fidelity(run: Run, folder: pathlib.Path) -> str:
     return note + _figures(figures(), folder)
 
 
-def _times(run: Run, folder: pathlib.Path) -> str:
+def _times(run: LoadedRun, folder: pathlib.Path) -> str:
     """One panel per length, mean over tasks."""
     rows = [r for r in run.rows if r.get("ms_per_token") and r.get("resident_bytes")]
     if not rows:
@@ -136,7 +136,7 @@ def _times(run: Run, folder: pathlib.Path) -> str:
     return note + _figures(figures(), folder)
 
 
-def _tokens(run: Run, folder: pathlib.Path) -> str:
+def _tokens(run: LoadedRun, folder: pathlib.Path) -> str:
     """One item, each method at one budget."""
     maps = chosen_maps(run)
     if not maps:
@@ -154,7 +154,7 @@ def _tokens(run: Run, folder: pathlib.Path) -> str:
     return page.token_section(maps)
 
 
-def chosen_maps(run: Run) -> list[Mapping[str, Any]]:
+def chosen_maps(run: LoadedRun) -> list[Mapping[str, Any]]:
     """Maps of one text: the task most methods share, each at its middle budget."""
     by_text: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for entry in run.maps:
@@ -176,7 +176,7 @@ def chosen_maps(run: Run) -> list[Mapping[str, Any]]:
     return out[:MOST_MAPS]
 
 
-def _listed(run: Run) -> list[Mapping[str, Any]]:
+def _listed(run: LoadedRun) -> list[Mapping[str, Any]]:
     """Rows, those of tasks that the configuration names first before others."""
     tasks = run.about.get("config", {}).get("tasks", ())
     named = [t.get("label") or t["name"] for t in tasks if isinstance(t, Mapping)]
@@ -185,7 +185,7 @@ def _listed(run: Run) -> list[Mapping[str, Any]]:
     return sorted(rows, key=lambda row: ranks.get(row["task"], len(ranks)))
 
 
-def _needles(run: Run, folder: pathlib.Path) -> str:
+def _needles(run: LoadedRun, folder: pathlib.Path) -> str:
     """Depth against length, one figure per task and method."""
     rows = [row for row in run.rows if row.get("depth") is not None]
     if not rows:

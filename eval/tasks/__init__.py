@@ -11,7 +11,7 @@ from kvjax.eval.tasks.base import Item as Item
 from kvjax.eval.tasks.base import Task as Task
 from kvjax.eval.tasks.base import Turn as Turn
 from kvjax.eval.tasks.base import stream as stream
-from kvjax.eval.tasks.batch import Batch as Batch
+from kvjax.eval.tasks.batch import ProblemBatch as ProblemBatch
 from kvjax.eval.tasks.chain import Chain as Chain
 from kvjax.eval.tasks.fact import Fact as Fact
 from kvjax.eval.tasks.induction import Induction as Induction
@@ -23,7 +23,7 @@ TASKS: Mapping[str, type[Task]] = MappingProxyType(
         "recall": Recall,
         "chain": Chain,
         "induction": Induction,
-        "batch": Batch,
+        "batch": ProblemBatch,
         "fact": Fact,
     }
 )

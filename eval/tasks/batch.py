@@ -16,7 +16,7 @@ _ANSWER = re.compile(r"(\d\d):[^;:=]*=(\d);")
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch(Task):
+class ProblemBatch(Task):
     r"""Problems `[01:3+4]\n` in filler; one reply copies and solves them all.
 
     The reply reads `01:3+4=7;02:5*2=0;03:]`. Arithmetic is modulo 10; the last record

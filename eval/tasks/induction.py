@@ -60,11 +60,11 @@ class Induction(Task):
         size = min(self.symbols, self.width * shots)
         plain = rng.sample(string.digits, size)
         rule = dict(zip(plain, rng.sample(string.ascii_lowercase, size), strict=True))
-        seen = plain + rng.choices(plain, k=self.width * shots - size)
-        rng.shuffle(seen)
+        digits = plain + rng.choices(plain, k=self.width * shots - size)
+        rng.shuffle(digits)
         records = [
-            f"[{written(rule, seen[i : i + self.width])}]\n"
-            for i in range(0, len(seen), self.width)
+            f"[{written(rule, digits[i : i + self.width])}]\n"
+            for i in range(0, len(digits), self.width)
         ]
         spare = length - shots * shot_chars - turns * turn_chars
         filler = sentences(rng, spare, self.redundancy)
@@ -74,11 +74,11 @@ class Induction(Task):
             context=scatter(rng, records, filler),
             turns=tuple(
                 Turn(
-                    question=f"\n? [{written(unknown, digits)}]\n= [",
-                    answer=written(rule, digits) + "]",
-                    meta={"value": written(rule, digits), "shots": shots},
+                    question=f"\n? [{written(unknown, shown)}]\n= [",
+                    answer=written(rule, shown) + "]",
+                    meta={"value": written(rule, shown), "shots": shots},
                 )
-                for digits in asked
+                for shown in asked
             ),
         )
 

@@ -14,7 +14,7 @@ from flax import nnx
 import kvjax
 from kvjax.eval import harness
 from kvjax.eval.config import decode_config
-from kvjax.eval.groups import Questions
+from kvjax.eval.groups import QuestionGroup
 from kvjax.eval.plan import plan
 from kvjax.eval.record import fingerprint, mean
 from kvjax.eval.results import ITEMS, ROWS, load_rows, read_header
@@ -117,7 +117,7 @@ def test_replies_are_those_of_each_prompt_alone(both, model, tokenizer):
     for cell in made.all_cells():
         if cell.keep == 0.25 or cell.method.name in ("none", "random"):
             continue
-        assert isinstance(cell.group, Questions)
+        assert isinstance(cell.group, QuestionGroup)
         c = cell.method.at(cell.keep, cell.group.visibility)
         tokens = jnp.array([cell.group.prompts[3]])
         logits, cache = kvjax.prefill(model, tokens, None, c, max_new_tokens=32)
