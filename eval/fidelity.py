@@ -19,10 +19,11 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import KVCache
 from kvjax.compress.config import Compression
 from kvjax.eval.groups import AbstractGroup, Answers
+from kvjax.eval.reading import PromptReader
 from kvjax.eval.text import Tokenizer
 from kvjax.eval.timing import timed
 from kvjax.models.decoder import Decoder
-from kvjax.models.inference import extend, read_prompt
+from kvjax.models.inference import extend, prefill
 from kvjax.types import LengthsLike, Tokens, TokensLike
 
 
@@ -73,8 +74,7 @@ def fidelity(
     room = follow.shape[1]
     full, compressed, resident = None, None, 0.0
     for one in (Compression(), c):
-        prompt = read_prompt(model, tokens[:, :context], None, one)
-        cache = prompt.compress(one, max_new_tokens=room)
+        _, cache = prefill(model, tokens[:, :context], None, one, max_new_tokens=room)
         full, compressed = compressed, feed(model, cache, follow, calls)
         resident = cache.nbytes / tokens.shape[0]
     assert full is not None and compressed is not None
@@ -214,11 +214,11 @@ class TextGroup(AbstractGroup):
     def shown(self, item):
         return self.tokenizer.decode(self.prompts[item]), ""
 
-    def answer(self, model, cache, prompt, index):
+    def answer(self, reader, cache, prompt, index):
         del prompt
         follow = jnp.asarray(self.follow[index])
-        full = self._full(model, index, follow)
-        fed = timed(lambda: feed(model, cache, follow, self.text.calls))
+        full = self._full(reader, index, follow)
+        fed = timed(lambda: feed(reader.model, cache, follow, self.text.calls))
         columns = map(np.asarray, compare(full, fed.value, follow[:, 1:]))
         rows: Sequence[Any] = list(zip(*columns, strict=True))[: self.scored(index)]
         return Answers(
@@ -231,14 +231,15 @@ class TextGroup(AbstractGroup):
             compile_s=fed.compile_s,
         )
 
-    def _full(self, model: Decoder, index: np.ndarray, follow: jax.Array) -> jax.Array:
+    def _full(
+        self, reader: PromptReader, index: np.ndarray, follow: jax.Array
+    ) -> jax.Array:
         """The uncompressed cache's logits; those of one batch are held at a time."""
         first = int(index[0])
         if first not in self._reference:
-            tokens, lengths = self.read(index)
-            cache = read_prompt(model, tokens, lengths).compress(
-                Compression(), max_new_tokens=self.room
-            )
+            none = Compression()
+            prompt = reader.read(self, none, index).value
+            cache = prompt.compress(none, max_new_tokens=self.room)
             self._reference.clear()
-            self._reference[first] = feed(model, cache, follow, self.text.calls)
+            self._reference[first] = feed(reader.model, cache, follow, self.text.calls)
         return self._reference[first]

@@ -7,21 +7,22 @@ rows that nobody scores, so that each program compiles once.
 import abc
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import KVCache
+from kvjax.eval.replies import greedy_replies
 from kvjax.eval.tasks import Item, Task
-from kvjax.eval.tasks.base import before_stop
+from kvjax.eval.tasks.base import through_stop
 from kvjax.eval.text import Tokenizer
-from kvjax.eval.timing import timed
-from kvjax.models.decoder import Decoder
-from kvjax.models.generation import generate_from
-from kvjax.models.inference import Prompt, bucket, extend, last_of
+from kvjax.models.inference import Prompt, bucket
 from kvjax.models.padding import pad_rows
+
+if TYPE_CHECKING:  # what reads groups
+    from kvjax.eval.reading import PromptReader
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,9 +75,16 @@ class AbstractGroup(abc.ABC):
 
     @abc.abstractmethod
     def answer(
-        self, model: Decoder, cache: KVCache, prompt: Prompt, index: np.ndarray
+        self, reader: "PromptReader", cache: KVCache, prompt: Prompt, index: np.ndarray
     ) -> Answers:
-        """Answers of a batch whose rows are the prompts `index`, fill-up included."""
+        """Answers of a batch whose rows are the prompts `index`, fill-up included.
+
+        Args:
+            reader: what read the prompts.
+            cache: of the prompts, compressed.
+            prompt: what it was made of.
+            index: which prompts.
+        """
 
     @abc.abstractmethod
     def shown(self, item: int) -> tuple[str, str]:
@@ -153,46 +161,30 @@ class QuestionGroup(AbstractGroup):
             return one.context, one.question
         return one.prompt, ""
 
-    def answer(self, model, cache, prompt, index):
-        logits, compile_s = prompt.logits, 0.0
+    def answer(self, reader, cache, prompt, index):
+        questions = None
         if self.question_room:
-            rows = [self.questions[i] for i in index]
-            asked = timed(
-                lambda: _last(model, cache, *pad_rows(rows, self.question_room))
-            )
-            (logits, cache), compile_s = asked.value, asked.compile_s
-        decoded = timed(
-            lambda: generate_from(
-                model,
-                cache,
-                logits,
-                max_new_tokens=self.reply_room,
-                stop_tokens=self.tokenizer.stops(self.task.stop),
-            )
+            questions = pad_rows([self.questions[i] for i in index], self.question_room)
+        given = greedy_replies(
+            reader.model,
+            cache,
+            prompt.logits,
+            questions,
+            max_new_tokens=self.reply_room,
+            stop_tokens=self.tokenizer.stops(self.task.stop),
         )
-        tokens, lengths, _ = decoded.value
-        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+        scored = self.scored(index)
+        replied = zip(index[:scored], given.tokens[:scored], strict=True)
         return Answers(
-            items=tuple(
-                self._score(int(i), tokens[row, : lengths[row]])
-                for row, i in enumerate(index[: self.scored(index)])
-            ),
-            decode_s=decoded.run_s,
-            # The first token needs no step: its logits were there.
-            steps=int(lengths.max()) - 1,
-            compile_s=compile_s + decoded.compile_s,
+            items=tuple(self._score(int(i), tokens) for i, tokens in replied),
+            decode_s=given.decode_s,
+            steps=given.steps,
+            compile_s=given.compile_s,
         )
 
     def _score(self, i: int, tokens: np.ndarray) -> dict[str, Any]:
         item = self.items[i]
         text = self.tokenizer.decode(tokens[: self.task.max_new_tokens].tolist())
-        reply = before_stop(text)
-        reply = reply + self.task.stop if len(reply) < len(text) else reply
+        reply = through_stop(text)
         score = float(self.task.score(item, reply))
         return {"reply": reply, "answer": item.answer, "score": score}
-
-
-def _last(model: Decoder, cache: KVCache, tokens: np.ndarray, lengths: np.ndarray):
-    """Logits of each row's last token, and the cache after all of them."""
-    logits, cache = extend(model, cache, jnp.asarray(tokens), jnp.asarray(lengths))
-    return last_of(logits, jnp.asarray(lengths)), cache

@@ -13,18 +13,16 @@ from typing import Any
 import numpy as np
 
 from kvjax.cache import KVCache
-from kvjax.compress.config import Compression
 from kvjax.compress.observe import wants_mass
 from kvjax.eval.config import EvalConfig
 from kvjax.eval.groups import AbstractGroup
 from kvjax.eval.methods import NONE, Method
 from kvjax.eval.plan import Cell, EvalPlan, plan
+from kvjax.eval.reading import PromptReader
 from kvjax.eval.record import averages, describe, header, provenance
 from kvjax.eval.results import RunWriter, open_run
-from kvjax.eval.timing import Timed, timed
+from kvjax.eval.timing import timed
 from kvjax.models.decoder import Decoder
-from kvjax.models.inference import Prompt, read_prompt
-from kvjax.models.shared_pass import SharedPass, read_shared
 
 MAP_TOKENS = 8192
 """Longest prompt whose kept positions are written: a map lists all of them."""
@@ -104,15 +102,18 @@ class _Runner:
     """The loop of `run`, with what its steps share."""
 
     def __init__(self, model: Decoder, made: EvalPlan, store: RunWriter, progress):
-        self.model, self.made, self.store = model, made, store
+        self.made, self.store = made, store
+        self.reader = PromptReader(
+            model,
+            share=made.config.share_passes,
+            mass=any(wants_mass(method.base) for method in made.methods),
+        )
         self.progress: Callback | None = progress
         self.rows: list[dict[str, Any]] = []
         # All of it now: a damaged file is found before anything is computed.
         self.old = {cell.name: store.row(cell.name) for cell in made.all_cells()}
         self.full: dict[float | None, dict[str, Any]] = {}  # rows of `none`, by depth
         self.replies: list[str | None] = []  # of `none`, by item
-        self.group: AbstractGroup | None = None
-        self.passes: dict[Any, Timed[SharedPass]] = {}
 
     def method(self, group: AbstractGroup, method: Method) -> None:
         """All cells of one method on one group; finished ones are taken over."""
@@ -140,7 +141,8 @@ class _Runner:
         tallies = {keep: _Tally() for keep in keeps}
         prefill_s, compile_s = [], 0.0
         for index in group.batches() if keeps else ():
-            read = self._read(group, method.at(keeps[0], group.visibility), index)
+            c = method.at(keeps[0], group.visibility)
+            read = self.reader.read(group, c, index)
             prefill_s.append(read.run_s)
             compile_s += read.compile_s
             for keep, tally in tallies.items():
@@ -148,7 +150,7 @@ class _Runner:
                 packed = timed(
                     lambda c=c, p=read.value: p.compress(c, max_new_tokens=group.room)
                 )
-                answers = group.answer(self.model, packed.value, read.value, index)
+                answers = group.answer(self.reader, packed.value, read.value, index)
                 tally.items += map(dict, answers.items)
                 tally.resident.append(packed.value.nbytes / len(index))
                 tally.compress_s.append(packed.run_s)
@@ -157,44 +159,6 @@ class _Runner:
                 tally.compile_s += packed.compile_s + answers.compile_s
                 self._map(group, packed.value, index, tally)
         return 1e3 * float(np.mean(prefill_s or [0.0])), compile_s, tallies
-
-    def _read(
-        self, group: AbstractGroup, c: Compression, index: np.ndarray
-    ) -> Timed[Prompt]:
-        """The prompts of a batch as `c` looks at them."""
-        tokens, lengths = group.read(index)
-        if not self.made.config.share_passes:
-            read = timed(lambda: read_prompt(self.model, tokens, lengths, c))
-        else:
-            passed = self._pass(group, c, index)
-            looked = timed(lambda: passed.value.prompt(c))
-            read = Timed(
-                looked.value,
-                passed.run_s + looked.run_s,
-                passed.compile_s + looked.compile_s,
-            )
-        if not np.isfinite(np.asarray(read.value.logits)).all():
-            raise ValueError(
-                "the model gives logits that are not finite. Its weights hold NaN or "
-                "infinity, or overflow in their dtype: load it with dtype='float32'."
-            )
-        return read
-
-    def _pass(
-        self, group: AbstractGroup, c: Compression, index: np.ndarray
-    ) -> Timed[SharedPass]:
-        """The pass over a batch that methods share; only its first use compiles."""
-        if group is not self.group:  # the passes of one group are held at a time
-            self.group, self.passes = group, {}
-        key = (c.prefill, int(index[0]))
-        if key in self.passes:
-            return dataclasses.replace(self.passes[key], compile_s=0.0)
-        mass = any(wants_mass(m.base) for m in self.made.methods)
-        tokens, lengths = group.read(index)
-        self.passes[key] = timed(
-            lambda: read_shared(self.model, tokens, lengths, c.prefill, mass=mass)
-        )
-        return self.passes[key]
 
     def _map(self, group: AbstractGroup, cache: KVCache, index, tally: _Tally) -> None:
         """Kept positions of the first item of each depth."""

@@ -127,6 +127,11 @@ def before_stop(reply: str) -> str:
     return reply.split(STOP, 1)[0]
 
 
+def through_stop(reply: str) -> str:
+    """The reply up to its first stop character, which is part of it."""
+    return "".join(reply.partition(STOP)[:2])
+
+
 def too_short(task: str, length: int, need: int) -> ValueError:
     """The error of a length that cannot hold the smallest item."""
     return ValueError(

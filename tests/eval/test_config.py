@@ -4,7 +4,7 @@ import importlib.resources
 
 import pytest
 
-from kvjax.eval import harness
+from kvjax.eval import harness, reading
 from kvjax.eval.config import TaskEntry, decode_config, load_config
 from kvjax.eval.methods import has, methods
 from kvjax.eval.plan import plan
@@ -150,7 +150,7 @@ def test_wrong_evaluations_are_refused_before_anything(case, tmp_path, monkeypat
     def never(*_):
         raise AssertionError("something was computed")
 
-    monkeypatch.setattr(harness, "read_prompt", never)
+    monkeypatch.setattr(reading, "read_prompt", never)
     run = tmp_path / "run"
     with pytest.raises(ValueError, match=message):
         harness.run(tiny.model(), tiny.tokenizer(), tiny.config(**fields), run)

@@ -98,6 +98,13 @@ def test_text_as_a_task(model, text, tmp_path):
     assert again == rows
 
 
+def test_the_reference_of_a_text_is_read_as_methods_are(model, text, tmp_path):
+    task = {"name": "text", "path": str(text), "context": 48, "continuation": 16}
+    config = tiny.config(tasks=[task], compressions=[], keeps=[0.5], share_passes=True)
+    none, random = harness.run(model, tiny.tokenizer(), config, tmp_path / "run")
+    assert none["kl"] == 0.0 < random["kl"]
+
+
 def test_windows_of_a_text(text, tmp_path):
     tokenizer = Tokenizer(tiny.tokenizer(), 100)
     task = TextTask(path=str(text), context=20, continuation=5)

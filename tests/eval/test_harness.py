@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import kvjax
-from kvjax.eval import harness
+from kvjax.eval import harness, reading
 from kvjax.eval.config import decode_config
 from kvjax.eval.groups import QuestionGroup
 from kvjax.eval.plan import plan
@@ -22,7 +22,9 @@ from kvjax.eval.timing import timed, union
 from kvjax.models.config import Evictor, Projection
 from kvjax.models.evictor import with_evictor
 from kvjax.models.gates import with_gates
+from kvjax.models.inference import read_prompt
 from kvjax.models.projection import with_projection
+from kvjax.models.shared_pass import read_shared
 from tests.eval import tiny
 
 
@@ -106,7 +108,7 @@ def test_bytes_are_those_of_the_cache(both, model, tokenizer):
     for cell in made.all_cells():
         tokens, lengths = cell.group.read(next(cell.group.batches()))
         c = cell.method.at(cell.keep, cell.group.visibility)
-        prompt = harness.read_prompt(model, tokens, lengths, c)
+        prompt = read_prompt(model, tokens, lengths, c)
         cache = prompt.compress(c, max_new_tokens=cell.group.room)
         assert by_cell[cell.name]["resident_bytes"] == cache.nbytes / config.batch
 
@@ -149,13 +151,13 @@ def test_batch_size_changes_nothing(both, model, tokenizer, tmp_path):
 
 def test_prompts_are_read_once_for_all_budgets(model, tokenizer, tmp_path, monkeypatch):
     calls = []
-    read = harness.read_prompt
+    read = reading.read_prompt
 
     def counted(model, tokens, lengths, c):
         calls.append(c)
         return read(model, tokens, lengths, c)
 
-    monkeypatch.setattr(harness, "read_prompt", counted)
+    monkeypatch.setattr(reading, "read_prompt", counted)
     harness.run(model, tokenizer, tiny.config(), tmp_path / "a")
     assert len(calls) == 3 * 2  # none, random, snapkv; two batches
     rows = harness.run(model, tokenizer, tiny.config(seed=9), tmp_path / "b")
@@ -165,13 +167,13 @@ def test_prompts_are_read_once_for_all_budgets(model, tokenizer, tmp_path, monke
 def test_methods_may_share_a_pass(model, tokenizer, tmp_path, monkeypatch):
     config = tiny.config(compressions=["h2o", "snapkv", "vertical_slash"])
     alone = harness.run(model, tokenizer, config, tmp_path / "alone")
-    calls, read = [], harness.read_shared
+    calls, read = [], reading.read_shared
 
     def counted(model, tokens, lengths, prefill, *, mass):
         calls.append(prefill)
         return read(model, tokens, lengths, prefill, mass=mass)
 
-    monkeypatch.setattr(harness, "read_shared", counted)
+    monkeypatch.setattr(reading, "read_shared", counted)
     config = dataclasses.replace(config, share_passes=True)
     shared = harness.run(model, tokenizer, config, tmp_path / "shared")
     assert len(calls) == 2 * 2  # two ways to read, two batches
@@ -189,13 +191,13 @@ def test_a_shared_pass_shows_what_the_method_sees(model):
     lengths = np.array([64, 50], np.int32)
     for name in ("h2o", "expected_attention"):
         c = kvjax.compression(name)
-        want = harness.read_prompt(model, tokens, lengths, c)
-        passed = harness.read_shared(model, tokens, lengths, c.prefill, mass=True)
+        want = read_prompt(model, tokens, lengths, c)
+        passed = read_shared(model, tokens, lengths, c.prefill, mass=True)
         got = passed.prompt(c)
         assert got.method == want.method
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
-    bare = harness.read_shared(model, tokens, lengths, c.prefill)
+    bare = read_shared(model, tokens, lengths, c.prefill)
     with pytest.raises(ValueError, match="mass=True"):
         bare.prompt(kvjax.compression("h2o"))
     with pytest.raises(ValueError, match="was read with Dense"):

@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 
-from kvjax.eval import harness, results
+from kvjax.eval import harness, reading, results
 from kvjax.eval.results import load_rows, open_run
 from tests.eval import tiny
 
@@ -87,7 +87,7 @@ def test_a_run_stops_where_the_callback_raises(whole, tmp_path, cells):
 
 
 def test_nothing_is_computed_when_all_is_there(whole, monkeypatch):
-    monkeypatch.setattr(harness, "read_prompt", None)
+    monkeypatch.setattr(reading, "read_prompt", None)
     path, rows = whole
     again = harness.run(tiny.model(), tiny.tokenizer(), tiny.config(), path)
     assert again == rows

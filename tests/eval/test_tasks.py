@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.eval.tasks import HELD_OUT, STOP, TASKS, TRAIN, make_task, stream
+from kvjax.eval.tasks.base import before_stop, through_stop
 from kvjax.eval.tasks.chain import OPERATIONS, Chain, apply
 from kvjax.eval.tasks.fact import FACTS
 from kvjax.eval.tasks.induction import Induction
@@ -154,3 +155,12 @@ def test_unknown_names_suggest_the_nearest():
         make_task("recall", value_lenght=4)
     with pytest.raises(ValueError, match="redundancy"):
         make_task("recall", redundancy=2.0)
+
+
+@pytest.mark.parametrize(
+    ("reply", "before", "through"),
+    [("", "", ""), ("ab", "ab", "ab"), ("ab]c]", "ab", "ab]"), ("]", "", "]")],
+)
+def test_a_reply_ends_with_its_first_stop(reply, before, through):
+    assert before_stop(reply) == before
+    assert through_stop(reply) == through

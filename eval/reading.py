@@ -1,0 +1,76 @@
+"""How an evaluation reads prompts: once for a method, or once for all that read alike.
+
+Either way a method compresses what was read to every budget.
+"""
+
+import dataclasses
+from typing import final
+
+import numpy as np
+
+from kvjax.compress.config import Compression
+from kvjax.eval.groups import AbstractGroup
+from kvjax.eval.timing import Timed, timed
+from kvjax.models.decoder import Decoder
+from kvjax.models.inference import Prompt, read_prompt
+from kvjax.models.shared_pass import SharedPass, read_shared
+from kvjax.prefills import AbstractPrefill
+
+
+@final
+class PromptReader:
+    """Reads the prompts of groups, batch by batch.
+
+    Args:
+        model: what reads.
+        share: methods that read prompts in the same way look at one pass over each
+            batch. The passes of one group are held at a time.
+        mass: shared passes keep the attention each key received, for scores that sum
+            it.
+    """
+
+    def __init__(self, model: Decoder, *, share: bool = False, mass: bool = False):
+        self.model, self.share, self.mass = model, share, mass
+        self._group: AbstractGroup | None = None
+        self._passes: dict[tuple[AbstractPrefill, int], Timed[SharedPass]] = {}
+
+    def read(
+        self, group: AbstractGroup, c: Compression, index: np.ndarray
+    ) -> Timed[Prompt]:
+        """The prompts `index` of a group as `c` looks at them.
+
+        Raises:
+            ValueError: the model gives logits that are not finite.
+        """
+        if not self.share:
+            tokens, lengths = group.read(index)
+            read = timed(lambda: read_prompt(self.model, tokens, lengths, c))
+        else:
+            passed = self._pass(group, c, index)
+            looked = timed(lambda: passed.value.prompt(c))
+            read = Timed(
+                looked.value,
+                passed.run_s + looked.run_s,
+                passed.compile_s + looked.compile_s,
+            )
+        if not np.isfinite(np.asarray(read.value.logits)).all():
+            raise ValueError(
+                "the model gives logits that are not finite. Its weights hold NaN or "
+                "infinity, or overflow in their dtype: load it with dtype='float32'."
+            )
+        return read
+
+    def _pass(
+        self, group: AbstractGroup, c: Compression, index: np.ndarray
+    ) -> Timed[SharedPass]:
+        """The pass over a batch that methods share; only its first use compiles."""
+        if group is not self._group:
+            self._group, self._passes = group, {}
+        key = (c.prefill, int(index[0]))
+        if key in self._passes:
+            return dataclasses.replace(self._passes[key], compile_s=0.0)
+        tokens, lengths = group.read(index)
+        self._passes[key] = timed(
+            lambda: read_shared(self.model, tokens, lengths, c.prefill, mass=self.mass)
+        )
+        return self._passes[key]
