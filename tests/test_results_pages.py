@@ -4,12 +4,15 @@ import math
 
 import pytest
 
+from kvjax.eval.report import comparison
+from kvjax.eval.report.comparison import Claim, Measured
+from kvjax.eval.report.comparison.figures import series
+from kvjax.eval.report.comparison.gap import gap_closed
+from kvjax.eval.report.style import save_svg
 from tests.tree import tool
 
 pages = tool("results_pages")
 tolerance = tool("results_tolerance")
-bound = tool("results_bound")
-plots = tool("results_plots")
 
 SEEN = "query_aware"
 BASE = {
@@ -23,15 +26,14 @@ BASE = {
 }
 
 
-def quarter(cell) -> bool:
-    return cell[3] == 0.25
+QUARTER = Claim(title="a quarter", compressions=("knorm",), keep=0.25)
 
 
 def test_share_is_the_mean_over_cells_with_a_gap():
     tuned = {**BASE, ("recall", SEEN, "knorm", 0.25): 0.6}  # half of its gap
     tuned["chain", SEEN, "knorm", 0.25] = 0.9  # 125 % of it
     tuned["fact", SEEN, "knorm", 0.25] = 0.0  # a gap of 9 points does not count
-    got = tolerance.closed(BASE, tuned, quarter)
+    got = gap_closed(BASE, tuned, QUARTER)
     assert got.cells == 2
     assert got.share == pytest.approx((0.5 + 1.25) / 2)
     assert (got.before, got.after, got.full) == pytest.approx((0.3, 0.75, 0.9))
@@ -39,20 +41,22 @@ def test_share_is_the_mean_over_cells_with_a_gap():
 
 def test_a_loss_counts_against_the_share():
     tuned = {**BASE, ("recall", SEEN, "knorm", 0.25): 0.0}
-    assert tolerance.closed(BASE, tuned, quarter).share == pytest.approx(-0.125)
+    assert gap_closed(BASE, tuned, QUARTER).share == pytest.approx(-0.125)
 
 
 def test_no_gap_is_no_number():
-    got = tolerance.closed(BASE, BASE, lambda cell: cell[0] == "fact")
+    fact = {cell: score for cell, score in BASE.items() if cell[0] == "fact"}
+    got = gap_closed(fact, fact, QUARTER)
     assert math.isnan(got.share)
     assert got.cells == 0
 
 
 def test_claims_are_about_their_own_cells():
-    picked = {title: chosen for title, _, chosen in tolerance.claims()}
-    cells = [cell for cell in BASE if picked["eviction, keep 1/8"](cell)]
+    claims = {claim.title: claim for claim in tolerance.CLAIMS}
+    cells = [cell for cell in BASE if claims["eviction, keep 1/8"].about(cell)]
     assert cells == [("recall", SEEN, "knorm", 0.125)]
-    assert not picked["methods left out, keep 1/4"](("recall", SEEN, "knorm", 0.25))
+    left_out = claims["methods left out, keep 1/4"]
+    assert not left_out.about(("recall", SEEN, "knorm", 0.25))
 
 
 def test_conditions_say_where_evaluations_differ():
@@ -64,7 +68,7 @@ def test_conditions_say_where_evaluations_differ():
         "date": "2030-01-02T03:04",
     }
     other = {**one, "dtype": "bfloat16"}
-    got = pages.conditions([one, other, one])
+    got = comparison.conditions([one, other, one])
     assert got["dtype"] == "float32 and bfloat16"
     assert got["date"] == "2030-01-02"
     assert got["items per cell"] == "500"
@@ -72,22 +76,22 @@ def test_conditions_say_where_evaluations_differ():
 
 def test_one_bit_is_a_compression_of_its_own():
     def one(scores):
-        return pages.Found(scores=scores, bytes={}, header={})
+        return Measured(scores=scores, bytes={}, header={})
 
     cell, none = ("fact", SEEN, "kivi_2bit", None), ("fact", SEEN, "none", None)
-    found = {
+    evaluations = {
         "tolerance-base": one({none: 1.0, cell: 0.6}),
         "one_bit-base": one({none: 0.9, cell: 0.2}),
     }
-    (got,) = tolerance.scores_by_model(found).values()
+    (got,) = tolerance.scores(evaluations).values()
     renamed = ("fact", SEEN, tolerance.ONE_BIT, None)
     assert got == {none: 1.0, cell: 0.6, renamed: 0.2}
 
 
 def test_a_page_names_what_is_there():
     cell = ("fact", SEEN, "dms", 0.25)
-    one = pages.Found(scores={cell: 0.5}, bytes={cell: 2048.0}, header={})
-    lines = pages.score_tables("dms", {"dms-dms": one})
+    one = Measured(scores={cell: 0.5}, bytes={cell: 2048.0}, header={})
+    lines = comparison.score_tables(pages.PAGES["dms"].columns, {"dms-dms": one})
     assert "| fact | query_aware | 50.0 |  |  |" in lines
     assert "| KiB per prompt |  | 2 |  |  |" in lines
     titles = "full, trained"  # the last one; what was not measured is left out
@@ -95,15 +99,17 @@ def test_a_page_names_what_is_there():
 
 
 def test_a_line_of_a_figure_is_a_method_over_its_budgets():
-    lines = plots.series("dms")
+    lines = series(pages.PAGES["dms"].columns)
     assert [column.keep for column in lines["dms, immediate"]] == [0.25, 0.125]
     assert {column.evaluation for column in lines["h2o"]} == {"dms-base"}
 
 
-def test_every_page_has_a_figure(tmp_path):
+def test_a_figure_draws_both_seeds(tmp_path):
     cell = ("fact", SEEN, "dms", 0.25)
-    one = pages.Found(scores={cell: 0.5}, bytes={cell: 2048.0}, header={})
-    plots.plot_bytes("dms", {"dms-dms": one, "dms-dms-seed1": one}, tmp_path / "a.svg")
+    one = Measured(scores={cell: 0.5}, bytes={cell: 2048.0}, header={})
+    evaluations = {"dms-dms": one, "dms-dms-seed1": one}
+    figure = comparison.bytes_figure(pages.PAGES["dms"].columns, evaluations)
+    save_svg(figure, tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     assert text.count("<!-- dms, seed 1 -->") == 1  # of the legend
 
@@ -111,7 +117,7 @@ def test_every_page_has_a_figure(tmp_path):
 def test_bound_of_streaming_llm():
     config = {"lengths": [256], "seed": 1, "items": 200, "keeps": [1.0, 0.5, 0.25]}
     tasks = [{"name": "recall", "fields": {"value_length": 4}}]
-    got = bound.streaming_bounds({"config": {**config, "tasks": tasks}})
+    got = comparison.recency_bounds({"config": {**config, "tasks": tasks}}, n_sink=4)
     assert got[1.0] == 1.0
     # Records lie anywhere in the context, and half of it stays but for the sinks.
     assert got[0.25] < got[0.5] < 0.6

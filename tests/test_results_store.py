@@ -5,11 +5,14 @@ import json
 import pytest
 
 from kvjax.eval.record import SCHEMA
+from kvjax.eval.report.comparison import Measured, conditions, gather, write_numbers
+from kvjax.eval.report.comparison.measured import CellKey
+from kvjax.eval.report.comparison.store import read_numbers
+from kvjax.eval.results import open_run
+from tests.eval.synthetic import row
 from tests.tree import ROOT, tool
 
-pages = tool("results_pages")
 results = tool("results")
-store = tool("results_store")
 
 CELL = ("recall", "query_aware", "knorm", 0.25)
 NONE = ("recall", "query_aware", "none", None)
@@ -24,27 +27,27 @@ HEADER = {
 
 
 def one(scores):
-    return pages.Found(scores=scores, bytes={NONE: 2048.0}, header=HEADER)
+    return Measured(scores=scores, bytes={NONE: 2048.0}, header=HEADER)
 
 
 def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "page.json"
-    store.write(path, {"a": one({CELL: 0.5, NONE: 1 / 3}), "b": one({NONE: 1.0})})
-    got = store.read(path)
+    write_numbers(path, {"a": one({CELL: 0.5, NONE: 1 / 3}), "b": one({NONE: 1.0})})
+    got = read_numbers(path)
     assert got["a"].scores == {CELL: 0.5, NONE: 1 / 3}
     assert got["a"].bytes == {CELL: None, NONE: 2048.0}
     assert list(got) == ["a", "b"]
-    assert pages.conditions([got["b"].header])["items per cell"] == "500"
+    assert conditions([got["b"].header])["items per cell"] == "500"
 
 
 def test_no_path_of_a_machine_is_kept(tmp_path):
     path = tmp_path / "page.json"
-    store.write(path, {"a": one({CELL: 0.5})})
+    write_numbers(path, {"a": one({CELL: 0.5})})
     assert "somebody" not in path.read_text()
 
 
 def test_a_page_that_is_not_there_has_no_numbers(tmp_path):
-    assert store.read(tmp_path / "page.json") == {}
+    assert read_numbers(tmp_path / "page.json") == {}
 
 
 @pytest.mark.parametrize("damage", ["", '{"a": {"cells": []}}', '{"a": 3}'])
@@ -52,7 +55,7 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     path = tmp_path / "page.json"
     path.write_text(damage)
     with pytest.raises(ValueError, match=r"page\.json does not hold evaluations"):
-        store.read(path)
+        read_numbers(path)
 
 
 PAGES = sorted((ROOT / "docs" / "results").glob("*.json"))
@@ -60,7 +63,7 @@ PAGES = sorted((ROOT / "docs" / "results").glob("*.json"))
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_committed_pages_say_what_their_numbers_say(path):
-    found = store.read(path)
+    found = read_numbers(path)
     assert path.with_suffix(".md").read_text() == results.page_text(path.stem, found)
 
 
@@ -71,21 +74,21 @@ CONFIG = {
     ],
     "visibility": ["query_aware", "query_agnostic"],
 }
-WHOLE = {
-    (task, arm, *column): 0.5
+WHOLE: dict[CellKey, float] = {
+    (task, arm, compression, keep): 0.5
     for task, arm in (
         ("recall", "query_aware"),
         ("recall", "query_agnostic"),
         ("sums", "query_aware"),
     )
-    for column in (("none", None), ("knorm", 0.25))
+    for compression, keep in (("none", None), ("knorm", 0.25))
 }
 
 
 def test_an_evaluation_is_whole_with_its_last_cell():
     def whole(scores) -> bool:
         header = {**HEADER, "config": CONFIG}
-        return results.is_whole(pages.Found(scores=scores, bytes={}, header=header))
+        return Measured(scores=scores, bytes={}, header=header).whole
 
     assert whole(WHOLE)
     for cell in WHOLE:
@@ -95,17 +98,29 @@ def test_an_evaluation_is_whole_with_its_last_cell():
 
 
 @pytest.mark.parametrize("before", [{}, {"duo-duo": one({CELL: 0.5, NONE: 1.0})}])
-def test_an_unfinished_evaluation_changes_no_page(
-    tmp_path, monkeypatch, capsys, before
-):
-    monkeypatch.setattr(results, "OUT", tmp_path)
-    store.write(tmp_path / "duo.json", before)
+def test_an_unfinished_evaluation_changes_no_page(tmp_path, before):
+    write_numbers(tmp_path / "duo.json", before)
     directory = tmp_path / "evals" / "duo-duo"
     directory.mkdir(parents=True)
     header = {**HEADER, "schema": SCHEMA, "config": CONFIG}
     (directory / "run.json").write_text(json.dumps(header))
-    got = results.found("duo", tmp_path)
+    path = tmp_path / "duo.json"
+    got, unfinished = gather(path, ["duo-duo"], tmp_path / "evals")
     assert {k: x.scores for k, x in got.items()} == {
         k: x.scores for k, x in before.items()
     }
-    assert "not finished" in capsys.readouterr().out
+    assert unfinished == [directory]
+
+
+def test_a_finished_evaluation_is_taken_over(tmp_path):
+    path, evals = tmp_path / "duo.json", tmp_path / "evals"
+    write_numbers(path, {"duo": one({CELL: 0.5}), "other": one({NONE: 1.0})})
+    run = open_run(evals / "duo", {**HEADER, "schema": SCHEMA, "config": CONFIG})
+    for number, cell in enumerate(WHOLE):
+        task, arm, compression, keep = cell
+        values = row(task, 512, compression, keep, visibility=arm)
+        run.write(str(number), values, [], None)
+    got, unfinished = gather(path, ["other", "duo"], evals)
+    assert list(got) == ["other", "duo"] and not unfinished
+    assert got["other"].scores == {NONE: 1.0}
+    assert set(got["duo"].scores) == set(got["duo"].bytes) == set(WHOLE)

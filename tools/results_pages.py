@@ -1,37 +1,94 @@
-"""Tables of docs/results/: accuracies of models under compressions."""
+"""What docs/results/ compares: models, their evaluations, the columns of pages."""
 
 import dataclasses
-import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-Cell = tuple[str, str, str, float | None]
-"""Task, visibility, compression, keep."""
+from kvjax.eval.report.comparison import Column, columns_at, full_column
+from kvjax.eval.report.comparison.scores import SEEDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
-    """One finished evaluation.
+class Model:
+    """One model of the comparison.
 
     Attributes:
-        scores: accuracy per cell, in [0, 1].
-        bytes: of the cache per prompt and cell.
-        header: its `run.json`.
+        recipe: of `configs/train/`, or empty for a bundled model.
+        name: of the bundled model.
+        sets: changes to the recipe.
     """
 
-    scores: Mapping[Cell, float]
-    bytes: Mapping[Cell, float]
-    header: Mapping[str, Any]
+    recipe: str = ""
+    name: str = "kvjax-tiny"
+    sets: tuple[str, ...] = ()
+
+
+SEED1 = ("init=kvjax-tiny-seed1", "seed=1")
+
+MODELS: Mapping[str, Model] = {
+    "base": Model(),
+    "base-seed1": Model(name="kvjax-tiny-seed1"),
+    "tolerant": Model(recipe="tolerant"),
+    "tolerant-seed1": Model(recipe="tolerant", sets=SEED1),
+    "control": Model(recipe="tolerant", sets=("sampling.choices=[]",)),
+    "control-seed1": Model(recipe="tolerant", sets=("sampling.choices=[]", *SEED1)),
+    "dms": Model(recipe="dms"),
+    "dms-seed1": Model(recipe="dms", sets=SEED1),
+    "dms-immediate": Model(recipe="dms", sets=("dms.window=1",)),
+    "dms-immediate-seed1": Model(recipe="dms", sets=("dms.window=1", *SEED1)),
+    "duo": Model(recipe="duo"),
+    "duo-seed1": Model(recipe="duo", sets=SEED1),
+    "surrogate": Model(recipe="surrogate"),
+    "surrogate-seed1": Model(recipe="surrogate", sets=SEED1),
+    "matryoshka": Model(recipe="matryoshka"),
+    "matryoshka-start": Model(
+        recipe="matryoshka",
+        sets=("stages.0.steps=1", "optimizer.learning_rate=1.0e-9"),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Column:
-    """A column of a page: one compression of one evaluation."""
+class Evaluation:
+    """A model under an evaluation of `configs/eval/`, with more options."""
 
-    title: str
-    evaluation: str
-    compression: str
-    keep: float | None = None
+    model: str
+    config: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        return f"{self.config}-{self.model}"
+
+
+TOLERANCE = ("base", "tolerant", "control")
+"""The models of the page of tolerance, of the first seed."""
+
+EVALUATIONS: Mapping[str, tuple[Evaluation, ...]] = {
+    "tolerance": tuple(
+        Evaluation(model=f"{model}{seed}", config=config)
+        for config in ("tolerance", "one_bit", "transfer")
+        for seed in SEEDS
+        for model in TOLERANCE
+    ),
+    "dms": tuple(
+        Evaluation(model=f"{model}{seed}", config="dms", options=options)
+        for seed in SEEDS
+        for model, options in (
+            ("dms", ("--compression", "dms")),
+            ("dms-immediate", ("--compression", "dms", "--set", "window=1")),
+            ("base", ("--compression", "h2o,tova")),
+        )
+    ),
+    "duo": tuple(Evaluation(model=f"duo{seed}", config="duo") for seed in SEEDS),
+    "surrogate": tuple(
+        Evaluation(model=f"surrogate{seed}", config="surrogate") for seed in SEEDS
+    ),
+    "matryoshka": tuple(
+        Evaluation(model=m, config="matryoshka")
+        for m in ("matryoshka", "matryoshka-start")
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,26 +100,7 @@ class Page:
     columns: tuple[Column, ...]
 
 
-def _columns(
-    evaluation: str, *names: str, keeps: Sequence[float], after: str = ""
-) -> tuple[Column, ...]:
-    return tuple(
-        Column(
-            title=f"{name}, {keep:g}{after}",
-            evaluation=evaluation,
-            compression=name,
-            keep=keep,
-        )
-        for name in names
-        for keep in keeps
-    )
-
-
-def _full(evaluation: str, after: str = "") -> Column:
-    return Column(title=f"full{after}", evaluation=evaluation, compression="none")
-
-
-TABLES: Mapping[str, Page] = {
+PAGES: Mapping[str, Page] = {
     "dms": Page(
         title="DMS",
         text="`dms` is `kvjax-tiny` trained to give up three tokens of four, each 16 "
@@ -71,13 +109,13 @@ TABLES: Mapping[str, Page] = {
         "training, at the same slots per layer. *full, trained* has every token "
         "visible, for which the model was not trained.",
         columns=(
-            _full("dms-base"),
-            *_columns("dms-dms", "dms", keeps=(0.25, 0.125)),
-            *_columns(
+            full_column("dms-base"),
+            *columns_at("dms-dms", "dms", keeps=(0.25, 0.125)),
+            *columns_at(
                 "dms-dms-immediate", "dms", keeps=(0.25, 0.125), after=", immediate"
             ),
-            *_columns("dms-base", "h2o", "tova", keeps=(0.25, 0.125)),
-            _full("dms-dms", ", trained"),
+            *columns_at("dms-base", "h2o", "tova", keeps=(0.25, 0.125)),
+            full_column("dms-dms", ", trained"),
         ),
     ),
     "matryoshka": Page(
@@ -86,14 +124,14 @@ TABLES: Mapping[str, Page] = {
         "*trained* are the projections of the recipe `matryoshka`, *start* the "
         "principal components that it starts from. The model itself stays as it is.",
         columns=(
-            _full("matryoshka-matryoshka"),
-            *_columns(
+            full_column("matryoshka-matryoshka"),
+            *columns_at(
                 "matryoshka-matryoshka",
                 "matryoshka",
                 keeps=(0.5, 0.375, 0.25, 0.125),
                 after=", trained",
             ),
-            *_columns(
+            *columns_at(
                 "matryoshka-matryoshka-start",
                 "matryoshka",
                 keeps=(0.5, 0.375, 0.25, 0.125),
@@ -108,8 +146,8 @@ TABLES: Mapping[str, Page] = {
         "The model itself stays as it is. Beside it methods without training that keep "
         "half of the tokens in all heads.",
         columns=(
-            _full("duo-duo"),
-            *_columns(
+            full_column("duo-duo"),
+            *columns_at(
                 "duo-duo", "duo", "snapkv", "streaming_llm", "random", keeps=(0.5,)
             ),
         ),
@@ -120,8 +158,8 @@ TABLES: Mapping[str, Page] = {
         "look at; the model itself stays as it is. The question is hidden from all "
         "scores.",
         columns=(
-            _full("surrogate-surrogate"),
-            *_columns(
+            full_column("surrogate-surrogate"),
+            *columns_at(
                 "surrogate-surrogate",
                 "surrogate",
                 "snapkv",
@@ -132,76 +170,3 @@ TABLES: Mapping[str, Page] = {
         ),
     ),
 }
-SEEDS = ("", "-seed1")
-"""What the names of evaluations end on, by seed; columns name those of the first."""
-
-
-def score_tables(page: str, found: Mapping[str, Found]) -> list[str]:
-    """A page of `TABLES`, a table per seed; what was not measured is left out."""
-    it = TABLES[page]
-    lines = [f"# {it.title}", "", it.text]
-    for seed, after in enumerate(SEEDS):
-        names = [f"{column.evaluation}{after}" for column in it.columns]
-        columns = [
-            dataclasses.replace(column, evaluation=name)
-            for column, name in zip(it.columns, names, strict=True)
-            if name in found
-        ]
-        if columns:
-            lines += ["", f"## Seed {seed}", "", *_rows(columns, found)]
-    return lines
-
-
-def _rows(columns: Sequence[Column], found: Mapping[str, Found]) -> list[str]:
-    """Accuracies in percent, their mean, and the bytes of the cache."""
-    first = found[columns[0].evaluation]
-    groups = list(dict.fromkeys(cell[:2] for cell in first.scores))
-    lines = [
-        "| task | visibility | " + " | ".join(c.title for c in columns) + " |",
-        "|---|---|" + "---:|" * len(columns),
-    ]
-
-    def line(name: str, seen: str, values: Sequence[float | None], form: str) -> None:
-        shown = " | ".join("" if v is None else format(v, form) for v in values)
-        lines.append(f"| {name} | {seen} | {shown} |")
-
-    def each(which: str, column: Column) -> list[float | None]:
-        cells = getattr(found[column.evaluation], which)
-        return [cells.get((*g, column.compression, column.keep)) for g in groups]
-
-    table = [each("scores", column) for column in columns]
-    for index, (task, seen) in enumerate(groups):
-        line(
-            task,
-            seen,
-            [_mean(column[index : index + 1], 100) for column in table],
-            ".1f",
-        )
-    line("mean", "", [_mean(column, 100) for column in table], ".1f")
-    held = [_mean(each("bytes", column), 1 / 1024) for column in columns]
-    line("KiB per prompt", "", held, ".0f")
-    return lines
-
-
-def _mean(values: Sequence[float | None], factor: float) -> float | None:
-    there = [value for value in values if value is not None]
-    return factor * statistics.fmean(there) if there else None
-
-
-def conditions(headers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """How evaluations were run, by their `run.json`; all values where they differ."""
-    rows = [
-        {
-            "items per cell": header["config"]["items"],
-            "tokens": " ".join(map(str, header["config"]["lengths"])),
-            "dtype": header["dtype"],
-            "JAX": header["jax"],
-            "device": header["device"],
-            "date": header["date"][:10],
-        }
-        for header in headers
-    ]
-    return {
-        key: " and ".join(dict.fromkeys(str(row[key]) for row in rows))
-        for key in rows[0]
-    }

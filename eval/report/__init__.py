@@ -1,4 +1,7 @@
-"""Reports: figures and one self-contained page from a run directory."""
+"""Reports: figures and one self-contained page from a run directory.
+
+`kvjax.eval.report.comparison` makes pages of the numbers of several evaluations.
+"""
 
 from kvjax.eval.report.curves import cost_figure as cost_figure
 from kvjax.eval.report.curves import score_figure as score_figure

@@ -8,19 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from kvjax.eval.report.numbers import bytes_label
 from kvjax.eval.report.run import CellRow, group, mean, mean_se, methods
 from kvjax.eval.report.style import FLOOR, INK, SETTINGS, look, new_figure, spread
 
 Look = Mapping[str, tuple[str, str]]
-
-
-def bytes_label(value: float, _: int | None = None) -> str:
-    """`48 KiB`: a byte count in the largest unit that keeps it at one or more."""
-    units = ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{value:.3g} {units[0]}"
 
 
 def score_figure(

@@ -6,6 +6,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kvjax.eval.report.numbers import percent
 from kvjax.eval.report.run import CellRow, group, mean
 from kvjax.eval.report.style import SETTINGS, new_figure
 
@@ -38,7 +39,7 @@ def _panel(axes: Axes, rows: Sequence[CellRow], lengths: list, depths: list) -> 
         for j, value in enumerate(line):
             if value is not None:
                 ink = "white" if value < 0.55 else "black"
-                text = f"{100 * value:.0f}"
+                text = percent(value, 0)
                 axes.text(j, i, text, ha="center", va="center", color=ink, fontsize=8)
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
     axes.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kvjax.eval.report.curves import bytes_label
+from kvjax.eval.report.numbers import bytes_label
 from kvjax.eval.report.run import CellRow, LoadedRun
 from kvjax.eval.report.token_map import (
     heads_kept,

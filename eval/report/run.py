@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kvjax.eval.report.numbers import mean_known
 from kvjax.eval.results import load_rows, read_header
 
 CellRow = Mapping[str, Any]
@@ -85,8 +86,7 @@ def group(rows: Iterable[CellRow], *names: str) -> dict[tuple, list[CellRow]]:
 
 def mean(rows: Iterable[CellRow], name: str) -> float | None:
     """Mean of a column over the rows that have it."""
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return sum(values) / len(values) if values else None
+    return mean_known(row.get(name) for row in rows)
 
 
 def mean_se(rows: Iterable[CellRow], name: str) -> float:

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from kvjax.eval.report import token_map, write_report
-from kvjax.eval.report.curves import bytes_label
+from kvjax.eval.report.numbers import bytes_label
 from kvjax.eval.report.style import spread
 from kvjax.eval.report.token_map import heads_kept, pieces_of, question_pieces
 from tests.eval.synthetic import make_run

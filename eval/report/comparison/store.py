@@ -1,4 +1,4 @@
-"""The numbers behind a page of docs/results/, as `docs/results/PAGE.json` keeps them.
+"""The numbers behind a page, as a JSON file that is kept beside it.
 
 What was measured once is part of a page until it is measured again, so a page can be
 brought up to date model by model.
@@ -6,23 +6,50 @@ brought up to date model by model.
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from results_pages import Found
+from kvjax.eval.report.comparison.measured import Measured, measured
 
 CONFIG = ("items", "lengths", "seed", "keeps", "tasks", "overrides")
 """What is kept of an evaluation's configuration: no path of the machine that ran it."""
 HEADER = ("date", "device", "dtype", "jax", "model_fingerprint")
 
 
-def read(path: pathlib.Path) -> dict[str, Found]:
+def gather(
+    path: pathlib.Path, names: Sequence[str], runs: pathlib.Path
+) -> tuple[dict[str, Measured], list[pathlib.Path]]:
+    """The evaluations of a page, as they were measured last.
+
+    Args:
+        path: the page's numbers, there or not.
+        names: of the page's evaluations.
+        runs: folder of their run directories, there or not.
+
+    Returns:
+        Those that are finished in `runs`, else those of `path`, in the order of
+        `names`; and the run directories that are not finished.
+    """
+    found, unfinished = read_numbers(path), []
+    for name in names:
+        directory = runs / name
+        if not (directory / "run.json").is_file():
+            continue
+        one = measured(directory)
+        if one.whole:
+            found[name] = one
+        else:
+            unfinished.append(directory)
+    return {name: found[name] for name in names if name in found}, unfinished
+
+
+def read_numbers(path: pathlib.Path) -> dict[str, Measured]:
     """Evaluations by name; none where there is no such file."""
     if not path.is_file():
         return {}
     try:
-        text = json.loads(path.read_text(encoding="utf-8"))
-        return {name: _found(one) for name, one in text.items()}
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return {name: _measured(one) for name, one in tree.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} does not hold evaluations ({error!r}). Restore it from git, or "
@@ -30,19 +57,19 @@ def read(path: pathlib.Path) -> dict[str, Found]:
         ) from error
 
 
-def _found(one: Mapping[str, Any]) -> Found:
+def _measured(one: Mapping[str, Any]) -> Measured:
     cells = {tuple(row[:4]): row[4:] for row in one["cells"]}
-    return Found(
+    return Measured(
         scores={cell: score for cell, (score, _) in cells.items()},
-        bytes={cell: held for cell, (_, held) in cells.items()},
+        bytes={cell: size for cell, (_, size) in cells.items()},
         header=one["header"],
     )
 
 
-def write(path: pathlib.Path, found: Mapping[str, Found]) -> None:
+def write_numbers(path: pathlib.Path, evaluations: Mapping[str, Measured]) -> None:
     """Write evaluations, a line per cell, whose last number is bytes per prompt."""
     blocks = []
-    for name, one in found.items():
+    for name, one in evaluations.items():
         rows = [
             json.dumps([*cell, score, one.bytes.get(cell)])
             for cell, score in one.scores.items()
