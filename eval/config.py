@@ -185,6 +185,15 @@ def decode_config(tree: Any) -> EvalConfig:
     return decode(tree, EvalConfig)
 
 
+def bundled_evaluations() -> list[str]:
+    """Names of `configs/eval/`."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir())
+
+
+def _folder():
+    return importlib.resources.files("kvjax") / "configs" / "eval"
+
+
 def load_config(
     name: str | pathlib.Path, /, overrides: Mapping[str, Any] | None = None
 ) -> EvalConfig:
@@ -203,18 +212,13 @@ def load_config(
             raise ValueError(f"no evaluation file at {path}.")
         text = path.read_text(encoding="utf-8")
     else:
-        folder = importlib.resources.files("kvjax") / "configs" / "eval"
-        known = sorted(
-            entry.name.removesuffix(".yaml")
-            for entry in folder.iterdir()
-            if entry.name.endswith(".yaml")
-        )
+        known = bundled_evaluations()
         if str(name) not in known:
             raise ValueError(
                 f"Unknown evaluation {str(name)!r}; expected one of {known} or a path "
                 f"to a .yaml file.{nearest(str(name), known)}"
             )
-        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as wrong:

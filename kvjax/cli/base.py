@@ -15,26 +15,34 @@ from kvjax.compress import compression, compressions
 from kvjax.compress.config import Compression
 from kvjax.compress.presets import describe
 from kvjax.config import parse_assignments
+from kvjax.models.bundled import bundled_models, model_directory
 
 
-def _option(metavar: str) -> Any:
-    """An option that may be left out: no `{None}|STR`, no `(default: None)`."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+def optional(metavar: str, text: str | None = None) -> Any:
+    """An option that may be left out: no `{None}|STR`, no `(default: None)`.
+
+    `text` is its help where that is no literal, which a docstring would be.
+    """
+    return tyro.conf.arg(metavar=metavar, help=text, help_behavior_hint="")
 
 
+MODELS = (
+    "Checkpoint directory, hub id (owner/name), or a bundled model: "
+    f"{', '.join(bundled_models())}."
+)
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Assignments = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PATH=VALUE")
 ]
-Model = Annotated[str, tyro.conf.arg(metavar="DIR|ID")]
+Model = Annotated[str, tyro.conf.arg(metavar="DIR|ID", help=MODELS)]
 Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], tyro.conf.arg()]
-Text = Annotated[str | None, _option("TEXT")]
-Names = Annotated[str | None, _option("A,B,C")]
-Count = Annotated[int | None, _option("N")]
-Fraction = Annotated[float | None, _option("FRACTION")]
-File = Annotated[pathlib.Path | None, _option("FILE")]
-Folder = Annotated[pathlib.Path | None, _option("DIR")]
-OptionalModel = Annotated[str | None, _option("DIR|ID")]
+Text = Annotated[str | None, optional("TEXT")]
+Names = Annotated[str | None, optional("A,B,C")]
+Count = Annotated[int | None, optional("N")]
+Fraction = Annotated[float | None, optional("FRACTION")]
+File = Annotated[pathlib.Path | None, optional("FILE")]
+Folder = Annotated[pathlib.Path | None, optional("DIR")]
+OptionalModel = Annotated[str | None, optional("DIR|ID", MODELS)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +110,6 @@ class UI:
 
 def load_model(name: str, dtype: str, ui: UI) -> tuple[Any, Any]:
     """Model and tokenizer, with compiled programs cached on disk."""
-    from kvjax.models.bundled import bundled_models, model_directory
     from kvjax.models.io import load
 
     compile_cache()

@@ -41,8 +41,6 @@ class Bench(Command):
     )
 
     model: Model = DEFAULT
-    """Checkpoint directory, hub id (owner/name), or a bundled model: kvjax-tiny,
-    kvjax-tiny-seed1, kvjax-tiny-dms, kvjax-tiny-tolerant."""
     compression: Annotated[str, tyro.conf.arg(metavar="A,B,C")] = (
         "none,snapkv,h2o,int8,kivi_4bit,snapkv_kivi"
     )

@@ -11,6 +11,8 @@ from rich.console import Console
 from kvjax.cli.base import UI, Command, Count, Output
 from kvjax.cli.evaluate import evaluate
 from kvjax.cli.tables import print_gains, print_scores
+from kvjax.eval.config import load_config
+from kvjax.models.bundled import DEFAULT
 
 TOLERANT = "kvjax-tiny-tolerant"
 DMS = "kvjax-tiny-dms"
@@ -27,10 +29,10 @@ class Demo(Command):
         "  kvjax demo                 a few minutes on two CPU cores, then kept\n"
         "  kvjax demo --items 8       quicker and rougher\n"
         "\n"
-        "Runs the bundled model kvjax-tiny on six tasks with eight compressions at\n"
-        "three budgets. Prints the scores, and writes a page that opens in any\n"
-        "browser. Then the same of kvjax-tiny-tolerant, trained for small caches, and\n"
-        "kvjax-tiny-dms, which has learned what to give up."
+        f"Runs the evaluation `demo` of the bundled model {DEFAULT}. Prints the\n"
+        "scores, and writes a page that opens in any browser. Then the same of\n"
+        f"{TOLERANT}, trained for small caches, and {DMS},\n"
+        "which has learned what to give up."
     )
 
     items: Count = None
@@ -41,7 +43,6 @@ class Demo(Command):
 
     def run(self, ui: UI) -> Mapping[str, Any]:
         """See `Command.run`."""
-        from kvjax.eval.config import load_config
         from kvjax.eval.report import write_report
 
         start = time.perf_counter()

@@ -22,13 +22,21 @@ from kvjax.cli.base import (
     Output,
     load_model,
     numbers,
+    optional,
     split,
 )
 from kvjax.cli.tables import print_scores
 from kvjax.config import parse_assignments
+from kvjax.eval.config import NEEDLE, TaskEntry, bundled_evaluations, load_config
+from kvjax.eval.tasks import TASKS
 from kvjax.interrupt import noted_interrupt
 from kvjax.models.bundled import DEFAULT
 
+CONFIGS = (
+    f"A bundled evaluation ({', '.join(bundled_evaluations())}) or a YAML file; the "
+    "options below change it."
+)
+TASK_NAMES = f"Of {', '.join([*TASKS, NEEDLE])}."
 _BUDGET = "evict.budget.keep"
 
 
@@ -50,17 +58,13 @@ class Eval(Command):
         "given again; `kvjax report OUT` draws the result."
     )
 
-    config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "demo"
-    """A bundled evaluation (demo) or a YAML file; the options below change it."""
+    config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE", help=CONFIGS)] = "demo"
     model: OptionalModel = None
-    """Checkpoint directory, hub id (owner/name), or a bundled model: kvjax-tiny,
-    kvjax-tiny-seed1, kvjax-tiny-dms, kvjax-tiny-tolerant."""
     compression: Names = None
     """Compressions from the list above or YAML files, with commas between."""
     keep: Names = None
     """Fractions kept, for all that have a budget: 0.5,0.25,0.1."""
-    tasks: Names = None
-    """Of recall, chain, induction, batch, fact, niah."""
+    tasks: Annotated[str | None, optional("A,B,C", TASK_NAMES)] = None
     lengths: Names = None
     """Tokens of prompt and reply: 512,1024."""
     items: Count = None
@@ -97,8 +101,6 @@ class Eval(Command):
 
     def configured(self):
         """The evaluation that the options describe."""
-        from kvjax.eval.config import load_config
-
         assignments = parse_assignments(self.set)
         flat = {path: v for path, v in assignments.items() if _is_flat(path)}
         changes = {p: v for p, v in assignments.items() if p not in flat}
@@ -143,8 +145,6 @@ def _is_flat(path: str) -> bool:
 
 
 def _tasks(config, names: str) -> tuple[Any, ...]:
-    from kvjax.eval.config import TaskEntry
-
     known = {entry.title: entry for entry in config.tasks}
     return tuple(known.get(name) or TaskEntry(name=name) for name in split(names))
 

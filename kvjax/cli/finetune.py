@@ -24,10 +24,15 @@ from kvjax.cli.base import (
     Flag,
     Folder,
     Output,
-    Text,
     compile_cache,
+    optional,
 )
 from kvjax.cli.tables import print_dry_run
+from kvjax.pallas_kernels.targets import TARGETS
+from kvjax.train.recipe import bundled_recipes, load_config
+
+RECIPES = f"A bundled recipe ({', '.join(bundled_recipes())}) or a YAML file."
+DEVICES = f"With --dry-run: {', '.join(TARGETS)}."
 
 
 @final
@@ -50,9 +55,7 @@ class Finetune(Command):
         "compiles the steps for chips that are not here and prints what they need."
     )
 
-    config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")]
-    """A bundled recipe (tolerant, eviction, kv2bit, dms, surrogate, duo, matryoshka,
-    text, kvjax_tiny, lora_llama3_8b) or a YAML file."""
+    config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE", help=RECIPES)]
     set: Assignments = ()
     """A field of the recipe, as in --set seed=1; repeatable."""
     out: Folder = None
@@ -61,15 +64,13 @@ class Finetune(Command):
     """One of several processes of a run, found by jax.distributed."""
     dry_run: Flag = False
     """Only compile, for DEVICE; print memory and operations."""
-    device: Text = None
-    """With --dry-run: v5e, v5p, v6e, v7x or h200."""
+    device: Annotated[str | None, optional("TEXT", DEVICES)] = None
     chips: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """With --dry-run: chips of the slice."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:
         """See `Command.run`."""
-        from kvjax.train.recipe import load_config
         from kvjax.train.run import run
         from kvjax.train.run.processes import join
 

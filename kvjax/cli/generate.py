@@ -47,8 +47,6 @@ class Generate(Command):
     )
 
     model: Model = DEFAULT
-    """Checkpoint directory, hub id (owner/name), or a bundled model: kvjax-tiny,
-    kvjax-tiny-seed1, kvjax-tiny-dms, kvjax-tiny-tolerant."""
     prompt: Text = None
     """What to continue."""
     prompt_file: File = None

@@ -70,19 +70,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"unknown command {name!r}; expected one of {[*COMMANDS]}.{hint}")
         return WRONG
     try:
-        command = tyro.cli(
-            COMMANDS[name],
-            prog=f"kvjax {name}",
-            description=COMMANDS[name].description(),
-            args=dotted(name, rest),
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-        )
-    except SystemExit as done:  # help or a wrong option: tyro has said what
+        command = parse(name, rest)
+    except SystemExit as done:
         return done.code if isinstance(done.code, int) else WRONG
     except ValueError as wrong:
         _complain(str(wrong))
         return WRONG
     return execute(command)
+
+
+def parse(name: str, words: Sequence[str]) -> Command:
+    """A command from its name and the words behind it.
+
+    Raises:
+        SystemExit: help was asked for, or an option is wrong; tyro has said what.
+        ValueError: see `dotted`.
+    """
+    return tyro.cli(
+        COMMANDS[name],
+        prog=f"kvjax {name}",
+        description=COMMANDS[name].description(),
+        args=dotted(name, words),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+    )
 
 
 def dotted(name: str, words: Sequence[str]) -> list[str]:

@@ -2,14 +2,21 @@
 
 import io
 import json
+import re
+import shlex
 
 import pytest
 
 from kvjax.cli import main
-from kvjax.cli.base import headline
+from kvjax.cli.base import headline, pick, split
 from kvjax.cli.generate import Stream
-from kvjax.cli.main import COMMANDS, dotted
+from kvjax.cli.main import COMMANDS, dotted, overview, parse
 from kvjax.compress import compressions
+from kvjax.eval.config import bundled_evaluations
+from kvjax.eval.tasks import TASKS
+from kvjax.models.bundled import bundled_models
+from kvjax.pallas_kernels.targets import TARGETS
+from kvjax.train.config import bundled_recipes
 from tests.eval.synthetic import make_run
 
 
@@ -41,6 +48,37 @@ def test_help(kvjax, name):
     assert "--json" in out and "--debug" in out
     if COMMANDS[name].presets:
         assert all(headline(preset) in out for preset in compressions())
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        *((name, bundled_models()) for name in ("bench", "eval", "generate")),
+        ("eval", (*bundled_evaluations(), *TASKS)),
+        ("finetune", (*bundled_recipes(), *TARGETS)),
+    ],
+)
+def test_help_lists_what_there_is(kvjax, name, known):
+    _, out, _ = kvjax(name, "--help")
+    missing = [one for one in known if not re.search(rf"[ (]{one}[,.)]", out)]
+    assert not missing
+
+
+def examples() -> list[str]:
+    """The commands that `--help` shows, of all commands."""
+    texts = [overview(), *(command.examples for command in COMMANDS.values())]
+    lines = "\n".join(texts).replace("\\\n", "").splitlines()
+    lines = [re.split(r"(?<=\S) {3,}(?=[^\s-])", line.strip())[0] for line in lines]
+    called = [line for line in lines if line.startswith("kvjax ")]
+    return list(dict.fromkeys(c for c in called if c.split()[1] in COMMANDS))
+
+
+@pytest.mark.parametrize("line", examples())
+def test_examples_of_the_help_are_valid(line):
+    _, name, *words = shlex.split(line)
+    given = vars(parse(name, words))
+    for c in split(given.get("compression") or ""):
+        pick(c, None, given["compression_set" if name == "eval" else "set"])
 
 
 @pytest.mark.parametrize(
