@@ -17,6 +17,7 @@ LADDER = (
     ("codecs", "cache", "attention"),
     ("scorers", "budgets", "units", "prefills", "reads", "schedules"),
     ("compress", "compression"),
+    ("summary",),
     ("models",),
     ("train", "eval"),
     ("cli",),
@@ -49,10 +50,16 @@ def imports(source: str, package: str = "") -> Iterator[str]:
                 yield base
 
 
+SHOWING = "kvjax.summary"
+"""Describes values of lower rungs, which import it inside of the methods by which they
+show themselves. At the top of a module that would be a circle, which Python refuses."""
+
+
 def upward(source: str, package: str) -> list[str]:
     """The imports of a kvjax module that go up the ladder."""
     here = RANK[package.split(".")[1]]
     found = [name for name in imports(source, package) if name.startswith("kvjax")]
+    found = [name for name in found if name != SHOWING]
     return [name for name in found if RANK.get((name + ".").split(".")[1], 99) > here]
 
 

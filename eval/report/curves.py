@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from kvjax.eval.report.numbers import bytes_label
 from kvjax.eval.report.run import CellRow, group, mean, mean_se, methods
 from kvjax.eval.report.style import FLOOR, INK, SETTINGS, look, new_figure, spread
+from kvjax.summary import bytes_label
 
 Look = Mapping[str, tuple[str, str]]
 
@@ -103,7 +103,7 @@ def _bytes_axis(axes: Axes, rows: Sequence[CellRow]) -> None:
     ticks = [2.0**e for e in range(math.ceil(low - 0.25), math.floor(high + 0.25) + 1)]
     axes.xaxis.set_major_locator(FixedLocator(ticks[::-1][::step][::-1]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(bytes_label))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_label(value)))
     axes.set_xlabel("resident bytes per sequence (log2)")
 
 

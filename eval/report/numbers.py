@@ -5,15 +5,6 @@ import statistics
 from collections.abc import Iterable
 
 
-def bytes_label(value: float, _: int | None = None) -> str:
-    """`48 KiB`: a byte count in the largest unit that keeps it at one or more."""
-    units = ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{value:.3g} {units[0]}"
-
-
 def percent(share: float | None, digits: int = 1) -> str:
     """A share in percent; nothing where there is none (None, NaN)."""
     if share is None or math.isnan(share):

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kvjax.eval.report.numbers import bytes_label
 from kvjax.eval.report.run import CellRow, LoadedRun
 from kvjax.eval.report.token_map import (
     heads_kept,
@@ -14,6 +13,7 @@ from kvjax.eval.report.token_map import (
     question_pieces,
     visible,
 )
+from kvjax.summary import bytes_label
 
 _WORDS = ("task", "compression", "visibility")
 _TABLE = {

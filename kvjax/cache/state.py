@@ -250,3 +250,13 @@ class KVCache:
             heads = [np.sort(np.concatenate(head)) for head in zip(*row, strict=True)]
             rows.append(heads)
         return rows
+
+    def _repr_pretty_(self, printer, cycle):
+        from kvjax.summary import describe
+
+        printer.text(describe(self))
+
+    def __treescope_repr__(self, path, subtree_renderer):
+        from kvjax.summary import as_treescope
+
+        return as_treescope(self, path)

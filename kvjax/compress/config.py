@@ -273,6 +273,16 @@ class Compression:
         store = dataclasses.replace(self.store, **coded)
         return dataclasses.replace(self, store=store)
 
+    def _repr_pretty_(self, printer, cycle):
+        from kvjax.summary import describe
+
+        printer.text(describe(self))
+
+    def __treescope_repr__(self, path, subtree_renderer):
+        from kvjax.summary import as_treescope
+
+        return as_treescope(self, path)
+
 
 def _budget_at(budget: AbstractBudget, keep: float) -> AbstractBudget:
     return dataclasses.replace(budget, keep=keep, slots=None, bytes=None)

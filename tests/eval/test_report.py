@@ -10,9 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from kvjax.eval.report import token_map, write_report
-from kvjax.eval.report.numbers import bytes_label
 from kvjax.eval.report.style import spread
 from kvjax.eval.report.token_map import heads_kept, pieces_of, question_pieces
+from kvjax.summary import bytes_label
 from tests.eval.synthetic import make_run
 
 EVIL = '<script>alert("x")</script>$&'

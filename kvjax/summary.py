@@ -1,0 +1,206 @@
+"""What a cache holds, and what a compression does, as a few lines of text.
+
+Notebooks show values by these lines; `repr` stays that of the dataclass.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from kvjax.cache import AbstractPart, KVCache, LayerCache, Ragged
+from kvjax.codecs import AbstractEncoded
+from kvjax.compress.config import Compression
+from kvjax.compress.presets import canonical
+from kvjax.depth import members
+from kvjax.types import nbytes
+
+SIDES = ("keys", "values")
+HEADS = ["layers", "part", "slots", "keys", "values", "bytes", "filled", "free"]
+
+
+def bytes_label(value: float) -> str:
+    """`48 KiB`: a byte count in the largest unit that keeps it at one or more."""
+    units = ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.3g} {units[0]}"
+
+
+def describe_compression(c: Compression) -> str:
+    """Its canonical YAML, which leaves defaults out."""
+    return canonical(c).rstrip()
+
+
+def describe_cache(cache: KVCache) -> str:
+    """Rows, tokens and bytes of a cache, then its parts, layer by layer.
+
+    Layers whose parts are equal stand in one line a part, whose numbers are those of
+    all of them and of all rows: bytes, and slots that are filled or free. Where arrays
+    have no values (under `jit`, or after they were donated) only sizes are shown.
+
+    Cost: counts slots on the device and waits for it.
+    """
+    layers: tuple[LayerCache, ...] = jax.eval_shape(lambda c: c.layers, cache)
+    known = all(map(_has_values, jax.tree.leaves(cache)))
+    filled = _filled(cache) if known else {}
+    lines = [tuple(_lines(layer, filled.get(n))) for n, layer in enumerate(layers)]
+    table, first = [tuple(HEADS)], 0
+    for same, those in itertools.groupby(lines):
+        count = len(list(those))
+        label = f"{first}..{first + count - 1}" if count > 1 else f"{first}"
+        for line in same:
+            table.append((label, *line.cells(count)))
+            label = ""
+        first += count
+    columns = len(HEADS) if known else HEADS.index("filled")
+    shown = _aligned([row[:columns] for row in table])
+    return "\n".join([_head(cache, layers, known), *shown])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Line:
+    """One part of one layer; `filled` is None where that is not known."""
+
+    kind: str
+    slots: str = ""
+    keys: str = "-"
+    values: str = "-"
+    size: int
+    capacity: int = 0
+    filled: int | None = None
+
+    def cells(self, layers: int) -> tuple[str, ...]:
+        """The columns from `part` on, of so many layers like this."""
+        size, used, free = bytes_label(layers * self.size), "", ""
+        if self.filled is not None:
+            used = str(layers * self.filled)
+            free = str(layers * (self.capacity - self.filled))
+        return (self.kind, self.slots, self.keys, self.values, size, used, free)
+
+
+def _lines(layer: LayerCache, filled: Sequence[int] | None) -> Iterator[_Line]:
+    """The parts of one layer, of which only shapes are looked at."""
+    for at, part in enumerate((*layer.parts, layer.tail)):
+        fields = vars(part)
+        sides = {name: _holder(fields[name]) for name in SIDES if name in fields}
+        width = part.positions.shape[-1]
+        yield _Line(
+            kind=type(part).__name__,
+            slots=f"{width} {'in all' if isinstance(part, Ragged) else 'per head'}",
+            size=nbytes(part),
+            capacity=part.positions.size,
+            filled=None if filled is None else filled[at],
+            **sides,
+        )
+    if layer.tracking is not None:
+        kind = type(layer.tracking).__name__
+        yield _Line(kind=kind, size=nbytes(layer.tracking))
+
+
+def _holder(side: AbstractEncoded | jax.ShapeDtypeStruct) -> str:
+    """What keys or values are held as: its class, or the dtype of a bare array."""
+    if isinstance(side, AbstractEncoded):
+        return type(side).__name__
+    return side.dtype.name
+
+
+def _head(cache: KVCache, layers: Sequence[LayerCache], known: bool) -> str:
+    rows = cache.length.shape[0]
+    about = f"{rows} row{'s' if rows > 1 else ''}"
+    size = cache.nbytes
+    if not known:
+        return f"{about}, {bytes_label(size)}"
+    lengths = np.asarray(cache.length)
+    low, high = lengths.min(), lengths.max()
+    seen = f"{low}" if low == high else f"{low}..{high}"
+    per_token = sum(_token_bytes(layer) for layer in layers)
+    share = size / (per_token * max(int(lengths.sum()), 1))
+    return (
+        f"{about}, {seen} tokens seen, {bytes_label(size)}: {share:.2f} of the keys "
+        "and values of all tokens"
+    )
+
+
+def _token_bytes(layer: LayerCache) -> int:
+    """Of the keys and values of one token, not compressed."""
+    itemsize = layer.tail.keys.dtype.itemsize
+    return 2 * layer.spec.num_kv_heads * layer.spec.head_dim * itemsize
+
+
+def _has_values(x: Any) -> bool:
+    if isinstance(x, jax.core.Tracer):
+        return False
+    if isinstance(x, jax.Array):
+        return not x.is_deleted() and x.is_fully_addressable
+    return isinstance(x, np.ndarray)
+
+
+def _filled(cache: KVCache) -> dict[int, list[int]]:
+    """By layer the live slots of its parts, of all rows and heads."""
+    found: dict[int, list[int]] = {}
+    for group, numbers in zip(cache.groups, members(cache.loops), strict=True):
+        parts = [_live(part) for part in (*group.parts, group.tail)]
+        found |= zip(numbers, map(list, zip(*parts, strict=True)), strict=True)
+    return found
+
+
+def _live(part: AbstractPart) -> list[int]:
+    """Live slots of each layer of a group."""
+    live = part.positions >= 0
+    if not isinstance(part, Ragged):
+        return np.asarray(jnp.sum(live, axis=range(1, live.ndim))).tolist()
+    out = []
+    for turn, (first, stop) in enumerate(itertools.pairwise(part.edges)):
+        owned = jnp.arange(first, stop) < part.offsets[turn, :, -1:]
+        out.append(int(jnp.sum(live[:, first:stop] & owned)))
+    return out
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines; numbers stand to the right."""
+    wide = [max(map(len, column)) for column in zip(*table, strict=True)]
+    words = HEADS.index("bytes")
+    lines = []
+    for row in table:
+        cells = [cell.ljust(w) for cell, w in zip(row[:words], wide, strict=False)]
+        numbers = zip(row[words:], wide[words:], strict=True)
+        cells += [cell.rjust(w) for cell, w in numbers]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def describe(value: KVCache | Compression) -> str:
+    """See `describe_cache` and `describe_compression`."""
+    if isinstance(value, KVCache):
+        return describe_cache(value)
+    return describe_compression(value)
+
+
+def as_treescope(value: KVCache | Compression, path: str | None) -> Any:
+    """`describe` for the `__treescope_repr__` of a value at `path`."""
+    from treescope import rendering_parts as parts  # only notebooks need it
+
+    text = describe(value)
+    short = text.partition("\n")[0]
+    if isinstance(value, Compression):  # where it fits, all of it in one line
+        tree = yaml.safe_load(text)
+        short = yaml.safe_dump(tree, default_flow_style=True, width=math.inf).rstrip()
+    lines = [parts.text(line) for line in text.splitlines()]
+    return parts.build_custom_foldable_tree_node(
+        label=parts.text(type(value).__name__),
+        contents=parts.fold_condition(
+            expanded=parts.indented_children(lines),
+            collapsed=parts.text(f": {short}"),
+        ),
+        path=path,
+        expand_state=parts.ExpandState.EXPANDED,
+    )
