@@ -32,7 +32,8 @@ def bytes_label(value: float) -> str:
     while value >= 1024 and len(units) > 1:
         value /= 1024
         units.pop(0)
-    return f"{value:.3g} {units[0]}"
+    digits = ".3g" if value < 999.5 else ".0f"  # 1000 KiB, not 1e+03
+    return f"{value:{digits}} {units[0]}"
 
 
 def describe_compression(c: Compression) -> str:

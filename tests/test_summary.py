@@ -154,3 +154,18 @@ def test_a_compression_is_its_yaml():
     c = kvjax.compression("snapkv", **{"evict.budget.keep": 0.125})
     assert "keep: 0.125" in describe_compression(c)
     assert not describe_compression(c).endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (512, "512 B"),
+        (2048, "2 KiB"),
+        (1000.2 * 1024, "1000 KiB"),
+        (3 << 20, "3 MiB"),
+        (5 << 30, "5 GiB"),
+        (9 << 40, "9216 GiB"),
+    ],
+)
+def test_bytes_are_read_by_people(size, text):
+    assert bytes_label(size) == text

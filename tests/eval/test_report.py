@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from kvjax.eval.report import token_map, write_report
 from kvjax.eval.report.style import spread
 from kvjax.eval.report.token_map import heads_kept, pieces_of, question_pieces
-from kvjax.summary import bytes_label
 from tests.eval.synthetic import make_run
 
 EVIL = '<script>alert("x")</script>$&'
@@ -155,13 +154,3 @@ def test_labels_keep_their_distance():
     assert gaps.min() > 0.099 and 0 <= min(placed) and max(placed) <= 1
     crowded = spread([0.9] * 30, 0.1, 0.0, 1.0)
     assert max(crowded) <= 1 + 1e-9 and min(crowded) >= -1e-9
-
-
-def test_bytes_are_read_by_people():
-    assert [bytes_label(n) for n in (512, 2048, 3 << 20, 5 << 30, 9 << 40)] == [
-        "512 B",
-        "2 KiB",
-        "3 MiB",
-        "5 GiB",
-        "9.22e+03 GiB",
-    ]
