@@ -11,7 +11,7 @@ from kvjax.cache import KVCache
 from kvjax.eval.timing import timed
 from kvjax.models.decoder import Decoder
 from kvjax.models.generation import generate_from
-from kvjax.models.inference import extend
+from kvjax.models.inference import extend, last_of
 from kvjax.types import LengthsLike, TokensLike
 
 
@@ -89,5 +89,4 @@ def ask(
     """
     lengths = jnp.asarray(lengths)
     logits, cache = extend(model, cache, jnp.asarray(questions), lengths)
-    last = (lengths - 1)[:, None, None]
-    return jnp.take_along_axis(logits, last, axis=1)[:, 0], cache
+    return last_of(logits, lengths), cache

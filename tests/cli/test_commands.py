@@ -16,7 +16,7 @@ from kvjax.eval.config import bundled_evaluations
 from kvjax.eval.tasks import TASKS
 from kvjax.models.bundled import bundled_models
 from kvjax.pallas_kernels.targets import TARGETS
-from kvjax.train.config import bundled_recipes
+from kvjax.train.recipe import bundled_recipes
 from tests.eval.synthetic import make_run
 
 

@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Array
 
 from kvjax.compress.config import Compression
+from kvjax.eval.replies import greedy_replies
 from kvjax.eval.tasks import STOP, Item, Task, make_task
-from kvjax.eval.tasks.base import before_stop
+from kvjax.eval.tasks.base import through_stop
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
-from kvjax.models.generation import generate_from
-from kvjax.models.inference import extend, last_of, prefill
+from kvjax.models.inference import prefill
 from kvjax.models.padding import pad_rows
 from kvjax.train.data.readers import RowReader
 from kvjax.train.data.sampling import samples_of
@@ -181,24 +181,21 @@ def cached_replies(
     """Greedy replies from the cache that `c` leaves of the contexts."""
     most = asked.reply_tokens
     room = asked.questions.shape[1] + most
-    _, cache = prefill(
+    logits, cache = prefill(
         model, asked.contexts, asked.context_lengths, c, max_new_tokens=room
     )
-    logits, cache = extend(model, cache, asked.questions, asked.question_lengths)
-    first = last_of(logits, asked.question_lengths)
-    stop = words.stops(STOP)
-    made = generate_from(model, cache, first, max_new_tokens=most, stop_tokens=stop)
-    tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
+    given = greedy_replies(
+        model,
+        cache,
+        logits,
+        (asked.questions, asked.question_lengths),
+        max_new_tokens=most,
+        stop_tokens=words.stops(STOP),
+    )
     return [
-        _closed(words.decode(row[: min(n, task.max_new_tokens)].tolist()))
-        for (task, _), row, n in zip(asked.items, tokens, lengths, strict=True)
+        through_stop(words.decode(row[: task.max_new_tokens].tolist()))
+        for (task, _), row in zip(asked.items, given.tokens, strict=True)
     ]
-
-
-def _closed(text: str) -> str:
-    """Up to the stop character: a token may go on behind it."""
-    reply = before_stop(text)
-    return reply + STOP if len(reply) < len(text) else reply
 
 
 def score(
