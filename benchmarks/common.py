@@ -26,7 +26,7 @@ from kvjax.compress.config import Compression
 from kvjax.compress.observe import observe
 from kvjax.depth import Depth, members, over
 from kvjax.models import Decoder, DecoderConfig, checks, generation
-from kvjax.models.inference import nameless, trim
+from kvjax.models.inference import nameless, settled
 from kvjax.models.sampling import Sampling
 from kvjax.rope import Rope
 from kvjax.types import LayerInputs, padded_positions
@@ -99,7 +99,7 @@ def _random_cache(
         inputs = LayerInputs(
             q=q, k=k, v=v, positions=at, o_proj=o, depth=depth, spec=spec
         )
-        observed = observe(inputs, lengths, c, layout.evict, None)
+        observed = observe(inputs, lengths, layout.plan, None)
         return building.step(depth, state, observed)
 
     return building.cache(*over(building.loops, one, building.start()))
@@ -118,7 +118,7 @@ def random_cache(
     key = jax.random.key(seed)
     cache = _random_cache(key, config, c, batch, length, room, jnp.dtype(dtype))
     about = checks.provenance(config, c)
-    return trim(dataclasses.replace(cache, provenance=about))
+    return settled(dataclasses.replace(cache, provenance=about))
 
 
 def decode_ms(model: Decoder, cache: KVCache, tokens: int, repeats: int = 5) -> float:

@@ -35,7 +35,7 @@ def program(config: DecoderConfig, c: Compression, length: int, remat: bool):
     def run(params, tokens):
         positions = jnp.arange(length)[None]
         model = nnx.merge(graph, params)
-        attention = simulated(model, point, length, c, LATER)
+        attention = simulated(model, point, tokens, c, LATER)
         hidden = model(tokens, positions, attention, trained=True, remat=remat)
         return jnp.mean(jnp.square(hidden))
 

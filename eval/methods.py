@@ -8,19 +8,12 @@ from typing import Any
 
 from kvjax.compress.config import Compression
 from kvjax.compress.presets import compression
+from kvjax.config import recent_fields
 from kvjax.eval.config import EvalConfig
 from kvjax.types import nearest
 
 NONE = "none"
 RANDOM = "random"
-
-_WINDOWS = (
-    "evict.score.window",
-    "evict.score.recent",
-    "evict.score.base.window",
-    "evict.budget.window",
-    "prefill.window",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +38,7 @@ class Method:
     @property
     def windowed(self) -> bool:
         """Whether `EvalConfig.window` has anything to cut."""
-        return any(has(self.base, path) for path in _WINDOWS)
+        return bool(recent_fields(self.base))
 
     def keeps(self, keeps: tuple[float, ...]) -> tuple[float | None, ...]:
         """The budgets to run: one cell without a budget if there is no such knob."""
@@ -110,18 +103,11 @@ def _method(label: str, name: str, config: EvalConfig, *, listed: bool) -> Metho
     base = compression(name)
     changed: dict[str, Any] = {}
     if config.window is not None:
-        for path in _WINDOWS:
-            if has(base, path) and _get(base, path) > config.window:
+        for path, size in recent_fields(base).items():
+            if size > config.window:
                 changed[path] = config.window
     changed |= {path: v for path, v in config.defaults.items() if has(base, path)}
     if listed:
         changed |= config.everywhere
     changed |= config.overrides.get(label, {})
     return Method(name=label, base=compression(name, **changed), overrides=changed)
-
-
-def _get(c: Compression, path: str) -> Any:
-    held: Any = c
-    for name in path.split("."):
-        held = getattr(held, name)
-    return held

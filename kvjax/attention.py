@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from kvjax.pallas_kernels.dense import self_attention_with_mass
 from kvjax.pallas_kernels.held import Held, held_attention
+from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.types import LayerInputs
 
 
@@ -25,6 +26,7 @@ def self_attention(
     bias: Callable[[Array, Array], Array] | None = None,
     held: Held | None = None,
     mass: bool = False,
+    past: Partial | None = None,
 ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T"] | None]:
     """`causal_attention` under a pattern; with `mass` also the weight per key.
 
@@ -36,9 +38,11 @@ def self_attention(
         held: what tokens behind a compression point see of those before it; not
             together with the others.
         mass: whether to return what each key receives over all queries.
+        past: attention of the same queries over tokens in front of all these; not
+            together with `held`.
     """
     spec = inputs.spec
-    if allowed is None and bias is None and not mass:
+    if allowed is None and bias is None and past is None and not mass:
         out = held_attention(
             inputs.q,
             inputs.k,
@@ -62,5 +66,6 @@ def self_attention(
         allowed=allowed,
         bias=bias,
         mass=mass,
+        elsewhere=None if past is None else past.lse,
     )
-    return part.out, received
+    return (part if past is None else merge([past, part])).out, received

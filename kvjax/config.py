@@ -210,3 +210,50 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"expected `dotted.path=value`; got {text!r}.")
         parsed[path] = yaml.safe_load(value)
     return parsed
+
+
+def positive_int(name: str, value: int, least: int = 1) -> None:
+    """Raise unless `value` is an integer of at least `least`."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be an integer >= {least}; got {value!r}.")
+
+
+def sized[N: float | None](default: N, *, short: float, recent: bool = False) -> N:
+    """A field of a component that goes with the lengths of real prompts.
+
+    Args:
+        default: the field's.
+        short: what does for prompts of about a hundred tokens.
+        recent: whether it is the number of newest tokens that a method spares or asks,
+            which an evaluation on short prompts may cut.
+    """
+    metadata = {"short": short, "recent": recent}
+    return dataclasses.field(default=default, metadata=metadata)  # type: ignore
+
+
+def shortened[C](component: C) -> C:
+    """A component, with all that it is made of, as short prompts need it."""
+    if isinstance(component, tuple):
+        return type(component)(map(shortened, component))
+    if not dataclasses.is_dataclass(component) or isinstance(component, type):
+        return component
+    fields = {}
+    for field in dataclasses.fields(component):
+        held, short = getattr(component, field.name), field.metadata.get("short")
+        if short is not None and held is not None:
+            held = type(held)(min(held, short))
+        fields[field.name] = shortened(held)
+    return dataclasses.replace(component, **fields)
+
+
+def recent_fields(component: Any, path: str = "") -> dict[str, int]:
+    """What `sized` calls recent in a component, by dotted paths."""
+    found: dict[str, int] = {}
+    if not dataclasses.is_dataclass(component):
+        return found
+    for field in dataclasses.fields(component):
+        held, name = getattr(component, field.name), f"{path}{field.name}"
+        if field.metadata.get("recent"):
+            found[name] = held
+        found |= recent_fields(held, f"{name}.")
+    return found

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from kvjax.cache import AbstractPart, KVCache, LayerCache, Ragged
+from kvjax.cache import AbstractPart, KVCache, LayerCache, Ragged, Shared
 from kvjax.codecs import AbstractEncoded
 from kvjax.compress.config import Compression
 from kvjax.compress.presets import canonical
@@ -50,10 +50,13 @@ def describe_cache(cache: KVCache) -> str:
 
     Cost: counts slots on the device and waits for it.
     """
-    layers: tuple[LayerCache, ...] = jax.eval_shape(lambda c: c.layers, cache)
     known = all(map(_has_values, jax.tree.leaves(cache)))
-    filled = _filled(cache) if known else {}
-    lines = [tuple(_lines(layer, filled.get(n))) for n, layer in enumerate(layers)]
+    found = {
+        n: tuple(_lines(group, turn, len(numbers), known))
+        for group, numbers in zip(cache.groups, members(cache.loops), strict=True)
+        for turn, n in enumerate(numbers)
+    }
+    lines = [found[n] for n in range(cache.num_layers)]
     table, first = [tuple(HEADS)], 0
     for same, those in itertools.groupby(lines):
         count = len(list(those))
@@ -64,7 +67,7 @@ def describe_cache(cache: KVCache) -> str:
         first += count
     columns = len(HEADS) if known else HEADS.index("filled")
     shown = _aligned([row[:columns] for row in table])
-    return "\n".join([_head(cache, layers, known), *shown])
+    return "\n".join([_head(cache, known), *shown])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class _Line:
     slots: str = ""
     keys: str = "-"
     values: str = "-"
-    size: int
+    size: float
     capacity: int = 0
     filled: int | None = None
 
@@ -88,23 +91,31 @@ class _Line:
         return (self.kind, self.slots, self.keys, self.values, size, used, free)
 
 
-def _lines(layer: LayerCache, filled: Sequence[int] | None) -> Iterator[_Line]:
-    """The parts of one layer, of which only shapes are looked at."""
-    for at, part in enumerate((*layer.parts, layer.tail)):
-        fields = vars(part)
+def _lines(group: LayerCache, turn: int, turns: int, known: bool) -> Iterator[_Line]:
+    """The parts of one of a group's layers."""
+    for part in (*group.parts, group.tail):
+        own = part.part if isinstance(part, Shared) else part
+        fields = vars(own)
         sides = {name: _holder(fields[name]) for name in SIDES if name in fields}
-        width = part.positions.shape[-1]
+        width, size = own.positions.shape[-1], nbytes(part) / turns
+        capacity = own.positions.size // turns
+        if isinstance(own, Ragged):
+            slots = width  # of all layers
+            width = _longest(own, turn) if known else slots // turns
+            capacity = own.positions.shape[0] * width
+            size = nbytes(part) * width / slots
+        kind = type(own).__name__
         yield _Line(
-            kind=type(part).__name__,
-            slots=f"{width} {'in all' if isinstance(part, Ragged) else 'per head'}",
-            size=nbytes(part),
-            capacity=part.positions.size,
-            filled=None if filled is None else filled[at],
+            kind=f"{kind}, shared" if own is not part else kind,
+            slots=f"{width} {'in all' if isinstance(own, Ragged) else 'per head'}",
+            size=size,
+            capacity=capacity,
+            filled=_live(own, turn) if known else None,
             **sides,
         )
-    if layer.tracking is not None:
-        kind = type(layer.tracking).__name__
-        yield _Line(kind=kind, size=nbytes(layer.tracking))
+    if group.tracking is not None:
+        kind = type(group.tracking).__name__
+        yield _Line(kind=kind, size=nbytes(group.tracking) / turns)
 
 
 def _holder(side: AbstractEncoded | jax.ShapeDtypeStruct) -> str:
@@ -114,7 +125,7 @@ def _holder(side: AbstractEncoded | jax.ShapeDtypeStruct) -> str:
     return side.dtype.name
 
 
-def _head(cache: KVCache, layers: Sequence[LayerCache], known: bool) -> str:
+def _head(cache: KVCache, known: bool) -> str:
     rows = cache.length.shape[0]
     about = f"{rows} row{'s' if rows > 1 else ''}"
     size = cache.nbytes
@@ -123,7 +134,8 @@ def _head(cache: KVCache, layers: Sequence[LayerCache], known: bool) -> str:
     lengths = np.asarray(cache.length)
     low, high = lengths.min(), lengths.max()
     seen = f"{low}" if low == high else f"{low}..{high}"
-    per_token = sum(_token_bytes(layer) for layer in layers)
+    groups = zip(cache.groups, members(cache.loops), strict=True)
+    per_token = sum(len(numbers) * _token_bytes(group) for group, numbers in groups)
     share = size / (per_token * max(int(lengths.sum()), 1))
     return (
         f"{about}, {seen} tokens seen, {bytes_label(size)}: {share:.2f} of the keys "
@@ -145,25 +157,19 @@ def _has_values(x: Any) -> bool:
     return isinstance(x, np.ndarray)
 
 
-def _filled(cache: KVCache) -> dict[int, list[int]]:
-    """By layer the live slots of its parts, of all rows and heads."""
-    found: dict[int, list[int]] = {}
-    for group, numbers in zip(cache.groups, members(cache.loops), strict=True):
-        parts = [_live(part) for part in (*group.parts, group.tail)]
-        found |= zip(numbers, map(list, zip(*parts, strict=True)), strict=True)
-    return found
+def _longest(part: Ragged, turn: int) -> int:
+    """Slots of a layer of the row that has the most."""
+    edges = part.offsets[turn]
+    return int(jnp.max(edges[:, -1] - edges[:, 0]))
 
 
-def _live(part: AbstractPart) -> list[int]:
-    """Live slots of each layer of a group."""
-    live = part.positions >= 0
+def _live(part: AbstractPart, turn: int) -> int:
+    """Slots of a layer that hold a token, of all rows."""
     if not isinstance(part, Ragged):
-        return np.asarray(jnp.sum(live, axis=range(1, live.ndim))).tolist()
-    out = []
-    for turn, (first, stop) in enumerate(itertools.pairwise(part.edges)):
-        owned = jnp.arange(first, stop) < part.offsets[turn, :, -1:]
-        out.append(int(jnp.sum(live[:, first:stop] & owned)))
-    return out
+        return int(jnp.sum(part.positions[turn] >= 0))
+    slot, edges = jnp.arange(part.positions.shape[-1]), part.offsets[turn]
+    mine = (slot >= edges[:, :1]) & (slot < edges[:, -1:])
+    return int(jnp.sum((part.positions >= 0) & mine))
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:

@@ -14,12 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.depth import Depth, Loop, plan
 from kvjax.rope import Rope
 
-Queries = Float[Array, "B H T D"]
 Keys = Float[Array, "B K S D"]
 Values = Float[Array, "B K S D"]
 Positions = Int[Array, "B K S"]
@@ -119,6 +118,8 @@ class LayerInputs:
     `key_basis` (before RoPE) and `value_basis` belong to a model with a `Projection`:
     each head's vectors, the most important first, orthonormal only after a QR.
     `depth` says which layer it is; scores and budgets may look things up by it.
+    `elsewhere` is the log-sum-exp of what the queries pay to tokens that are not among
+    those held, of a shared prefix say; None: there are none.
     """
 
     q: Float[Array, "B H T D"]
@@ -129,14 +130,81 @@ class LayerInputs:
     retention: Float[Array, "B K T"] | None = None
     key_basis: Float[Array, "K D D"] | None = None
     value_basis: Float[Array, "K D D"] | None = None
+    elsewhere: Float[Array, "B H T"] | None = None
     depth: Depth = Depth()
     spec: LayerSpec = static()
 
+    def taken(
+        self, index: Int[Array, "B W"], live: Bool[Array, "B W"]
+    ) -> "LayerInputs":
+        """The tokens at `index` of each row; padding where not `live`."""
 
-def group_queries(q: Float[Array, "B H T D"], kv_heads: int) -> Array:
-    """`[B H T D]` to `[B K G T D]`: query heads beside the KV head they read."""
-    b, h, t, d = q.shape
-    return q.reshape(b, kv_heads, h // kv_heads, t, d)
+        def take(x: Array) -> Array:
+            at = index[:, None].reshape(*index[:, None].shape, *(1,) * (x.ndim - 3))
+            return jnp.take_along_axis(x, at, axis=2)
+
+        positions = jnp.take_along_axis(self.positions, index, axis=1)
+        given = {
+            name: take(getattr(self, name))
+            for name in ("q", "k", "v", "retention", "elsewhere")
+            if getattr(self, name) is not None
+        }
+        positions = jnp.where(live, positions, EMPTY)
+        return dataclasses.replace(self, positions=positions, **given)
+
+    def held(self, seen: Lengths) -> "Held":
+        """The tokens themselves, where they are all that there are.
+
+        Args:
+            seen: tokens of each row.
+        """
+        b, kv_heads, tokens, _ = self.k.shape
+        positions = jnp.broadcast_to(self.positions[:, None], (b, kv_heads, tokens))
+        return Held(
+            k=self.k,
+            v=self.v,
+            positions=positions,
+            seen=seen,
+            layer=self.depth.layer,
+            spec=self.spec,
+            in_order=True,
+        )
+
+
+@pytree
+class Held:
+    """Tokens that a layer holds, in any order; after what `LayerInputs` asked.
+
+    A slot is free where `positions == EMPTY`, and may then hold anything. Heads may
+    hold different tokens, unless they are `in_order`.
+
+    Attributes:
+        k, v: keys after RoPE, and values.
+        positions: absolute positions.
+        seen: tokens that each row has seen, one more than its newest position.
+        layer: number of the layer, from 0.
+        spec: of the layer.
+        in_order: whether all heads hold the same tokens, by position, free slots last.
+    """
+
+    k: Keys
+    v: Values
+    positions: Positions
+    seen: Lengths
+    layer: Int[Array, ""] | int = 0
+    spec: LayerSpec = static()
+    in_order: bool = static(default=False)
+
+    @property
+    def live(self) -> Bool[Array, "B K S"]:
+        """Which slots hold a token."""
+        return self.positions >= 0
+
+    def cleared(self) -> "Held":
+        """With zeros in free slots: what those hold must not reach a sum."""
+        live = self.live[..., None]
+        k, v = (jnp.where(live, x, 0) for x in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v)
 
 
 def padded_positions(lengths: Lengths, width: int) -> Int[Array, "B T"]:

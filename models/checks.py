@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from kvjax.cache import KVCache, Provenance
+from kvjax.cache import KVCache, Provenance, Slots
+from kvjax.codecs import PlainArray
 from kvjax.compress.config import Compression
+from kvjax.compress.plan import LayerPlan
 from kvjax.compress.presets import canonical
 from kvjax.models.config import DecoderConfig
-from kvjax.schedules import EveryTokens
 
 
 def is_traced(*values: Any) -> bool:
@@ -171,8 +172,25 @@ def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> No
             f"`c` must be a kvjax.Compression; got {c!r}. Names become one by "
             'kvjax.compression("snapkv").'
         )
+    for plan in c.parts:
+        _plan(config, plan)
+    wants = c.prefill.needs_retention or any(x.needs_retention for x in c.scores)
+    if wants and config.evictor is None:
+        raise ValueError(
+            "the compression evicts what the model gives up, and this model says "
+            "nothing of it: it has no evictor. Train one (`kvjax finetune`, config "
+            "dms or surrogate), or use another compression."
+        )
+    _ranges(config, c)
+    values = _concrete(lengths)
+    if values is not None:
+        _protected(c, config.layers, values)
+
+
+def _plan(config: DecoderConfig, plan: LayerPlan) -> None:
+    """What is done in a layer can be done to layers of this model."""
     bases = config.projection.sides if config.projection else ()
-    for side, codec in (("key", c.store.keys), ("value", c.store.values)):
+    for side, codec in zip(("key", "value"), plan.store.codecs, strict=True):
         codec.validate(config.head_dim)
         if codec.needs_basis and side not in bases:
             raise ValueError(
@@ -180,53 +198,101 @@ def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> No
                 f"{side}s, and this model has none. Train one (`kvjax finetune`, "
                 "config matryoshka), or use another compression."
             )
-    wants = c.prefill.needs_retention or (
-        c.evict is not None and c.evict.score.needs_retention
-    )
-    if wants and config.evictor is None:
+    budget = None if plan.evict is None else plan.evict.budget
+    if budget is not None and budget.needs_gates and not config.head_gates:
         raise ValueError(
-            "the compression evicts what the model gives up, and this model says "
-            "nothing of it: it has no evictor. Train one (`kvjax finetune`, config "
-            "dms or surrogate), or use another compression."
-        )
-    if c.evict is None:
-        return
-    if c.evict.budget.needs_gates and not config.head_gates:
-        raise ValueError(
-            f"{type(c.evict.budget).__name__} gives slots to the heads that need the "
+            f"{type(budget).__name__} gives slots to the heads that need the "
             "whole context, and this model does not know them: it has no gates. Train "
             "them (`kvjax finetune --config duo`), or use another compression."
         )
-    values = _concrete(lengths)
-    if values is None:
+
+
+def prefix(config: DecoderConfig, cache: KVCache, lengths: jax.Array) -> None:
+    """A cache can be what is in front of prompts."""
+    if not isinstance(cache, KVCache):
+        raise ValueError(
+            f"`prefix` must be a KVCache that kvjax.prefill made; got {cache!r}."
+        )
+    if len(cache.length) != 1:
+        raise ValueError(
+            f"`prefix` must be a cache of one row, which all rows share; got one of "
+            f"{len(cache.length)}. Prefill it with a batch of 1."
+        )
+    about = cache.provenance
+    if about is not None and about.model != fingerprint(config):
+        raise ValueError(
+            "`prefix` is a cache of another model. Prefill it with this one."
+        )
+    plain = all(
+        isinstance(part, Slots) and isinstance(part.keys, PlainArray)
+        for group in cache.groups
+        for part in group.parts
+    )
+    changes = any(group.growth or group.folding for group in cache.groups)
+    if (
+        changes
+        or not plain
+        or about is not None
+        and about.compression != canonical(Compression())
+    ):
+        raise ValueError(
+            "`prefix` must hold all of its tokens as they are; got a compressed cache. "
+            "Prefill it without a compression."
+        )
+    values, seen = _concrete(lengths), _concrete(cache.length)
+    if values is None or seen is None:
         return
-    _protected(c, config.layers, values)
+    longest = int(values.max() + seen[0])
+    if longest > config.max_positions:
+        raise ValueError(
+            f"the prefix of {int(seen[0])} tokens and a prompt of {int(values.max())} "
+            f"are {longest} tokens; the model's range is {config.max_positions}. "
+            "Shorten one of them."
+        )
+
+
+def _ranges(config: DecoderConfig, c: Compression) -> None:
+    """Every range of layers holds some of this model's."""
+    for number, some in enumerate(c.layers):
+        if not any(some.holds(n, config.num_layers) for n in range(config.num_layers)):
+            raise ValueError(
+                f"layers.{number} is about layers {some.first} to "
+                f"{'the last' if some.stop is None else some.stop - 1}, and holds none "
+                f"of this model's {config.num_layers}. Change `first` and `stop`, or "
+                "leave it out."
+            )
 
 
 def _protected(c: Compression, specs: tuple, lengths: np.ndarray) -> None:
     """Every row's budget holds what the score protects, in every layer."""
-    assert c.evict is not None
-    needed = c.evict.score.protected
-    budgets = [("evict.budget", c.evict.budget)]
-    if c.evict.values is not None:
-        budgets.append(("evict.values", c.evict.values))
-    for name, budget in budgets:
-        counts = budget.counts(lengths, specs, slot_bytes=4.0)
-        if budget.bytes is not None:
-            continue  # depends on the stored width
-        slots = budget.fewest(counts)
-        wanted = np.broadcast_to(np.minimum(needed, lengths), slots.shape)
-        if isinstance(c.schedule, EveryTokens) and budget.slots is not None:
-            slots = np.full_like(slots, budget.slots)
-            wanted = np.full_like(wanted, needed)
-        layer, row = np.unravel_index(np.argmax(wanted - slots), slots.shape)
-        if slots[layer, row] < wanted[layer, row]:
-            raise ValueError(
-                f"{name} gives layer {layer} {int(slots[layer, row])} slots per head "
-                f"for the {int(lengths[row])} tokens of row {row}, but "
-                f"{type(c.evict.score).__name__} protects {int(wanted[layer, row])}. "
-                "Raise the budget or lower the score's window (evict.score.window)."
-            )
+    evictions = [c.at(layer, len(specs)).evict for layer in range(len(specs))]
+    for evict in dict.fromkeys(evictions):
+        if evict is None:
+            continue
+        mine = [n for n, one in enumerate(evictions) if one == evict]
+        budgets = [("evict.budget", evict.budget)]
+        if evict.values is not None:
+            budgets.append(("evict.values", evict.values))
+        for name, budget in budgets:
+            if budget.bytes is not None:
+                continue  # depends on the stored width
+            slots = budget.fewest(budget.counts(lengths, specs, slot_bytes=4.0))
+            needed = evict.score.protected
+            wanted = np.broadcast_to(np.minimum(needed, lengths), slots.shape)
+            if c.schedule.interval is not None and budget.slots is not None:
+                slots = np.full_like(slots, budget.slots)
+                wanted = np.full_like(wanted, needed)
+            short = (wanted - slots)[mine]
+            at, row = np.unravel_index(np.argmax(short), short.shape)
+            if short[at, row] > 0:
+                layer = mine[at]
+                raise ValueError(
+                    f"{name} gives layer {layer} {int(slots[layer, row])} slots per "
+                    f"head for the {int(lengths[row])} tokens of row {row}, but "
+                    f"{type(evict.score).__name__} protects "
+                    f"{int(wanted[layer, row])}. Raise the budget or lower the score's "
+                    "window (evict.score.window)."
+                )
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,6 +6,7 @@ A model is split once per call into a static graph and its parameters; a step is
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,15 +14,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import KVCache, LayerCache
+from kvjax.cache import KVCache, LayerCache, Shared
 from kvjax.compress.building import Building, build_cache
-from kvjax.compress.config import Compression, Eviction
+from kvjax.compress.config import Compression
 from kvjax.compress.observe import Observed, observe, wants_mass
-from kvjax.compress.survey import Layout, evictions_of
-from kvjax.compress.trim import trim_group
+from kvjax.compress.plan import LayerPlan
+from kvjax.compress.survey import Layout, plans_of
+from kvjax.depth import Loop, regrouped
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
+from kvjax.models.probing import probed
+from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
+from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.types import (
     EMPTY,
     LayerInputs,
@@ -52,25 +57,67 @@ def pad_tokens(tokens: Tokens, width: int) -> Int[Array, "B W"]:
     return jnp.pad(tokens, [(0, 0), (0, width - tokens.shape[1])])
 
 
+Prefix = tuple[tuple[Shared, ...], ...]
+"""What is in front of a prompt, by the groups of some loops."""
+
+
+def attend_prompt(
+    c: Compression, inputs: LayerInputs, lengths: Lengths, prefix: Prefix | None
+) -> tuple[Array, LayerInputs, Array | None]:
+    """Attention of a prompt over itself, and over what is in front of it.
+
+    Returns:
+        The output; the inputs, with what is paid to the prefix; column sums if wanted.
+    """
+    mass = wants_mass(c)
+    if prefix is None:
+        out, sums = c.prefill.attend(inputs, lengths, mass)
+        return out, inputs, sums
+    depth, spec = inputs.depth, inputs.spec
+    (b, h, tokens, _), parts = inputs.q.shape, prefix[depth.group]
+
+    def read(q: Array, positions: Array) -> tuple[Partial, tuple[()]]:
+        q = jnp.moveaxis(q, 2, 1)
+        read = (q, positions, spec, None, depth.turn)
+        return merge([part.attend(*read) for part in parts]), ()
+
+    slots = sum(int(part.positions.shape[-1]) for part in parts)
+    chunk, queries = query_chunk(tokens, b * h * slots), jnp.moveaxis(inputs.q, 1, 2)
+    past = map_query_chunks(read, chunk, queries, inputs.positions)[0]
+    inputs = dataclasses.replace(inputs, elsewhere=past.lse)
+    out, sums = c.prefill.attend(inputs, lengths, mass, past)
+    return out, inputs, sums
+
+
 def observe_prompt(
-    model: Decoder, tokens: Tokens, lengths: Lengths, c: Compression
+    model: Decoder,
+    tokens: Tokens,
+    lengths: Lengths,
+    c: Compression,
+    prefix: KVCache | None = None,
 ) -> tuple[Float[Array, "B V"], tuple[Observed, ...]]:
     """The pass over a prompt: logits of each row's last token, and what it leaves.
 
     What is left serves every budget of `c` (`Compression.with_keep`). Of layers that
     any budget treats alike it is together, with a first axis for them.
     """
-    mass = wants_mass(c)
+    specs, width = model.config.layers, tokens.shape[1]
+    plans = plans_of(c, specs, width)
+    loops = loops_of(specs, plans)
+    groups, before = in_front(prefix, len(lengths), loops), seen_before(prefix)
 
     def look(inputs: LayerInputs, state: None):
-        out, sums = c.prefill.attend(inputs, lengths, mass)
-        evict: Eviction | None = inputs.depth.kind
-        return out, state, observe(inputs, lengths, c, evict, sums)
+        out, inputs, sums = attend_prompt(c, inputs, lengths, groups)
+        plan: LayerPlan = inputs.depth.kind
+        return out, state, observe(inputs, lengths + before, plan, sums)
 
-    kinds = evictions_of(c, model.config.layers, tokens.shape[1])
-    positions = padded_positions(lengths, tokens.shape[1])
-    seen = model.run(tokens, positions, Attending(step=look, kinds=kinds))
-    return last_logits(model, seen.hidden, lengths), seen.left
+    positions = positions_behind(before, lengths, width)
+    looking = Attending(step=look, kinds=plans, loops=loops)
+    seen = model.run(tokens, positions, looking)
+    left = seen.left
+    if c.probes:
+        left = probed(model, tokens, lengths, loops, left, plans)
+    return last_logits(model, seen.hidden, lengths), left
 
 
 def last_logits(
@@ -113,25 +160,70 @@ def step(
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "c", "room"))
-def _prefill(graph, params, tokens, lengths, c: Compression, room: int):
+def _prefill(
+    graph, params, tokens, lengths, c: Compression, room: int, prefix: KVCache | None
+):
     model = nnx.merge(graph, params)
     specs, width = model.config.layers, tokens.shape[1]
-    building = Building.of(c, specs, lengths, width, room, model.dtype)
-    mass = wants_mass(c)
+    before = seen_before(prefix)
+    if c.surveys:  # all layers first
+        logits, seen = observe_prompt(model, tokens, lengths, c, prefix)
+        loops = loops_of(specs, plans_of(c, specs, width))
+        cache = build_cache(seen, loops, specs, lengths, c, room, before)
+        return logits, _behind(prefix, cache)
+    building = Building.of(c, specs, lengths, width, room, model.dtype, before)
+    groups = in_front(prefix, len(lengths), building.loops)
 
     def attend(inputs: LayerInputs, state: Any):
-        out, sums = c.prefill.attend(inputs, lengths, mass)
+        out, inputs, sums = attend_prompt(c, inputs, lengths, groups)
         layout: Layout = inputs.depth.kind
-        observed = observe(inputs, lengths, c, layout.evict, sums)
+        observed = observe(inputs, lengths + before, layout.plan, sums)
         return out, *building.step(inputs.depth, state, observed)
 
     compressing = Attending(
-        step=attend, state=building.start(), kinds=building.found.layouts
+        step=attend,
+        state=building.start(),
+        kinds=building.found.layouts,
+        loops=building.loops,
     )
-    positions = padded_positions(lengths, tokens.shape[1])
+    positions = positions_behind(before, lengths, width)
     seen = model.run(tokens, positions, compressing)
     logits = last_logits(model, seen.hidden, lengths)
-    return logits, building.cache(seen.state, seen.left)
+    return logits, _behind(prefix, building.cache(seen.state, seen.left))
+
+
+def seen_before(prefix: KVCache | None) -> Any:
+    """Tokens of a prefix."""
+    return 0 if prefix is None else prefix.length[0]
+
+
+def positions_behind(before: Any, lengths: Lengths, width: int) -> Int[Array, "B T"]:
+    """Positions of a prompt that has `before` tokens in front of it."""
+    offset = padded_positions(lengths, width)
+    return jnp.where(offset >= 0, offset + before, EMPTY)
+
+
+def in_front(prefix: KVCache | None, rows: int, loops: Sequence[Loop]) -> Prefix | None:
+    """Parts of a prefix in the groups of `loops`."""
+    if prefix is None:
+        return None
+    held = [(*group.parts, group.tail) for group in prefix.groups]
+    groups = regrouped(prefix.loops, held, loops)
+    return tuple(
+        tuple(Shared(part=part, rows=rows) for part in group) for group in groups
+    )
+
+
+def _behind(prefix: KVCache | None, cache: KVCache) -> KVCache:
+    """`cache` with a prefix in front."""
+    front = in_front(prefix, len(cache.length), cache.loops)
+    if front is None:
+        return cache
+    groups = tuple(
+        dataclasses.replace(group, parts=(*group.parts, *parts))
+        for group, parts in zip(cache.groups, front, strict=True)
+    )
+    return dataclasses.replace(cache, groups=groups)
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
@@ -146,6 +238,7 @@ def prefill(
     c: Compression = NONE,
     *,
     max_new_tokens: int = 64,
+    prefix: KVCache | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Logits of each row's last token, and the cache of the prompt, compressed.
 
@@ -158,24 +251,31 @@ def prefill(
         lengths: `[B]` tokens per row; None: all of them.
         c: what is done to the cache; nothing by default.
         max_new_tokens: later tokens that must fit into the cache.
+        prefix: a cache of one row, uncompressed, of tokens that are in front of every
+            row. It is held once, and `c` is about the tokens behind it.
 
     Returns:
         `logits [B, V]` float32 and the cache.
 
     Raises:
         ValueError: wrong shapes, empty rows, tokens outside the vocabulary, a prompt
-            beyond the model's range, a budget below what the method protects.
+            beyond the model's range, a budget below what the method protects, a prefix
+            of another model, of several rows, or compressed.
     """
     tokens, lengths = checks.prompt(model.config, tokens, lengths)
     checks.compression(model.config, c, lengths)
     checks.count("max_new_tokens", max_new_tokens)
     width = tokens.shape[1]
+    if prefix is not None:
+        checks.prefix(model.config, prefix, lengths)
+        prefix = nameless(prefix)
     if not checks.is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width))
     graph, params = nnx.split(model)
-    logits, cache = _prefill(graph, params, tokens, lengths, c, max_new_tokens)
+    how = (c, max_new_tokens, prefix)
+    logits, cache = _prefill(graph, params, tokens, lengths, *how)
     about = checks.provenance(model.config, c)
-    return logits, trim(dataclasses.replace(cache, provenance=about))
+    return logits, settled(dataclasses.replace(cache, provenance=about))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "c"))
@@ -215,10 +315,10 @@ class Prompt:
         checks.count("max_new_tokens", max_new_tokens)
         tokens = self.seen[0].k.shape[-2]
         specs = self.config.layers
-        loops = loops_of(specs, evictions_of(self.method, specs, tokens))
+        loops = loops_of(specs, plans_of(self.method, specs, tokens))
         cache = _build(self.seen, loops, specs, self.lengths, c, max_new_tokens)
         about = checks.provenance(self.config, c)
-        return trim(dataclasses.replace(cache, provenance=about))
+        return settled(dataclasses.replace(cache, provenance=about))
 
 
 def method_of(c: Compression) -> Compression:
@@ -246,15 +346,12 @@ def read_prompt(
     )
 
 
-def trim(cache: KVCache) -> KVCache:
-    """Cut low-rank parts to the rank that their energy target needs.
+def settled(cache: KVCache) -> KVCache:
+    """`cache` in arrays cut to what the data need, where they say so: ranks.
 
-    A no-op under `jit`, where shapes cannot depend on data.
+    Under `jit`, where shapes cannot depend on data, it stays as it is.
     """
-    if checks.is_traced(cache.length):
-        return cache
-    groups = tuple(trim_group(group) for group in cache.groups)
-    return dataclasses.replace(cache, groups=groups)
+    return cache if checks.is_traced(cache.length) else cache.settled()
 
 
 def extend(

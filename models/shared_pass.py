@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import observe, wants_mass
-from kvjax.compress.survey import evictions_of
+from kvjax.compress.survey import plans_of
 from kvjax.depth import Depth, members, over, regrouped
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
@@ -78,14 +78,14 @@ class SharedPass:
 
 @functools.partial(jax.jit, static_argnames=("config", "c"))
 def _look(inputs, mass, lengths, config: DecoderConfig, c: Compression):
-    evictions = evictions_of(c, config.layers, inputs[0].k.shape[-2])
-    loops = loops_of(config.layers, evictions)
+    plans = plans_of(c, config.layers, inputs[0].k.shape[-2])
+    loops = loops_of(config.layers, plans)
     groups = members(loops)
 
     def one(depth: Depth, state: None, given: tuple[LayerInputs, Array | None]):
-        evict = evictions[groups[depth.group].start]
+        plan = plans[groups[depth.group].start]
         layer = dataclasses.replace(given[0], depth=depth)
-        return state, observe(layer, lengths, c, evict, given[1])
+        return state, observe(layer, lengths, plan, given[1])
 
     held = list(zip(inputs, mass, strict=True))
     plain = loops_of(config.layers)

@@ -1,5 +1,6 @@
 """`simulate`: teacher-forced logits under compression in one differentiable pass."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,18 +8,22 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kvjax.compress import parallel
+from kvjax.compress.building import Building
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import handed_on
-from kvjax.compress.survey import survey
+from kvjax.compress.survey import Survey, plans_of, survey
+from kvjax.depth import in_order
 from kvjax.models import checks
 from kvjax.models.decoder import Attending, Decoder
-from kvjax.models.inference import NONE
+from kvjax.models.inference import NONE, observe_prompt
 from kvjax.types import (
     LayerInputs,
     Lengths,
     LengthsLike,
     Scores,
+    Tokens,
     TokensLike,
+    loops_of,
     padded_positions,
 )
 
@@ -27,28 +32,32 @@ from kvjax.types import (
 def _simulate(graph, params, tokens, lengths, prompt_lengths, c: Compression):
     model = nnx.merge(graph, params)
     positions = padded_positions(lengths, tokens.shape[1])
-    attention = simulated(model, prompt_lengths, tokens.shape[1], c)
+    attention = simulated(model, prompt_lengths, tokens, c)
     return model.logits(model(tokens, positions, attention, trained=True))
 
 
 def simulated(
     model: Decoder,
     prompt_lengths: Lengths,
-    tokens: int,
+    tokens: Tokens,
     c: Compression,
     later: int | None = None,
     choice_gradient: float = 0.0,
 ) -> Attending:
     """Attention of passes in which prompts are compressed at `prompt_lengths`.
 
-    Nothing is checked; see `simulate`. Rows are `tokens` wide. That no row has more
-    than `later` tokens behind its point, where it is known, saves their work.
-    `choice_gradient` above 0 is the temperature of a gradient for which tokens are kept
-    (`kvjax.compress.choice`).
+    Nothing is checked; see `simulate`. `tokens` are those of the whole rows: what a
+    score or a budget has to know of all layers is found out by a pass of its own. That
+    no row has more than `later` tokens behind its point, where it is known, saves their
+    work. `choice_gradient` above 0 is the temperature of a gradient for which tokens
+    are kept (`kvjax.compress.choice`).
     """
-    config = model.config
-    found = survey(c, config.layers, prompt_lengths, tokens, model.dtype)
-    start = handed_on(c, prompt_lengths.shape[0], config.layers[0], tokens)
+    specs, width = model.config.layers, tokens.shape[1]
+    start = handed_on(c, prompt_lengths.shape[0], specs[0], width)
+    if c.surveys:
+        found = surveyed(model, prompt_lengths, tokens, c)
+    else:
+        found = survey(c, specs, prompt_lengths, width, model.dtype)
 
     def step(inputs: LayerInputs, priorities: Scores | None):
         how = (prompt_lengths, c, found, priorities, later, choice_gradient)
@@ -56,6 +65,25 @@ def simulated(
         return out, None if start is None else chosen, ()
 
     return Attending(step=step, state=start, kinds=found.layouts)
+
+
+def surveyed(
+    model: Decoder, prompt_lengths: Lengths, tokens: Tokens, c: Compression
+) -> Survey:
+    """What each layer gets by the data of all of them, without a gradient."""
+    graph, params = nnx.split(model)
+    fixed = nnx.merge(graph, jax.lax.stop_gradient(params))
+    specs, width = model.config.layers, tokens.shape[1]
+    _, seen = observe_prompt(fixed, tokens, prompt_lengths, c)
+    loops = loops_of(specs, plans_of(c, specs, width))
+    building = Building.of(c, specs, prompt_lengths, width, 0, model.dtype)
+    found = building.surveyed(loops, seen).found
+    if not c.probes:
+        return found
+    memories = [layer.memory for layer in seen]
+    assert all(memory is not None for memory in memories)
+    scores = in_order(loops, [memory.slots for memory in memories if memory])
+    return dataclasses.replace(found, scores=scores)
 
 
 def simulate(

@@ -85,6 +85,7 @@ def causal_attention(
     window: int | None = None,
     softcap: float | None = None,
     allowed: Callable[[Array, Array], Array] | None = None,
+    bias: Callable[[Array, Array], Array] | None = None,
 ) -> Partial:
     """Softmax attention of queries over keys at their absolute positions.
 
@@ -99,13 +100,15 @@ def causal_attention(
         softcap: logit soft cap, or None.
         allowed: a sparse pattern on top, `(q_positions [B, t], k_positions [B, S])`
             to a mask `[B, H, t, S]`.
+        bias: the same to log-weights `[B, K or 1, t, S]`, added to the capped logits.
 
     Returns:
         `Partial(out [B, H, T, D] f32, lse [B, H, T] f32)`; padding queries give 0.
 
     Cost: `O(T S)` work, temporaries linear in `S`.
     """
-    how = {"scale": scale, "window": window, "softcap": softcap, "allowed": allowed}
+    how = {"scale": scale, "window": window, "softcap": softcap}
+    how |= {"allowed": allowed, "bias": bias}
     return _attend(q, k, v, q_positions, k_positions, mass=False, **how)[0]
 
 
@@ -121,6 +124,7 @@ def self_attention_with_mass(
     allowed: Callable[[Array, Array], Array] | None = None,
     bias: Callable[[Array, Array], Array] | None = None,
     mass: bool = True,
+    elsewhere: Float[Array, "B H T"] | None = None,
 ) -> tuple[Partial, Float[Array, "B H T"] | None]:
     """Tokens in order over themselves, padding last; and what each key received.
 
@@ -141,6 +145,8 @@ def self_attention_with_mass(
             a mask `[B, H or 1, t, s]`; the keys are the first `s` of the row.
         bias: the same to log-weights `[B, K or 1, t, s]`, added to the capped logits.
         mass: whether column sums are wanted.
+        elsewhere: log-sum-exp of what the queries pay to other keys, which column sums
+            leave room for; None: there are none.
     """
     tokens = q.shape[2]
     parts, sums = [], []
@@ -159,6 +165,7 @@ def self_attention_with_mass(
             allowed=allowed,
             bias=bias,
             mass=mass,
+            elsewhere=None if elsewhere is None else elsewhere[:, :, start:end],
         )
         parts.append(part)
         if received is not None:
@@ -180,6 +187,7 @@ def _attend(
     mass,
     allowed=None,
     bias=None,
+    elsewhere=None,
 ):
     """Attention in chunks of queries, over all keys."""
     (b, h, t, d), (kv_heads, s) = q.shape, k.shape[1:3]
@@ -189,7 +197,7 @@ def _attend(
     k, v = jnp.where(live, k, 0), jnp.where(live, v, 0)
     keys = jnp.swapaxes(k, -1, -2)
 
-    def attend(q_chunk: Array, positions: Array) -> tuple[Partial, Any]:
+    def attend(q_chunk: Array, positions: Array, *others: Array) -> tuple[Partial, Any]:
         # [B, chunk, H, D] -> [B, K, G * chunk, D]: one GEMM per KV head.
         n = q_chunk.shape[1]
         queries = jnp.moveaxis(q_chunk, 1, 2).reshape(b, kv_heads, groups * n, d)
@@ -210,10 +218,14 @@ def _attend(
             return part, ()
         weight = weight.reshape(b, h, n, s)
         share = share.reshape(b, h, n)
+        for other in others:
+            other = jnp.moveaxis(other, 2, 1)
+            share = share * jnp.exp(part.lse - jnp.logaddexp(part.lse, other))
         return part, jnp.einsum("BHTS,BHT->BHS", weight, share)
 
     chunk = query_chunk(t, b * h * s)
     live_q = (q_positions >= 0)[:, None, :, None]
     queries = jnp.moveaxis(jnp.where(live_q, q, 0), 2, 1)
-    part, total = map_query_chunks(attend, chunk, queries, q_positions)
+    others = () if elsewhere is None else (jnp.moveaxis(elsewhere, 2, 1),)
+    part, total = map_query_chunks(attend, chunk, queries, q_positions, *others)
     return part, total if mass else None

@@ -35,7 +35,7 @@ def slot_logits(
 def attend_block(
     q: Float[Array, "B H T D"],
     keys: Float[Array, "B K S D"],
-    values: Float[Array, "B K S D"],
+    values: Float[Array, "B K S C"],
     mask: Bool[Array, "B K T S"],
     *,
     scale: float,
@@ -46,15 +46,15 @@ def attend_block(
     Args:
         q: queries after RoPE, `[B, H, T, D]`.
         keys: `[B, K, S, D]`; what masked slots hold is never used.
-        values: `[B, K, S, D]`, likewise.
+        values: `[B, K, S, C]`, likewise.
         mask: `[B, K, T, S]`, see `slot_mask`.
         scale: factor on `q . k`.
         softcap: logit soft cap, or None.
 
     Returns:
-        `Partial(out [B, H, T, D], lse [B, H, T])` in float32.
+        `Partial(out [B, H, T, C], lse [B, H, T])` in float32.
     """
-    b, h, t, d = q.shape
+    b, h, t, _ = q.shape
     kv_heads, s = keys.shape[1:3]
     live = jnp.any(mask, axis=2)[..., None]
     # Free slots may hold NaN: 0 * NaN would reach outputs or gradients.
@@ -63,7 +63,7 @@ def attend_block(
     mask = jnp.broadcast_to(mask[:, :, None], logits.shape)
     rows = (b, kv_heads, h // kv_heads * t, s)
     part = softmax_partial(logits.reshape(rows), mask.reshape(rows), values)
-    return Partial(part.out.reshape(b, h, t, d), part.lse.reshape(b, h, t))
+    return Partial(part.out.reshape(b, h, t, -1), part.lse.reshape(b, h, t))
 
 
 def slot_mass(

@@ -1,6 +1,5 @@
 """A small decoder, and every preset at sizes that fit it; no preset is named here."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -12,60 +11,28 @@ from flax import nnx
 import kvjax
 from kvjax.compress.config import Compression
 from kvjax.compress.survey import survey
+from kvjax.config import shortened
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.config import Evictor, Projection, read_gates
 from kvjax.models.evictor import with_evictor
 from kvjax.models.projection import with_projection
 from kvjax.rope import Rope
-from kvjax.schedules import AfterPrefill
 
 VOCAB = 61
 HEAD_DIM = 32
-
-SHORT: dict[str, Any] = {
-    "window": 8,
-    "residual": 32,
-    "dense_layers": 1,
-    "beta": 2.0,
-    "vertical": 12,
-    "slash": 16,
-    "first": 2,
-    "local": 8,
-    "last_q": 8,
-    "lag": 16,
-    "n_future": 32,
-    "slots": 24,
-    "recent": 8,
-    "interval": 4,
-    "block": 8,
-}
-"""Largest value of each hyper-parameter in these tests, by field name."""
-
-
-def shorten(value: Any) -> Any:
-    """The same component with windows, blocks and counts cut to `SHORT`."""
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return value
-    fields = {}
-    for field in dataclasses.fields(value):
-        held = getattr(value, field.name)
-        if field.name in SHORT and isinstance(held, int | float):
-            held = type(held)(min(held, SHORT[field.name]))
-        fields[field.name] = shorten(held)
-    return dataclasses.replace(value, **fields)
 
 
 @functools.lru_cache
 def preset(name: str) -> Compression:
     """A preset at test size."""
-    return shorten(kvjax.compression(name))
+    return shortened(kvjax.compression(name))
 
 
 PRESETS = kvjax.compressions()
 BUDGETED = tuple(
     name
     for name in PRESETS
-    if isinstance(preset(name).schedule, AfterPrefill)
+    if preset(name).schedule.interval is None
     and (preset(name).evict is not None or preset(name).keep is not None)
 )
 
@@ -134,9 +101,9 @@ def structure(name: str) -> tuple[Any, ...]:
     layouts = survey(c, specs, lengths, WIDTH, jnp.dtype("float32")).layouts
     pooled = any(layout.pooled for layout in layouts)
     split = c.evict is not None and c.evict.values is not None
-    later = not isinstance(c.schedule, AfterPrefill)
+    later = c.schedule.interval is not None
     tracked = type(c.evict.score) if later and c.evict is not None else None
-    return pooled, split, c.store, c.read, tracked
+    return pooled, split, c.store, c.read, c.layers, tracked
 
 
 REPRESENTATIVE = {structure(name): name for name in reversed(PRESETS)}

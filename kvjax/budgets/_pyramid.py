@@ -9,6 +9,7 @@ import numpy as np
 
 from kvjax import exact
 from kvjax.budgets.base import AbstractBudget, same_in_all
+from kvjax.config import sized
 
 
 @final
@@ -38,8 +39,8 @@ class Pyramid(AbstractBudget):
     the budget is uniform, as there.
     """
 
-    beta: float = 20.0
-    window: int = 64
+    beta: float = sized(20.0, short=2.0)
+    window: int = sized(64, short=8, recent=True)
 
     def __post_init__(self):
         super().__post_init__()

@@ -2,13 +2,14 @@
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Self, final
 
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from kvjax import exact
-from kvjax.types import LayerSpec
+from kvjax.config import sized
+from kvjax.types import Held, LayerInputs, LayerSpec
 
 Specs = tuple[LayerSpec, ...]
 """All layers of a model, the first one first."""
@@ -34,7 +35,7 @@ class AbstractBudget(abc.ABC):
     """
 
     keep: float | None = None
-    slots: int | None = None
+    slots: int | None = sized(None, short=24)
     bytes: int | None = None
 
     per_head: ClassVar[bool] = False
@@ -42,6 +43,12 @@ class AbstractBudget(abc.ABC):
 
     needs_gates: ClassVar[bool] = False
     """Whether the model must know its heads (`LayerSpec.head_ranks`)."""
+
+    surveys: ClassVar[bool] = False
+    """Whether layers share by what is found in all of them (see `allot`)."""
+
+    even: ClassVar[bool] = False
+    """Whether all layers and heads get the same."""
 
     def __post_init__(self):
         given = {
@@ -62,6 +69,10 @@ class AbstractBudget(abc.ABC):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be an integer >= 1; got {value!r}.")
+
+    def with_keep(self, keep: float) -> Self:
+        """The same with the kept fraction `keep`, in place of any other unit."""
+        return dataclasses.replace(self, keep=keep, slots=None, bytes=None)
 
     @abc.abstractmethod
     def by_layer(self, mean: RowLengths, lengths: RowLengths, specs: Specs) -> Any:
@@ -181,6 +192,46 @@ class AbstractBudget(abc.ABC):
             )
         return slots
 
+    def look(self, asked: LayerInputs, held: Held) -> Any:
+        """What is to be known of a layer's prompt, leaves `[B, ...]`; see `allot`.
+
+        Args:
+            asked: the prompt's queries.
+            held: its tokens.
+        """
+        del asked, held
+        return ()
+
+    def allot(
+        self,
+        scores: Float[Array, "L B K S"],
+        looks: Any,
+        slots: Int[Array, "L B"],
+        lengths: Int[Array, "B"],
+        specs: Specs,
+    ) -> Int[Array, "L B K"]:
+        """Slots of each head, by what is found in all layers; if it `surveys`.
+
+        Their sum over layers and heads is that of `slots` over layers, times `K`.
+
+        Args:
+            scores: priorities of the tokens; `-inf` cannot be kept.
+            looks: what `look` returned, leaves `[L, B, ...]`.
+            slots: slots per head of each layer, on average.
+            lengths: row lengths.
+            specs: all layers.
+        """
+        raise AssertionError(f"{type(self).__name__} goes by lengths alone")
+
+    def most_of(self, slots: int, tokens: int) -> int:
+        """The most slots that a head gets, on average over a layer, if it `surveys`.
+
+        Args:
+            slots: what it would get if all got the same.
+            tokens: width of the prompt.
+        """
+        raise AssertionError(f"{type(self).__name__} goes by lengths alone")
+
     def fewest(self, counts: Int[Array | np.ndarray, "..."]) -> Any:
         """Slots that must do for what a score protects in every head, of `counts`."""
         return counts
@@ -190,6 +241,8 @@ class AbstractBudget(abc.ABC):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Uniform(AbstractBudget):
     """The same number of slots in every layer and head."""
+
+    even: ClassVar[bool] = True
 
     def by_layer(self, mean, lengths, specs):
         del lengths

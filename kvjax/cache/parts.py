@@ -61,6 +61,10 @@ class AbstractPart(abc.ABC):
         """One layer's, where the part is that of several."""
         return take(self, turn)
 
+    def settled(self) -> Self:
+        """The same in arrays cut to what the data need; not for use under `jit`."""
+        return self
+
     @abc.abstractmethod
     def live_positions(self, turn: int | None = None) -> list[list[np.ndarray]]:
         """Original positions held, per row and KV head; on the host."""
@@ -177,6 +181,10 @@ class Slots(AbstractPart):
         return attend_blocks(
             q, q_positions, self.keys, self.values, self.positions, spec, limit, turn
         )
+
+    def settled(self):
+        held = {"keys": self.keys.settled(), "values": self.values.settled()}
+        return dataclasses.replace(self, **held)
 
     @property
     def free(self):

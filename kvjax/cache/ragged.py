@@ -3,6 +3,7 @@
 import math
 from typing import final
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -22,18 +23,18 @@ class Ragged(AbstractPart):
     """One flat buffer for all heads of a layer, or of several: `[B, N, D]`.
 
     Head `k` of a layer owns the slots `offsets[b, k] .. offsets[b, k + 1]`. How many
-    that is may depend on the data, but their sum does not: head-wise budgets free
-    memory, and so do budgets that differ by layer.
+    that is may depend on the data, but their sum over all layers does not: head-wise
+    budgets free memory, and so do budgets that differ by layer.
 
-    `edges` are the first slots of each layer's piece, and the end; empty in a buffer of
-    one layer. Slots that nobody owns are free.
+    `widest` is the most slots that a layer of several can own; 0 in a buffer of one
+    layer. Slots that nobody owns are free.
     """
 
     keys: AbstractEncoded
     values: AbstractEncoded
     positions: Int[Array, "B N"]
     offsets: Int[Array, "*layers B K+1"]
-    edges: tuple[int, ...] = static(default=())
+    widest: int = static(default=0)
 
     @property
     def heads(self) -> Int[Array, "B N"]:
@@ -43,15 +44,33 @@ class Ragged(AbstractPart):
         return jnp.minimum(owner, self.offsets.shape[-1] - 2)
 
     def layer(self, turn):
-        if not self.edges:
+        if not self.widest:
             return self
-        first, stop = self.edges[turn], self.edges[turn + 1]
+        offsets = np.asarray(self.offsets[turn])
+        first, width = offsets[:, 0], int((offsets[:, -1] - offsets[:, 0]).max())
+        multiple = math.lcm(self.keys.block_multiple, self.values.block_multiple)
+        width = max(-(-width // multiple), 1) * multiple
+        start = np.minimum(first, self.positions.shape[-1] - width)
+        keys, values, positions = self._piece(jnp.asarray(start), width)
+        slot = start[:, None] + np.arange(width)
+        mine = (slot >= first[:, None]) & (slot < offsets[:, -1:])
         return Ragged(
-            keys=self.keys.block(first, stop - first),
-            values=self.values.block(first, stop - first),
-            positions=self.positions[:, first:stop],
-            offsets=self.offsets[turn] - first,
+            keys=keys,
+            values=values,
+            positions=jnp.where(mine, positions, EMPTY),
+            offsets=jnp.asarray(offsets - start[:, None]),
         )
+
+    def _piece(
+        self, start: Int[Array, "B"], width: int
+    ) -> tuple[AbstractEncoded, AbstractEncoded, Int[Array, "B W"]]:
+        """`width` slots of each row from its `start` on."""
+
+        def row(keys, values, positions, start):
+            cut_ = cut(positions, start, width, -1, None)
+            return keys.block(start, width), values.block(start, width), cut_
+
+        return jax.vmap(row)(self.keys, self.values, self.positions, start)
 
     def attend(self, q, q_positions, spec, limit=None, turn=None):
         del limit
@@ -60,21 +79,23 @@ class Ragged(AbstractPart):
             held = offsets[:, 1:] - offsets[:, :-1]
             body = (self.keys, self.values, self.positions)
             return attend_stored(q, q_positions, *body, spec, held, offsets)
-        first, slots = jnp.int32(0), self.positions.shape[-1]
-        if self.edges and turn is not None:  # a piece as wide as the widest
-            total, slots = slots, int(np.diff(self.edges).max())
-            first = jnp.minimum(jnp.asarray(self.edges)[turn], total - slots)
+        slots = self.positions.shape[-1]
+        first = jnp.zeros_like(offsets[:, 0])
+        if self.widest and turn is not None:  # a piece as wide as the widest
+            total, slots = slots, min(slots, self.widest)
+            first = jnp.minimum(offsets[:, 0], total - slots)
 
         def attend(start, width: int) -> Partial:
-            at = (first + start, width)
-            here = cut(self.positions, *at, -1, None)
-            slot = at[0] + jnp.arange(width)
+            at = first + start
+            keys, values, here = self._piece(at, width)
+            slot = at[:, None] + jnp.arange(width)
             mine = (slot >= offsets[:, :1]) & (slot < offsets[:, -1:])
             here = jnp.where(mine, here, EMPTY)
             live = (here >= 0)[..., None]
-            held = (part.block(*at) for part in (self.keys, self.values))
-            keys, values = (jnp.where(live, x.decode(here, spec.rope), 0) for x in held)
-            owner = jnp.sum(slot[None, :, None] >= offsets[:, None, 1:], axis=-1)
+            keys, values = (
+                jnp.where(live, x.decode(here, spec.rope), 0) for x in (keys, values)
+            )
+            owner = jnp.sum(slot[..., None] >= offsets[:, None, 1:], axis=-1)
             return self._attend(q, q_positions, spec, keys, values, here, owner)
 
         # A flat slot is one head's: blocks of as many bytes as elsewhere.
@@ -87,7 +108,7 @@ class Ragged(AbstractPart):
         # All heads' queries against the flat buffer, masked to the owner: one GEMM
         # per row. The buffer is read once; the extra products are cheap beside it.
         kv_heads = self.offsets.shape[-1] - 1
-        own = owner[:, None, :] == jnp.arange(kv_heads)[None, :, None]
+        own = owner[:, None, :] == jnp.arange(kv_heads)[:, None]
         flat = jnp.where(own, positions[:, None, :], EMPTY)  # [B, K, N]
         (b, h, t, d), n = q.shape, positions.shape[-1]
         rows = q.reshape(b, h * t, d).astype(keys.dtype)

@@ -1,7 +1,7 @@
 """`LayerCache` and `KVCache`: values, never mutated; one layer attends and grows."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.parts import AbstractPart, Growth, Slots
 from kvjax.cache.tail import Tail
-from kvjax.cache.tracking import AbstractTracker, Tracking, fold
+from kvjax.cache.tracking import Folding, Tracking, fold, track
 from kvjax.depth import Loop, members
 from kvjax.pallas_kernels.partial import Partial, merge
-from kvjax.turns import Turn, put, take
-from kvjax.types import EMPTY, LayerInputs, LayerSpec, nbytes, pytree, static
+from kvjax.turns import Turn, take
+from kvjax.types import LayerInputs, LayerSpec, nbytes, pytree, static
 
 
 @pytree
@@ -30,7 +30,7 @@ class LayerCache:
         tracking: what decode-time eviction remembers, or None.
         spec: the layer's attention.
         growth: full tails move into the body as encoded blocks, or None.
-        tracker: full tails are folded into a bounded body, or None.
+        folding: full tails are folded into a bounded body, or None.
     """
 
     parts: tuple[AbstractPart, ...]
@@ -38,7 +38,7 @@ class LayerCache:
     tracking: Tracking | None = None
     spec: LayerSpec = static()
     growth: Growth | None = static(default=None)
-    tracker: AbstractTracker | None = static(default=None)
+    folding: Folding | None = static(default=None)
 
     def layer(self, turn: int) -> Self:
         """One layer's cache, where this is that of several."""
@@ -57,9 +57,9 @@ class LayerCache:
         Where full tails move into a body, tokens up to the next full tail go together.
         """
         b, _, tokens, _ = inputs.q.shape
-        if self.growth is None and self.tracker is None:
+        if self.growth is None and self.folding is None:
             cache = self._append(inputs, turn)
-            return cache._read(inputs, turn).out, cache
+            return cache._read(inputs, turn)[0].out, cache
         if tokens == 1:
             return self._step(inputs, turn)
         width = min(tokens, self.tail.capacity)
@@ -71,7 +71,7 @@ class LayerCache:
             count = jnp.minimum(jnp.minimum(left, width), total - done)
             index = done[:, None] + jnp.arange(width)
             mine = jnp.arange(width) < count[:, None]
-            given = _picked(inputs, jnp.minimum(index, tokens - 1), mine)
+            given = inputs.taken(jnp.minimum(index, tokens - 1), mine)
             found, cache = cache._step(given, turn)
             at = (jnp.arange(b)[:, None], jnp.where(mine, index, tokens))
             found = jnp.moveaxis(found, 2, 1)
@@ -88,28 +88,33 @@ class LayerCache:
         tail = self.tail.append(inputs.k, inputs.v, inputs.positions, turn)
         return dataclasses.replace(self, tail=tail)
 
-    def _read(self, inputs: LayerInputs, turn: Turn) -> Partial:
+    def _read(self, inputs: LayerInputs, turn: Turn) -> tuple[Partial, LayerInputs]:
+        """Attention over all parts; and the inputs, with what goes to a prefix."""
         read = (inputs.q, inputs.positions, self.spec, None, turn)
-        return merge([part.attend(*read) for part in (*self.parts, self.tail)])
+        found = [part.attend(*read) for part in (*self.parts, self.tail)]
+        if self.folding is not None and len(found) > 2:
+            elsewhere = merge(found[1:-1]).lse
+            inputs = dataclasses.replace(inputs, elsewhere=elsewhere)
+        return merge(found), inputs
 
     def _step(self, inputs: LayerInputs, turn: Turn) -> tuple[Array, Self]:
         """Tokens that fit the tail: append, attend, move full tails into the body."""
         cache = self._append(inputs, turn)
-        read = cache._read(inputs, turn)
-        if self.tracker is not None:
-            cache = cache._track(inputs, read.lse, turn)
+        read, inputs = cache._read(inputs, turn)
+        if self.folding is not None:
+            used = take(self.tail.used, turn)
+            cache = cache._track(inputs, used, read.lse, turn)
         full = take(cache.tail.used, turn) >= cache.tail.capacity
         # The body is read above and written below; nothing else puts that in order.
         out, cache = jax.lax.optimization_barrier((read.out, cache))
-        return out, (cache._grow if self.tracker is None else cache._fold)(full, turn)
+        if self.folding is None:
+            return out, cache._grow(full, turn)
+        return out, cache._fold(full, inputs.depth.layer, turn)
 
-    def _track(self, inputs: LayerInputs, lse: Array, turn: Turn) -> Self:
-        assert self.tracker is not None and self.tracking is not None
-        body, tail, state = take((self._body(), self.tail, self.tracking.state), turn)
-        asked = (inputs.q, inputs.positions, lse)
-        state = self.tracker.update(state, *asked, body, tail, self.spec)
-        state = put(self.tracking.state, state, turn)
-        tracking = dataclasses.replace(self.tracking, state=state)
+    def _track(self, inputs: LayerInputs, used: Array, lse: Array, turn: Turn) -> Self:
+        assert self.folding is not None and self.tracking is not None
+        seen = (inputs, used, lse, self._body(), self.tail, turn)
+        tracking = track(self.folding.score, self.tracking, *seen)
         return dataclasses.replace(self, tracking=tracking)
 
     def _body(self) -> Slots:
@@ -117,10 +122,10 @@ class LayerCache:
         assert isinstance(body, Slots)
         return body
 
-    def _fold(self, rows: Bool[Array, "B"], turn: Turn) -> Self:
-        assert self.tracker is not None and self.tracking is not None
-        moved = (self._body(), self.tail, self.spec, rows, turn)
-        body, tail, tracking = fold(self.tracker, self.tracking, *moved)
+    def _fold(self, rows: Bool[Array, "B"], layer: Any, turn: Turn) -> Self:
+        assert self.folding is not None and self.tracking is not None
+        moved = (self._body(), self.tail, self.spec, rows, layer, turn)
+        body, tail, tracking = fold(self.folding, self.tracking, *moved)
         parts = (body, *self.parts[1:])
         return dataclasses.replace(self, parts=parts, tail=tail, tracking=tracking)
 
@@ -141,7 +146,7 @@ class LayerCache:
     @property
     def room(self) -> Int[Array, "*layers B"] | None:
         """Tokens that still fit into each row, or None if the layer is bounded."""
-        if self.tracker is not None:
+        if self.folding is not None:
             return None
         left = self.tail.capacity - self.tail.used
         free = self.parts[0].free if self.parts else None
@@ -150,24 +155,6 @@ class LayerCache:
         # A tail is moved as soon as it is full: the last slot must stay free unless
         # the body takes another block.
         return left - 1 + free // self.growth.block * self.growth.block
-
-
-def _picked(
-    inputs: LayerInputs, index: Int[Array, "B W"], live: Bool[Array, "B W"]
-) -> LayerInputs:
-    """Some of the tokens of each row; padding where not `live`."""
-
-    def pick(x: Array) -> Array:
-        return jnp.take_along_axis(x, index[:, None, :, None], axis=2)
-
-    positions = jnp.take_along_axis(inputs.positions, index, axis=1)
-    return dataclasses.replace(
-        inputs,
-        q=pick(inputs.q),
-        k=pick(inputs.k),
-        v=pick(inputs.v),
-        positions=jnp.where(live, positions, EMPTY),
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,6 +221,14 @@ class KVCache:
         """Tokens that still fit into every row, see `rooms`."""
         rooms = self.rooms
         return None if rooms is None else int(rooms.min())
+
+    def settled(self) -> Self:
+        """The same in arrays cut to what the data need; not for use under `jit`."""
+        groups = tuple(
+            dataclasses.replace(g, parts=tuple(part.settled() for part in g.parts))
+            for g in self.groups
+        )
+        return dataclasses.replace(self, groups=groups)
 
     def kept_positions(self, layer: int) -> list[list[np.ndarray]]:
         """Sorted original positions still attended, per row and KV head."""

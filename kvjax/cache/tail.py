@@ -1,12 +1,13 @@
 """The newest tokens of a layer, plain and in arrival order."""
 
 import dataclasses
+import math
 from typing import Self, final
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from kvjax.cache.parts import AbstractPart, by_head, put_positions
+from kvjax.cache.parts import AbstractPart, by_head
 from kvjax.codecs.base import put_block
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.turns import Turn, at_rows, put, take
@@ -53,36 +54,49 @@ class Tail(AbstractPart):
 
         Tokens that do not fit are not written; `overflow` tells.
         """
-        b, kv_heads, t, _ = k.shape
         used = take(self.used, turn)
-        if t == 1:
-            return self._append_one(k, v, positions, used, turn)
-        slot = used[:, None] + jnp.arange(t)
-        slot = jnp.where(positions >= 0, slot, self.capacity)  # dropped
-        index = (jnp.arange(b)[:, None], slice(None), slot)
         fresh = jnp.sum(positions >= 0, axis=-1, dtype=jnp.int32)
-        held = jnp.broadcast_to(positions[:, :, None], (b, t, kv_heads))
+        held = jnp.broadcast_to(positions[:, None, :], k.shape[:3])
+
+        def placed(old: Array, new: Array) -> Array:
+            return self.put(old, new, positions, used, turn)
+
         return dataclasses.replace(
             self,
-            keys=at_rows(self.keys, index, jnp.moveaxis(k, 1, 2), turn),
-            values=at_rows(self.values, index, jnp.moveaxis(v, 1, 2), turn),
-            positions=at_rows(self.positions, index, held, turn),
+            keys=placed(self.keys, k),
+            values=placed(self.values, v),
+            positions=placed(self.positions, held),
             used=put(self.used, used + fresh, turn),
         )
 
-    def _append_one(self, k, v, positions, used, turn: Turn) -> Self:
-        """The same for one token of each row."""
+    def put(
+        self,
+        x: Array,
+        new: Shaped[Array, "B K T *rest"],
+        positions: Int[Array, "B T"],
+        used: Int[Array, "B"],
+        turn: Turn = None,
+    ) -> Array:
+        """`x`, of the tokens held, with what belongs to new ones in their slots.
+
+        Args:
+            x: of the tokens held, `[*layers, B, K, R, *rest]`.
+            new: of the new ones.
+            positions: theirs; padding (`EMPTY`) comes last.
+            used: slots taken before them.
+            turn: which layer's, where arrays are those of several.
+        """
+        b, kv_heads, t, *rest = new.shape
+        if t > 1:
+            slot = used[:, None] + jnp.arange(t)
+            slot = jnp.where(positions >= 0, slot, self.capacity)  # dropped
+            index = (jnp.arange(b)[:, None], slice(None), slot)
+            return at_rows(x, index, jnp.moveaxis(new, 2, 1), turn)
         on = (positions[:, 0] >= 0) & (used < self.capacity)
+        flat = x.reshape(*x.shape[: x.ndim - len(rest)], math.prod(rest))
+        block = new.reshape(b, kv_heads, 1, math.prod(rest))
         at = (jnp.minimum(used, self.capacity - 1), on, turn)
-        held = jnp.broadcast_to(positions[:, None, :], k.shape[:3])
-        fresh = (positions[:, 0] >= 0).astype(jnp.int32)
-        return dataclasses.replace(
-            self,
-            keys=put_block(self.keys, k, *at),
-            values=put_block(self.values, v, *at),
-            positions=put_positions(self.positions, held, *at),
-            used=put(self.used, used + fresh, turn),
-        )
+        return put_block(flat, block, *at).reshape(x.shape)
 
     def emptied(self, rows: Bool[Array, "B"], turn: Turn = None) -> Self:
         """Without the tokens of the given rows."""

@@ -7,13 +7,13 @@ from kvjax.codecs._affine import Affine as Affine
 from kvjax.codecs._affine import AffineArray as AffineArray
 from kvjax.codecs._low_rank import LowRank as LowRank
 from kvjax.codecs._low_rank import LowRankArray as LowRankArray
-from kvjax.codecs._low_rank import needed_rank as needed_rank
 from kvjax.codecs._plain import Plain as Plain
 from kvjax.codecs._plain import PlainArray as PlainArray
 from kvjax.codecs._projected import Projected as Projected
 from kvjax.codecs._projected import ProjectedArray as ProjectedArray
 from kvjax.codecs.base import AbstractCodec as AbstractCodec
 from kvjax.codecs.base import AbstractEncoded as AbstractEncoded
+from kvjax.codecs.base import Side as Side
 from kvjax.codecs.base import straight_through as straight_through
 
 CODECS: Mapping[str, type[AbstractCodec]] = MappingProxyType(

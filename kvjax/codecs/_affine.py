@@ -1,7 +1,7 @@
 """Grouped affine quantisation with bit packing (KIVI's quantiser, and int8)."""
 
 import dataclasses
-from typing import final
+from typing import ClassVar, final
 
 from jaxtyping import Array, Int
 
@@ -97,6 +97,7 @@ class Affine(AbstractCodec):
     axis: str = "token"
     group: int | None = 32
     symmetric: bool = False
+    coded: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.bits not in BITS:
@@ -121,8 +122,8 @@ class Affine(AbstractCodec):
         assert self.group is not None
         return self.group
 
-    def encode(self, x, live, positions, rope, basis=None):
-        del positions, rope, basis
+    def encode(self, x, live, positions, rope, side=None):
+        del positions, rope, side
         group = self._group(x.shape[-1])
         if self.axis == "channel" and x.shape[-2] % group:
             raise ValueError(
@@ -146,6 +147,9 @@ class Affine(AbstractCodec):
             group=group,
             dtype=str(x.dtype),
         )
+
+    def with_bits(self, bits):
+        return dataclasses.replace(self, bits=bits)
 
     def slot_bytes(self, head_dim, itemsize):
         del itemsize

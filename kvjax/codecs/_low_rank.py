@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import final
+from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ from jaxtyping import Array, Float
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
 from kvjax.turns import cut, take
 from kvjax.types import pytree, static
+
+RANKS = 8
+"""Ranks that arrays are cut to are multiples of it."""
 
 
 @final
@@ -44,8 +47,11 @@ class LowRankArray(AbstractEncoded):
         basis = take(self.basis, turn)
         return dataclasses.replace(self, coefficients=coefficients, basis=basis)
 
-    def trim(self, rank: int) -> "LowRankArray":
-        """The first `rank` components (the others must be zero)."""
+    def settled(self):
+        """The leading components, as many as some row needs, rounded up to `RANKS`."""
+        used = jnp.any(self.basis != 0, axis=(-3, -1))
+        rank = int(jnp.max(jnp.sum(used, axis=-1)))
+        rank = min(self.rank, max(RANKS, -(-rank // RANKS) * RANKS))
         return dataclasses.replace(
             self,
             coefficients=self.coefficients[..., :rank],
@@ -80,6 +86,7 @@ class LowRank(AbstractCodec):
     energy: float = 0.95
     keep: float = 0.75
     rotated: bool = True
+    flat: ClassVar[bool] = False
 
     def __post_init__(self):
         for name in ("energy", "keep"):
@@ -87,13 +94,15 @@ class LowRank(AbstractCodec):
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"`{name}` must be in (0, 1]; got {value}.")
 
-    def encode(self, x, live, positions, rope, basis=None):
-        del basis
-        if x.ndim != 4:
-            raise ValueError(
-                "low-rank storage needs the same number of slots in every head; got "
-                "a head-wise budget. Use a uniform or per-layer budget."
-            )
+    @property
+    def kept(self):
+        return self.keep
+
+    def with_keep(self, keep):
+        return dataclasses.replace(self, keep=keep)
+
+    def encode(self, x, live, positions, rope, side=None):
+        del side
         x = jnp.where(live[..., None], x, 0)
         plain = rope.unrotate(x, jnp.maximum(positions, 0)) if self.rotated else x
         b, k, s, d = x.shape
@@ -116,10 +125,3 @@ class LowRank(AbstractCodec):
 
     def slot_bytes(self, head_dim, itemsize):
         return head_dim * itemsize * self.keep
-
-
-def needed_rank(array: LowRankArray, multiple: int = 8) -> int:
-    """Components that are not zero in some row, rounded up to `multiple`."""
-    used = jnp.any(array.basis != 0, axis=(-3, -1))
-    rank = int(jnp.max(jnp.sum(used, axis=-1)))
-    return min(array.rank, max(multiple, -(-rank // multiple) * multiple))

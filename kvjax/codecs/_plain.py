@@ -1,7 +1,7 @@
 """Uncompressed storage in the model's dtype."""
 
 import dataclasses
-from typing import final
+from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,10 @@ class Plain(AbstractCodec):
     Cost: `D * itemsize` bytes per slot and head.
     """
 
-    def encode(self, x, live, positions, rope, basis=None):
-        del positions, rope, basis
+    plain: ClassVar[bool] = True
+
+    def encode(self, x, live, positions, rope, side=None):
+        del positions, rope, side
         return PlainArray(data=jnp.where(live[..., None], x, 0))
 
     def slot_bytes(self, head_dim, itemsize):

@@ -63,6 +63,7 @@ class Projected(AbstractCodec):
     rotated: bool = True
     needs_basis: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
+    flat: ClassVar[bool] = False
 
     def __post_init__(self):
         if not 0.0 < self.keep <= 1.0:
@@ -72,11 +73,22 @@ class Projected(AbstractCodec):
         """Coefficients held, `R`."""
         return max(1, math.ceil(head_dim * self.keep - 1e-9))
 
-    def encode(self, x, live, positions, rope, basis=None):
-        assert basis is not None  # checked before any compute
+    @property
+    def kept(self):
+        return self.keep
+
+    def with_keep(self, keep):
+        return dataclasses.replace(self, keep=keep)
+
+    def observe(self, asked, held, of):
+        del held
+        return asked.key_basis if of == "keys" else asked.value_basis
+
+    def encode(self, x, live, positions, rope, side=None):
+        assert side is not None  # checked before any compute
         x = jnp.where(live[..., None], x, 0)
         plain = rope.unrotate(x, jnp.maximum(positions, 0)) if self.rotated else x
-        leading = orthonormal(basis, self.rank(x.shape[-1]))
+        leading = orthonormal(side, self.rank(x.shape[-1]))
         wide = plain.astype(jnp.float32)
         return ProjectedArray(
             coefficients=jnp.einsum("BKSD,KRD->BKSR", wide, leading).astype(x.dtype),

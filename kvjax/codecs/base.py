@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.pallas_kernels.quantized import Quantized
 from kvjax.rope import Rope
 from kvjax.turns import FEW, Turn, each
+from kvjax.types import Held, LayerInputs
+
+Side = Literal["keys", "values"]
+"""What a codec holds."""
 
 
 class AbstractEncoded(abc.ABC):
@@ -35,6 +39,13 @@ class AbstractEncoded(abc.ABC):
     def stored(self) -> Array | Quantized | None:
         """The same as kernels read it; None if they cannot: then it is decoded."""
         return None
+
+    def settled(self) -> Self:
+        """The same in arrays cut to what the data need; not for use under `jit`.
+
+        With arrays of several layers, to what any of them needs.
+        """
+        return self
 
     @abc.abstractmethod
     def block(self, start: Any, size: int, turn: Turn = None) -> "AbstractEncoded":
@@ -114,6 +125,28 @@ class AbstractCodec(abc.ABC):
     differentiable: ClassVar[bool] = False
     """Whether gradients go through what is decoded; if not, straight past it."""
 
+    plain: ClassVar[bool] = False
+    """Whether arrays are held as they are."""
+
+    flat: ClassVar[bool] = True
+    """Whether slots of any heads can lie in one buffer; if not, `x` is `[B K S D]`."""
+
+    coded: ClassVar[bool] = False
+    """Whether there are codes, of some bits (`with_bits`)."""
+
+    def observe(self, asked: LayerInputs, held: Held, of: Side) -> Any:
+        """What is known of the whole prompt before any of it is encoded.
+
+        Args:
+            asked: the prompt's queries, and what the model says of its tokens.
+            held: its keys and values.
+            of: what is to be encoded.
+
+        Returns:
+            A pytree, handed to `encode`; None if there is nothing to know.
+        """
+        del asked, held, of
+
     @abc.abstractmethod
     def encode(
         self,
@@ -121,7 +154,7 @@ class AbstractCodec(abc.ABC):
         live: Bool[Array, "*lead S"],
         positions: Int[Array, "*lead S"],
         rope: Rope,
-        basis: Float[Array, "K D D"] | None = None,
+        side: Any = None,
     ) -> AbstractEncoded:
         """Encode; slots that are not `live` are never read and may hold NaN.
 
@@ -130,8 +163,7 @@ class AbstractCodec(abc.ABC):
             live: which slots count.
             positions: absolute positions, for codecs that undo the rotation.
             rope: the layer's rotary embedding.
-            basis: what the model has learnt to cut short (`LayerInputs.key_basis` or
-                `value_basis`), for codecs that ask for it.
+            side: what `observe` returned.
         """
 
     @abc.abstractmethod
@@ -147,6 +179,23 @@ class AbstractCodec(abc.ABC):
     def append_multiple(self) -> int:
         """Tokens in an appended block must be a multiple of this."""
         return 1
+
+    @property
+    def kept(self) -> float | None:
+        """Fraction of the numbers of a slot that is held, if that is a budget."""
+        return None
+
+    def with_keep(self, keep: float) -> Self:
+        """The same codec at another fraction of the numbers of a slot."""
+        raise AssertionError(f"{type(self).__name__} holds all numbers; got {keep}")
+
+    def with_bits(self, bits: int) -> Self:
+        """The same codec with codes of `bits` bits.
+
+        Raises:
+            ValueError: it does not know so many.
+        """
+        raise AssertionError(f"{type(self).__name__} has no codes; got {bits}")
 
     def validate(self, head_dim: int) -> None:
         """Raise `ValueError` if this codec cannot hold heads of `head_dim`."""

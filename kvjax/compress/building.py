@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
 
 from kvjax.cache import KVCache, LayerCache, Ragged, Slots
 from kvjax.compress.config import Compression
-from kvjax.compress.layer import build, handed_on
+from kvjax.compress.layer import build, handed_on, held_of, priorities_of
 from kvjax.compress.observe import Observed
-from kvjax.compress.pool import empty_pool, pour
-from kvjax.compress.survey import Survey, survey
-from kvjax.depth import Depth, Loop, members, over, regrouped
+from kvjax.compress.pool import aligned, empty_pool, pour
+from kvjax.compress.survey import Survey, allotted, survey
+from kvjax.depth import Depth, Loop, in_order, members, over, regrouped
+from kvjax.turns import take
 from kvjax.types import LayerSpec, Lengths, loops_of
 
 
@@ -28,6 +31,7 @@ class Building:
         tokens: width of the prompt.
         room: later tokens that must fit.
         dtype: of keys and values.
+        before: tokens of a prefix, which the cache does not hold.
     """
 
     c: Compression
@@ -37,6 +41,7 @@ class Building:
     tokens: int
     room: int
     dtype: jnp.dtype
+    before: Int[Array, ""] | int = 0
 
     @classmethod
     def of(
@@ -47,23 +52,55 @@ class Building:
         tokens: int,
         room: int,
         dtype: jnp.dtype,
+        before: Int[Array, ""] | int = 0,
     ) -> Self:
-        """The same, with what each layer gets still to be found out."""
-        found = survey(c, specs, lengths, tokens, dtype)
+        """The same, with what each layer gets by the lengths of the rows."""
         return cls(
             c=c,
             specs=specs,
-            found=found,
+            found=survey(c, specs, lengths, tokens, dtype),
             lengths=lengths,
             tokens=tokens,
             room=room,
             dtype=dtype,
+            before=before,
         )
 
     @property
     def loops(self) -> tuple[Loop, ...]:
         """Which layers are built alike."""
         return loops_of(self.specs, self.found.layouts)
+
+    def surveyed(self, loops: Sequence[Loop], seen: Sequence[Observed]) -> Self:
+        """The same, after a look at what the pass left of all layers.
+
+        Args:
+            loops: which layers are together.
+            seen: of each of their groups.
+        """
+        budgets = [layout.plan.evict for layout in self.found.layouts]
+        if not any(evict is not None and evict.budget.surveys for evict in budgets):
+            return self
+        layouts, groups = self.found.layouts, members(loops)
+
+        def one(depth: Depth, state: None, observed: Observed):
+            evict = layouts[groups[depth.group].start].plan.evict
+            shape = observed.k.shape[:3]
+            if evict is None or not evict.budget.surveys:
+                return state, (jnp.zeros(shape, jnp.float32), ())
+            share = self.found.of(depth)
+            held = held_of(observed, self.lengths, depth.layer, self.before)
+            how = (observed, held, self.lengths, evict, share)
+            return state, (priorities_of(*how), observed.look)
+
+        _, left = over(loops, one, None, seen)
+        scores = in_order(loops, [scores for scores, _ in left])
+        looks: list[Any] = [None] * len(self.specs)
+        for group, (_, found) in zip(groups, left, strict=True):
+            for turn, layer in enumerate(group):
+                looks[layer] = take(found, turn)
+        found = allotted(self.found, scores, looks, self.lengths, self.specs)
+        return dataclasses.replace(self, found=found)
 
     def start(self) -> tuple[Any, tuple[Ragged | None, ...]]:
         """What the first layer is handed: priorities, and buffers to be filled."""
@@ -74,31 +111,49 @@ class Building:
             if layout.pooled:
                 slots = tuple(self.found.slots[layer] for layer in group)
                 spec = specs[group.start]
-                pool = empty_pool(self.c, layout, slots, spec, batch, self.dtype)
+                pool = empty_pool(layout, slots, spec, batch, self.dtype)
             pools.append(pool)
         return handed_on(self.c, batch, specs[0], self.tokens), tuple(pools)
 
+    def _pieces(self, group: range) -> tuple[Array, Array]:
+        """First slot and number of slots of each layer in its pool, `[L, B]` each."""
+        layout, batch = self.found.layouts[group.start], self.lengths.shape[0]
+        heads = self.found.share.heads
+        evict = layout.plan.evict
+        if heads is not None and evict is not None and evict.budget.surveys:
+            multiple = layout.plan.store.multiple
+            mine = jnp.sum(heads[np.array(group)], axis=-1)
+            counts = -(-mine // multiple) * multiple
+        else:
+            slots = tuple(self.found.slots[layer] for layer in group)
+            sizes = aligned(slots, layout, self.specs[group.start].num_kv_heads)
+            counts = jnp.asarray(sizes, jnp.int32)[:, None]
+            counts = jnp.broadcast_to(counts, (len(group), batch))
+        return jnp.cumsum(counts, axis=0) - counts, counts
+
     def step(self, depth: Depth, state: Any, observed: Observed):
         """One layer: what it hands on, and its cache but for what went into a pool."""
-        priorities, pools = state
+        handed, pools = state
         layer, priorities = build(
             observed,
             self.lengths,
-            self.c,
             depth.kind,
             self.found.of(depth),
             room=self.room,
-            priorities=priorities,
+            layer=depth.layer,
+            before=self.before,
+            priorities=handed,
         )
-        if not self.c.evict or self.c.evict.unit.reuse == 1:
-            priorities = None
+        if handed is not None and priorities is not None:
+            handed = priorities
         if (pool := pools[depth.group]) is not None:
             (part,) = layer.parts
             assert isinstance(part, Slots | Ragged)
-            pool = pour(pool, part, depth.turn)
+            pieces = self._pieces(members(self.loops)[depth.group])
+            pool = pour(pool, part, depth.turn, *take(pieces, depth.turn))
             pools = (*pools[: depth.group], pool, *pools[depth.group + 1 :])
             layer = dataclasses.replace(layer, parts=())
-        return (priorities, pools), layer
+        return (handed, pools), layer
 
     def cache(self, state: Any, layers: Sequence[LayerCache]) -> KVCache:
         """The cache, of what `step` left."""
@@ -107,7 +162,8 @@ class Building:
             layer if pool is None else dataclasses.replace(layer, parts=(pool,))
             for layer, pool in zip(layers, pools, strict=True)
         )
-        return KVCache(groups=groups, length=self.lengths, loops=self.loops)
+        length = self.lengths + self.before
+        return KVCache(groups=groups, length=length, loops=self.loops)
 
 
 def build_cache(
@@ -117,6 +173,7 @@ def build_cache(
     lengths: Lengths,
     c: Compression,
     room: int,
+    before: Int[Array, ""] | int = 0,
 ) -> KVCache:
     """The cache after a prompt, compressed, of what the pass over it left.
 
@@ -127,9 +184,11 @@ def build_cache(
         lengths: tokens of each prompt.
         c: what is done.
         room: later tokens that must fit.
+        before: tokens of a prefix, which the cache does not hold.
     """
     dtype, tokens = seen[0].k.dtype, seen[0].k.shape[-2]
-    building = Building.of(c, specs, lengths, tokens, room, dtype)
+    building = Building.of(c, specs, lengths, tokens, room, dtype, before)
+    building = building.surveyed(loops, seen)
     layouts, groups = building.found.layouts, members(building.loops)
 
     def one(depth: Depth, state: Any, observed: Observed):

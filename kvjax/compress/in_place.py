@@ -9,8 +9,6 @@ from jaxtyping import Array, Bool, Int
 
 from kvjax.cache import LayerCache, Ragged, Slots
 from kvjax.cache.parts import AbstractPart
-from kvjax.codecs import Plain
-from kvjax.compress.config import Compression
 from kvjax.pallas_kernels.held import Held, Stored
 
 
@@ -21,14 +19,14 @@ def fits(layer: LayerCache) -> bool:
     body evicts while decoding.
     """
     one = len(layer.parts) == 1 and isinstance(layer.parts[0], Slots | Ragged)
-    return one and layer.tracker is None
+    return one and layer.folding is None
 
 
-def held(
+def held_in_place(
     body: AbstractPart,
     edge: Int[Array, "B T"],
     layer: LayerCache,
-    c: Compression,
+    changed: bool,
     behind: Bool[Array, "B T"],
 ) -> Held:
     """What the tokens behind the compression point see of those before it.
@@ -37,19 +35,19 @@ def held(
         body: with decoded keys and values; if it grows, with all it will ever hold.
         edge: of each query that is behind: it reads slots below as they are stored.
         layer: whose body that is.
-        c: what was done to it.
+        changed: whether it holds anything but tokens as they were.
         behind: which tokens are behind their row's point.
     """
     assert isinstance(body, Slots | Ragged)
     tokens, kv_heads = behind.shape[1], layer.spec.num_kv_heads
-    at = _places(body, tokens)
+    at = _tokens_of(body, tokens)
 
     def placed(x: Array) -> Array:
         shape = (x.shape[0], kv_heads, tokens, *x.shape[body.positions.ndim :])
         return jnp.zeros(shape, x.dtype).at[at].set(x, mode="drop")
 
     kept = placed(jnp.ones(body.positions.shape, bool))
-    if isinstance(c.store.keys, Plain) and isinstance(c.store.values, Plain):
+    if not changed:
         return Held(behind=behind, kept=kept)
     slot = jnp.zeros(body.positions.shape, jnp.int32)
     if layer.growth is not None:
@@ -65,7 +63,7 @@ def held(
     return Held(behind=behind, kept=kept, stored=stored)
 
 
-def _places(body: Slots | Ragged, tokens: int) -> tuple[Array, ...]:
+def _tokens_of(body: Slots | Ragged, tokens: int) -> tuple[Array, ...]:
     """Row, head and token of every slot; free slots are at token `tokens`."""
     at = jnp.where(body.positions >= 0, body.positions, tokens)
     row = jnp.arange(at.shape[0])

@@ -1,34 +1,53 @@
 """The cache of one layer, built from what the pass over the prompt left."""
 
+import dataclasses
 import functools
-import math
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
-from kvjax.cache import Growth, KeysOnly, LayerCache, Pages, Ragged, Slots, Tracking
-from kvjax.cache.parts import AbstractPart
-from kvjax.cache.tail import Tail, empty_tail
+from kvjax.cache import (
+    AbstractPart,
+    Folding,
+    Growth,
+    KeysOnly,
+    LayerCache,
+    Ragged,
+    Slots,
+    Tail,
+    Tracking,
+    empty_tail,
+)
 from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray, straight_through
-from kvjax.compress.config import Compression, Eviction
-from kvjax.compress.observe import Observed, tracker_of
-from kvjax.compress.select import Choice, choose, choose_flat, take, take_flat
+from kvjax.compress.config import Compression
+from kvjax.compress.observe import Observed
+from kvjax.compress.plan import Eviction, Storage
+from kvjax.compress.select import (
+    Choice,
+    FlatChoice,
+    choose,
+    choose_flat,
+    chosen_mask,
+    head_counts,
+    ranks,
+    take,
+    take_flat,
+)
 from kvjax.compress.survey import Layout, Share
-from kvjax.pallas_kernels.page_summary import page_summary
-from kvjax.reads import Quest
-from kvjax.schedules import EveryTokens
-from kvjax.types import EMPTY, LayerSpec, Lengths, Scores
+from kvjax.types import EMPTY, Held, LayerSpec, Lengths, Scores
 
 
 def build(
     observed: Observed,
     lengths: Lengths,
-    c: Compression,
     layout: Layout,
     share: Share,
     *,
     room: int,
+    layer: Int[Array, ""] | int = 0,
+    before: Int[Array, ""] | int = 0,
     priorities: Scores | None = None,
     differentiable: bool = False,
 ) -> tuple[LayerCache, Scores | None]:
@@ -37,10 +56,11 @@ def build(
     Args:
         observed: see `observe`.
         lengths: tokens of each prompt.
-        c: what is done.
         layout: of this layer.
         share: what this layer gets.
         room: later tokens that must fit.
+        layer: its number.
+        before: tokens of a prefix, which the cache does not hold.
         priorities: an earlier layer's, where its kept tokens are reused.
         differentiable: hold decoded arrays with straight-through gradients instead of
             codes (the parallel form).
@@ -48,81 +68,134 @@ def build(
     Returns:
         The cache, and the priorities that chose it.
     """
-    builder = _Builder(observed, lengths, c, layout, share, room, differentiable)
-    evict = layout.evict
-    if evict is None:
+    held = held_of(observed, lengths, layer, before)
+    builder = _Builder(
+        observed=observed,
+        held=held,
+        lengths=lengths,
+        layout=layout,
+        share=share,
+        room=room,
+        differentiable=differentiable,
+    )
+    plan = layout.plan
+    if plan.evict is None:
         return builder.uniform(builder.everything(), lengths), None
-    priorities = builder.chosen(evict, priorities)
-    if evict.budget.per_head:
+    priorities = builder.chosen(plan.evict, priorities)
+    if layout.shared:
         return builder.ragged(priorities), priorities
-    if c.evict is not None and isinstance(c.schedule, EveryTokens):
-        return builder.bounded(evict, priorities), priorities
-    if evict.values is not None:
+    if (interval := plan.schedule.interval) is not None:
+        return builder.bounded(plan.evict, priorities, interval), priorities
+    if plan.evict.values is not None:
         return builder.decoupled(priorities), priorities
     choice = choose(priorities, share.held, layout.slots)
+    builder = builder.merged(choice, priorities)
     return builder.uniform(choice, share.held), priorities
 
 
 def handed_on(c: Compression, batch: int, spec: LayerSpec, tokens: int):
     """What the first layer is handed where layers reuse the choice of others."""
-    if c.evict is None or c.evict.unit.reuse == 1:
+    if all(part.evict is None or part.evict.unit.reuse == 1 for part in c.parts):
         return None
     return jnp.zeros((batch, spec.num_kv_heads, tokens), jnp.float32)
 
 
+def held_of(
+    observed: Observed, lengths: Lengths, layer: Any = 0, before: Any = 0
+) -> Held:
+    """The prompt's tokens as scores see them; arguments as of `build`."""
+    b, kv_heads, tokens, _ = observed.k.shape
+    index = jnp.arange(tokens, dtype=jnp.int32)
+    positions = jnp.where(index < lengths[:, None], index + before, EMPTY)
+    return Held(
+        k=observed.k,
+        v=observed.v,
+        positions=jnp.broadcast_to(positions[:, None], (b, kv_heads, tokens)),
+        seen=lengths + before,
+        layer=layer,
+        spec=observed.spec,
+        in_order=True,
+    )
+
+
+def priorities_of(
+    observed: Observed, held: Held, lengths: Lengths, evict: Eviction, share: Share
+) -> Scores:
+    """Priorities of all prompt tokens; padding and dead tokens are `-inf`."""
+    assert observed.memory is not None
+    scores = evict.score.score(observed.memory, held, share.counts)
+    usable = held.live
+    if held.spec.window is not None:
+        edge = held.seen[:, None, None] - 1 - held.spec.window
+        usable = usable & (held.positions > edge)
+    scores = jnp.where(usable, scores.astype(jnp.float32), -jnp.inf)
+    return evict.unit.priorities(scores, lengths, share.counts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Builder:
     """The steps of `build`, with what they share."""
 
-    def __init__(self, observed, lengths, c, layout, share, room, differentiable):
-        self.k, self.v, self.spec = observed.k, observed.v, observed.spec
-        self.observed, self.lengths, self.c = observed, lengths, c
-        self.layout, self.share = layout, share
-        self.room, self.differentiable = room, differentiable
-        self.batch, self.kv_heads, self.tokens, self.head_dim = self.k.shape
+    observed: Observed
+    held: Held
+    lengths: Lengths
+    layout: Layout
+    share: Share
+    room: int
+    differentiable: bool
+
+    @property
+    def store(self) -> Storage:
+        return self.layout.plan.store
+
+    @property
+    def spec(self) -> LayerSpec:
+        return self.held.spec
 
     def chosen(self, evict: Eviction, before: Scores | None) -> Scores:
         """Priorities of the layer's own, or those of an earlier one."""
-        own = functools.partial(self.priorities, evict)
+        how = (self.observed, self.held, self.lengths, evict, self.share)
+        own = functools.partial(priorities_of, *how)
         if self.share.leads is None or before is None:
             return own()
         return jax.lax.cond(self.share.leads, own, lambda: before)
 
-    def priorities(self, evict: Eviction) -> Scores:
-        """Priorities of all prompt tokens; padding and dead tokens are `-inf`."""
-        counts = self.share.counts
-        scores = evict.score.rank(self.observed.seen, counts, self.lengths)
-        index = jnp.arange(self.tokens)
-        length = self.lengths[:, None, None]
-        usable = index < length
-        if self.spec.window is not None:
-            usable = usable & (index > length - 1 - self.spec.window)
-        scores = jnp.where(usable, scores.astype(jnp.float32), -jnp.inf)
-        return evict.unit.priorities(scores, self.lengths, counts)
+    def merged(self, choice: Choice | FlatChoice, priorities: Scores) -> Self:
+        """The same, with what is dropped put into what is chosen, if that is asked."""
+        evict = self.layout.plan.evict
+        if evict is None or evict.merge is None:
+            return self
+        kept, held = chosen_mask(choice, self.held.live), self.held
+        k, v = evict.merge.merged(held.cleared(), kept, priorities)
+        k, v = k.astype(held.k.dtype), v.astype(held.v.dtype)
+        return dataclasses.replace(self, held=dataclasses.replace(held, k=k, v=v))
 
     def everything(self) -> Choice:
         """All tokens of the prompt, in order."""
-        index = jnp.arange(self.tokens, dtype=jnp.int32)
-        shape = (self.batch, self.kv_heads, self.tokens)
-        live = index < self.lengths[:, None, None]
-        return Choice(jnp.broadcast_to(index, shape), jnp.broadcast_to(live, shape))
+        index = jnp.arange(self.held.k.shape[2], dtype=jnp.int32)
+        return Choice(jnp.broadcast_to(index, self.held.live.shape), self.held.live)
+
+    def positions(self, choice: Choice) -> Int[Array, "B K C"]:
+        """Of the chosen tokens; `EMPTY` in free slots."""
+        at = jnp.take_along_axis(self.held.positions, choice.index, axis=-1)
+        return jnp.where(choice.live, at, EMPTY)
 
     def keys(self, k, live, positions) -> AbstractEncoded:
         """Keys as they are held."""
-        codec, basis = self.c.store.keys, self.observed.key_basis
-        return self.encode(k, live, positions, codec, basis)
+        return self.encode(k, live, positions, self.store.keys, self.observed.sides[0])
 
     def values(self, v, live, positions) -> AbstractEncoded:
         """Values as they are held."""
-        codec, basis = self.c.store.values, self.observed.value_basis
-        return self.encode(v, live, positions, codec, basis)
+        side = self.observed.sides[1]
+        return self.encode(v, live, positions, self.store.values, side)
 
     def encode(
-        self, x, live, positions, codec: AbstractCodec, basis: Array | None
+        self, x, live, positions, codec: AbstractCodec, side: Any
     ) -> AbstractEncoded:
         """Codes, or in the parallel form what they decode to."""
         x = jnp.where(live[..., None], x, 0)
-        encoded = codec.encode(x, live, positions, self.spec.rope, basis)
-        if not self.differentiable or isinstance(encoded, PlainArray):
+        encoded = codec.encode(x, live, positions, self.spec.rope, side)
+        if not self.differentiable or codec.plain:
             return encoded
         decoded = encoded.decode(positions, self.spec.rope)
         if codec.differentiable:
@@ -131,13 +204,12 @@ class _Builder:
 
     def part(self, choice: Choice, slots: int, filled=None) -> Slots:
         """Chosen tokens in `slots` slots, padded to what the codecs group."""
-        store = self.c.store
-        multiple = math.lcm(store.keys.append_multiple, store.values.append_multiple)
+        multiple = self.store.multiple
         choice = _fit(choice, -(-slots // multiple) * multiple)
-        positions = jnp.where(choice.live, choice.index, EMPTY)
+        positions = self.positions(choice)
         return Slots(
-            keys=self.keys(take(self.k, choice), choice.live, positions),
-            values=self.values(take(self.v, choice), choice.live, positions),
+            keys=self.keys(take(self.held.k, choice), choice.live, positions),
+            values=self.values(take(self.held.v, choice), choice.live, positions),
             positions=positions,
             filled=filled,
         )
@@ -148,13 +220,13 @@ class _Builder:
         return LayerCache(parts=parts, tail=tail, spec=self.spec, **fields)
 
     def tail(self, capacity: int) -> Tail:
-        return empty_tail(
-            self.batch, self.kv_heads, capacity, self.head_dim, self.k.dtype
-        )
+        b, kv_heads, _, head_dim = self.held.k.shape
+        return empty_tail(b, kv_heads, capacity, head_dim, self.held.k.dtype)
 
     def uniform(self, choice: Choice, counts: Array) -> LayerCache:
         """The same capacity for all heads, with or without blocks of later tokens."""
-        block, slots, page = self.layout.block, self.layout.slots, self.layout.page
+        plan, slots = self.layout.plan, self.layout.slots
+        block = plan.block
         if not block:
             return self.layer((self.part(choice, slots),), self.tail(self.room))
         whole = counts // block * block  # tokens that are encoded now
@@ -164,81 +236,76 @@ class _Builder:
         body = Choice(body.index, body.live & (index < whole[:, None, None]))
         part = self.part(_fit(body, capacity), capacity, filled=whole)
         tail = self.rest(choice, whole, counts, block)
-        growth = Growth(block=block, keys=self.c.store.keys, values=self.c.store.values)
-        body_part = part if page is None else self.paged(part, page)
-        return self.layer((body_part,), tail, growth=growth)
+        growth = Growth(block=block, keys=self.store.keys, values=self.store.values)
+        return self.layer((plan.read.index(part, self.spec),), tail, growth=growth)
 
     def rest(self, choice: Choice, whole: Array, counts: Array, block: int) -> Tail:
         """The chosen tokens behind the last whole block, plain."""
         wide = _fit(choice, choice.index.shape[-1] + block)
         at = whole[:, None, None] + jnp.arange(block)
-        at = jnp.broadcast_to(at, (self.batch, self.kv_heads, block))
+        at = jnp.broadcast_to(at, (*self.held.k.shape[:2], block))
         index = jnp.take_along_axis(wide.index, at, axis=-1)
         live = jnp.take_along_axis(wide.live, at, axis=-1)
         picked = Choice(index, live)
         return Tail(
-            keys=take(self.k, picked),
-            values=take(self.v, picked),
-            positions=jnp.where(live, index, EMPTY),
+            keys=take(self.held.k, picked),
+            values=take(self.held.v, picked),
+            positions=self.positions(picked),
             used=(counts - whole).astype(jnp.int32),
-        )
-
-    def paged(self, part: Slots, page: int) -> Pages:
-        """The same slots with key bounds, to be read page by page."""
-        read = self.c.read
-        assert isinstance(read, Quest) and part.filled is not None
-        keys = part.keys.decode(part.positions, self.spec.rope)
-        low, high, _ = page_summary(keys, part.positions >= 0, page=page)
-        return Pages(
-            keys=part.keys,
-            values=part.values,
-            positions=part.positions,
-            low=low,
-            high=high,
-            budget=read.budget,
-            filled=part.filled,
-            page=page,
-            most=read.most_pages(part.positions.shape[-1] // page),
         )
 
     def ragged(self, priorities: Scores) -> LayerCache:
         """One flat buffer whose heads share the layer's slots."""
-        store, share = self.c.store, self.share
-        multiple = math.lcm(store.keys.append_multiple, store.values.append_multiple)
+        share, multiple = self.share, self.store.multiple
         capacity = -(-self.layout.slots // multiple) * multiple
-        assert share.sure is not None and share.total is not None
-        flat = choose_flat(priorities, share.sure, share.total, capacity)
-        positions = jnp.where(flat.live, flat.index, EMPTY)
+        heads = share.heads
+        if heads is None:
+            assert share.sure is not None and share.total is not None
+            given = (share.sure, share.total, capacity)
+            heads = head_counts(priorities, *given)
+        flat = choose_flat(priorities, heads, capacity)
+        made = self.merged(flat, priorities)
+        row = jnp.arange(len(self.lengths))[:, None]
+        positions = self.held.positions[row, flat.head, flat.index]
+        positions = jnp.where(flat.live, positions, EMPTY)
         part = Ragged(
-            keys=self.keys(take_flat(self.k, flat), flat.live, positions),
-            values=self.values(take_flat(self.v, flat), flat.live, positions),
+            keys=self.keys(take_flat(made.held.k, flat), flat.live, positions),
+            values=self.values(take_flat(made.held.v, flat), flat.live, positions),
             positions=positions,
             offsets=flat.offsets,
         )
         return self.layer((part,), self.tail(self.room))
 
-    def bounded(self, evict: Eviction, priorities: Scores) -> LayerCache:
+    def bounded(self, evict: Eviction, priorities: Scores, interval: int) -> LayerCache:
         """A body that decode-time eviction keeps within its slots."""
-        tracker, slots = tracker_of(self.c), self.layout.slots
-        assert tracker is not None
+        slots, memory = self.layout.slots, self.observed.memory
+        assert memory is not None
         limit = self.share.counts
         if evict.budget.keep is None:  # a short prompt's body grows up to its bound
             limit = jnp.full_like(limit, slots)
         choice = _fit(choose(priorities, self.share.counts, slots), slots)
-        state = tracker.start(self.observed.seed, choice.index, tracker.interval)
+
+        def late(x: Array) -> Array:
+            return jnp.zeros((*x.shape[:2], interval, *x.shape[3:]), x.dtype)
+
+        tracking = Tracking(
+            body=jax.tree.map(lambda x: _moved(x, choice), memory.slots),
+            tail=jax.tree.map(late, memory.slots),
+            row=memory.row,
+            limit=limit,
+        )
         return self.layer(
-            (self.part(choice, slots),),
-            self.tail(tracker.interval),
-            tracking=Tracking(state=state, limit=limit),
-            tracker=tracker,
+            (self.merged(choice, priorities).part(choice, slots),),
+            self.tail(interval),
+            tracking=tracking,
+            folding=Folding(score=evict.score, merge=evict.merge),
         )
 
     def decoupled(self, priorities: Scores) -> LayerCache:
         """Tokens with key and value, and tokens whose key alone is kept."""
         n_both, n_keys = self.share.full, self.share.counts
         full = choose(priorities, n_both, self.layout.full)
-        order = jnp.argsort(-priorities, axis=-1, stable=True)
-        rank = jnp.argsort(order, axis=-1)
+        rank = ranks(priorities)
         second = jnp.where(rank < n_both[:, None, None], -jnp.inf, priorities)
         capacity = self.layout.bare
         part = self.part(full, self.layout.full)
@@ -250,18 +317,24 @@ class _Builder:
         )
 
     def keys_only(self, choice: Choice, capacity: int) -> KeysOnly:
-        multiple = self.c.store.keys.append_multiple
+        multiple = self.store.keys.append_multiple
         choice = _fit(choice, -(-capacity // multiple) * multiple)
-        positions = jnp.where(choice.live, choice.index, EMPTY)
-        values = take(self.v, choice).astype(jnp.float32)
-        held = jnp.maximum(jnp.sum(choice.live, axis=-1), 1)
-        mean = jnp.sum(values, axis=2) / held[..., None].astype(jnp.float32)
-        keys = take(self.k, choice)
+        positions = self.positions(choice)
+        values = take(self.held.v, choice).astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(choice.live, axis=-1), 1)
+        mean = jnp.sum(values, axis=2) / count[..., None].astype(jnp.float32)
+        keys = take(self.held.k, choice)
         return KeysOnly(
             keys=self.keys(keys, choice.live, positions),
-            rest=mean.astype(self.v.dtype),
+            rest=mean.astype(self.held.v.dtype),
             positions=positions,
         )
+
+
+def _moved(x: Array, choice: Choice) -> Array:
+    """`[B, K, S, ...]` of all tokens as that of the slots; anything in free ones."""
+    index = choice.index.reshape(*choice.index.shape, *(1,) * (x.ndim - 3))
+    return jnp.take_along_axis(x, index, axis=2)
 
 
 def _fit(choice: Choice, slots: int) -> Choice:

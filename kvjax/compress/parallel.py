@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import self_attention
-from kvjax.cache import LayerCache, Pages, Slots
+from kvjax.cache import LayerCache, Memory, Pages, Slots
 from kvjax.cache.parts import AbstractPart
 from kvjax.codecs import PlainArray, straight_through
 from kvjax.compress import in_place
@@ -24,6 +24,7 @@ from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
+from kvjax.turns import take
 from kvjax.types import EMPTY, LayerInputs, Lengths, Scores, padded_positions
 
 
@@ -60,26 +61,33 @@ def attend(
     if wants_mass(c) or not c.prefill.causal:
         before, mass = c.prefill.attend(prompt, prompt_lengths, wants_mass(c))
     layout: Layout = inputs.depth.kind
-    observed = observe(prompt, prompt_lengths, c, layout.evict, mass)
+    observed = observe(prompt, prompt_lengths, layout.plan, mass)
+    if (scores := surveyed.scores) is not None:  # of a probe
+        memory = Memory(slots=take(scores, inputs.depth.layer))
+        observed = dataclasses.replace(observed, memory=memory)
     layer, priorities = build(
         observed,
         prompt_lengths,
-        c,
         layout,
         surveyed.of(inputs.depth),
         room=later,
+        layer=inputs.depth.layer,
         priorities=priorities,
         differentiable=True,
     )
     # In line behind the point: [B, H, later, D], the answers first.
     line = prompt_lengths[:, None] + jnp.arange(later)
-    moved, behind = _taken(inputs, line), inside == EMPTY
+    moved = inputs.taken(jnp.minimum(line, tokens - 1), line < tokens)
+    behind = inside == EMPTY
     if in_place.fits(layer):
         body, edge = layer.parts[0], jnp.ones(behind.shape, jnp.int32)
         if layer.growth is not None:
             body, _, edges = _grown(moved, layer)
-            edge = jnp.take_along_axis(edges, _places(behind, later), axis=1)
-        held = in_place.held(body, edge, layer, c, behind)
+            edge = jnp.take_along_axis(edges, _turns_of(behind, later), axis=1)
+        evict = layout.plan.evict
+        merged = evict is not None and evict.merge is not None
+        changed = merged or not layout.plan.store.plain
+        held = in_place.held_in_place(body, edge, layer, changed, behind)
         if choice_gradient and priorities is not None:
             soft = relaxed_choice(held.kept, priorities, choice_gradient)
             held = dataclasses.replace(held, soft=soft)
@@ -101,32 +109,14 @@ def _in_line(
     For parts of which every query reads something else, and caches that evict while
     decoding: there, what a token sees depends on the queries before it.
     """
-    out = _behind(moved, layer) if layer.tracker is None else layer.attend(moved)[0]
-    place = _places(behind, moved.q.shape[2])
+    out = _behind(moved, layer) if layer.folding is None else layer.attend(moved)[0]
+    place = _turns_of(behind, moved.q.shape[2])
     return jnp.take_along_axis(out, place[:, None, :, None], axis=2)
 
 
-def _places(behind: Bool[Array, "B T"], later: int) -> Int[Array, "B T"]:
+def _turns_of(behind: Bool[Array, "B T"], later: int) -> Int[Array, "B T"]:
     """Places in line of the tokens behind the point; anything for the others."""
     return jnp.clip(jnp.cumsum(behind, axis=1) - 1, 0, later - 1)
-
-
-def _taken(inputs: LayerInputs, line: Int[Array, "B L"]) -> LayerInputs:
-    """The tokens at the places `line`; padding where there are none."""
-    tokens = inputs.k.shape[2]
-    source = jnp.minimum(line, tokens - 1)
-
-    def take(x: Array) -> Array:
-        return jnp.take_along_axis(x, source[:, None, :, None], axis=2)
-
-    positions = jnp.take_along_axis(inputs.positions, source, axis=1)
-    return dataclasses.replace(
-        inputs,
-        q=take(inputs.q),
-        k=take(inputs.k),
-        v=take(inputs.v),
-        positions=jnp.where(line < tokens, positions, EMPTY),
-    )
 
 
 def _behind(inputs: LayerInputs, layer: LayerCache) -> Float[Array, "B H L D"]:

@@ -12,6 +12,7 @@ from kvjax.budgets import BUDGETS, AbstractBudget
 from kvjax.codecs import CODECS, AbstractCodec
 from kvjax.compress.config import Compression
 from kvjax.config import decode, encode, override
+from kvjax.merges import MERGES, AbstractMerge
 from kvjax.prefills import PREFILLS, AbstractPrefill
 from kvjax.reads import READS, AbstractRead
 from kvjax.schedules import SCHEDULES, AbstractSchedule
@@ -24,6 +25,7 @@ COMPONENTS: Mapping[type, Mapping[str, type]] = MappingProxyType(
         AbstractScorer: SCORERS,
         AbstractUnit: UNITS,
         AbstractBudget: BUDGETS,
+        AbstractMerge: MERGES,
         AbstractCodec: CODECS,
         AbstractRead: READS,
         AbstractPrefill: PREFILLS,

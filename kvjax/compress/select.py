@@ -61,27 +61,64 @@ def choose(priorities: Scores, counts: Int[Array, "B"], capacity: int) -> Choice
     return Choice(*top(priorities, per_head, capacity))
 
 
-def choose_flat(
-    priorities: Scores,
-    sure: Int[Array, "B K"],
-    counts: Int[Array, "B"],
-    capacity: int,
-) -> FlatChoice:
-    """The best `counts[b]` tokens of a layer, in `capacity` slots for all heads.
+def head_counts(
+    priorities: Scores, sure: Int[Array, "B K"], total: Int[Array, "B"], capacity: int
+) -> Int[Array, "B K"]:
+    """Slots of each head, where the heads of a layer share `total` of them.
 
-    Each head first gets its own best `sure[b, k]`.
+    Each first gets its own best `sure[b, k]` tokens; the rest goes to the best of all
+    heads.
+
+    Args:
+        priorities: of all tokens; `-inf` gets no slot.
+        sure: slots that each head surely gets.
+        total: slots of all heads together.
+        capacity: the largest `total` of any row.
     """
     b, kv_heads, s = priorities.shape
-    order = jnp.argsort(-priorities, axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1)
-    safe = (rank < sure[..., None]) & (priorities > NEG_INF)
+    safe = (ranks(priorities) < sure[..., None]) & (priorities > NEG_INF)
     guarded = jnp.where(safe, jnp.inf, priorities)
-    index, live = top(guarded.reshape(b, -1), counts, capacity)
-    head = index // s
-    owner = jnp.where(live, head, kv_heads)
-    edges = jnp.arange(kv_heads + 1)
-    offsets = jnp.sum(owner[:, None, :] < edges[None, :, None], axis=-1)
-    return FlatChoice(head, index % s, live, offsets.astype(jnp.int32))
+    index, live = top(guarded.reshape(b, -1), total, capacity)
+    owner = jnp.where(live, index // s, kv_heads)
+    mine = owner[:, None, :] == jnp.arange(kv_heads)[:, None]
+    return jnp.sum(mine, axis=-1, dtype=jnp.int32)
+
+
+def ranks(priorities: Scores) -> Int[Array, "B K S"]:
+    """0 for the best token of each head; ties go to the lower index."""
+    order = jnp.argsort(-priorities, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1)
+
+
+def choose_flat(
+    priorities: Scores, heads: Int[Array, "B K"], capacity: int
+) -> FlatChoice:
+    """The best `heads[b, k]` tokens of each head, in `capacity` slots for all."""
+    b, kv_heads, s = priorities.shape
+    kept = (ranks(priorities) < heads[..., None]) & (priorities > NEG_INF)
+    counts = jnp.cumsum(kept.reshape(b, -1), axis=-1)
+    slot = jnp.arange(1, capacity + 1)
+    # The token of slot `n` is where the count gets there.
+    at = jax.vmap(lambda count: jnp.searchsorted(count, slot))(counts)
+    live = slot <= counts[:, -1:]
+    at = jnp.minimum(at, kv_heads * s - 1)
+    ends = counts[:, s - 1 :: s]
+    offsets = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends], axis=-1)
+    offsets = jnp.minimum(offsets, capacity).astype(jnp.int32)
+    return FlatChoice(at // s, at % s, live, offsets)
+
+
+def chosen_mask(
+    choice: Choice | FlatChoice, live: Bool[Array, "B K S"]
+) -> Bool[Array, "B K S"]:
+    """Which of all tokens were chosen."""
+    b, kv_heads, s = live.shape
+    if isinstance(choice, FlatChoice):
+        at = (jnp.arange(b)[:, None], choice.head)
+    else:
+        at = (jnp.arange(b)[:, None, None], jnp.arange(kv_heads)[:, None])
+    index = jnp.where(choice.live, choice.index, s)
+    return jnp.zeros_like(live).at[(*at, index)].set(True, mode="drop")
 
 
 def take(x: Float[Array, "B K S D"], choice: Choice) -> Float[Array, "B K C D"]:

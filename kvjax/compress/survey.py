@@ -1,21 +1,23 @@
 """Between looking at a prompt and keeping some of it: who gets how much.
 
 One place sees all layers. It turns budgets into slots at the rows' lengths, exactly,
-and says which layers of a model a compression treats alike.
+and says which layers of a model a compression treats alike. What budgets want to know
+of all layers' data comes to it through `allotted`.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from kvjax.budgets import Uniform
-from kvjax.compress.config import RANKED, Compression, Eviction, recency
+from kvjax.compress.config import Compression
+from kvjax.compress.plan import Eviction, LayerPlan, recency
 from kvjax.depth import Depth
-from kvjax.schedules import EveryTokens
 from kvjax.turns import take
-from kvjax.types import LayerSpec, Lengths, pytree, static
+from kvjax.types import LayerSpec, Lengths, Scores, pytree, static
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,9 +25,7 @@ class Layout:
     """How a compression builds the cache of a layer; static.
 
     Attributes:
-        evict: what is dropped, or None.
-        page: slots of a page, where steps read some pages only; None: all is read.
-        block: tokens that move into the body together; 0: later tokens stay plain.
+        plan: what is done; a window is an eviction, too.
         slots: of a head, for the longest rows; of all heads together where they share.
         full: of a head, with a value.
         bare: of a head, without one.
@@ -33,13 +33,16 @@ class Layout:
             those that differ in `slots`, which is then their largest.
     """
 
-    evict: Eviction | None
-    page: int | None
-    block: int
+    plan: LayerPlan
     slots: int
     full: int
     bare: int = 0
     pooled: bool = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether the heads of a layer share its slots."""
+        return self.plan.evict is not None and self.plan.evict.budget.per_head
 
 
 @pytree
@@ -53,6 +56,7 @@ class Share:
         leads: whether the layer chooses by scores of its own, None: all do.
         sure: slots that each head surely gets where heads share, else None.
         total: slots of all heads together where they share, else None.
+        heads: slots of each head where all layers share, else None.
     """
 
     counts: Int[Array, "*layers B"]
@@ -61,6 +65,7 @@ class Share:
     leads: Bool[Array, "*layers"] | None = None
     sure: Int[Array, "*layers B K"] | None = None
     total: Int[Array, "*layers B"] | None = None
+    heads: Int[Array, "*layers B K"] | None = None
 
 
 @pytree
@@ -71,9 +76,11 @@ class Survey:
         share: at the rows' lengths.
         layouts: of every layer; layers of equal ones are treated alike.
         slots: `Layout.slots` of every layer by itself.
+        scores: `[L, B, K, S]` of a probe, or None.
     """
 
     share: Share
+    scores: Scores | None = None
     layouts: tuple[Layout, ...] = static()
     slots: tuple[int, ...] = static()
 
@@ -82,18 +89,21 @@ class Survey:
         return take(self.share, jnp.asarray(depth.layer))
 
 
-def eviction_of(c: Compression, spec: LayerSpec, tokens: int) -> Eviction | None:
-    """The layer's eviction; a window drops what it can no longer see by itself."""
-    if c.evict is None and spec.window is not None and spec.window < tokens:
-        return recency(spec.window)
-    return c.evict
-
-
-def evictions_of(
+def plans_of(
     c: Compression, specs: Sequence[LayerSpec], tokens: int
-) -> tuple[Eviction | None, ...]:
-    """What each layer drops of a prompt of `tokens`."""
-    return tuple(eviction_of(c, spec, tokens) for spec in specs)
+) -> tuple[LayerPlan, ...]:
+    """What is done in each layer with a prompt of `tokens`.
+
+    A window drops what it can no longer see by itself.
+    """
+
+    def plan(layer: int, spec: LayerSpec) -> LayerPlan:
+        given = c.at(layer, len(specs))
+        if given.evict is None and spec.window is not None and spec.window < tokens:
+            return dataclasses.replace(given, evict=recency(spec.window))
+        return given
+
+    return tuple(plan(layer, spec) for layer, spec in enumerate(specs))
 
 
 def survey(
@@ -112,73 +122,149 @@ def survey(
         tokens: width of the prompt.
         dtype: of keys and values, for budgets in bytes.
     """
-    share, slots, full = _budgets(c, specs, lengths, tokens, dtype)
-    layouts = []
-    for layer, evict in enumerate(evictions_of(c, specs, tokens)):
+    plans = plans_of(c, specs, tokens)
+    wide = jnp.dtype(dtype).itemsize
+    head_dim = specs[0].head_dim
+    sizes = [plan.store.slot_bytes(head_dim, wide) for plan in plans]
+    size = sum(sizes) / len(sizes)
+    # Layers under the windows of their own keep what these let them see.
+    asked = [c.at(layer, len(specs)).evict for layer in range(len(specs))]
+    found = {
+        evict: _budgets(evict, c, specs, lengths, tokens, size)
+        for evict in dict.fromkeys(asked)
+    }
+    layouts, slots = [], []
+    for layer, (plan, evict) in enumerate(zip(plans, asked, strict=True)):
+        _, most, held, full = found[evict]
+        slots.append(held[layer])
         layouts.append(
             Layout(
-                evict=evict,
-                page=c.read.page_of(layer),
-                block=c.block(layer),
-                slots=slots[layer],
+                plan=plan,
+                slots=most[layer],
                 full=full[layer],
-                bare=_bare(evict, slots[layer], full[layer]),
+                bare=_bare(plan.evict, most[layer], full[layer]),
             )
         )
-    return Survey(share=share, layouts=_pooled(c, specs, layouts), slots=slots)
+    share = _each_its_own(asked, {evict: one[0] for evict, one in found.items()})
+    return Survey(share=share, layouts=_pooled(specs, layouts), slots=tuple(slots))
 
 
-def _budgets(c, specs, lengths, tokens, dtype) -> tuple[Share, tuple, tuple]:
-    """Of all layers: what rows get, slots of the longest, those with a value."""
-    if c.evict is None:
+def _each_its_own(
+    asked: Sequence[Eviction | None], shares: dict[Eviction | None, Share]
+) -> Share:
+    """Of every layer what its own budget gives it."""
+    if len(shares) == 1:
+        return next(iter(shares.values()))
+
+    def rows(name: str) -> Array | None:
+        given = {evict: getattr(share, name) for evict, share in shares.items()}
+        known = [x for x in given.values() if x is not None]
+        if not known:
+            return None
+        blank = jnp.ones if name == "leads" else jnp.zeros
+        blank = blank(known[0].shape[1:], known[0].dtype)
+        return jnp.stack(
+            [
+                blank if given[evict] is None else given[evict][layer]
+                for layer, evict in enumerate(asked)
+            ]
+        )
+
+    names = [field.name for field in dataclasses.fields(Share)]
+    return Share(**{name: rows(name) for name in names})  # type: ignore[arg-type]
+
+
+def _budgets(
+    evict: Eviction | None,
+    c: Compression,
+    specs: tuple[LayerSpec, ...],
+    lengths: Lengths,
+    tokens: int,
+    size: float,
+) -> tuple[Share, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """If all layers were under one budget: what rows get, and slots of the longest.
+
+    Slots of a layer that do, slots that it counts for in a buffer, those with a value.
+    """
+    if evict is None:
         seen = [min(spec.window or tokens, tokens) for spec in specs]
         counts = jnp.minimum(lengths, jnp.asarray(seen, jnp.int32)[:, None])
-        return Share(counts=counts, held=counts, full=counts), tuple(seen), tuple(seen)
-    budget, unit = c.evict.budget, c.evict.unit
-    size = slot_bytes(c, specs[0].head_dim, dtype)
+        most = tuple(seen)
+        return Share(counts=counts, held=counts, full=counts), most, most, most
+    budget, unit = evict.budget, evict.unit
     counts = budget.counts(lengths, specs, size)
     share = Share(counts=counts, held=unit.slots(counts, lengths), full=counts)
     if unit.reuse > 1:
         leads = jnp.arange(len(specs)) % unit.reuse == 0
         share = dataclasses.replace(share, leads=leads)
     slots = unit.capacities(budget, tokens, specs, size)
+    if budget.surveys:
+        heads = specs[0].num_kv_heads
+        most = tuple(heads * budget.most_of(n, tokens) for n in slots)
+        # Until the data are known, all heads get the same.
+        each = jnp.broadcast_to(share.held[..., None], (*share.held.shape, heads))
+        share = dataclasses.replace(share, heads=each)
+        return share, most, tuple(heads * n for n in slots), most
     if budget.per_head:
         sure, total = budget.split(share.held, lengths, specs)
         share = dataclasses.replace(share, sure=sure, total=total)
         slots = budget.flat_capacities(slots, tokens, specs)
-        return share, slots, slots
-    if isinstance(c.schedule, EveryTokens):
+        return share, slots, slots, slots
+    if c.schedule.interval is not None:
         # A short prompt's body grows up to what any row may hold.
-        bounds = budget.bounds(specs, size)
-        return share, bounds or slots, bounds or slots
-    if c.evict.values is None:
-        return share, slots, slots
-    full = c.evict.values.counts(lengths, specs, size)
-    most = c.evict.values.capacities(tokens, specs, size)
+        slots = budget.bounds(specs, size) or slots
+        return share, slots, slots, slots
+    if evict.values is None:
+        return share, slots, slots, slots
+    full = evict.values.counts(lengths, specs, size)
+    most = evict.values.capacities(tokens, specs, size)
     share = dataclasses.replace(share, counts=jnp.maximum(counts, full), full=full)
-    return share, tuple(map(max, slots, most)), most
+    slots = tuple(map(max, slots, most))
+    return share, slots, slots, most
 
 
 def _bare(evict: Eviction | None, slots: int, full: int) -> int:
     """Slots that do for the keys of any row whose values are dropped."""
     if evict is None or evict.values is None:
         return 0
-    if isinstance(evict.budget, Uniform) and isinstance(evict.values, Uniform):
+    if evict.budget.even and evict.values.even:
         # Both are rounded up, so a shorter row may have one more.
         return min(slots, slots - full + (evict.budget.keep is not None))
     return slots
 
 
-def slot_bytes(c: Compression, head_dim: int, dtype: jnp.dtype) -> float:
-    """Bytes of one slot of one head, its position included."""
-    size = jnp.dtype(dtype).itemsize
-    codecs = (c.store.keys, c.store.values)
-    return 4 + sum(codec.slot_bytes(head_dim, size) for codec in codecs)
+def allotted(
+    found: Survey, scores: Scores, looks: Sequence[object], lengths: Lengths, specs
+) -> Survey:
+    """`found` once the data of all layers are known.
+
+    Args:
+        found: by lengths alone.
+        scores: `[L, B, K, S]` priorities of all prompt tokens.
+        looks: of every layer what its budget has found (`Observed.look`), `[B, ...]`.
+        lengths: tokens of each row.
+        specs: all layers.
+    """
+    evictions = [layout.plan.evict for layout in found.layouts]
+    share = found.share
+    for evict in dict.fromkeys(evictions):
+        if evict is None or not evict.budget.surveys:
+            continue
+        mine = np.array([n for n, one in enumerate(evictions) if one == evict])
+        look = jax.tree.map(lambda *x: jnp.stack(x), *(looks[n] for n in mine))
+        heads = evict.budget.allot(
+            scores[mine],
+            look,
+            share.held[mine],
+            lengths,
+            tuple(specs[n] for n in mine),
+        )
+        assert share.heads is not None
+        share = dataclasses.replace(share, heads=share.heads.at[mine].set(heads))
+    return dataclasses.replace(found, share=share)
 
 
-def _pooled(
-    c: Compression, specs: tuple[LayerSpec, ...], layouts: list[Layout]
-) -> tuple[Layout, ...]:
+def _pooled(specs: tuple[LayerSpec, ...], layouts: list[Layout]) -> tuple[Layout, ...]:
     """Layouts of layers that may share a buffer, with the largest number of slots."""
     most: dict[tuple[LayerSpec, Layout], list[int]] = {}
     for spec, layout in zip(specs, layouts, strict=True):
@@ -186,8 +272,9 @@ def _pooled(
 
     def together(spec: LayerSpec, layout: Layout) -> Layout:
         slots = most[spec.kind, _sizeless(layout)]
-        heads = layout.evict is not None and layout.evict.budget.per_head
-        if not heads and (not _poolable(c, layout) or min(slots) == max(slots)):
+        if not layout.shared and (
+            not _poolable(layout.plan) or min(slots) == max(slots)
+        ):
             return layout
         return dataclasses.replace(
             layout, slots=max(slots), full=max(slots), pooled=True
@@ -200,9 +287,8 @@ def _sizeless(layout: Layout) -> Layout:
     return dataclasses.replace(layout, slots=0, full=0, bare=0)
 
 
-def _poolable(c: Compression, layout: Layout) -> bool:
+def _poolable(plan: LayerPlan) -> bool:
     """Whether the body is one of tokens with their value that never changes."""
-    fixed = not layout.block and not isinstance(c.schedule, EveryTokens)
-    ranked = any(isinstance(x, RANKED) for x in (c.store.keys, c.store.values))
-    split = layout.evict is not None and layout.evict.values is not None
-    return fixed and not ranked and not split
+    fixed = not plan.block and plan.schedule.interval is None
+    split = plan.evict is not None and plan.evict.values is not None
+    return fixed and plan.store.flat and not split

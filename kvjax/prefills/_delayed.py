@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kvjax.attention import self_attention
+from kvjax.config import positive_int, sized
 from kvjax.prefills.base import AbstractPrefill
-from kvjax.scorers.base import positive_int
 
 
 @final
@@ -24,13 +24,13 @@ class Delayed(AbstractPrefill):
     tokens are still multiplied here, and leave memory with the prompt's end.
     """
 
-    window: int = 16
+    window: int = sized(16, short=8, recent=True)
     needs_retention: ClassVar[bool] = True
 
     def __post_init__(self):
         positive_int("window", self.window)
 
-    def attend(self, inputs, lengths, mass):
+    def attend(self, inputs, lengths, mass, past=None):
         del lengths
         assert inputs.retention is not None  # checked before any compute
         spec = inputs.spec
@@ -41,4 +41,4 @@ class Delayed(AbstractPrefill):
             near = stays[..., : k_positions.shape[1]]
             return near | (distance < self.window)[:, None]
 
-        return self_attention(inputs, allowed=allowed, mass=mass)
+        return self_attention(inputs, allowed=allowed, mass=mass, past=past)

@@ -14,6 +14,6 @@ class Dense(AbstractPrefill):
 
     causal: ClassVar[bool] = True
 
-    def attend(self, inputs, lengths, mass):
+    def attend(self, inputs, lengths, mass, past=None):
         del lengths
-        return self_attention(inputs, mass=mass)
+        return self_attention(inputs, mass=mass, past=past)

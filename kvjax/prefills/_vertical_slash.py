@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kvjax.attention import self_attention
+from kvjax.config import positive_int, sized
 from kvjax.pallas_kernels.column_stats import column_stats
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.pallas_kernels.sparse_prefill import Diagonals, sparse_prefill
 from kvjax.prefills.base import AbstractPrefill
-from kvjax.scorers.base import last_queries, positive_int
+from kvjax.scorers.base import last_queries
 from kvjax.types import EMPTY, NEG_INF, LayerInputs, Lengths
 
 
@@ -46,12 +47,12 @@ class VerticalSlash(AbstractPrefill):
     same pattern.
     """
 
-    vertical: int = 1000
-    slash: int = 6096
-    last_q: int = 64
-    first: int = 30
-    local: int = 100
-    block: int = 128
+    vertical: int = sized(1000, short=12)
+    slash: int = sized(6096, short=16)
+    last_q: int = sized(64, short=8)
+    first: int = sized(30, short=2)
+    local: int = sized(100, short=8)
+    block: int = sized(128, short=8)
 
     def __post_init__(self):
         for name in ("vertical", "slash", "last_q", "block"):
@@ -59,20 +60,20 @@ class VerticalSlash(AbstractPrefill):
         for name in ("first", "local"):
             positive_int(name, getattr(self, name), 0)
 
-    def attend(self, inputs, lengths, mass):
+    def attend(self, inputs, lengths, mass, past=None):
         inputs = _cleared(inputs)
         # The choice is no function to differentiate: its kernels need no gradient.
         columns, diagonals = self.pattern(jax.lax.stop_gradient(inputs), lengths)
         wide = widened(diagonals, self.block)
         if mass or self.block == 1:
-            return self._masked(inputs, columns, wide, mass)
+            return self._masked(inputs, columns, wide, mass, past)
         parts = [
             self._diagonals(inputs, wide),
             self._columns(inputs, columns, wide),
         ]
-        return merge(parts).out, None
+        return merge(parts if past is None else [past, *parts]).out, None
 
-    def _masked(self, inputs, columns, wide, mass):
+    def _masked(self, inputs, columns, wide, mass, past):
         """Dense attention under a mask."""
 
         def allowed(q_positions: Array, k_positions: Array) -> Array:
@@ -81,7 +82,7 @@ class VerticalSlash(AbstractPrefill):
             near = columns[:, :, None, : k_positions.shape[1]]
             return near | _at(wide, offset[:, None])
 
-        return self_attention(inputs, allowed=allowed, mass=mass)
+        return self_attention(inputs, allowed=allowed, mass=mass, past=past)
 
     def _diagonals(self, inputs, wide):
         """Attention over the block diagonals."""
@@ -132,12 +133,11 @@ class VerticalSlash(AbstractPrefill):
         self, inputs: LayerInputs, lengths: Lengths
     ) -> tuple[Bool[Array, "B H S"], Bool[Array, "B H S"]]:
         """Kept columns, and kept diagonals by their distance `q - k`."""
-        queries, positions = last_queries(inputs, lengths, self.last_q)
-        spec = inputs.spec
+        last, spec = last_queries(inputs, self.last_q, None), inputs.spec
         stats = column_stats(
-            queries,
+            last.q,
             inputs.k,
-            positions,
+            last.positions,
             inputs.positions,
             scale=spec.scale,
             window=spec.window,

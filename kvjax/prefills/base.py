@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from jaxtyping import Array, Float
 
+from kvjax.pallas_kernels.partial import Partial
 from kvjax.types import LayerInputs, Lengths
 
 
@@ -21,7 +22,11 @@ class AbstractPrefill(abc.ABC):
 
     @abc.abstractmethod
     def attend(
-        self, inputs: LayerInputs, lengths: Lengths, mass: bool
+        self,
+        inputs: LayerInputs,
+        lengths: Lengths,
+        mass: bool,
+        past: Partial | None = None,
     ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H S"] | None]:
         """Output `[B, H, T, D]`, and per key the weight received if `mass`.
 
@@ -29,4 +34,6 @@ class AbstractPrefill(abc.ABC):
             inputs: the layer's queries, keys and values, right-padded.
             lengths: tokens of each prompt; only those queries are compressed.
             mass: whether a scorer wants column sums.
+            past: attention of the same queries over tokens in front of the prompt,
+                which is dense; None: there are none.
         """

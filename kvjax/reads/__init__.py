@@ -4,22 +4,43 @@ import abc
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, final
+from typing import Any, Self, final
 
 import numpy as np
 from jaxtyping import Array, Int
 
-from kvjax.cache import PageBudget
-from kvjax.scorers.base import positive_int
+from kvjax.cache import AbstractPart, PageBudget, Pages, Slots
+from kvjax.config import positive_int, sized
+from kvjax.pallas_kernels.page_summary import page_summary
+from kvjax.types import LayerSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractRead(abc.ABC):
     """Which held tokens a decode step attends to."""
 
+    @property
+    def block(self) -> int:
+        """Tokens that move into the body together; 0: the body never changes."""
+        return 0
+
+    @property
+    def kept(self) -> float | None:
+        """Fraction of what is held that a step reads, if that is a budget."""
+        return None
+
+    def with_keep(self, keep: float) -> Self:
+        """The same at another fraction."""
+        raise AssertionError(f"{type(self).__name__} reads everything; got {keep}")
+
     @abc.abstractmethod
-    def page_of(self, layer: int) -> int | None:
-        """Page size of a layer, counted from 0; None if it reads everything."""
+    def index(self, part: Slots, spec: LayerSpec) -> AbstractPart:
+        """The same slots in a part that knows what to read.
+
+        Args:
+            part: what is held; with `filled` if there is a `block`.
+            spec: of the layer.
+        """
 
 
 @final
@@ -27,9 +48,9 @@ class AbstractRead(abc.ABC):
 class All(AbstractRead):
     """Everything that is held."""
 
-    def page_of(self, layer):
-        del layer
-        return None
+    def index(self, part, spec):
+        del spec
+        return part
 
 
 @final
@@ -41,21 +62,19 @@ class Quest(AbstractRead):
         page: tokens per page.
         keep: fraction of the held pages that a step reads, rounded up; or
         slots: tokens that a step reads, rounded up to whole pages.
-        dense_layers: first layers that read everything.
 
-    Source: Quest (2406.10774) section 3 (page 16, two dense layers).
+    Source: Quest (2406.10774) section 3 (page 16; its first two layers read everything,
+    which is a matter of `Compression.layers`).
     Deviations: the heads of a GQA group share their pages; tokens since the last
     full page are always read.
     """
 
     page: int = 16
     keep: float | None = 0.25
-    slots: int | None = None
-    dense_layers: int = 2
+    slots: int | None = sized(None, short=24)
 
     def __post_init__(self):
         positive_int("page", self.page)
-        positive_int("dense_layers", self.dense_layers, 0)
         if (self.keep is None) == (self.slots is None):
             raise ValueError(
                 f"set exactly one of `keep` and `slots`; got keep={self.keep}, "
@@ -68,8 +87,32 @@ class Quest(AbstractRead):
         if self.slots is not None:
             positive_int("slots", self.slots)
 
-    def page_of(self, layer):
-        return None if layer < self.dense_layers else self.page
+    @property
+    def block(self):
+        return self.page
+
+    @property
+    def kept(self):
+        return self.keep
+
+    def with_keep(self, keep):
+        return dataclasses.replace(self, keep=keep, slots=None)
+
+    def index(self, part, spec):
+        assert part.filled is not None
+        keys = part.keys.decode(part.positions, spec.rope)
+        low, high, _ = page_summary(keys, part.positions >= 0, page=self.page)
+        return Pages(
+            keys=part.keys,
+            values=part.values,
+            positions=part.positions,
+            low=low,
+            high=high,
+            budget=self.budget,
+            filled=part.filled,
+            page=self.page,
+            most=self.most_pages(part.positions.shape[-1] // self.page),
+        )
 
     @property
     def budget(self) -> PageBudget:

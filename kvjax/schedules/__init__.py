@@ -4,20 +4,28 @@ import abc
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import final
+from typing import ClassVar, final
 
-from kvjax.scorers.base import positive_int
+from kvjax.config import positive_int, sized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractSchedule(abc.ABC):  # noqa: B024 (a closed set, told apart by type)
-    """When eviction happens."""
+    """When eviction happens.
+
+    Attributes:
+        interval: decoded tokens between evictions; None: never while decoding.
+    """
+
+    interval: int | None
 
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AfterPrefill(AbstractSchedule):
     """Once, when the prompt has been seen; later tokens stay."""
+
+    interval: ClassVar[None] = None
 
 
 @final
@@ -30,7 +38,7 @@ class EveryTokens(AbstractSchedule):
             and this many more.
     """
 
-    interval: int = 1
+    interval: int = sized(1, short=4)
 
     def __post_init__(self):
         positive_int("interval", self.interval)

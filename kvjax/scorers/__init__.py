@@ -16,7 +16,6 @@ from kvjax.scorers._positional import StreamingLLM as StreamingLLM
 from kvjax.scorers._values import CUR as CUR
 from kvjax.scorers._values import CriticalKV as CriticalKV
 from kvjax.scorers.base import AbstractScorer as AbstractScorer
-from kvjax.scorers.base import AbstractScoreTracker as AbstractScoreTracker
 
 SCORERS: Mapping[str, type[AbstractScorer]] = MappingProxyType(
     {

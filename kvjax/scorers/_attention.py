@@ -4,39 +4,22 @@ import dataclasses
 from typing import ClassVar, final
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from kvjax.pallas_kernels.column_stats import column_stats
-from kvjax.scorers._trackers import MassTracker, WindowTracker
+from kvjax.config import positive_int, sized
 from kvjax.scorers.base import (
     AbstractScorer,
     average_pool,
     group_mean,
     last_queries,
-    live_tokens,
-    positive_int,
+    mass_received,
+    ordered,
+    position_order,
     protect_last,
     to_kv_heads,
+    unsorted,
 )
-from kvjax.types import LayerInputs, Lengths
-
-
-def window_mass(
-    inputs: LayerInputs, lengths: Lengths, window: int
-) -> Float[Array, "B H S"]:
-    """Mean attention of the last `window` queries of each row, per query head."""
-    queries, positions = last_queries(inputs, lengths, window)
-    spec = inputs.spec
-    stats = column_stats(
-        queries,
-        inputs.k,
-        positions,
-        inputs.positions,
-        scale=spec.scale,
-        window=spec.window,
-        softcap=spec.softcap,
-    )
-    return stats.sum / window
+from kvjax.types import Held
 
 
 @final
@@ -54,7 +37,7 @@ class SnapKV(AbstractScorer):
     protect all they have.
     """
 
-    window: int = 64
+    window: int = sized(64, short=8, recent=True)
     kernel: int = 5
 
     def __post_init__(self):
@@ -65,19 +48,23 @@ class SnapKV(AbstractScorer):
     def protected(self):
         return self.window
 
-    def observe(self, inputs, lengths, column_mass):
-        del column_mass
-        mass = window_mass(inputs, lengths, self.window)
-        inside = live_tokens(lengths - self.window, mass.shape[-1])
-        # The window's own columns are cut off before pooling: zeros at the border.
-        pooled = average_pool(jnp.where(inside, mass, 0.0), self.kernel)
-        scores = group_mean(pooled, inputs.k.shape[1])
-        return protect_last(scores, lengths, self.window)
+    def row(self, asked, before):
+        return last_queries(asked, self.window, before)
 
-    def tracker(self, interval):
-        return WindowTracker(
-            interval=interval, window=self.window, kernel=self.kernel, share_heads=False
-        )
+    def score(self, memory, held, counts):
+        del counts
+        mass = mass_received(memory.row, held) / self.window
+        mass = group_mean(mass, held.k.shape[1])
+        # The window's own columns are cut off before pooling: zeros at the border.
+        inside = held.positions < (held.seen - self.window)[:, None, None]
+        pooled = _pooled(jnp.where(held.live & inside, mass, 0.0), held, self.kernel)
+        return protect_last(pooled, held, self.window)
+
+
+def _pooled(mass: Array, held: Held, kernel: int) -> Array:
+    """Average pooling in the order of positions."""
+    order = None if kernel == 1 else position_order(held)
+    return unsorted(average_pool(ordered(mass, order), kernel), order)
 
 
 @final
@@ -92,13 +79,16 @@ class TOVA(AbstractScorer):
     def protected(self):
         return 1
 
-    def observe(self, inputs, lengths, column_mass):
-        del column_mass
-        mass = jnp.mean(window_mass(inputs, lengths, 1), axis=1)
-        return protect_last(to_kv_heads(mass, inputs.k.shape[1]), lengths, 1)
+    def row(self, asked, before):
+        return last_queries(asked, 1, before)
 
-    def tracker(self, interval):
-        return WindowTracker(interval=interval, window=1, kernel=1, share_heads=True)
+    def score(self, memory, held, counts):
+        del counts
+        kv_heads, order = held.k.shape[1], position_order(held)
+        mass = group_mean(mass_received(memory.row, held), kv_heads)
+        # All heads hold the same tokens, but for their order.
+        shared = to_kv_heads(jnp.mean(ordered(mass, order), axis=1), kv_heads)
+        return protect_last(unsorted(shared, order), held, 1)
 
 
 @final
@@ -116,9 +106,9 @@ class H2O(AbstractScorer):
     Deviations: column sums come from the pass itself in O(S) memory.
     """
 
-    needs_column_mass: ClassVar[bool] = True
+    needs_mass: ClassVar[bool] = True
     normalize: bool = True
-    recent: int = 0
+    recent: int = sized(0, short=8, recent=True)
 
     def __post_init__(self):
         positive_int("recent", self.recent, 0)
@@ -127,23 +117,16 @@ class H2O(AbstractScorer):
     def protected(self):
         return self.recent
 
-    def observe(self, inputs, lengths, column_mass):
-        assert column_mass is not None
-        scores = group_mean(column_mass, inputs.k.shape[1])
-        if self.normalize:
-            index = jnp.arange(scores.shape[-1])
-            seen_by = jnp.maximum(lengths[:, None, None] - index, 1)
-            scores = scores / seen_by.astype(jnp.float32)
-        return scores
+    def tokens(self, asked):
+        return jnp.zeros(asked.k.shape[:3], jnp.float32)
 
-    def rank(self, observed, counts, lengths):
+    def received(self, slots, mass):
+        return slots + group_mean(mass, slots.shape[1])
+
+    def score(self, memory, held, counts):
         del counts
-        return protect_last(observed, lengths, self.recent)
-
-    def tracker(self, interval):
+        scores = memory.slots
         if self.normalize:
-            raise ValueError(
-                "decode-time H2O accumulates plain sums; got normalize=True. Set "
-                "evict.score.normalize=false."
-            )
-        return MassTracker(interval=interval, recent=self.recent)
+            seen_by = jnp.maximum(held.seen[:, None, None] - held.positions, 1)
+            scores = scores / seen_by.astype(jnp.float32)
+        return protect_last(scores, held, self.recent)

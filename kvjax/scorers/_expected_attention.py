@@ -7,15 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvjax.config import positive_int, sized
 from kvjax.rope import Rope
-from kvjax.scorers.base import (
-    AbstractScorer,
-    group_mean,
-    live_tokens,
-    positive_int,
-    protect_first,
-)
-from kvjax.types import NEG_INF
+from kvjax.scorers.base import AbstractScorer, group_mean, protect_first
+from kvjax.types import NEG_INF, pytree
 
 
 @final
@@ -35,7 +30,7 @@ class ExpectedAttention(AbstractScorer):
     Deviations: queries before RoPE are obtained by rotating back.
     """
 
-    n_future: int = 512
+    n_future: int = sized(512, short=32)
     n_sink: int = 4
     use_covariance: bool = True
     use_vnorm: bool = True
@@ -49,43 +44,77 @@ class ExpectedAttention(AbstractScorer):
     def protected(self):
         return self.n_sink
 
-    def observe(self, inputs, lengths, column_mass):
-        del column_mass
-        spec = inputs.spec
-        kv_heads, s, d = inputs.k.shape[1:]
-        turn = jnp.maximum(inputs.positions, 0)[:, None, :]
-        q = spec.rope.unrotate(inputs.q.astype(jnp.float32), turn)
-        index = jnp.arange(s)
-        counted = live_tokens(lengths, s) & (index >= self.n_sink)
-        mean, cov = _moments(q, counted)
-        turned = mean_rotation(spec.rope, lengths, self.n_future)
-        mean = jnp.einsum("BXY,BHY->BHX", turned, mean)
-        keys = jnp.where(counted[..., None], inputs.k, 0).astype(jnp.float32)
-        grouped = mean.reshape(mean.shape[0], kv_heads, -1, d)
+    def row(self, asked, before):
+        positions = asked.positions
+        q = asked.spec.rope.unrotate(
+            asked.q.astype(jnp.float32), jnp.maximum(positions, 0)[:, None, :]
+        )
+        counted = (positions >= self.n_sink)[:, None]
+        found = _moments(q, counted, self.use_covariance)
+        return found if before is None else _both(before, found)
+
+    def score(self, memory, held, counts):
+        del counts
+        asked, spec = memory.row, held.spec
+        (b, kv_heads, s, d), h = held.k.shape, asked.mean.shape[1]
+        counted = held.positions >= self.n_sink
+        turned = mean_rotation(spec.rope, held.seen, self.n_future)
+        mean = jnp.einsum("BXY,BHY->BHX", turned, asked.mean)
+        keys = jnp.where(counted[..., None], held.k, 0).astype(jnp.float32)
+        grouped = mean.reshape(b, kv_heads, -1, d)
         logits = jnp.einsum("BKGD,BKSD->BKGS", grouped, keys) * spec.scale
         if self.use_covariance:
-            cov = jnp.einsum("BXY,BHYZ,BWZ->BHXW", turned, cov, turned)
-            cov = cov.reshape(cov.shape[0], kv_heads, -1, d, d)
+            cov = jnp.einsum("BXY,BHYZ,BWZ->BHXW", turned, asked.cov, turned)
+            cov = cov.reshape(b, kv_heads, -1, d, d)
             spread = jnp.einsum("BKSX,BKGXY,BKSY->BKGS", keys, cov, keys)
             logits = logits + 0.5 * spread * spec.scale**2
         logits = jnp.where(counted[:, :, None], logits, NEG_INF)
-        weight = jax.nn.softmax(logits, axis=-1)
-        weight = weight.reshape(weight.shape[0], -1, s)
+        weight = jax.nn.softmax(logits, axis=-1).reshape(b, h, s)
         scores = group_mean(weight, kv_heads) + self.epsilon
         if self.use_vnorm:
-            scores = scores * jnp.linalg.norm(inputs.v.astype(jnp.float32), axis=-1)
-        return protect_first(scores, self.n_sink)
+            scores = scores * jnp.linalg.norm(held.v.astype(jnp.float32), axis=-1)
+        return protect_first(scores, held, self.n_sink)
 
 
-def _moments(q: Float[Array, "B H S D"], counted: Array) -> tuple[Array, Array]:
-    """Mean `[B, H, D]` and covariance `[B, H, D, D]` (divided by the count)."""
+@pytree
+class _Moments:
+    """Of queries before RoPE.
+
+    Attributes:
+        count: how many of each row.
+        mean: theirs.
+        cov: covariance, divided by the count; None where it is not wanted.
+    """
+
+    count: Float[Array, "B"]
+    mean: Float[Array, "B H D"]
+    cov: Float[Array, "B H D D"] | None
+
+
+def _moments(q: Float[Array, "B H T D"], counted: Array, covariance: bool) -> _Moments:
     weight = counted[..., None].astype(jnp.float32)
-    total = jnp.maximum(jnp.sum(weight, axis=2), 1.0)
+    count = jnp.sum(weight, axis=(1, 2, 3))
+    total = jnp.maximum(count, 1.0)[:, None, None]
     q = jnp.where(counted[..., None], q, 0.0)
     mean = jnp.sum(q, axis=2) / total
-    centred = (q - mean[:, :, None]) * weight
-    cov = jnp.einsum("BHSX,BHSY->BHXY", centred, centred) / total[..., None]
-    return mean, cov
+    cov = None
+    if covariance:
+        centred = (q - mean[:, :, None]) * weight
+        cov = jnp.einsum("BHSX,BHSY->BHXY", centred, centred) / total[..., None]
+    return _Moments(count=count, mean=mean, cov=cov)
+
+
+def _both(one: _Moments, two: _Moments) -> _Moments:
+    """Moments of two sets of queries together."""
+    count = one.count + two.count
+    share = (two.count / jnp.maximum(count, 1.0))[:, None, None]
+    apart = two.mean - one.mean
+    cov = None
+    if one.cov is not None and two.cov is not None:
+        part = share[..., None]
+        between = apart[..., :, None] * apart[..., None, :]
+        cov = (1 - part) * one.cov + part * two.cov + part * (1 - part) * between
+    return _Moments(count=count, mean=one.mean + share * apart, cov=cov)
 
 
 def mean_rotation(

@@ -5,8 +5,7 @@ from typing import final
 
 import jax.numpy as jnp
 
-from kvjax.scorers._trackers import ContentTracker, negative_norm
-from kvjax.scorers.base import AbstractScorer, live_tokens
+from kvjax.scorers.base import AbstractScorer
 
 
 @final
@@ -19,12 +18,9 @@ class KNorm(AbstractScorer):
     Deviations: none (the paper leaves the first two layers alone).
     """
 
-    def observe(self, inputs, lengths, column_mass):
-        del lengths, column_mass
-        return negative_norm(inputs.k)
-
-    def tracker(self, interval):
-        return ContentTracker(interval=interval, score="knorm", n_sink=0)
+    def score(self, memory, held, counts):
+        del memory, counts
+        return -_norm(held.k.astype(jnp.float32))[..., 0]
 
 
 @final
@@ -35,14 +31,12 @@ class KeyDiff(AbstractScorer):
     Source: KeyDiff (2504.15364); kvpress `KeyDiffPress`.
     """
 
-    def observe(self, inputs, lengths, column_mass):
-        del column_mass
-        keys = inputs.k.astype(jnp.float32)
-        live = live_tokens(lengths, keys.shape[2])[..., None]
-        keys = jnp.where(live, keys, 0)
+    def score(self, memory, held, counts):
+        del memory, counts
+        keys = held.cleared().k.astype(jnp.float32)
         unit = keys / jnp.maximum(_norm(keys), 1e-12)
-        anchor = jnp.sum(unit, axis=2, keepdims=True)
-        anchor = anchor / lengths[:, None, None, None].astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(held.live, axis=-1), 1).astype(jnp.float32)
+        anchor = jnp.sum(unit, axis=2, keepdims=True) / count[..., None, None]
         return -jnp.sum(unit * anchor / jnp.maximum(_norm(anchor), 1e-12), axis=-1)
 
 

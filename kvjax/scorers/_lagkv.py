@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.scorers.base import AbstractScorer, positive_int
+from kvjax.config import positive_int, sized
+from kvjax.scorers.base import AbstractScorer, by_position, protect_first, unsorted
 
 
 @final
@@ -30,7 +31,7 @@ class LagKV(AbstractScorer):
     """
 
     n_sink: int = 4
-    lag: int = 128
+    lag: int = sized(128, short=16)
 
     def __post_init__(self):
         positive_int("n_sink", self.n_sink, 0)
@@ -40,29 +41,28 @@ class LagKV(AbstractScorer):
     def protected(self):
         return self.n_sink
 
-    def observe(self, inputs, lengths, column_mass):
-        del column_mass
-        s = inputs.k.shape[2]
+    def score(self, memory, held, counts):
+        del memory, counts
+        there, order = by_position(held)
+        s = there.k.shape[2]
         index = jnp.arange(s)
-        recency = (index / s).astype(jnp.float32)
+        count = jnp.sum(there.live, axis=-1)[..., None]
+        recency = index.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
         blocks = (s - self.n_sink) // self.lag
-        full = (lengths - self.n_sink) // self.lag  # full blocks of each row
-        scores = jnp.broadcast_to(1.0 + recency, inputs.k.shape[:3])
+        full = (count - self.n_sink) // self.lag  # full blocks of each head
+        scores = 1.0 + recency
         if blocks >= 2:
-            both = 0.5 * (
-                self._spread(inputs.k, blocks) + self._spread(inputs.v, blocks)
-            )
-            order = jnp.argsort(both, axis=-1)
-            rank = jnp.argsort(order, axis=-1).astype(jnp.float32) / self.lag
+            both = 0.5 * (self._spread(there.k, blocks) + self._spread(there.v, blocks))
+            by_spread = jnp.argsort(both, axis=-1)
+            rank = jnp.argsort(by_spread, axis=-1).astype(jnp.float32) / self.lag
             ranked = rank.reshape(*rank.shape[:2], -1)
             stop = self.n_sink + ranked.shape[-1]
             lagged = scores.at[..., self.n_sink : stop].set(ranked)
             block = (index - self.n_sink) // self.lag
-            scores = jnp.where(block < (full - 1)[:, None, None], lagged, scores)
+            scores = jnp.where(block < full - 1, lagged, scores)
         # Too short to have a reference block: keep the newest.
-        short = (lengths < self.n_sink + 2 * self.lag)[:, None, None]
-        scores = jnp.where(short, recency, scores)
-        return jnp.where(index < self.n_sink, jnp.inf, scores)
+        scores = jnp.where(count < self.n_sink + 2 * self.lag, recency, scores)
+        return protect_first(unsorted(scores, order), held, self.n_sink)
 
     def _spread(self, x: Float[Array, "B K S D"], blocks: int) -> Array:
         """`[B, K, blocks - 1, lag]` softmaxed deviations."""

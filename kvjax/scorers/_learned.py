@@ -3,7 +3,8 @@
 import dataclasses
 from typing import ClassVar, final
 
-from kvjax.scorers.base import AbstractScorer, positive_int, protect_last
+from kvjax.config import positive_int, sized
+from kvjax.scorers.base import AbstractScorer, protect_last
 
 
 @final
@@ -18,7 +19,7 @@ class Retention(AbstractScorer):
     both compare with a threshold; memory is then known before the data.
     """
 
-    window: int = 16
+    window: int = sized(16, short=8, recent=True)
     needs_retention: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -28,7 +29,10 @@ class Retention(AbstractScorer):
     def protected(self):
         return self.window
 
-    def observe(self, inputs, lengths, column_mass):
-        del column_mass
-        assert inputs.retention is not None  # checked before any compute
-        return protect_last(inputs.retention, lengths, self.window)
+    def tokens(self, asked):
+        assert asked.retention is not None  # checked before any compute
+        return asked.retention
+
+    def score(self, memory, held, counts):
+        del counts
+        return protect_last(memory.slots, held, self.window)

@@ -6,14 +6,8 @@ from typing import final
 import jax
 import jax.numpy as jnp
 
-from kvjax.scorers._trackers import ContentTracker
-from kvjax.scorers.base import (
-    AbstractScorer,
-    positive_int,
-    protect_first,
-    row_keys,
-    to_kv_heads,
-)
+from kvjax.config import positive_int
+from kvjax.scorers.base import AbstractScorer, protect_first, row_keys
 
 
 @final
@@ -30,18 +24,23 @@ class Random(AbstractScorer):
 
     seed: int = 0
 
-    def observe(self, inputs, lengths, column_mass):
-        del column_mass
-        kv_heads, tokens = inputs.k.shape[1:3]
+    def score(self, memory, held, counts):
+        del memory, counts
+        kv_heads = held.k.shape[1]
 
-        def one(key):
-            def draw(position):
-                at = jax.random.fold_in(key, position)
-                return jax.random.uniform(at, (kv_heads,))
+        def draw(key, position):  # of all heads
+            return jax.random.uniform(jax.random.fold_in(key, position), (kv_heads,))
 
-            return jax.vmap(draw, out_axes=1)(jnp.arange(tokens))
+        def shared(key, positions):  # of a row whose heads hold the same
+            return jax.vmap(draw, (None, 0), out_axes=1)(key, positions[0])
 
-        return jax.vmap(one)(row_keys(self.seed, inputs.depth.layer, lengths))
+        def apart(key, positions):
+            drawn = jax.vmap(jax.vmap(draw, (None, 0)), (None, 0))(key, positions)
+            return jnp.einsum("KSK->KS", drawn)
+
+        keys = row_keys(self.seed, held.layer, held.seen)
+        places = jnp.maximum(held.positions, 0)
+        return jax.vmap(shared if held.in_order else apart)(keys, places)
 
 
 @final
@@ -65,11 +64,6 @@ class StreamingLLM(AbstractScorer):
     def protected(self):
         return self.n_sink
 
-    def observe(self, inputs, lengths, column_mass):
-        del lengths, column_mass
-        kv_heads = inputs.k.shape[1]
-        scores = to_kv_heads(inputs.positions.astype(jnp.float32), kv_heads)
-        return protect_first(scores, self.n_sink)
-
-    def tracker(self, interval):
-        return ContentTracker(interval=interval, score="recency", n_sink=self.n_sink)
+    def score(self, memory, held, counts):
+        del memory, counts
+        return protect_first(held.positions.astype(jnp.float32), held, self.n_sink)

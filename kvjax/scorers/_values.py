@@ -1,25 +1,21 @@
 """Scores that look at values too: CriticalKV and CUR."""
 
 import dataclasses
-from typing import final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kvjax.config import positive_int, sized
 from kvjax.pallas_kernels.dense import LOGITS_BUDGET
-from kvjax.scorers.base import (
-    AbstractScorer,
-    live_tokens,
-    positive_int,
-    protect_first,
-)
+from kvjax.scorers.base import AbstractScorer, by_position, protect_first, unsorted
 from kvjax.types import LayerInputs, Scores, pytree
 
 
 @pytree
-class _CriticalObserved:
-    base: object
+class _CriticalTokens:
+    base: Any
     norm: Float[Array, "B K S"]
 
 
@@ -51,8 +47,8 @@ class CriticalKV(AbstractScorer):
             )
 
     @property
-    def needs_column_mass(self):  # type: ignore[override]
-        return self.base.needs_column_mass
+    def needs_mass(self):  # type: ignore[override]
+        return self.base.needs_mass
 
     @property
     def needs_retention(self):  # type: ignore[override]
@@ -62,21 +58,25 @@ class CriticalKV(AbstractScorer):
     def protected(self):
         return self.base.protected
 
-    def observe(self, inputs, lengths, column_mass):
-        base = self.base.observe(inputs, lengths, column_mass)
-        return _CriticalObserved(base=base, norm=projected_norm(inputs))
+    def tokens(self, asked):
+        return _CriticalTokens(base=self.base.tokens(asked), norm=projected_norm(asked))
 
-    def rank(self, observed, counts, lengths):
-        base = self.base.rank(observed.base, counts, lengths)
-        s = base.shape[-1]
-        base = jnp.where(live_tokens(lengths, s), base, -jnp.inf)
+    def row(self, asked, before):
+        return self.base.row(asked, before)
+
+    def received(self, slots, mass):
+        return dataclasses.replace(slots, base=self.base.received(slots.base, mass))
+
+    def score(self, memory, held, counts):
+        own = dataclasses.replace(memory, slots=memory.slots.base)
+        base = jnp.where(held.live, self.base.score(own, held, counts), -jnp.inf)
         order = jnp.argsort(-base, axis=-1, stable=True)
         rank = jnp.argsort(order, axis=-1)
         first = jnp.floor(counts.astype(jnp.float32) * self.first_stage + 1e-4)
         first = jnp.maximum(first.astype(jnp.int32), 1)
         chosen = (rank < first[:, None, None]) | jnp.isposinf(base)
         finite = jnp.where(jnp.isfinite(base), base, 0.0)
-        return jnp.where(chosen, jnp.inf, (finite + self.epsilon) * observed.norm)
+        return jnp.where(chosen, jnp.inf, (finite + self.epsilon) * memory.slots.norm)
 
 
 def projected_norm(inputs: LayerInputs) -> Scores:
@@ -115,7 +115,7 @@ class CUR(AbstractScorer):
     """
 
     n_sink: int = 4
-    block: int = 16
+    block: int = sized(16, short=8)
 
     def __post_init__(self):
         positive_int("n_sink", self.n_sink, 0)
@@ -125,16 +125,15 @@ class CUR(AbstractScorer):
     def protected(self):
         return self.n_sink
 
-    def observe(self, inputs, lengths, column_mass):
-        del column_mass
-        s = inputs.k.shape[2]
-        live = live_tokens(lengths, s)
+    def score(self, memory, held, counts):
+        del memory, counts
+        there, order = by_position(held)
         scores = jnp.ones(())
-        for x in (inputs.k, inputs.v):
+        for x in (there.k, there.v):
             energy = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
-            energy = jnp.where(live, energy, 0.0)
+            energy = jnp.where(there.live, energy, 0.0)
             scores = scores * energy / block_sums(energy, self.block)
-        return protect_first(scores, self.n_sink)
+        return protect_first(unsorted(scores, order), held, self.n_sink)
 
 
 def block_sums(x: Float[Array, "B K S"], block: int) -> Float[Array, "B K S"]:

@@ -2,107 +2,165 @@
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import AbstractTracker
-from kvjax.types import LayerInputs, Lengths, Scores
+from kvjax.cache import AbstractRanking
+from kvjax.pallas_kernels.column_stats import column_stats
+from kvjax.pallas_kernels.slots import attend_block, slot_mask, slot_mass
+from kvjax.types import Held, Keys, LayerInputs, Lengths, Scores, Values, pytree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AbstractScorer(abc.ABC):
-    """Ranks the tokens of a prompt; a higher score is kept longer, `+inf` always.
+class AbstractScorer(AbstractRanking):
+    """A ranking that is published as a method; holds hyper-parameters only.
 
-    A scorer holds hyper-parameters only. It scores in two steps: `observe` looks at
-    the pass once (whatever the budget), `rank` turns that into scores for a budget.
-    What is beyond a row's length is ignored and may be anything.
+    It serves a whole prompt, a prompt in pieces and tokens that are decoded alike.
     """
-
-    needs_column_mass: ClassVar[bool] = False
-    """Whether `observe` wants the attention mass of every key over all queries."""
 
     needs_retention: ClassVar[bool] = False
     """Whether the model must have an evictor (`LayerInputs.retention`)."""
+
+    probes: ClassVar[bool] = False
+    """Whether it runs the model over the prompt again: an `AbstractProbe`."""
 
     @property
     def protected(self) -> int:
         """Tokens that are kept whatever their score: budgets must not be below it."""
         return 0
 
-    @abc.abstractmethod
-    def observe(
+
+class Replayed(NamedTuple):
+    """What tokens behind a prompt gave.
+
+    Attributes:
+        logits: behind each of them.
+        looks: what `look` returned, with a first axis for the layers; or None.
+    """
+
+    logits: Float[Array, "B R V"]
+    looks: Any
+
+
+Look = Callable[[LayerInputs, Keys, Values], Any]
+"""What is to be known of a layer: `(asked, k, v)` of the new tokens and the prompt."""
+
+
+class Again(Protocol):
+    """The model over some tokens behind a prompt that it has read."""
+
+    def __call__(
         self,
-        inputs: LayerInputs,
-        lengths: Lengths,
-        column_mass: Float[Array, "B H S"] | None,
-    ) -> Any:
-        """What the scores need of one layer's pass over the prompt.
+        tokens: Int[Array, "B R"],
+        positions: Int[Array, "B R"],
+        look: Look | None = None,
+        gates: Float[Array, "L B K S"] | None = None,
+    ) -> Replayed:
+        """Each token sees the whole prompt, and those before it.
 
         Args:
-            inputs: queries, keys and values of the whole right-padded prompt.
-            lengths: live tokens of each row.
-            column_mass: softmax weight received per query head, summed over the
-                queries; None unless `needs_column_mass`.
-
-        Returns:
-            A pytree whose leaves start with `[B, K, S]`.
+            tokens: right-padded.
+            positions: absolute ones, `EMPTY` at padding.
+            look: called in every layer.
+            gates: what the weight of each token of the prompt is multiplied by, before
+                the softmax: 1 as it is, 0 dropped; None: all 1. Differentiable.
         """
-
-    def rank(self, observed: Any, counts: Int[Array, "B"], lengths: Lengths) -> Scores:
-        """Scores, given that `counts [B]` tokens per head will be kept."""
-        del counts, lengths
-        return observed
-
-    def tracker(self, interval: int) -> "AbstractScoreTracker":
-        """The decode-time form, evicting every `interval` tokens.
-
-        Raises:
-            ValueError: this score cannot be kept up to date token by token.
-        """
-        del interval
-        raise ValueError(
-            f"{type(self).__name__} has no decode-time form. Use a scorer that has "
-            "one (snapkv, h2o, tova, knorm, streaming_llm) or after_prefill."
-        )
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AbstractScoreTracker(AbstractTracker):
-    """A tracker that starts from what it saw of the prompt."""
+class AbstractProbe(AbstractScorer):
+    """A score of what a second pass over the prompt does."""
 
-    def observe(self, inputs: LayerInputs, lengths: Lengths, observed: Any) -> Any:
-        """What the state needs of the prompt, before slots are chosen.
-
-        `observed` is what the scorer saw.
-        """
-        del inputs, lengths, observed
-        return ()
+    probes: ClassVar[bool] = True
 
     @abc.abstractmethod
-    def start(self, observed: Any, index: Int[Array, "B K S"], tail: int) -> Any:
-        """State for the chosen slots.
+    def probe(
+        self, again: Again, tokens: Int[Array, "B S"], lengths: Lengths
+    ) -> Float[Array, "L B K S"]:
+        """Scores of all tokens of the prompts in all layers.
 
         Args:
-            observed: what `observe` returned.
-            index: prompt token in each body slot; free slots hold any index.
-            tail: capacity of the tail.
+            again: runs the model behind the prompts.
+            tokens: theirs, right-padded.
+            lengths: of each row.
         """
 
+    def tokens(self, asked):
+        return jnp.zeros(asked.k.shape[:3], jnp.float32)  # until it is known
 
-def last_queries(
-    inputs: LayerInputs, lengths: Lengths, window: int
-) -> tuple[Float[Array, "B H W D"], Int[Array, "B W"]]:
-    """The last `window` queries of every row, oldest first, with their positions.
+    def score(self, memory, held, counts):
+        del held, counts
+        return memory.slots
 
-    Rows shorter than the window are padded in front with position -1.
+
+@pytree
+class Asking:
+    """The last queries of each row, oldest first.
+
+    Attributes:
+        q: `[B, H, W, D]` after RoPE.
+        positions: `[B, W]`; `EMPTY` in front, where a row had fewer.
+        elsewhere: `[B, H, W]`, see `LayerInputs`.
     """
-    positions = lengths[:, None] - window + jnp.arange(window)[None]
-    index = jnp.maximum(positions, 0)[:, None, :, None]
-    queries = jnp.take_along_axis(inputs.q, index, axis=2)
-    return queries, jnp.where(positions >= 0, positions, -1)
+
+    q: Float[Array, "B H W D"]
+    positions: Int[Array, "B W"]
+    elsewhere: Float[Array, "B H W"] | None
+
+
+def last_queries(asked: LayerInputs, window: int, before: Asking | None) -> Asking:
+    """The last `window` queries of every row.
+
+    Args:
+        asked: the newest ones.
+        window: how many.
+        before: the last ones before them.
+    """
+    # The last ones of what was there and what has come, row by row.
+    fresh = jnp.sum(asked.positions >= 0, axis=1)
+    index = fresh[:, None] + jnp.arange(window)
+    if before is None:
+        index = index - window
+        live = index >= 0
+        index = jnp.maximum(index, 0)
+        found = asked.taken(index, live)
+        return Asking(q=found.q, positions=found.positions, elsewhere=found.elsewhere)
+
+    def last(old: Array, new: Array) -> Array:
+        both = jnp.concatenate([old, new], axis=2)
+        at = index[:, None].reshape(-1, 1, window, *(1,) * (new.ndim - 3))
+        return jnp.take_along_axis(both, at, axis=2)
+
+    elsewhere = before.elsewhere
+    if elsewhere is not None:
+        assert asked.elsewhere is not None
+        elsewhere = last(elsewhere, asked.elsewhere)
+    positions = jnp.concatenate([before.positions, asked.positions], axis=1)
+    return Asking(
+        q=last(before.q, asked.q),
+        positions=jnp.take_along_axis(positions, index, axis=1),
+        elsewhere=elsewhere,
+    )
+
+
+def mass_received(asking: Asking, held: Held) -> Float[Array, "B H S"]:
+    """Softmax weight of each token held, summed over the queries."""
+    spec, q, positions = held.spec, asking.q, asking.positions
+    how = {"scale": spec.scale, "softcap": spec.softcap}
+    if held.in_order and asking.elsewhere is None:
+        shared = held.positions[:, 0]
+        stats = column_stats(q, held.k, positions, shared, window=spec.window, **how)
+        return stats.sum
+    mask = slot_mask(positions, held.positions, spec.window)
+    lse = attend_block(q, held.k, held.v[..., :1], mask, **how).lse
+    if asking.elsewhere is not None:
+        lse = jnp.logaddexp(lse, asking.elsewhere)
+    return jnp.sum(slot_mass(q, lse, held.k, mask, **how), axis=2)
 
 
 def group_mean(
@@ -113,21 +171,45 @@ def group_mean(
     return jnp.mean(x.reshape(b, kv_heads, h // kv_heads, *rest), axis=2)
 
 
-def protect_last(scores: Scores, lengths: Lengths, window: int) -> Scores:
-    """`+inf` for the last `window` tokens of each row."""
-    index = jnp.arange(scores.shape[-1])
-    recent = index >= (lengths - window)[:, None, None]
+def protect_last(scores: Scores, held: Held, window: int) -> Scores:
+    """`+inf` for the newest `window` tokens of each row."""
+    recent = held.positions >= (held.seen - window)[:, None, None]
     return jnp.where(recent, jnp.inf, scores)
 
 
-def protect_first(scores: Scores, sinks: int) -> Scores:
+def protect_first(scores: Scores, held: Held, sinks: int) -> Scores:
     """`+inf` for the first `sinks` tokens."""
-    return jnp.where(jnp.arange(scores.shape[-1]) < sinks, jnp.inf, scores)
+    return jnp.where(held.positions < sinks, jnp.inf, scores)
 
 
-def live_tokens(lengths: Lengths, tokens: int) -> Array:
-    """`[B, 1, S]` mask of tokens below each row's length."""
-    return (jnp.arange(tokens) < lengths[:, None])[:, None, :]
+def position_order(held: Held) -> Int[Array, "B K S"] | None:
+    """Slots of every head by position, free ones last; None: they are in order."""
+    if held.in_order:
+        return None
+    last = jnp.iinfo(jnp.int32).max
+    return jnp.argsort(jnp.where(held.live, held.positions, last), axis=-1)
+
+
+def by_position(held: Held) -> tuple[Held, Int[Array, "B K S"] | None]:
+    """What is held, every head in order of positions, and that order."""
+    order = position_order(held)
+    if order is None:
+        return held, None
+    k, v = (jnp.take_along_axis(x, order[..., None], axis=2) for x in (held.k, held.v))
+    positions = jnp.take_along_axis(held.positions, order, axis=2)
+    return dataclasses.replace(held, k=k, v=v, positions=positions), order
+
+
+def ordered(scores: Scores, order: Int[Array, "B K S"] | None) -> Scores:
+    """Scores of slots in the order of `position_order`."""
+    return scores if order is None else jnp.take_along_axis(scores, order, axis=-1)
+
+
+def unsorted(scores: Scores, order: Int[Array, "B K S"] | None) -> Scores:
+    """Scores that are in the order of `position_order` at the slots themselves."""
+    if order is None:
+        return scores
+    return jnp.take_along_axis(scores, jnp.argsort(order, axis=-1), axis=-1)
 
 
 def to_kv_heads(x: Float[Array, "B S"], kv_heads: int) -> Scores:
@@ -135,16 +217,10 @@ def to_kv_heads(x: Float[Array, "B S"], kv_heads: int) -> Scores:
     return jnp.broadcast_to(x[:, None], (x.shape[0], kv_heads, x.shape[-1]))
 
 
-def positive_int(name: str, value: int, least: int = 1) -> None:
-    """Raise unless `value` is an integer of at least `least`."""
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be an integer >= {least}; got {value!r}.")
-
-
-def row_keys(seed: int, layer: Int[Array, ""] | int, lengths: Lengths) -> Array:
+def row_keys(seed: int, layer: Int[Array, ""] | int, seen: Lengths) -> Array:
     """One random key per row, a function of its length and not of its neighbours."""
     key = jax.random.fold_in(jax.random.key(seed), layer)
-    return jax.vmap(lambda n: jax.random.fold_in(key, n))(lengths)
+    return jax.vmap(lambda n: jax.random.fold_in(key, n))(seen)
 
 
 def average_pool(x: Array, kernel: int) -> Array:

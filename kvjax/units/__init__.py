@@ -4,7 +4,7 @@ import abc
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,9 @@ class AbstractUnit(abc.ABC):
     """
 
     reuse: int = 1
+
+    single: ClassVar[bool] = False
+    """Whether tokens are kept or dropped one by one."""
 
     def __post_init__(self):
         if self.reuse < 1:
@@ -85,6 +88,8 @@ class AbstractUnit(abc.ABC):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Token(AbstractUnit):
     """Every token by itself."""
+
+    single: ClassVar[bool] = True
 
     def priorities(self, scores, lengths, counts):
         del lengths, counts

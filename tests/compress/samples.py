@@ -129,5 +129,5 @@ def compressed(
     mass = Dense().attend(inputs, lengths, True)[1] if wants_mass(c) else None
     found = survey(c, specs, lengths, inputs.k.shape[-2], inputs.k.dtype)
     layout, share = found.layouts[layer], found.of(Depth(layer=layer))
-    seen = observe(inputs, lengths, c, layout.evict, mass)
-    return build(seen, lengths, c, layout, share, room=room)[0]
+    seen = observe(inputs, lengths, layout.plan, mass)
+    return build(seen, lengths, layout, share, room=room, layer=layer)[0]

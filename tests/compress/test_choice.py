@@ -96,7 +96,7 @@ def test_the_forward_pass_does_not_change(name):
     def loss(params, choice):
         model: Decoder = nnx.merge(graph, params)
         points = jnp.asarray(LENGTHS)
-        attend = simulated(model, points, whole.shape[1], c, None, choice)
+        attend = simulated(model, points, jnp.asarray(whole), c, None, choice)
         found = model(jnp.asarray(whole), at, attend, trained=True)
         return jnp.sum(jnp.sin(found[:, -20:])), found
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvjax.codecs import Affine, AffineArray, LowRank, needed_rank
+from kvjax.codecs import Affine, AffineArray, LowRank
+from kvjax.codecs._low_rank import RANKS
 from kvjax.pallas_kernels.quantized import numbers
 from kvjax.rope import Rope
 from tests import reference
@@ -264,12 +265,14 @@ def spectrum_keys(seed: int) -> np.ndarray:
     return reference.rotate(plain, np.arange(S), ROPE.frequencies())[None]
 
 
+AT = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (1, K, S))
+
+
 def low_rank(codec: LowRank, keys: np.ndarray):
     """Encoded and decoded keys at positions `0 .. S - 1`."""
     x = jnp.asarray(keys, jnp.float32)
-    positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), x.shape[:-1])
-    encoded = codec.encode(x, jnp.ones(x.shape[:-1], bool), positions, ROPE)
-    return encoded, np.asarray(encoded.decode(positions, ROPE))
+    encoded = codec.encode(x, jnp.ones(x.shape[:-1], bool), AT, ROPE)
+    return encoded, np.asarray(encoded.decode(AT, ROPE))
 
 
 @pytest.mark.parametrize("rank", [1, 4, 9, 16])
@@ -290,7 +293,11 @@ def test_low_rank_keeps_the_energy_it_promises(energy):
     encoded, ours = low_rank(LowRank(energy=energy, keep=1.0), keys)
     share = (0.67**2) ** np.arange(S)
     rank = int((np.cumsum(share) / share.sum() < energy).sum()) + 1
-    assert needed_rank(encoded, multiple=1) == rank
+    used = jnp.any(encoded.basis != 0, axis=(-3, -1))
+    assert int(jnp.sum(used, axis=-1).max()) == rank
+    settled = encoded.settled()
+    assert settled.rank == min(-(-rank // RANKS) * RANKS, encoded.rank)
+    np.testing.assert_array_equal(ours, np.asarray(settled.decode(AT, ROPE)))
     theirs = reference.low_rank_keys(keys[0], inv_freq=ROPE.frequencies(), rank=rank)
     np.testing.assert_allclose(ours[0], theirs, atol=1e-5)
     lost = ((ours - keys) ** 2).sum() / (keys**2).sum()

@@ -7,7 +7,7 @@ import pytest
 import kvjax
 from tests.small import HEAD_DIM, LENGTHS, assert_forms_agree, batch, small_model
 
-PAGES = {"type": "quest", "page": 8, "keep": 0.5, "dense_layers": 0}
+PAGES = {"type": "quest", "page": 8, "keep": 0.5}
 CODES = {
     "store.keys": {"type": "affine", "bits": 4, "axis": "channel", "group": 8},
     "store.values": {"type": "affine", "bits": 4, "axis": "token", "group": 32},

@@ -14,8 +14,8 @@ from tests.small import LENGTHS, PRESETS, ROWS, VOCAB, batch, preset, small_mode
 CHANGING = {
     name: preset(name)
     for name in PRESETS
-    if isinstance(preset(name).schedule, EveryTokens)
-    or any(preset(name).block(layer) for layer in range(2))
+    if preset(name).schedule.interval is not None
+    or any(plan.block for plan in preset(name).parts)
 }
 """Compressions under which later tokens move into a body."""
 CHANGING |= {
@@ -23,7 +23,7 @@ CHANGING |= {
         preset(name), schedule=EveryTokens(interval=interval)
     )
     for name in PRESETS
-    if isinstance(preset(name).schedule, EveryTokens)
+    if preset(name).schedule.interval is not None
     for interval in (1, 7)
 }
 FAST = ("kivi_2bit", "h2o_decode", "h2o_decode, 7 at once")

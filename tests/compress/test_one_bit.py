@@ -10,13 +10,14 @@ from flax import nnx
 
 import kvjax
 from kvjax.codecs import AffineArray
-from tests.small import HEAD_DIM, LATER, LENGTHS, ROWS, batch, shorten, small_model
+from kvjax.config import shortened
+from tests.small import HEAD_DIM, LATER, LENGTHS, ROWS, batch, small_model
 
 MODEL = small_model(layers=1)
 
 
 def kivi(residual: int, bits: int = 1) -> kvjax.Compression:
-    made = shorten(kvjax.compression("kivi_2bit", **{"store.values.bits": bits}))
+    made = shortened(kvjax.compression("kivi_2bit", **{"store.values.bits": bits}))
     store = dataclasses.replace(made.store, residual=residual)
     return dataclasses.replace(made, store=store)
 

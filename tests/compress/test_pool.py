@@ -1,7 +1,5 @@
 """One buffer for layers of different sizes holds what a buffer for each would."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +9,8 @@ from hypothesis import strategies as st
 
 from kvjax.cache import Ragged, Slots
 from kvjax.codecs import AbstractCodec, Affine, Plain
-from kvjax.compress.config import Compression, Storage
-from kvjax.compress.pool import empty_pool, pour
+from kvjax.compress.plan import LayerPlan, Storage
+from kvjax.compress.pool import aligned, empty_pool, pour
 from kvjax.compress.survey import Layout
 from kvjax.types import EMPTY
 from tests.compress.samples import SPECS
@@ -33,9 +31,15 @@ ATTEND = jax.jit(
 )
 
 
-def layout(**fields) -> Layout:
-    given = {"evict": None, "page": None, "block": 0, "slots": 0}
-    return Layout(**given | {"full": 0, "pooled": True} | fields)
+def layout(slots: int, **fields) -> Layout:
+    return Layout(plan=LayerPlan(**fields), slots=slots, full=slots, pooled=True)
+
+
+def pieces(sizes, how: Layout):
+    """First slot and slots of every layer's piece, `[L, B]` each."""
+    counts = np.array(aligned(sizes, how, SPEC.num_kv_heads), np.int32)
+    counts = jnp.asarray(np.repeat(counts[:, None], BATCH, axis=1))
+    return jnp.cumsum(counts, axis=0) - counts, counts
 
 
 def up(n: int, multiple: int) -> int:
@@ -57,8 +61,8 @@ def filled(rng, shape, most) -> np.ndarray:
     return np.where(np.arange(shape[-1]) < held[..., None], order, EMPTY)
 
 
-def same(ours, part, count: int) -> None:
-    """A layer of the pool attends as the part with its first `count` slots does."""
+def same(ours, part) -> None:
+    """A layer of the pool attends as its part does."""
     rng = np.random.default_rng(1)
     q = jnp.asarray(rng.normal(size=(BATCH, SPEC.num_heads, 1, 16)), jnp.float32)
     at = jnp.full((BATCH, 1), 500, jnp.int32)
@@ -71,7 +75,6 @@ def same(ours, part, count: int) -> None:
         np.testing.assert_allclose(got.lse, want.lse, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(got.out, want.out, rtol=1e-5, atol=1e-5)
     piece = pool.layer(turn)
-    assert piece.positions.shape[-1] == count
     for row, theirs in zip(piece.live_positions(), part.live_positions(), strict=True):
         for one, other in zip(row, theirs, strict=True):
             np.testing.assert_array_equal(one, other)
@@ -84,21 +87,20 @@ def same(ours, part, count: int) -> None:
 def test_heads_of_one_size(name, sizes, seed):
     codec, rng = CODECS[name], np.random.default_rng(seed)
     multiple, heads = codec.append_multiple, SPEC.num_kv_heads
-    c = Compression(store=Storage(keys=codec, values=codec))
+    how = layout(max(sizes), store=Storage(keys=codec, values=codec))
     width = up(max(sizes), multiple)
-    pool = empty_pool(
-        c, layout(slots=max(sizes)), sizes, SPEC, BATCH, jnp.dtype("float32")
-    )
+    pool = empty_pool(how, sizes, SPEC, BATCH, jnp.dtype("float32"))
     assert pool.positions.shape[-1] == heads * sum(up(n, multiple) for n in sizes)
     parts = []
     for n in sizes:
         positions = jnp.asarray(filled(rng, (BATCH, heads, width), n), jnp.int32)
         keys, values = (encoded(codec, rng, positions) for _ in range(2))
         parts.append(Slots(keys=keys, values=values, positions=positions))
+    given = pieces(sizes, how)
     for turn in rng.permutation(len(sizes)):
-        pool = POUR(pool, parts[turn], jnp.int32(turn))
-    for turn, (n, part) in enumerate(zip(sizes, parts, strict=True)):
-        same((pool, turn), part, heads * up(n, multiple))
+        pool = POUR(pool, parts[turn], jnp.int32(turn), *(x[turn] for x in given))
+    for turn, part in enumerate(parts):
+        same((pool, turn), part)
 
 
 @pytest.mark.sweep(1, 3)
@@ -108,11 +110,9 @@ def test_heads_of_one_size(name, sizes, seed):
 def test_heads_that_share(name, sizes, seed):
     codec, rng = CODECS[name], np.random.default_rng(seed)
     multiple, heads = codec.append_multiple, SPEC.num_kv_heads
-    c = dataclasses.replace(
-        preset("adakv_snapkv"), store=Storage(keys=codec, values=codec)
-    )
-    how = layout(slots=max(sizes), evict=c.evict)
-    pool = empty_pool(c, how, sizes, SPEC, BATCH, jnp.dtype("float32"))
+    store = Storage(keys=codec, values=codec)
+    how = layout(max(sizes), evict=preset("adakv_snapkv").evict, store=store)
+    pool = empty_pool(how, sizes, SPEC, BATCH, jnp.dtype("float32"))
     assert pool.positions.shape[-1] == sum(up(n, multiple) for n in sizes)
     width, parts = up(max(sizes), multiple), []
     for n in sizes:
@@ -133,18 +133,18 @@ def test_heads_that_share(name, sizes, seed):
                 offsets=jnp.asarray(offsets, jnp.int32),
             )
         )
+    given = pieces(sizes, how)
     for turn in rng.permutation(len(sizes)):
-        pool = POUR(pool, parts[turn], jnp.int32(turn))
-    for turn, (n, part) in enumerate(zip(sizes, parts, strict=True)):
-        same((pool, turn), part, up(n, multiple))
+        pool = POUR(pool, parts[turn], jnp.int32(turn), *(x[turn] for x in given))
+    for turn, part in enumerate(parts):
+        same((pool, turn), part)
 
 
 def test_the_layers_of_a_loop():
     """Poured with a traced number, one after the other."""
     rng, sizes, codec = np.random.default_rng(0), (5, 12, 3), Plain()
-    pool = empty_pool(
-        Compression(), layout(slots=12), sizes, SPEC, BATCH, jnp.dtype("float32")
-    )
+    how = layout(12)
+    pool = empty_pool(how, sizes, SPEC, BATCH, jnp.dtype("float32"))
     shape = (BATCH, SPEC.num_kv_heads, 12)
     held = [jnp.asarray(filled(rng, shape, n), jnp.int32) for n in sizes]
     parts = [
@@ -154,10 +154,12 @@ def test_the_layers_of_a_loop():
     stack = jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
     def one(pool, given):
-        turn, part = given
-        return pour(pool, part, turn), None
+        turn, part, piece = given
+        return pour(pool, part, turn, *piece), None
 
-    looped, _ = jax.lax.scan(one, pool, (jnp.arange(3, dtype=jnp.int32), stack))
+    where = pieces(sizes, how)
+    turns = jnp.arange(3, dtype=jnp.int32)
+    looped, _ = jax.lax.scan(one, pool, (turns, stack, where))
     for turn, part in enumerate(parts):
-        pool = pour(pool, part, jnp.int32(turn))
+        pool = pour(pool, part, jnp.int32(turn), *(x[turn] for x in where))
     jax.tree.map(np.testing.assert_array_equal, looped, pool)

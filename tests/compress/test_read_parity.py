@@ -75,7 +75,7 @@ def test_page_bounds(spec):
 def test_quest_reads_the_best_pages(spec, keep):
     whole = draw(1, spec, tuple(LENGTHS + 1))
     sample, page = prefix(whole, LENGTHS), 16
-    read = Quest(page=page, keep=keep, dense_layers=0)
+    read = Quest(page=page, keep=keep)
     cache = compressed(sample, Compression(read=read))
     assert isinstance(cache.parts[0], Pages)
     ours = out_of(cache, whole, LENGTHS)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.budgets import AdaKV, Pyramid, Uniform
-from kvjax.compress.select import choose, choose_flat
+from kvjax.compress.select import choose, choose_flat, head_counts
 from kvjax.exact import ceil_share
 from kvjax.units import Chunk, Token
 from tests import reference
@@ -211,7 +211,8 @@ def test_head_wise_choice(alpha, protect):
     specs = (layer_spec(2 * KV_HEADS, KV_HEADS, 16),)
     shares = AdaKV(keep=0.5, safeguard=alpha).split(counts[None], LENGTHS, specs)
     sure, total = (jnp.asarray(x[0], jnp.int32) for x in shares)
-    flat = choose_flat(jnp.asarray(scores), sure, total, 40 * KV_HEADS)
+    most, given = 40 * KV_HEADS, jnp.asarray(scores)
+    flat = choose_flat(given, head_counts(given, sure, total, most), most)
     offsets = np.asarray(flat.offsets)
     for row, n in enumerate(counts):
         live = scores[row, :, : LENGTHS[row]].astype(float)

@@ -56,10 +56,10 @@ class ByLayer:
             layout = found.layouts[n]
             if layout.pooled:  # nothing is shared here
                 layout = dataclasses.replace(layout, slots=found.slots[n])
-            seen = observe(inputs, lengths, c, layout.evict, mass)
+            seen = observe(inputs, lengths, layout.plan, mass)
             share, given = found.of(Depth(layer=n)), handed if n % reuse else None
-            how = (lengths, c, layout, share)
-            cache, handed = build(seen, *how, room=self.room, priorities=given)
+            how = (lengths, layout, share)
+            cache, handed = build(seen, *how, room=self.room, layer=n, priorities=given)
             return out, cache
 
         hidden, caches = self._through(tokens, padded_positions(lengths, width), attend)

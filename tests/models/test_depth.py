@@ -169,7 +169,7 @@ def total_of(name: str, *, unroll: bool, remat: bool = False, layers: int = LAYE
 
     def loss(params):
         model: Decoder = nnx.merge(graph, params)
-        attention = simulated(model, points, width, preset(name))
+        attention = simulated(model, points, tokens, preset(name))
         how = {"trained": True, "unroll": unroll, "remat": remat}
         hidden = model(tokens, positions, attention, **how)
         return jnp.sum(jnp.where((positions >= 0)[..., None], hidden, 0) @ mix) ** 2

@@ -40,7 +40,7 @@ from tests.train.small import (
     [
         ("snapkv", {"evict.score.window": 8, "evict.budget.keep": 0.4}),
         ("kivi_2bit", {"store.residual": 0}),
-        ("quest", {"read.slots": 16, "read.dense_layers": 0}),
+        ("quest", {"read.slots": 16, "layers": []}),
     ],
 )
 def test_the_loss_is_that_of_simulate(name, fields):

@@ -109,8 +109,8 @@ def test_terms_and_their_gradient(layers, tokens):
         aims = walk(teacher, batch, causal_attention)
         wanted, attended = jax.lax.stop_gradient(aims)
         model: Decoder = nnx.merge(graph, state)
-        shape = (batch.prompt_lengths, batch.tokens.shape[1])
-        attention = simulated(model, *shape, KNORM, batch.later)
+        rows = (batch.prompt_lengths, batch.tokens)
+        attention = simulated(model, *rows, KNORM, batch.later)
         streams, outputs = walk(model, batch, attention)
         pairs = list(zip(streams, wanted, strict=True))
         pairs = pairs if layers == "all" else pairs[-1:]

@@ -91,7 +91,6 @@ def _attention(
         return regressing(batch.prompt_lengths, batch.later)
     if c is not None:
         gradient = config.sampling.choice_gradient
-        width = batch.tokens.shape[1]
-        how = (batch.prompt_lengths, width, c, batch.later, gradient)
-        return simulated(model, *how)
+        rows = (batch.prompt_lengths, batch.tokens)
+        return simulated(model, *rows, c, batch.later, gradient)
     return causal_attention
