@@ -1,4 +1,4 @@
-"""How keys and values are held: plain, quantised, low rank, projected."""
+"""How keys and values are held: plain, quantised, low rank, projected, pruned."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,11 +11,19 @@ from kvjax.codecs._plain import Plain as Plain
 from kvjax.codecs._plain import PlainArray as PlainArray
 from kvjax.codecs._projected import Projected as Projected
 from kvjax.codecs._projected import ProjectedArray as ProjectedArray
+from kvjax.codecs._think import ThinK as ThinK
+from kvjax.codecs._think import ThinkArray as ThinkArray
 from kvjax.codecs.base import AbstractCodec as AbstractCodec
 from kvjax.codecs.base import AbstractEncoded as AbstractEncoded
 from kvjax.codecs.base import Side as Side
 from kvjax.codecs.base import straight_through as straight_through
 
 CODECS: Mapping[str, type[AbstractCodec]] = MappingProxyType(
-    {"plain": Plain, "affine": Affine, "low_rank": LowRank, "projected": Projected}
+    {
+        "plain": Plain,
+        "affine": Affine,
+        "low_rank": LowRank,
+        "projected": Projected,
+        "think": ThinK,
+    }
 )
