@@ -16,7 +16,6 @@ from kvjax.pallas_kernels.page_score import page_score
 from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.pallas_kernels.paged_decode import paged_decode
 from kvjax.pallas_kernels.partial import Partial
-from kvjax.pallas_kernels.quantized import Quantized
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.turns import Turn, flat, put, row_of, take
 from kvjax.types import EMPTY, pytree, static
@@ -128,28 +127,45 @@ class Pages(AbstractPart):
         seen = slot_mask(q_positions, here, spec.window)[:, :, 0]
         row = jnp.arange(b) if turn is None else turn * b + jnp.arange(b)
         first = (row[:, None] * kv_heads + jnp.arange(kv_heads)) * each
+        pages = first[..., None] + index
+        k, v = self.keys.stored, self.values.stored
+        how: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap}
+        if k is None or v is None:  # codes that no kernel reads: of these pages alone
+            k, v = (
+                self._picked(side, pages).decode(here, spec.rope)
+                for side in (self.keys, self.values)
+            )
+            mask = seen & jnp.repeat(read, self.page, axis=-1)
+            return attend_block(q, k, v, mask[:, :, None], **how)
         return paged_decode(
             q,
-            self._pool(self.keys),
-            self._pool(self.values),
-            first[..., None] + index,
+            self._pool(k),
+            self._pool(v),
+            pages,
             jnp.sum(read, axis=-1),  # the best come first
             bias=jnp.where(seen, 0.0, -jnp.inf),
-            scale=spec.scale,
-            softcap=spec.softcap,
+            **how,
         )
 
-    def _pool(self, side: AbstractEncoded) -> Array | Quantized:
+    def _pool[T](self, side: T) -> T:
         """All layers', rows' and heads' pages in one line, `[B * K * S / P, P, D]`."""
-        stored = side.stored
-        assert stored is not None  # codecs that take up blocks are
         slots = self.positions.shape[-1]
 
         def paged(x: Array) -> Array:
             rows = x.shape[-2] * self.page // slots  # slots of a page, or their groups
             return x.reshape(-1, rows, x.shape[-1])
 
-        return jax.tree.map(paged, stored)
+        return jax.tree.map(paged, side)
+
+    def _picked(
+        self, side: AbstractEncoded, pages: Int[Array, "B K C"]
+    ) -> AbstractEncoded:
+        """Of the line of pages the given ones, as slots of each head."""
+
+        def pick(x: Array) -> Array:
+            return x[pages].reshape(*pages.shape[:2], -1, x.shape[-1])
+
+        return jax.tree.map(pick, self._pool(side))
 
     def _attend_masked(self, q, q_positions, index, read, spec):
         """Several query tokens, each with its own pages: masks instead of gathers."""

@@ -2,9 +2,16 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import kvjax
+from kvjax.cache import Pages
+from kvjax.codecs import AffineArray
+from kvjax.pallas_kernels.quantize_pack import dequantize
+from tests.compress.samples import SPECS, compressed, decode_inputs, draw, prefix
 from tests.small import HEAD_DIM, LENGTHS, assert_forms_agree, batch, small_model
 
 PAGES = {"type": "quest", "page": 8, "keep": 0.5}
@@ -60,3 +67,30 @@ def test_a_pyramid_stays_one_while_it_decodes(budget):
     _, cache = kvjax.extend(small_model(), cache, later)
     held = [[len(h) for h in cache.kept_positions(layer)[0]] for layer in range(2)]
     assert held == [[36, 36], [12, 12]]
+
+
+@pytest.mark.parametrize("turn", [None, 1])
+def test_pages_of_codes_that_no_kernel_reads(monkeypatch, turn):
+    """Only the pages that are read are decoded: the same numbers."""
+    whole, lengths = draw(1, SPECS["d32_g3"], (76, 49, 62)), np.array([75, 48, 61])
+    c = kvjax.compression("quest", **CODES, read=PAGES)
+    cache = compressed(prefix(whole, lengths), c, layer=2)
+    (part,) = cache.parts
+    assert isinstance(part, Pages)
+    if turn is not None:  # that of the second of two layers
+        part = jax.tree.map(lambda x: jnp.stack([jnp.ones_like(x), x]), part)
+    asked = decode_inputs(whole, lengths, 0)
+    given = (asked.q, asked.positions, cache.spec, None, turn)
+    want, stored, seen = part.attend(*given), AffineArray.stored.fget, []
+    assert stored is not None
+
+    def decode(self, *_):
+        seen.append(self.slots)
+        return dequantize(stored(self), self.dtype)
+
+    monkeypatch.setattr(AffineArray, "stored", None)
+    monkeypatch.setattr(AffineArray, "decode", decode)
+    found = part.attend(*given)
+    assert seen == [part.most * part.page] * 2 and part.most < part.low.shape[-2]
+    np.testing.assert_allclose(found.out, want.out, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.lse, want.lse, rtol=1e-5, atol=1e-5)
