@@ -5,6 +5,10 @@ from types import MappingProxyType
 
 from kvjax.codecs._affine import Affine as Affine
 from kvjax.codecs._affine import AffineArray as AffineArray
+from kvjax.codecs._hadamard import Hadamard as Hadamard
+from kvjax.codecs._hadamard import HadamardArray as HadamardArray
+from kvjax.codecs._lloyd_max import LloydMax as LloydMax
+from kvjax.codecs._lloyd_max import LloydMaxArray as LloydMaxArray
 from kvjax.codecs._low_rank import LowRank as LowRank
 from kvjax.codecs._low_rank import LowRankArray as LowRankArray
 from kvjax.codecs._plain import Plain as Plain
@@ -22,6 +26,8 @@ CODECS: Mapping[str, type[AbstractCodec]] = MappingProxyType(
     {
         "plain": Plain,
         "affine": Affine,
+        "hadamard": Hadamard,
+        "lloyd_max": LloydMax,
         "low_rank": LowRank,
         "projected": Projected,
         "think": ThinK,
