@@ -210,16 +210,17 @@ class AbstractBudget(abc.ABC):
         lengths: Int[Array, "B"],
         specs: Specs,
     ) -> Int[Array, "L B K"]:
-        """Slots of each head, by what is found in all layers; if it `surveys`.
+        """Slots of each head, by what is found in layers that share; if it `surveys`.
 
-        Their sum over layers and heads is that of `slots` over layers, times `K`.
+        These are all layers that compute the same and are one loop (`kvjax.depth`), for
+        they have one buffer. Slots sum to no more than those of `slots`, times `K`.
 
         Args:
             scores: priorities of the tokens; `-inf` cannot be kept.
             looks: what `look` returned, leaves `[L, B, ...]`.
             slots: slots per head of each layer, on average.
             lengths: row lengths.
-            specs: all layers.
+            specs: these layers.
         """
         raise AssertionError(f"{type(self).__name__} goes by lengths alone")
 

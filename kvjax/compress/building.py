@@ -10,11 +10,11 @@ from jaxtyping import Array, Int
 
 from kvjax.cache import KVCache, LayerCache, Ragged, Slots
 from kvjax.compress.config import Compression
-from kvjax.compress.layer import build, handed_on, held_of, priorities_of
+from kvjax.compress.layer import build, handed_on, held_of, own_or_handed
 from kvjax.compress.observe import Observed
 from kvjax.compress.pool import aligned, empty_pool, pour
 from kvjax.compress.survey import Survey, allotted, survey
-from kvjax.depth import Depth, Loop, in_order, members, over, regrouped
+from kvjax.depth import Depth, Loop, members, over, regrouped
 from kvjax.turns import take
 from kvjax.types import LayerSpec, Lengths, loops_of
 
@@ -83,24 +83,21 @@ class Building:
             return self
         layouts, groups = self.found.layouts, members(loops)
 
-        def one(depth: Depth, state: None, observed: Observed):
+        def one(depth: Depth, handed: Any, observed: Observed):
             evict = layouts[groups[depth.group].start].plan.evict
-            shape = observed.k.shape[:3]
-            if evict is None or not evict.budget.surveys:
-                return state, (jnp.zeros(shape, jnp.float32), ())
-            share = self.found.of(depth)
+            wanted = evict is not None and evict.budget.surveys
+            if evict is None or (handed is None and not wanted):
+                return handed, ()
             held = held_of(observed, self.lengths, depth.layer, self.before)
-            how = (observed, held, self.lengths, evict, share)
-            return state, (priorities_of(*how), observed.look)
+            how = (observed, held, self.lengths, evict, self.found.of(depth))
+            priorities = own_or_handed(*how, handed)
+            handed = None if handed is None else priorities
+            return handed, (priorities, observed.look) if wanted else ()
 
-        _, left = over(loops, one, None, seen)
-        scores = in_order(loops, [scores for scores, _ in left])
-        looks: list[Any] = [None] * len(self.specs)
-        for group, (_, found) in zip(groups, left, strict=True):
-            for turn, layer in enumerate(group):
-                looks[layer] = take(found, turn)
-        found = allotted(self.found, scores, looks, self.lengths, self.specs)
-        return dataclasses.replace(self, found=found)
+        _, left = over(loops, one, self._handed, seen)
+        given = regrouped(loops, left, self.loops)
+        how = (members(self.loops), given, self.lengths, self.specs)
+        return dataclasses.replace(self, found=allotted(self.found, *how))
 
     def start(self) -> tuple[Any, tuple[Ragged | None, ...]]:
         """What the first layer is handed: priorities, and buffers to be filled."""
@@ -113,7 +110,13 @@ class Building:
                 spec = specs[group.start]
                 pool = empty_pool(layout, slots, spec, batch, self.dtype)
             pools.append(pool)
-        return handed_on(self.c, batch, specs[0], self.tokens), tuple(pools)
+        return self._handed, tuple(pools)
+
+    @property
+    def _handed(self) -> Array | None:
+        """What the first layer is handed where layers reuse the choice of others."""
+        batch = self.lengths.shape[0]
+        return handed_on(self.c, batch, self.specs[0], self.tokens)
 
     def _pieces(self, group: range) -> tuple[Array, Array]:
         """First slot and number of slots of each layer in its pool, `[L, B]` each."""

@@ -81,9 +81,10 @@ def build(
     plan = layout.plan
     if plan.evict is None:
         return builder.uniform(builder.everything(), lengths), None
-    priorities = builder.chosen(plan.evict, priorities)
+    how = (observed, held, lengths, plan.evict, share)
+    priorities = own_or_handed(*how, priorities)
     if layout.shared:
-        return builder.ragged(priorities), priorities
+        return builder.ragged(plan.evict, priorities), priorities
     if (interval := plan.schedule.interval) is not None:
         return builder.bounded(plan.evict, priorities, interval), priorities
     if plan.evict.values is not None:
@@ -132,6 +133,21 @@ def priorities_of(
     return evict.unit.priorities(scores, lengths, share.counts)
 
 
+def own_or_handed(
+    observed: Observed,
+    held: Held,
+    lengths: Lengths,
+    evict: Eviction,
+    share: Share,
+    before: Scores | None,
+) -> Scores:
+    """Priorities of the layer's own, or those of an earlier one."""
+    own = functools.partial(priorities_of, observed, held, lengths, evict, share)
+    if share.leads is None or before is None:
+        return own()
+    return jax.lax.cond(share.leads, own, lambda: before)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Builder:
     """The steps of `build`, with what they share."""
@@ -151,14 +167,6 @@ class _Builder:
     @property
     def spec(self) -> LayerSpec:
         return self.held.spec
-
-    def chosen(self, evict: Eviction, before: Scores | None) -> Scores:
-        """Priorities of the layer's own, or those of an earlier one."""
-        how = (self.observed, self.held, self.lengths, evict, self.share)
-        own = functools.partial(priorities_of, *how)
-        if self.share.leads is None or before is None:
-            return own()
-        return jax.lax.cond(self.share.leads, own, lambda: before)
 
     def merged(self, choice: Choice | FlatChoice, priorities: Scores) -> Self:
         """The same, with what is dropped put into what is chosen, if that is asked."""
@@ -254,12 +262,14 @@ class _Builder:
             used=(counts - whole).astype(jnp.int32),
         )
 
-    def ragged(self, priorities: Scores) -> LayerCache:
+    def ragged(self, evict: Eviction, priorities: Scores) -> LayerCache:
         """One flat buffer whose heads share the layer's slots."""
         share, multiple = self.share, self.store.multiple
         capacity = -(-self.layout.slots // multiple) * multiple
-        heads = share.heads
-        if heads is None:
+        if evict.budget.surveys:
+            assert share.heads is not None
+            heads = share.heads
+        else:
             assert share.sure is not None and share.total is not None
             given = (share.sure, share.total, capacity)
             heads = head_counts(priorities, *given)

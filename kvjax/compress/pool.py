@@ -45,10 +45,11 @@ def empty_pool(
     (widest,) = aligned((layout.slots,), layout, spec.num_kv_heads)
     evict = layout.plan.evict
     if evict is not None and evict.budget.surveys:
-        # Each piece starts at a multiple, wherever that is.
-        total += (len(slots) - 1) * (store.multiple - 1)
-        total = -(-total // store.multiple) * store.multiple
-    shape = (batch, max(total, widest), spec.head_dim)
+        # However they share, each piece ends at a multiple; one may be all there is.
+        most = sum(slots) + len(slots) * (store.multiple - 1)
+        total = most // store.multiple * store.multiple
+        widest = min(widest, total)
+    shape = (batch, total, spec.head_dim)
 
     def blank(codec: AbstractCodec) -> AbstractEncoded:
         def encoded():

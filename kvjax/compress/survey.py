@@ -7,8 +7,8 @@ of all layers' data comes to it through `allotted`.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -234,31 +234,33 @@ def _bare(evict: Eviction | None, slots: int, full: int) -> int:
 
 
 def allotted(
-    found: Survey, scores: Scores, looks: Sequence[object], lengths: Lengths, specs
+    found: Survey,
+    groups: Sequence[range],
+    seen: Sequence[Any],
+    lengths: Lengths,
+    specs: tuple[LayerSpec, ...],
 ) -> Survey:
     """`found` once the data of all layers are known.
 
     Args:
         found: by lengths alone.
-        scores: `[L, B, K, S]` priorities of all prompt tokens.
-        looks: of every layer what its budget has found (`Observed.look`), `[B, ...]`.
+        groups: layers that lie in one buffer (`kvjax.depth.members`). They share what
+            is theirs by lengths, and no more: how long a buffer is may not depend on
+            data.
+        seen: of each group whose budget surveys, with a first axis for its layers, the
+            priorities of all prompt tokens and what the budget has found
+            (`Observed.look`).
         lengths: tokens of each row.
         specs: all layers.
     """
-    evictions = [layout.plan.evict for layout in found.layouts]
     share = found.share
-    for evict in dict.fromkeys(evictions):
+    for group, given in zip(groups, seen, strict=True):
+        evict = found.layouts[group.start].plan.evict
         if evict is None or not evict.budget.surveys:
             continue
-        mine = np.array([n for n, one in enumerate(evictions) if one == evict])
-        look = jax.tree.map(lambda *x: jnp.stack(x), *(looks[n] for n in mine))
-        heads = evict.budget.allot(
-            scores[mine],
-            look,
-            share.held[mine],
-            lengths,
-            tuple(specs[n] for n in mine),
-        )
+        mine, here = np.array(group), tuple(specs[layer] for layer in group)
+        scores, look = given
+        heads = evict.budget.allot(scores, look, share.held[mine], lengths, here)
         assert share.heads is not None
         share = dataclasses.replace(share, heads=share.heads.at[mine].set(heads))
     return dataclasses.replace(found, share=share)
