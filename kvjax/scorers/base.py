@@ -7,10 +7,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import AbstractRanking
 from kvjax.pallas_kernels.column_stats import column_stats
+from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
+from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.slots import attend_block, slot_mask, slot_mass
 from kvjax.types import Held, Keys, LayerInputs, Lengths, Scores, Values, pytree
 
@@ -156,11 +158,41 @@ def mass_received(asking: Asking, held: Held) -> Float[Array, "B H S"]:
         shared = held.positions[:, 0]
         stats = column_stats(q, held.k, positions, shared, window=spec.window, **how)
         return stats.sum
-    mask = slot_mask(positions, held.positions, spec.window)
-    lse = attend_block(q, held.k, held.v[..., :1], mask, **how).lse
+    return received(asking, held, lambda weights, _: jnp.sum(weights, axis=2))
+
+
+def received(
+    asking: Asking,
+    held: Held,
+    of: Callable[[Float[Array, "B H T S"], Bool[Array, "B 1 T 1"]], Any],
+) -> Any:
+    """The sum over chunks of queries of what `of` finds in them; memory as a chunk's.
+
+    Args:
+        asking: the queries.
+        held: the tokens.
+        of: of the softmax weights that queries pay to each token held, 0 at free slots,
+            and of which of them are no padding: a pytree of sums over the queries.
+    """
+    spec = held.spec
+    how = {"scale": spec.scale, "softcap": spec.softcap}
+
+    def some(q: Array, positions: Array, *elsewhere: Array) -> tuple[Partial, Any]:
+        q = jnp.moveaxis(q, 2, 1)
+        mask = slot_mask(positions, held.positions, spec.window)
+        part = attend_block(q, held.k, held.v[..., :1], mask, **how)
+        lse = part.lse
+        for other in elsewhere:
+            lse = jnp.logaddexp(lse, jnp.moveaxis(other, 2, 1))
+        weights = slot_mass(q, lse, held.k, mask, **how)
+        return part, of(weights, (positions >= 0)[:, None, :, None])
+
+    given = [jnp.moveaxis(asking.q, 1, 2), asking.positions]
     if asking.elsewhere is not None:
-        lse = jnp.logaddexp(lse, asking.elsewhere)
-    return jnp.sum(slot_mass(q, lse, held.k, mask, **how), axis=2)
+        given.append(jnp.moveaxis(asking.elsewhere, 1, 2))
+    b, h, queries, _ = asking.q.shape
+    chunk = query_chunk(queries, b * h * held.k.shape[2])
+    return map_query_chunks(some, chunk, *given)[1]
 
 
 def group_mean(
