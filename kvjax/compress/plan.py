@@ -41,6 +41,12 @@ class Eviction:
                 f"whole chunks of one size for all do not; got "
                 f"evict.unit={type(self.unit).__name__}. Use single tokens."
             )
+        if self.budget.surveys and not self.unit.single:
+            raise ValueError(
+                f"{type(self.budget).__name__} compares scores of tokens of all "
+                "layers, and chunks have ranks in their stead; got "
+                f"evict.unit={type(self.unit).__name__}. Use single tokens."
+            )
         if self.values is None:
             return
         if self.merge is not None:
