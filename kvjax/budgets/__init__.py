@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from kvjax.budgets._ada import AdaKV as AdaKV
+from kvjax.budgets._ada_global import AdaKVGlobal as AdaKVGlobal
 from kvjax.budgets._pyramid import Pyramid as Pyramid
 from kvjax.budgets._retrieval import RetrievalHeads as RetrievalHeads
 from kvjax.budgets.base import AbstractBudget as AbstractBudget
@@ -14,6 +15,7 @@ BUDGETS: Mapping[str, type[AbstractBudget]] = MappingProxyType(
         "uniform": Uniform,
         "pyramid": Pyramid,
         "ada": AdaKV,
+        "ada_global": AdaKVGlobal,
         "retrieval_heads": RetrievalHeads,
     }
 )

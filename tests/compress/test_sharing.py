@@ -1,0 +1,153 @@
+"""Budgets for which all layers share: who gets how many, by numbers made up.
+
+Against the references where there is no limit, by brute force where there is one.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvjax.budgets import AdaKVGlobal
+from kvjax.budgets._sharing import apportioned, best_of_all, weights_of
+from tests.compress.samples import layer_spec
+from tests.reference import layer_budgets
+
+FREE = 1e6
+"""`most` that limits nothing."""
+LAYERS, KV_HEADS, TOKENS = 5, 2, 40
+
+
+APPORTION = jax.jit(apportioned)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 2**32 - 1))
+def test_highest_averages(seed):
+    """Rows of all kinds beside each other: the reference, and exact sums."""
+    rng = np.random.default_rng(seed)
+    layers, rows = 6, 4
+    preference = rng.gamma(rng.choice([0.1, 1.0, 9.0]), size=(layers, rows))
+    preference *= rng.integers(0, 3, (layers, rows)) > 0  # some have none, or all
+    preference = np.where(rng.random() < 0.2, np.round(preference), preference)
+    preference = preference.astype(np.float32)
+    most = rng.integers(0, 60, (layers, rows))
+    total = rng.integers(0, most.sum(axis=0) + 4)
+    with np.errstate(divide="ignore"):
+        weights = weights_of(jnp.asarray(np.log(preference.astype("f8")), "f4"))
+    got = np.asarray(APPORTION(weights, jnp.asarray(total, "i4"), jnp.asarray(most)))
+    np.testing.assert_array_equal(got.sum(axis=0), np.minimum(total, most.sum(axis=0)))
+    for row in range(rows):
+        given = np.asarray(weights, np.float64)[:, row], int(total[row])
+        want = layer_budgets.highest_averages(*given, least=0, most=most[:, row])
+        np.testing.assert_array_equal(got[:, row], want)
+
+
+def test_long_rows_are_divided_exactly():
+    """Where floats no longer tell one slot from the next, sums are still exact."""
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(rng.uniform(1e-9, 1, (13, 3)), jnp.float32)
+    most = jnp.full((13, 3), 2**27, jnp.int32)
+    total = jnp.asarray([2**30 + 7, 2**26 + 1, 13 * 2**27], jnp.int32)
+    got = np.asarray(APPORTION(weights, total, most), np.int64)
+    np.testing.assert_array_equal(got.sum(axis=0), total)
+    assert (got >= 0).all() and (got <= 2**27).all()
+    share = np.asarray(weights[:, 1] / weights[:, 1].sum(), np.float64)
+    np.testing.assert_allclose(got[:, 1], share * float(total[1]), rtol=1e-4, atol=2)
+
+
+def by_hand(scores, total: int, most, sure) -> np.ndarray:
+    """Slots of heads, `[H]`, token by token from the best on."""
+    (heads, tokens), counts = scores.shape, np.zeros(len(scores), int)
+    ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+    order = [
+        (ranks[h, t] >= sure[h], -scores[h, t], h, ranks[h, t])
+        for h in range(heads)
+        for t in range(tokens)
+        if scores[h, t] > -np.inf and ranks[h, t] < most[h]
+    ]
+    for _, _, head, _ in sorted(order)[:total]:
+        counts[head] += 1
+    return counts
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1))
+def test_best_of_all_heads(seed):
+    """Equal scores, protected and forbidden tokens, heads that are full."""
+    rng = np.random.default_rng(seed)
+    rows, heads, tokens = 3, 4, 12
+    scores = rng.integers(0, rng.choice([2, 5, 1000]), (rows, heads, tokens)) / 8
+    scores = np.where(rng.random(scores.shape) < 0.1, np.inf, scores)
+    scores = np.where(rng.random(scores.shape) < 0.2, -np.inf, scores)
+    most = rng.integers(1, tokens + 1, (rows, heads))
+    sure = rng.integers(0, 4, (rows, heads))
+    total = rng.integers(0, heads * tokens + 1, rows)
+    numbers = [jnp.asarray(x, jnp.int32) for x in (total, most, sure)]
+    got = jax.jit(best_of_all)(jnp.asarray(scores, jnp.float32), *numbers)
+    for row in range(rows):
+        safe = np.minimum(sure[row], most[row])
+        if safe.sum() <= total[row]:  # budgets see to it
+            want = by_hand(scores[row], int(total[row]), most[row], safe)
+            np.testing.assert_array_equal(got[row], want)
+
+
+# Budgets against the references
+
+
+def random_scores(seed: int, window: int) -> np.ndarray:
+    """`[L, 1, K, S]`, each layer and head of its own scale, the last tokens safe."""
+    rng = np.random.default_rng(seed)
+    scores = rng.gamma(0.3, size=(LAYERS, 1, KV_HEADS, TOKENS))
+    scores *= rng.gamma(1, size=(LAYERS, 1, KV_HEADS, 1))
+    scores[..., TOKENS - window :] = np.inf
+    return scores.astype(np.float32)
+
+
+def allotted(budget, scores, looks, mean: int) -> np.ndarray:
+    """Slots of each head of one row, `[L, K]`."""
+    layers = scores.shape[0]
+    slots = jnp.full((layers, 1), mean, jnp.int32)
+    specs = (layer_spec(4, KV_HEADS, 16),) * layers
+    lengths = jnp.full((1,), scores.shape[-1], jnp.int32)
+    run = jax.jit(functools.partial(budget.allot, specs=specs))
+    return np.asarray(run(jnp.asarray(scores), looks, slots, lengths))[:, 0]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("window", [0, 4])
+def test_heads_of_all_layers(seed, window):
+    scores, mean = random_scores(seed, window), 11
+    budget = AdaKVGlobal(keep=0.3, most=FREE, safeguard=0.25)
+    got = allotted(budget, scores, (), mean)
+    positions = np.broadcast_to(np.arange(TOKENS), (LAYERS, KV_HEADS, TOKENS))
+    mask = layer_budgets.adakv_global(scores[:, 0], positions, mean, safeguard=0.25)
+    np.testing.assert_array_equal(got, mask.sum(axis=-1))
+    assert got.sum() == LAYERS * KV_HEADS * mean
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_heads_of_all_layers_have_a_limit(seed):
+    scores, mean = random_scores(seed, 3), 11
+    got = allotted(AdaKVGlobal(keep=0.3, most=1.5), scores, (), mean)
+    flat = scores.reshape(LAYERS * KV_HEADS, TOKENS)
+    heads = np.ones(len(flat), int)
+    want = by_hand(flat, LAYERS * KV_HEADS * mean, 16 * heads, 2 * heads)
+    np.testing.assert_array_equal(got.reshape(-1), want)
+    assert got.max() == 16 and got.sum() == LAYERS * KV_HEADS * mean
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "says"),
+    [
+        (AdaKVGlobal, {"safeguard": 1.5}, "`safeguard` must be in"),
+        (AdaKVGlobal, {"most": 0.5}, "`most` is what a head gets"),
+    ],
+)
+def test_wrong_fields(kind, fields, says):
+    with pytest.raises(ValueError, match=says):
+        kind(keep=0.5, **fields)
