@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from kvjax.budgets._ada import AdaKV as AdaKV
 from kvjax.budgets._ada_global import AdaKVGlobal as AdaKVGlobal
+from kvjax.budgets._cake import Cake as Cake
 from kvjax.budgets._pyramid import Pyramid as Pyramid
 from kvjax.budgets._retrieval import RetrievalHeads as RetrievalHeads
 from kvjax.budgets.base import AbstractBudget as AbstractBudget
@@ -16,6 +17,7 @@ BUDGETS: Mapping[str, type[AbstractBudget]] = MappingProxyType(
         "pyramid": Pyramid,
         "ada": AdaKV,
         "ada_global": AdaKVGlobal,
+        "cake": Cake,
         "retrieval_heads": RetrievalHeads,
     }
 )

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from kvjax.scorers._attention import H2O as H2O
 from kvjax.scorers._attention import TOVA as TOVA
 from kvjax.scorers._attention import SnapKV as SnapKV
+from kvjax.scorers._cake import Cake as Cake
 from kvjax.scorers._expected_attention import ExpectedAttention as ExpectedAttention
 from kvjax.scorers._keys import KeyDiff as KeyDiff
 from kvjax.scorers._keys import KNorm as KNorm
@@ -24,6 +25,7 @@ SCORERS: Mapping[str, type[AbstractScorer]] = MappingProxyType(
         "knorm": KNorm,
         "keydiff": KeyDiff,
         "snapkv": SnapKV,
+        "cake": Cake,
         "tova": TOVA,
         "h2o": H2O,
         "expected_attention": ExpectedAttention,

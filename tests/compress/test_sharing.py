@@ -3,6 +3,7 @@
 Against the references where there is no limit, by brute force where there is one.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,9 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvjax.budgets import AdaKVGlobal
+from kvjax import scorers
+from kvjax.budgets import AdaKVGlobal, Cake
 from kvjax.budgets._sharing import apportioned, best_of_all, weights_of
-from tests.compress.samples import layer_spec
+from kvjax.compress.observe import remember
+from kvjax.pallas_kernels.slots import attend_block, slot_mask
+from tests.compress.samples import draw, layer_spec
 from tests.reference import layer_budgets
 
 FREE = 1e6
@@ -141,11 +145,113 @@ def test_heads_of_all_layers_have_a_limit(seed):
     assert got.max() == 16 and got.sum() == LAYERS * KV_HEADS * mean
 
 
+def cascade(scores, preference, mean: int, *, window: int, most: int, flat: bool):
+    """Masks and budgets of the papers' cascade; these do not count the window."""
+    positions = np.broadcast_to(np.arange(TOKENS), (LAYERS, KV_HEADS, TOKENS))
+    masks, budgets, peak = layer_budgets.layers_in_cascade(
+        scores[:, 0],
+        positions,
+        preference,
+        (mean - window) * LAYERS,
+        least=0,
+        most=most - window,
+        flat=flat,
+        rule=layer_budgets.highest_averages,
+    )
+    assert peak < LAYERS * KV_HEADS * TOKENS  # which is what ours holds for a while
+    return np.array(masks), budgets
+
+
+@pytest.mark.parametrize("most", [FREE, 1.5])
+@pytest.mark.parametrize("seed", range(4))
+def test_cake_is_its_cascade(seed, most):
+    scores, mean, window = random_scores(seed, 4), 11, 4
+    preference = np.random.default_rng(seed).gamma(1, size=LAYERS).astype(np.float32)
+    budget = Cake(keep=0.3, most=most, window=window)
+    looks = jnp.log(jnp.asarray(preference))[:, None]
+    got = allotted(budget, scores, looks, mean)
+    limit = int(min(most * mean, TOKENS))
+    how = {"window": window, "most": limit, "flat": False}
+    masks, budgets = cascade(scores, preference, mean, **how)
+    np.testing.assert_array_equal(got, np.stack([budgets + window] * KV_HEADS, -1))
+    np.testing.assert_array_equal(got, masks.sum(axis=-1))
+    assert got.sum() == LAYERS * KV_HEADS * mean and got.max() <= limit
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"window": 48}, {"softcap": 5.0}], ids=["full", "window", "softcap"]
+)
+@pytest.mark.parametrize("taus", [(1.0, 1.0), (1.6, 0.4)])
+def test_cake_preference(fields, taus):
+    """Of every row, and a row that is not longer than the window weighs nothing."""
+    lengths, window = (96, 61, 12), 16
+    sample = draw(7, layer_spec(4, 2, 16, **fields), lengths, width=104)
+    budget = Cake(keep=0.5, window=window, tau1=taus[0], tau2=taus[1])
+    seen = jnp.asarray(lengths, jnp.int32)
+    got = np.asarray(budget.look(sample.inputs, sample.inputs.held(seen)))
+    assert got[2] == -np.inf
+    for row, n in enumerate(lengths[:2]):
+        q, k, _ = sample.row(row)
+        index = np.arange(n)
+        want, *_ = layer_budgets.cake_preference(
+            q,
+            k,
+            positions=np.tile(index, (2, 1)),
+            q_positions=index,
+            sliding=fields.get("window"),
+            tau1=taus[0],
+            tau2=taus[1],
+            window=window,
+            softcap=fields.get("softcap"),
+        )
+        # Sums over query heads in place of means.
+        want = np.log(want) + np.log(4) * (1 / taus[0] + 1 / taus[1])
+        np.testing.assert_allclose(got[row], want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sliding", [None, 48])
+def test_a_prefix_is_seen_and_not_counted(sliding):
+    """Tokens in front that the layer does not hold have their weight, and no slots."""
+    lengths, cut, window = (96, 90), 40, 16
+    sample = draw(8, layer_spec(4, 2, 16, window=sliding), lengths)
+    whole, seen = sample.inputs, jnp.asarray(lengths, jnp.int32)
+    index = jnp.broadcast_to(jnp.arange(cut, 96), (2, 96 - cut))
+    behind = whole.taken(index, index < seen[:, None])
+    at = jnp.broadcast_to(jnp.arange(cut), (2, 2, cut))
+    front = (behind.q, whole.k[:, :, :cut], whole.v[:, :, :cut])
+    mask = slot_mask(behind.positions, at, sliding)
+    past = attend_block(*front, mask, scale=whole.spec.scale)
+    behind = dataclasses.replace(behind, elsewhere=past.lse)
+    score, counts = scorers.Cake(window=window, kernel=1), jnp.asarray([20, 20])
+
+    def scores(inputs):
+        held = inputs.held(seen)
+        memory = remember(score, None, inputs, held)
+        return np.asarray(score.score(memory, held, counts))
+
+    look = Cake(keep=0.5, window=window).look(behind, behind.held(seen))
+    ours, theirs = scores(behind), scores(whole)
+    for row, n in enumerate(lengths):
+        want = theirs[row, :, cut:n]
+        np.testing.assert_allclose(ours[row, :, : n - cut], want, rtol=1e-4)
+        (q, k, _), place = sample.row(row), np.arange(n)
+        how = {"positions": np.tile(place, (2, 1)), "q_positions": place}
+        weights, before = layer_budgets.window_attention(
+            q, k, window=window, sliding=sliding, **how
+        )
+        a = weights[:, :, before[0] & (place >= cut)]
+        entropy = -(a * np.log(np.where(a > 0, a, 1.0))).sum() / window
+        spread = a.var(axis=1, ddof=1).sum()
+        np.testing.assert_allclose(look[row], np.log(entropy * spread), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "says"),
     [
         (AdaKVGlobal, {"safeguard": 1.5}, "`safeguard` must be in"),
         (AdaKVGlobal, {"most": 0.5}, "`most` is what a head gets"),
+        (Cake, {"tau1": 0.0}, "`tau1` is a temperature"),
+        (Cake, {"window": 1}, "`window` must be an integer >= 2"),
     ],
 )
 def test_wrong_fields(kind, fields, says):

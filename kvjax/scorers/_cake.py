@@ -1,0 +1,77 @@
+"""CAKE: attention that the last queries pay, and how it varies among them."""
+
+import dataclasses
+import math
+from typing import final
+
+import jax.numpy as jnp
+
+from kvjax.config import positive_int, sized
+from kvjax.scorers.base import (
+    AbstractScorer,
+    average_pool,
+    group_mean,
+    last_queries,
+    mass_received,
+    ordered,
+    position_order,
+    protect_last,
+    received,
+    unsorted,
+)
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cake(AbstractScorer):
+    """Mean attention of the last queries plus `gamma` times its variance, smoothed.
+
+    Per query head, over the window's queries (the variance is the unbiased one); then
+    pooled among the tokens before the window, and averaged over the group.
+
+    Attributes:
+        window: queries at the end of the prompt that vote; their own tokens are kept.
+        gamma: weight of the variance.
+        kernel: width of the average pooling; zeros at the border count.
+
+    Source: CAKE (2503.12491); the authors' `cake_cache.py` (window 32,
+    gamma 200, average pooling of 5).
+    Deviations: the window is protected by `+inf`; the variance is a second pass around
+    the mean.
+    """
+
+    window: int = sized(32, short=8, recent=True)
+    gamma: float = 200.0
+    kernel: int = 5
+
+    def __post_init__(self):
+        positive_int("window", self.window, 2)
+        positive_int("kernel", self.kernel)
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(
+                f"`gamma` must be finite and at least 0; got {self.gamma}."
+            )
+
+    @property
+    def protected(self):
+        return self.window
+
+    def row(self, asked, before):
+        return last_queries(asked, self.window, before)
+
+    def score(self, memory, held, counts):
+        del counts
+        mean = mass_received(memory.row, held) / self.window
+
+        def squares(weights, asked):
+            far = jnp.where(asked, weights - mean[:, :, None], 0.0)
+            return jnp.sum(far * far, axis=2)
+
+        variance = received(memory.row, held, squares) / (self.window - 1)
+        raw = group_mean(mean + self.gamma * variance, held.k.shape[1])
+        before = held.positions < (held.seen - self.window)[:, None, None]
+        raw = jnp.where(held.live & before, raw, 0.0)
+        # Pooling is linear: after the mean over the group as well as before it.
+        order = None if self.kernel == 1 else position_order(held)
+        pooled = unsorted(average_pool(ordered(raw, order), self.kernel), order)
+        return protect_last(pooled, held, self.window)
