@@ -6,6 +6,7 @@ from types import MappingProxyType
 from kvjax.budgets._ada import AdaKV as AdaKV
 from kvjax.budgets._ada_global import AdaKVGlobal as AdaKVGlobal
 from kvjax.budgets._cake import Cake as Cake
+from kvjax.budgets._lava import Lava as Lava
 from kvjax.budgets._pyramid import Pyramid as Pyramid
 from kvjax.budgets._retrieval import RetrievalHeads as RetrievalHeads
 from kvjax.budgets.base import AbstractBudget as AbstractBudget
@@ -18,6 +19,7 @@ BUDGETS: Mapping[str, type[AbstractBudget]] = MappingProxyType(
         "ada": AdaKV,
         "ada_global": AdaKVGlobal,
         "cake": Cake,
+        "lava": Lava,
         "retrieval_heads": RetrievalHeads,
     }
 )

@@ -11,6 +11,7 @@ from kvjax.scorers._expected_attention import ExpectedAttention as ExpectedAtten
 from kvjax.scorers._keys import KeyDiff as KeyDiff
 from kvjax.scorers._keys import KNorm as KNorm
 from kvjax.scorers._lagkv import LagKV as LagKV
+from kvjax.scorers._lava import Lava as Lava
 from kvjax.scorers._learned import Retention as Retention
 from kvjax.scorers._positional import Random as Random
 from kvjax.scorers._positional import StreamingLLM as StreamingLLM
@@ -26,6 +27,7 @@ SCORERS: Mapping[str, type[AbstractScorer]] = MappingProxyType(
         "keydiff": KeyDiff,
         "snapkv": SnapKV,
         "cake": Cake,
+        "lava": Lava,
         "tova": TOVA,
         "h2o": H2O,
         "expected_attention": ExpectedAttention,

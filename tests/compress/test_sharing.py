@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax import scorers
-from kvjax.budgets import AdaKVGlobal, Cake
+from kvjax.budgets import AdaKVGlobal, Cake, Lava
 from kvjax.budgets._sharing import apportioned, best_of_all, weights_of
 from kvjax.compress.observe import remember
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
@@ -178,6 +178,32 @@ def test_cake_is_its_cascade(seed, most):
     assert got.sum() == LAYERS * KV_HEADS * mean and got.max() <= limit
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_lava_is_its_cascade(seed):
+    scores, mean, window = random_scores(seed, 4), 11, 4
+    got = allotted(Lava(keep=0.3, most=FREE), scores, (), mean)
+    preference = np.array([layer_budgets.lava_preference(x[0]) for x in scores])
+    how = {"window": window, "most": TOKENS, "flat": True}
+    masks, _ = cascade(scores, preference, mean, **how)
+    np.testing.assert_array_equal(got, masks.sum(axis=-1))
+    assert got.sum() == LAYERS * KV_HEADS * mean
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lava_has_a_limit(seed):
+    scores, mean, window = random_scores(seed, 4), 11, 4
+    got = allotted(Lava(keep=0.3, most=1.25), scores, (), mean)
+    preference = np.array([layer_budgets.lava_preference(x[0]) for x in scores])
+    layers = window + layer_budgets.highest_averages(
+        preference, (mean - window) * LAYERS, least=0, most=13 - window
+    )
+    for layer, slots in enumerate(layers):
+        limits = [np.full(KV_HEADS, n) for n in (13, 0)]
+        want = by_hand(scores[layer, 0], KV_HEADS * int(slots), *limits)
+        np.testing.assert_array_equal(got[layer], want)
+    assert got.max() == 13 and got.sum() == LAYERS * KV_HEADS * mean
+
+
 @pytest.mark.parametrize(
     "fields", [{}, {"window": 48}, {"softcap": 5.0}], ids=["full", "window", "softcap"]
 )
@@ -252,6 +278,7 @@ def test_a_prefix_is_seen_and_not_counted(sliding):
         (AdaKVGlobal, {"most": 0.5}, "`most` is what a head gets"),
         (Cake, {"tau1": 0.0}, "`tau1` is a temperature"),
         (Cake, {"window": 1}, "`window` must be an integer >= 2"),
+        (Lava, {"most": float("inf")}, "at least 1; got inf"),
     ],
 )
 def test_wrong_fields(kind, fields, says):
