@@ -24,7 +24,8 @@ class PromptReader:
     Args:
         model: what reads.
         share: methods that read prompts in the same way look at one pass over each
-            batch. The passes of one group are held at a time.
+            batch, but for those that probe. The passes of one group are held at a
+            time.
         mass: shared passes keep the attention each key received, for scores that sum
             it.
     """
@@ -42,7 +43,7 @@ class PromptReader:
         Raises:
             ValueError: the model gives logits that are not finite.
         """
-        if not self.share:
+        if not self.share or c.probes:  # which have a pass of their own
             tokens, lengths = group.read(index)
             read = timed(lambda: read_prompt(self.model, tokens, lengths, c))
         else:

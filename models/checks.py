@@ -207,8 +207,16 @@ def _plan(config: DecoderConfig, plan: LayerPlan) -> None:
         )
 
 
-def prefix(config: DecoderConfig, cache: KVCache, lengths: jax.Array) -> None:
-    """A cache can be what is in front of prompts."""
+def prefix(
+    config: DecoderConfig, c: Compression, cache: KVCache, lengths: jax.Array
+) -> None:
+    """A cache can be what is in front of prompts that are compressed like this."""
+    if c.probes:
+        names = ", ".join(type(score).__name__ for score in c.scores if score.probes)
+        raise ValueError(
+            f"{names} reads the prompt again, and would not see a `prefix` in front of "
+            "it. Put the prefix into the prompts, or use another score."
+        )
     if not isinstance(cache, KVCache):
         raise ValueError(
             f"`prefix` must be a KVCache that kvjax.prefill made; got {cache!r}."

@@ -24,7 +24,7 @@ from kvjax.depth import Loop, regrouped
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
-from kvjax.models.probing import probed
+from kvjax.models.probing import Rereading, probed
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.types import (
@@ -116,7 +116,8 @@ def observe_prompt(
     seen = model.run(tokens, positions, looking)
     left = seen.left
     if c.probes:
-        left = probed(model, tokens, lengths, loops, left, plans)
+        again = Rereading(model=model, lengths=lengths, loops=loops, seen=left)
+        left = probed(again, tokens, lengths, loops, left, plans)
     return last_logits(model, seen.hidden, lengths), left
 
 
@@ -260,14 +261,15 @@ def prefill(
     Raises:
         ValueError: wrong shapes, empty rows, tokens outside the vocabulary, a prompt
             beyond the model's range, a budget below what the method protects, a prefix
-            of another model, of several rows, or compressed.
+            of another model, of several rows, or compressed, or in front of a prompt
+            that is read again.
     """
     tokens, lengths = checks.prompt(model.config, tokens, lengths)
     checks.compression(model.config, c, lengths)
     checks.count("max_new_tokens", max_new_tokens)
     width = tokens.shape[1]
     if prefix is not None:
-        checks.prefix(model.config, prefix, lengths)
+        checks.prefix(model.config, c, prefix, lengths)
         prefix = nameless(prefix)
     if not checks.is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width))

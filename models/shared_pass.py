@@ -53,9 +53,15 @@ class SharedPass:
         """What `read_prompt` with `c` gives, up to the order of summation.
 
         Raises:
-            ValueError: `c` reads prompts in another way, or needs attention sums that
-                were not kept.
+            ValueError: `c` reads prompts in another way or more than once, or needs
+                attention sums that were not kept.
         """
+        if c.probes:
+            names = [type(score).__name__ for score in c.scores if score.probes]
+            raise ValueError(
+                f"{', '.join(names)} runs the model over the prompt again, which this "
+                "pass cannot. Use `read_prompt(model, tokens, lengths, c)`."
+            )
         if c.prefill != self.prefill:
             raise ValueError(
                 f"this prompt was read with {self.prefill}; got a compression with "

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -11,8 +12,10 @@ from kvjax.compress import parallel
 from kvjax.compress.building import Building
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import handed_on
+from kvjax.compress.observe import Observed
+from kvjax.compress.plan import LayerPlan
 from kvjax.compress.survey import Survey, plans_of, survey
-from kvjax.depth import in_order
+from kvjax.depth import in_order, members
 from kvjax.models import checks
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.inference import NONE, observe_prompt
@@ -80,10 +83,17 @@ def surveyed(
     found = building.surveyed(loops, seen).found
     if not c.probes:
         return found
-    memories = [layer.memory for layer in seen]
-    assert all(memory is not None for memory in memories)
-    scores = in_order(loops, [memory.slots for memory in memories if memory])
+    plans = [plans_of(c, specs, width)[group.start] for group in members(loops)]
+    scores = in_order(loops, list(map(_of_probe, plans, seen)))
     return dataclasses.replace(found, scores=scores)
+
+
+def _of_probe(plan: LayerPlan, seen: Observed) -> Float[Array, "turns B K S"]:
+    """What a probe found of some layers; zeros where another score ranks, or none."""
+    if plan.evict is None or not plan.evict.score.probes:
+        return jnp.zeros(seen.k.shape[:-1], jnp.float32)
+    assert seen.memory is not None
+    return seen.memory.slots
 
 
 def simulate(

@@ -62,7 +62,8 @@ def attend(
         before, mass = c.prefill.attend(prompt, prompt_lengths, wants_mass(c))
     layout: Layout = inputs.depth.kind
     observed = observe(prompt, prompt_lengths, layout.plan, mass)
-    if (scores := surveyed.scores) is not None:  # of a probe
+    evict, scores = layout.plan.evict, surveyed.scores
+    if scores is not None and evict is not None and evict.score.probes:
         memory = Memory(slots=take(scores, inputs.depth.layer))
         observed = dataclasses.replace(observed, memory=memory)
     layer, priorities = build(
@@ -84,7 +85,6 @@ def attend(
         if layer.growth is not None:
             body, _, edges = _grown(moved, layer)
             edge = jnp.take_along_axis(edges, _turns_of(behind, later), axis=1)
-        evict = layout.plan.evict
         merged = evict is not None and evict.merge is not None
         changed = merged or not layout.plan.store.plain
         held = in_place.held_in_place(body, edge, layer, changed, behind)

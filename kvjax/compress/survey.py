@@ -76,7 +76,7 @@ class Survey:
         share: at the rows' lengths.
         layouts: of every layer; layers of equal ones are treated alike.
         slots: `Layout.slots` of every layer by itself.
-        scores: `[L, B, K, S]` of a probe, or None.
+        scores: `[L, B, K, S]` in the layers where a probe ranks, or None.
     """
 
     share: Share

@@ -45,6 +45,11 @@ class CriticalKV(AbstractScorer):
             raise ValueError(
                 f"`first_stage` must be in [0, 1]; got {self.first_stage}."
             )
+        if self.base.probes:
+            raise ValueError(
+                f"`base` must score a prompt that is read once; got "
+                f"{type(self.base).__name__}, which reads it again. Use another score."
+            )
 
     @property
     def needs_mass(self):  # type: ignore[override]

@@ -55,6 +55,11 @@ Look = Callable[[LayerInputs, Keys, Values], Any]
 class Again(Protocol):
     """The model over some tokens behind a prompt that it has read."""
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Layers, rows, KV heads and tokens of the prompts: `[L, B, K, S]`."""
+        ...
+
     def __call__(
         self,
         tokens: Int[Array, "B R"],
@@ -69,7 +74,8 @@ class Again(Protocol):
             positions: absolute ones, `EMPTY` at padding.
             look: called in every layer.
             gates: what the weight of each token of the prompt is multiplied by, before
-                the softmax: 1 as it is, 0 dropped; None: all 1. Differentiable.
+                the softmax: 1 as it is, 0 dropped; None: all 1. Differentiable above 0,
+                with memory for one layer's attention.
         """
         ...
 
