@@ -10,6 +10,7 @@ from kvjax.scorers._cake import Cake as Cake
 from kvjax.scorers._expected_attention import ExpectedAttention as ExpectedAttention
 from kvjax.scorers._keys import KeyDiff as KeyDiff
 from kvjax.scorers._keys import KNorm as KNorm
+from kvjax.scorers._kvzip import KVzip as KVzip
 from kvjax.scorers._lagkv import LagKV as LagKV
 from kvjax.scorers._lava import Lava as Lava
 from kvjax.scorers._learned import Retention as Retention
@@ -35,5 +36,6 @@ SCORERS: Mapping[str, type[AbstractScorer]] = MappingProxyType(
         "lagkv": LagKV,
         "cur": CUR,
         "retention": Retention,
+        "kvzip": KVzip,
     }
 )

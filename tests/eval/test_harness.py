@@ -165,7 +165,10 @@ def test_prompts_are_read_once_for_all_budgets(model, tokenizer, tmp_path, monke
 
 
 def test_methods_may_share_a_pass(model, tokenizer, tmp_path, monkeypatch):
-    config = tiny.config(compressions=["h2o", "snapkv", "vertical_slash"])
+    config = tiny.config(
+        compressions=["h2o", "snapkv", "vertical_slash", "kvzip"],
+        overrides={"kvzip": {"evict.score.chunk": 32}},
+    )
     alone = harness.run(model, tokenizer, config, tmp_path / "alone")
     calls, read = [], reading.read_shared
 
