@@ -14,6 +14,7 @@ from kvjax.scorers._kvzip import KVzip as KVzip
 from kvjax.scorers._lagkv import LagKV as LagKV
 from kvjax.scorers._lava import Lava as Lava
 from kvjax.scorers._learned import Retention as Retention
+from kvjax.scorers._oracle import Oracle as Oracle
 from kvjax.scorers._positional import Random as Random
 from kvjax.scorers._positional import StreamingLLM as StreamingLLM
 from kvjax.scorers._values import CUR as CUR
@@ -37,5 +38,6 @@ SCORERS: Mapping[str, type[AbstractScorer]] = MappingProxyType(
         "cur": CUR,
         "retention": Retention,
         "kvzip": KVzip,
+        "oracle": Oracle,
     }
 )

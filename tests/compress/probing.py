@@ -20,6 +20,7 @@ from kvjax.rope import Rope
 from kvjax.scorers._replay import AbstractReplay
 from kvjax.scorers.base import AbstractProbe
 from kvjax.types import loops_of
+from tests.reference import probes
 
 V, LAYERS, KV_HEADS = 23, 2, 2
 LENGTHS = np.array([21, 13, 5], np.int32)
@@ -107,3 +108,33 @@ def _plain_pass(graph, params, tokens):
 
 
 FAMILIES = {"plain": {}, "windows": {"windows": (10, None), "attention_softcap": 2.0}}
+
+
+def transformer(model: Decoder) -> probes.Transformer:
+    """The same decoder in NumPy."""
+    config, layers = model.config, model.layers
+    e, d = config.hidden_size, config.head_dim
+    named = {
+        "attn_norm": (layers.attention_norm.weight, (e,)),
+        "mlp_norm": (layers.mlp_norm.weight, (e,)),
+        "q": (layers.attention.q.kernel, (e, config.num_heads, d)),
+        "k": (layers.attention.k.kernel, (e, config.num_kv_heads, d)),
+        "v": (layers.attention.v.kernel, (e, config.num_kv_heads, d)),
+        "o": (layers.attention.o.kernel, (config.num_heads, d, e)),
+        "gate": (layers.mlp.gate.kernel, (e, config.intermediate_size)),
+        "up": (layers.mlp.up.kernel, (e, config.intermediate_size)),
+        "down": (layers.mlp.down.kernel, (config.intermediate_size, e)),
+    }
+    weights = {
+        f"{n}/{name}": np.asarray(stack[...][n], np.float64).reshape(shape)
+        for name, (stack, shape) in named.items()
+        for n in range(config.num_layers)
+    }
+    assert model.head is not None
+    ends = {
+        "embed": model.embedding,
+        "norm": model.norm.weight,
+        "head": model.head.kernel,
+    }
+    weights |= {name: np.asarray(x[...], np.float64) for name, x in ends.items()}
+    return probes.Transformer(weights, config.rope.frequencies(), config.norm_eps)

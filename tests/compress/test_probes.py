@@ -1,23 +1,30 @@
 """Scores that run the model over the prompt again."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kvjax
+from kvjax.compress.survey import plans_of
 from kvjax.models.inference import read_prompt
+from kvjax.models.probing import Rereading
 from kvjax.models.shared_pass import read_shared
-from kvjax.scorers import CriticalKV, KVzip
+from kvjax.scorers import CriticalKV, KVzip, Oracle
+from kvjax.types import loops_of
 from tests.compress.probing import (
     FAMILIES,
     KV_HEADS,
     LAYERS,
     LENGTHS,
+    V,
     found,
+    method,
     model_of,
     prompts,
     queries_and_keys,
     replays,
+    transformer,
 )
 from tests.reference import probes
 from tests.small import assert_forms_agree, preset, small_model
@@ -63,6 +70,77 @@ def test_kvzip_is_the_reference(family, case, tolerance):
         want = probes.kvzip_scores(np.array(chunks), held, n_sink=score.n_sink)
         near = tolerance("float32")
         np.testing.assert_allclose(ours[:, row, :, :n], want, **near)
+
+
+def missed(model: probes.Transformer, tokens, first: int, gates) -> float:
+    """Negative log-likelihood of the tokens from `first` on, summed."""
+    logits = model.forward(tokens, gates)[first - 1 : -1]
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -logs[np.arange(len(logs)), np.asarray(tokens)[first:]].sum()
+
+
+ORACLES = {
+    "chunks": Oracle(chunk=8, overlap=3, ask=(1, 2)),
+    "no overlap": Oracle(chunk=8, overlap=0),
+    "one chunk": Oracle(chunk=64),
+}
+
+
+@pytest.mark.parametrize("case", ORACLES)
+def test_oracle_is_the_slope_of_the_likelihood(case, tolerance):
+    model, score = model_of(), ORACLES[case]
+    ours, theirs = found(model, score), transformer(model)
+    for row, n in enumerate(LENGTHS):
+        prompt = prompts()[row, :n].tolist()
+        if score.chunk > n and not score.ask:
+            ones = np.ones((LAYERS, KV_HEADS, n))
+            twice = prompt + prompt
+            want = -probes.gate_slopes(theirs, twice, ones, from_prompt=False)
+        else:
+            want = -slopes_of_replays(theirs, prompt, list(replays(score, row)))
+        near = tolerance("float32")
+        np.testing.assert_allclose(ours[:, row, :, :n], want, **near)
+        assert np.abs(want).max() > 1e-2
+        assert not ours[:, row, :, n:].any()
+
+
+def slopes_of_replays(model: probes.Transformer, prompt, chunks, step=1e-4):
+    """Central differences `[L, K, S]` of the mean loss of all chunks' own tokens."""
+    n = len(prompt)
+    slopes = np.zeros((LAYERS, KV_HEADS, n))
+    # What nothing of the replay leads in is told by the prompt.
+    begin = [(tokens, n + max(first, 1)) for _, _, tokens, first in chunks]
+    count = sum(n + len(tokens) - first for tokens, first in begin)
+    for index in np.ndindex(slopes.shape):
+        for sign in (1.0, -1.0):
+            gates = np.ones(slopes.shape)
+            gates[index] += sign * step
+            for tokens, first in begin:
+                loss = missed(model, [*prompt, *tokens], first, gates)
+                slopes[index] += sign * loss / (2 * step * count)
+    return slopes
+
+
+def test_gates_of_a_replay_are_factors_on_weights(tolerance):
+    """Any gates at all, not only near 1."""
+    model, rng = model_of(), np.random.default_rng(3)
+    n, c = 13, method(Oracle())
+    tokens, replay = prompts()[1:2, :n], rng.integers(0, V, (1, 6)).astype(np.int32)
+    seen = read_prompt(model, tokens, None, c).seen
+    loops = loops_of(model.config.layers, plans_of(c, model.config.layers, 16))
+    lengths, places = jnp.array([n]), n + jnp.arange(6, dtype=jnp.int32)[None]
+    again = Rereading(model=model, lengths=lengths, loops=loops, seen=seen)
+    gates = rng.uniform(0, 2, again.shape)
+    gates[rng.uniform(size=gates.shape) < 0.3] = 0.0
+    ours = again(
+        jnp.asarray(replay), places, gates=jnp.asarray(gates, jnp.float32)
+    ).logits
+    whole = [*tokens[0], *replay[0]]
+    want = transformer(model).forward(whole, gates[:, 0, :, :n])[n:]
+    near = tolerance("float32")
+    np.testing.assert_allclose(ours[0], want, **near)
+    far = transformer(model).forward(whole)[n:]
+    assert np.abs(want - far).max() > 0.1
 
 
 PROBES = [name for name in kvjax.compressions() if preset(name).probes]
