@@ -19,5 +19,6 @@ from kvjax.models.inference import prefill as prefill
 from kvjax.models.io import load as load
 from kvjax.models.io import save as save
 from kvjax.models.simulate import simulate as simulate
+from kvjax.models.slopes import gate_slopes as gate_slopes
 
 __version__ = "0.1.0"
