@@ -18,6 +18,7 @@ from kvjax.scorers._oracle import Oracle as Oracle
 from kvjax.scorers._positional import Random as Random
 from kvjax.scorers._positional import StreamingLLM as StreamingLLM
 from kvjax.scorers._rkv import RKV as RKV
+from kvjax.scorers._triattention import TriAttention as TriAttention
 from kvjax.scorers._values import CUR as CUR
 from kvjax.scorers._values import CriticalKV as CriticalKV
 from kvjax.scorers.base import AbstractScorer as AbstractScorer
@@ -41,5 +42,6 @@ SCORERS: Mapping[str, type[AbstractScorer]] = MappingProxyType(
         "kvzip": KVzip,
         "oracle": Oracle,
         "rkv": RKV,
+        "triattention": TriAttention,
     }
 )
