@@ -18,8 +18,12 @@ from kvjax.models.config import Evictor, Projection, read_gates
 from kvjax.models.evictor import with_evictor
 from kvjax.models.projection import with_projection
 from kvjax.rope import Rope
+from kvjax.scorers import AbstractScorer
 
 VOCAB = 61
+MANY = 512
+"""Vocabulary without repeated tokens in a row: in the first layer their keys would be
+of one length but for rounding, and `knorm` would choose among them by chance."""
 HEAD_DIM = 32
 
 
@@ -43,6 +47,12 @@ BUDGETED = tuple(
     if preset(name).schedule.interval is None
     and (preset(name).evict is not None or preset(name).keep is not None)
 )
+SCORES: dict[str, AbstractScorer] = {}
+"""Scores of presets that need no second pass, each by the first preset that has it."""
+for _name in PRESETS:
+    for _score in preset(_name).scores:
+        if not _score.probes and _score not in SCORES.values():
+            SCORES[_name] = _score
 
 
 def gates(layers: int, kv_heads: int) -> tuple[tuple[float, ...], ...]:
@@ -53,14 +63,16 @@ def gates(layers: int, kv_heads: int) -> tuple[tuple[float, ...], ...]:
 
 
 @functools.lru_cache
-def small_model(dtype: str = "float32", std: float = 0.08, layers: int = 2) -> Decoder:
+def small_model(
+    dtype: str = "float32", std: float = 0.08, layers: int = 2, vocab: int = VOCAB
+) -> Decoder:
     """Random weights, grouped queries, and logits that compression really changes.
 
     It has an evictor, a projection and gates, which compressions that do not ask for
     them ignore.
     """
     config = DecoderConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=64,
         intermediate_size=96,
         num_layers=layers,
@@ -90,11 +102,17 @@ LATER = np.array([41, 50, 36], np.int32)
 
 
 @functools.lru_cache
-def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ragged prompts `[B, T]`, their continuations `[B, N]`, and both in one row."""
+def batch(vocab: int = VOCAB) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ragged prompts `[B, T]`, their continuations `[B, N]`, and both in one row.
+
+    Of a vocabulary that is large enough, no token comes twice in a row.
+    """
     rng = np.random.default_rng(0)
     width = int((LENGTHS + LATER).max())
-    whole = rng.integers(0, VOCAB, (ROWS, width)).astype(np.int32)
+    whole = rng.integers(0, vocab, (ROWS, width)).astype(np.int32)
+    if vocab >= width:
+        whole = rng.permuted(np.tile(np.arange(vocab, dtype="i4"), (ROWS, 1)), axis=1)
+        whole = whole[:, :width]
     prompt, later = whole[:, :WIDTH].copy(), np.zeros((ROWS, LATER.max()), np.int32)
     for row in range(ROWS):
         prompt[row, LENGTHS[row] :] = 0
@@ -140,7 +158,7 @@ def assert_forms_agree(model: Decoder, c: Compression, flips: bool = False) -> N
     With `flips` a rounding before a code may turn out the other way, which moves the
     logits behind it by no more than one code does (docs/log.md, 2026-11-21).
     """
-    prompt, later, whole = batch()
+    prompt, later, whole = batch(model.config.vocab_size)
     total = LENGTHS + LATER
     first, cache = kvjax.prefill(model, prompt, LENGTHS, c, max_new_tokens=64)
     real, _ = kvjax.extend(model, cache, later, LATER)

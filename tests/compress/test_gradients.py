@@ -10,11 +10,7 @@ from flax import nnx
 
 import kvjax
 from kvjax.models import Decoder
-from tests.small import LATER, LENGTHS, PRESETS, ROWS, preset, small_model
-
-MANY = 512
-"""Vocabulary without repeated tokens in a row: in the first layer their keys would be
-of one length but for rounding, and `knorm` would choose among them by chance."""
+from tests.small import LATER, LENGTHS, MANY, PRESETS, ROWS, preset, small_model
 
 
 def loss_of(name: str):

@@ -13,15 +13,10 @@ from kvjax.compress.observe import remember
 from kvjax.scorers import AbstractScorer
 from kvjax.types import EMPTY, Held
 from tests.compress.samples import draw, layer_spec
-from tests.small import PRESETS, preset
+from tests.small import SCORES
 
 LENGTHS, WIDTH = (96, 61, 30), 104
 COUNTS = jnp.asarray((48, 20, 17), jnp.int32)
-SCORES: dict[str, AbstractScorer] = {}
-for _name in PRESETS:
-    for _score in preset(_name).scores:
-        if not _score.probes and _score not in SCORES.values():
-            SCORES[_name] = _score
 GIVEN_SCORE = pytest.mark.parametrize("name", SCORES)
 SPECS = {
     "full": layer_spec(6, 2, 32),
