@@ -59,7 +59,8 @@ class LayerCache:
         b, _, tokens, _ = inputs.q.shape
         if self.growth is None and self.folding is None:
             cache = self._append(inputs, turn)
-            return cache._read(inputs, turn)[0].out, cache
+            return merge(cache._read(inputs, turn)).out, cache
+            return merge(cache._read(inputs, turn)).out, cache
         if tokens == 1:
             return self._step(inputs, turn)
         width = min(tokens, self.tail.capacity)
@@ -88,21 +89,20 @@ class LayerCache:
         tail = self.tail.append(inputs.k, inputs.v, inputs.positions, turn)
         return dataclasses.replace(self, tail=tail)
 
-    def _read(self, inputs: LayerInputs, turn: Turn) -> tuple[Partial, LayerInputs]:
-        """Attention over all parts; and the inputs, with what goes to a prefix."""
+    def _read(self, inputs: LayerInputs, turn: Turn) -> list[Partial]:
+        """Attention over every part by itself, the tail last."""
         read = (inputs.q, inputs.positions, self.spec, None, turn)
-        found = [part.attend(*read) for part in (*self.parts, self.tail)]
-        if self.folding is not None and len(found) > 2:
-            elsewhere = merge(found[1:-1]).lse
-            inputs = dataclasses.replace(inputs, elsewhere=elsewhere)
-        return merge(found), inputs
+        return [part.attend(*read) for part in (*self.parts, self.tail)]
 
     def _step(self, inputs: LayerInputs, turn: Turn) -> tuple[Array, Self]:
         """Tokens that fit the tail: append, attend, move full tails into the body."""
         cache = self._append(inputs, turn)
-        read, inputs = cache._read(inputs, turn)
+        parts = cache._read(inputs, turn)
+        read = merge(parts)
         if self.folding is not None:
             used = take(self.tail.used, turn)
+            if others := parts[1:-1]:  # a prefix
+                inputs = dataclasses.replace(inputs, elsewhere=merge(others).lse)
             cache = cache._track(inputs, used, read.lse, turn)
         full = take(cache.tail.used, turn) >= cache.tail.capacity
         # The body is read above and written below; nothing else puts that in order.

@@ -1,12 +1,26 @@
 """Every score ranks again and again while tokens are decoded."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kvjax
 from kvjax.budgets import Uniform
+from kvjax.cache import LayerCache, Shared, Slots
+from kvjax.codecs import PlainArray
 from kvjax.compress.config import Compression, Eviction
 from kvjax.schedules import EveryTokens
+from kvjax.scorers import SnapKV
+from tests.compress.samples import (
+    compressed,
+    decode_inputs,
+    draw,
+    layer_spec,
+    prefix,
+)
 from tests.small import (
     LATER,
     LENGTHS,
@@ -16,6 +30,8 @@ from tests.small import (
     batch,
     small_model,
 )
+
+ATTEND = jax.jit(LayerCache.attend)
 
 
 @pytest.mark.sweep(3, 6)
@@ -37,3 +53,30 @@ def test_decodes(name):
             assert len(ours[0]) < n
             for held, want in zip(ours, one, strict=True):
                 np.testing.assert_array_equal(held, want)
+
+
+def test_what_queries_pay_to_a_prefix_is_remembered():
+    """So that what they pay to the tokens held is the share that it was."""
+    spec, steps, prompts = layer_spec(4, 2, 16), 11, np.array([40, 29])
+    whole, front = draw(9, spec, tuple(prompts + steps)), draw(10, spec, (13,)).inputs
+    logits = jnp.einsum(
+        "BKGTD,KSD->BKGTS", whole.inputs.q.reshape(2, 2, 2, -1, 16), front.k[0]
+    )
+    paid = jax.nn.logsumexp(logits * spec.scale, axis=-1).reshape(2, 4, -1)
+    sample = prefix(whole, prompts)
+    inputs = dataclasses.replace(sample.inputs, elsewhere=paid[:, :, : prompts.max()])
+    evict = Eviction(score=SnapKV(window=6), budget=Uniform(slots=16))
+    c = Compression(evict=evict, schedule=EveryTokens(interval=4))
+    cache = compressed(dataclasses.replace(sample, inputs=inputs), c)
+    part = Slots(
+        keys=PlainArray(data=front.k),
+        values=PlainArray(data=front.v),
+        positions=jnp.zeros(front.k.shape[:3], jnp.int32),
+    )
+    cache = dataclasses.replace(cache, parts=(*cache.parts, Shared(part=part, rows=2)))
+    for step in range(steps):
+        _, cache = ATTEND(cache, decode_inputs(whole, prompts, step))
+        assert cache.tracking is not None
+        for row, n in enumerate(prompts + step + 1):
+            ours = cache.tracking.row.elsewhere[row]
+            np.testing.assert_allclose(ours, paid[row, :, n - 6 : n], rtol=1e-5)
