@@ -162,7 +162,13 @@ def step(
 
 @functools.partial(jax.jit, static_argnames=("graph", "c", "room"))
 def _prefill(
-    graph, params, tokens, lengths, c: Compression, room: int, prefix: KVCache | None
+    graph,
+    params,
+    tokens,
+    lengths,
+    c: Compression,
+    room: int,
+    prefix: KVCache | None = None,
 ):
     model = nnx.merge(graph, params)
     specs, width = model.config.layers, tokens.shape[1]

@@ -60,7 +60,6 @@ class LayerCache:
         if self.growth is None and self.folding is None:
             cache = self._append(inputs, turn)
             return merge(cache._read(inputs, turn)).out, cache
-            return merge(cache._read(inputs, turn)).out, cache
         if tokens == 1:
             return self._step(inputs, turn)
         width = min(tokens, self.tail.capacity)

@@ -72,7 +72,7 @@ def empty_pool(
 def pour(
     pool: Ragged,
     part: Slots | Ragged,
-    turn: Int[Array, ""],
+    turn: Int[Array, ""] | int,
     first: Int[Array, "B"],
     count: Int[Array, "B"],
 ) -> Ragged:

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ Look = Callable[[LayerInputs, Keys, Values], Any]
 """What is to be known of a layer: `(asked, k, v)` of the new tokens and the prompt."""
 
 
+@runtime_checkable
 class Again(Protocol):
     """The model over some tokens behind a prompt that it has read."""
 
