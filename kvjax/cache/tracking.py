@@ -144,8 +144,12 @@ def fold(
         held = _together(take(body, turn), own, spec, layer)
         remembered = jax.tree.map(_joined, given.body, given.tail)
         memory = Memory(slots=remembered, row=given.row)
-        scores = folding.score.score(memory, held, given.limit)
-        return scores.astype(jnp.float32)
+        scores = folding.score.score(memory, held, given.limit).astype(jnp.float32)
+        if spec.window is None:
+            return scores
+        # As after the prompt: what no later query sees takes no slot from others.
+        edge = held.seen[:, None, None] - 1 - spec.window
+        return jnp.where(held.positions > edge, scores, -jnp.inf)
 
     # Scores are computed on condition, and nothing else: a body that went through the
     # branches would be copied at every step.

@@ -13,7 +13,7 @@ from kvjax.cache import LayerCache, Shared, Slots
 from kvjax.codecs import PlainArray
 from kvjax.compress.config import Compression, Eviction
 from kvjax.schedules import EveryTokens
-from kvjax.scorers import SnapKV
+from kvjax.scorers import KNorm, SnapKV
 from tests.compress.samples import (
     compressed,
     decode_inputs,
@@ -80,3 +80,20 @@ def test_what_queries_pay_to_a_prefix_is_remembered():
         for row, n in enumerate(prompts + step + 1):
             ours = cache.tracking.row.elsewhere[row]
             np.testing.assert_allclose(ours, paid[row, :, n - 6 : n], rtol=1e-5)
+
+
+def test_what_no_query_sees_again_goes():
+    """However high its score; the short rows' bodies are not full at first."""
+    spec, steps, prompts = layer_spec(4, 2, 16, window=16), 24, np.array([40, 9])
+    whole = draw(11, spec, tuple(prompts + steps))
+    evict = Eviction(score=KNorm(), budget=Uniform(slots=12))
+    c = Compression(evict=evict, schedule=EveryTokens(interval=4))
+    cache = compressed(prefix(whole, prompts), c)
+    for step in range(steps):
+        _, cache = ATTEND(cache, decode_inputs(whole, prompts, step))
+        if (step + 1) % 4:
+            continue
+        for row, n in enumerate(prompts + step + 1):
+            for held in cache.parts[0].live_positions()[row]:
+                assert len(held) == min(12, n)
+                assert held.min() >= n - spec.window
