@@ -1,6 +1,7 @@
 """Cache state: parts in several layouts, the tail, and how a layer attends."""
 
 from kvjax.cache.merging import AbstractMerge as AbstractMerge
+from kvjax.cache.merging import present as present
 from kvjax.cache.pages import PageBudget as PageBudget
 from kvjax.cache.pages import Pages as Pages
 from kvjax.cache.parts import AbstractPart as AbstractPart

@@ -1,11 +1,12 @@
 """What becomes of the tokens that are dropped."""
 
 import abc
+import dataclasses
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from kvjax.types import Held, Keys, Scores, Values
+from kvjax.types import EMPTY, Held, Keys, Scores, Values
 
 
 class AbstractMerge(abc.ABC):
@@ -17,24 +18,27 @@ class AbstractMerge(abc.ABC):
     ) -> tuple[Keys, Values]:
         """Keys and values of what stays, with what was dropped in them.
 
+        What gets nothing keeps every bit.
+
         Args:
-            held: the tokens that there are.
+            held: the tokens that there are, see `present`.
             kept: which of them stay; what is neither free nor kept is dropped.
-            scores: what ranked them; `+inf` for tokens that always stay.
+            scores: what ranked them, token by token and unprotected: finite, but in
+                free slots, where they are anything.
 
         Returns:
             `[B, K, S, D]` each; of tokens that do not stay, anything.
         """
 
 
-def finite(held: Held, scores: Scores) -> Scores:
-    """Scores in which tokens that always stay have the largest number of their head.
+def present(held: Held) -> Held:
+    """What may be merged: zeros in free slots, and no token that left the window.
 
-    Free slots, and tokens that never stay, have the smallest.
+    What nothing can see any more is absent: it is not dropped, and receives nothing.
     """
-    known = held.live & jnp.isfinite(scores)
-    most = jnp.max(jnp.where(known, scores, -jnp.inf), axis=-1, keepdims=True)
-    least = jnp.min(jnp.where(known, scores, jnp.inf), axis=-1, keepdims=True)
-    some = jnp.isfinite(most)
-    most, least = jnp.where(some, most, 1.0), jnp.where(some, least, 0.0)
-    return jnp.where(known, scores, jnp.where(jnp.isposinf(scores), most, least))
+    window = held.spec.window
+    if window is not None:
+        seen = held.positions > held.seen[:, None, None] - 1 - window
+        positions = jnp.where(seen, held.positions, EMPTY)
+        held = dataclasses.replace(held, positions=positions, in_order=False)
+    return held.cleared()

@@ -3,6 +3,7 @@
 import abc
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.types import Held, LayerInputs, Scores, pytree
@@ -74,3 +75,31 @@ class AbstractRanking(abc.ABC):
         Returns:
             Of free slots anything.
         """
+
+    def unprotected(self, memory: Memory, held: Held, scores: Scores) -> Scores:
+        """Finite scores: those of tokens that always stay as if they did not.
+
+        Args:
+            memory: as `score` got it.
+            held: the tokens.
+            scores: what `score` said of them.
+
+        Returns:
+            Of free slots anything. Where a ranking does not know better, protected
+            tokens have the largest finite score of their head.
+        """
+        del memory
+        return finite(held, scores)
+
+
+def finite(held: Held, scores: Scores) -> Scores:
+    """Scores in which tokens that always stay have the largest number of their head.
+
+    Tokens that never stay have the smallest.
+    """
+    known = held.live & jnp.isfinite(scores)
+    most = jnp.max(jnp.where(known, scores, -jnp.inf), axis=-1, keepdims=True)
+    least = jnp.min(jnp.where(known, scores, jnp.inf), axis=-1, keepdims=True)
+    some = jnp.isfinite(most)
+    most, least = jnp.where(some, most, 1.0), jnp.where(some, least, 0.0)
+    return jnp.where(known, scores, jnp.where(jnp.isposinf(scores), most, least))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.merging import AbstractMerge
+from kvjax.cache.merging import AbstractMerge, present
 from kvjax.cache.parts import Slots
 from kvjax.cache.ranking import AbstractRanking, Memory
 from kvjax.cache.tail import Tail
@@ -128,7 +128,8 @@ def fold(
     """Move the tails of `rows` into the body, evicting the lowest scores of both.
 
     Tokens go oldest first into free slots, then over the lowest-scored slot if they
-    beat it: the body ends with the best of the union, and no slot is copied.
+    beat it: the body ends with the best of the union, and no slot is copied. Where
+    tokens are merged, only their places move so; then the body is written anew.
     """
     keys, values = body.keys, body.values
     assert isinstance(keys, PlainArray) and isinstance(values, PlainArray)
@@ -137,14 +138,12 @@ def fold(
         take(tail, turn),
         take(tracking, turn),
     )
-
-    slots = at.shape[-1]
+    both, slots = _Both(at, own, given, spec, layer), at.shape[-1]
 
     def ranked() -> Array:
-        held = _together(take(body, turn), own, spec, layer)
-        remembered = jax.tree.map(_joined, given.body, given.tail)
-        memory = Memory(slots=remembered, row=given.row)
-        scores = folding.score.score(memory, held, given.limit).astype(jnp.float32)
+        held = both.held(*take((keys.data, values.data), turn))
+        scores = folding.score.score(both.memory(), held, given.limit)
+        scores = scores.astype(jnp.float32)
         if spec.window is None:
             return scores
         # As after the prompt: what no later query sees takes no slot from others.
@@ -161,15 +160,11 @@ def fold(
     usable = jnp.arange(slots) < given.limit[:, None, None]
     scores = jnp.where(usable, scores, jnp.inf)
     live = (own.positions >= 0) & rows[:, None, None]
-    # Where tokens are merged, it is the places of those that stay that move.
     moving: Any = (keys.data, values.data, body.positions, tracking.body)
     fresh: Any = (own.keys, own.values, own.positions, given.tail)
     if folding.merge is not None:
-        origin = jnp.arange(slots + own.capacity, dtype=jnp.int32)
-        origin = jnp.broadcast_to(origin, (*at.shape[:2], origin.shape[0]))
-        moving = (take(body.positions, turn), given.body, origin[..., :slots])
-        fresh = (own.positions, given.tail, origin[..., slots:])
-    where = None if folding.merge is not None else turn
+        moving, fresh = both.places()
+    where = turn if folding.merge is None else None
 
     def step(j, carry):
         held, scores = carry
@@ -181,26 +176,27 @@ def fold(
         held = jax.tree.map(lambda x, y: put_slot(x, y, slot, on, where), held, token)
         return held, put_slot(scores, score, slot, on)
 
+    def often(count: int, step: Any, carry: Any) -> Any:
+        if always:
+            return step(0, carry)
+        return _often(count, jnp.any(rows), step, carry, turn)
+
     carry = (moving, scores)
     # What is read above is written below, which nothing but data puts in order.
     carry, fresh = jax.lax.optimization_barrier((carry, fresh))
-    if always:
-        carry = step(0, carry)
-    else:
-        carry = _often(own.capacity, jnp.any(rows), step, carry, turn)
-    moved, _ = carry
+    moved, _ = often(own.capacity, step, carry)
     if folding.merge is not None:
-        positions, remembered, origin = moved
-        held = _together(take(body, turn), own, spec, layer)
-        k, v = _merged(folding.merge, held, origin, every, rows)
-        new = (positions, remembered, k, v)
-        old = (body.positions, tracking.body, keys.data, values.data)
-        positions, remembered, k, v = (
-            jax.tree.map(lambda x, y: put(x, y, turn), *pair)
-            for pair in zip(old, new, strict=True)
-        )
-        moved = (k, v, positions, remembered)
-    new_keys, new_values, positions, remembered = moved
+        *small, origin = moved
+
+        def rewrite(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            new = _merged(folding, both, take(carry, turn), origin, every, rows)
+            new, carry = jax.lax.optimization_barrier((new, carry))
+            return put(carry, new, turn)
+
+        # In a loop, as above: a body that went through a branch would be copied.
+        pair = often(1, rewrite, (keys.data, values.data))
+        moved = (*pair, *put((body.positions, tracking.body), tuple(small), turn))
+    new_keys, new_values, positions, slots_of = moved
     body = dataclasses.replace(
         body,
         keys=PlainArray(data=new_keys),
@@ -210,13 +206,52 @@ def fold(
     late_slots = jax.tree.map(
         lambda old, x: put(old, _blank(x, rows), turn), tracking.tail, given.tail
     )
-    tracking = dataclasses.replace(tracking, body=remembered, tail=late_slots)
+    tracking = dataclasses.replace(tracking, body=slots_of, tail=late_slots)
     return body, tail.emptied(rows, turn), tracking
 
 
+@dataclasses.dataclass(frozen=True)
+class _Both:
+    """Body and tail of one layer as one, the body first."""
+
+    at: Int[Array, "B K S"]
+    tail: Tail
+    tracking: Tracking
+    spec: LayerSpec
+    layer: Any
+
+    def held(self, k: Array, v: Array) -> Held:
+        """What they hold; keys and values of the body are given."""
+        positions = _joined(self.at, self.tail.positions)
+        return Held(
+            k=_joined(k, self.tail.keys),
+            v=_joined(v, self.tail.values),
+            positions=positions,
+            seen=jnp.max(positions, axis=(1, 2)) + 1,
+            layer=self.layer,
+            spec=self.spec,
+        )
+
+    def memory(self) -> Memory:
+        """What is remembered of it."""
+        slots = jax.tree.map(_joined, self.tracking.body, self.tracking.tail)
+        return Memory(slots=slots, row=self.tracking.row)
+
+    def places(self) -> tuple[Any, Any]:
+        """Of body and of tail all but keys and values, and the places of these."""
+        b, heads, slots = self.at.shape
+        count = slots + self.tail.capacity
+        origin = jnp.broadcast_to(jnp.arange(count), (b, heads, count))
+        return (
+            (self.at, self.tracking.body, origin[..., :slots]),
+            (self.tail.positions, self.tracking.tail, origin[..., slots:]),
+        )
+
+
 def _merged(
-    merge: AbstractMerge,
-    held: Held,
+    folding: Folding,
+    both: _Both,
+    body: tuple[Array, Array],
     origin: Int[Array, "B K S"],
     scores: Array,
     rows: Bool[Array, "B"],
@@ -224,40 +259,28 @@ def _merged(
     """Keys and values of the body, with what was dropped of `rows` in them.
 
     Args:
-        merge: how.
-        held: body and tail before.
-        origin: for each slot of the body, which of those it holds now.
+        folding: how.
+        both: body and tail before.
+        body: keys and values, before.
+        origin: for each slot of the body, which of those of both it holds now.
         scores: what ranked them.
         rows: whose tails went into the body.
     """
+    assert folding.merge is not None
+    held = both.held(*body)
+    scores = folding.score.unprotected(both.memory(), held, scores)
+    held, rows = present(held), rows[:, None, None]
+    b, heads, count = held.positions.shape
+    at = (jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None], origin)
+    kept = jnp.zeros((b, heads, count), bool).at[at].set(True)
+    new = folding.merge.merged(held, kept & held.live, scores.astype(jnp.float32))
 
-    def run() -> tuple[Array, Array]:
-        b, heads, count = held.positions.shape
-        kept = jnp.zeros((b, heads, count), bool)
-        at = (jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None], origin)
-        kept = kept.at[at].set(True) | ~rows[:, None, None]
-        return merge.merged(held, kept & held.live, scores)
+    def placed(x: Array, old: Array) -> Array:
+        moved = jnp.take_along_axis(x, origin[..., None], axis=2)
+        return jnp.where(rows[..., None], moved, old)
 
-    k, v = jax.lax.cond(jnp.any(rows), run, lambda: (held.k, held.v))
-    index = origin[..., None]
-    return (
-        jnp.take_along_axis(k, index, axis=2).astype(held.k.dtype),
-        jnp.take_along_axis(v, index, axis=2).astype(held.v.dtype),
-    )
-
-
-def _together(body: Slots, tail: Tail, spec: LayerSpec, layer: Any) -> Held:
-    """What body and tail hold, the body first."""
-    assert isinstance(body.keys, PlainArray) and isinstance(body.values, PlainArray)
-    positions = _joined(body.positions, tail.positions)
-    return Held(
-        k=_joined(body.keys.data, tail.keys),
-        v=_joined(body.values.data, tail.values),
-        positions=positions,
-        seen=jnp.max(positions, axis=(1, 2)) + 1,
-        layer=layer,
-        spec=spec,
-    )
+    k, v = map(placed, new, body)
+    return k, v
 
 
 def _joined(body: Array, tail: Array) -> Array:

@@ -19,6 +19,7 @@ from kvjax.cache import (
     Tail,
     Tracking,
     empty_tail,
+    present,
 )
 from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray, straight_through
 from kvjax.compress.config import Compression
@@ -90,8 +91,7 @@ def build(
     if plan.evict.values is not None:
         return builder.decoupled(priorities), priorities
     choice = choose(priorities, share.held, layout.slots)
-    builder = builder.merged(choice, priorities)
-    return builder.uniform(choice, share.held), priorities
+    return builder.merged(choice).uniform(choice, share.held), priorities
 
 
 def handed_on(c: Compression, batch: int, spec: LayerSpec, tokens: int):
@@ -168,15 +168,19 @@ class _Builder:
     def spec(self) -> LayerSpec:
         return self.held.spec
 
-    def merged(self, choice: Choice | FlatChoice, priorities: Scores) -> Self:
+    def merged(self, choice: Choice | FlatChoice) -> Self:
         """The same, with what is dropped put into what is chosen, if that is asked."""
-        evict = self.layout.plan.evict
+        evict, memory = self.layout.plan.evict, self.observed.memory
         if evict is None or evict.merge is None:
             return self
-        kept, held = chosen_mask(choice, self.held.live), self.held
-        k, v = evict.merge.merged(held.cleared(), kept, priorities)
-        k, v = k.astype(held.k.dtype), v.astype(held.v.dtype)
-        return dataclasses.replace(self, held=dataclasses.replace(held, k=k, v=v))
+        assert memory is not None
+        # Of the layer's own tokens: priorities may be ranks, or an earlier layer's.
+        scores = evict.score.score(memory, self.held, self.share.counts)
+        scores = evict.score.unprotected(memory, self.held, scores)
+        held = present(self.held)
+        kept = chosen_mask(choice, held.live) & held.live
+        k, v = evict.merge.merged(held, kept, scores.astype(jnp.float32))
+        return dataclasses.replace(self, held=dataclasses.replace(self.held, k=k, v=v))
 
     def everything(self) -> Choice:
         """All tokens of the prompt, in order."""
@@ -274,7 +278,7 @@ class _Builder:
             given = (share.sure, share.total, capacity)
             heads = head_counts(priorities, *given)
         flat = choose_flat(priorities, heads, capacity)
-        made = self.merged(flat, priorities)
+        made = self.merged(flat)
         row = jnp.arange(len(self.lengths))[:, None]
         positions = self.held.positions[row, flat.head, flat.index]
         positions = jnp.where(flat.live, positions, EMPTY)
@@ -305,7 +309,7 @@ class _Builder:
             limit=limit,
         )
         return self.layer(
-            (self.merged(choice, priorities).part(choice, slots),),
+            (self.merged(choice).part(choice, slots),),
             self.tail(interval),
             tracking=tracking,
             folding=Folding(score=evict.score, merge=evict.merge),

@@ -6,6 +6,7 @@ from typing import ClassVar, final
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kvjax.cache import Memory
 from kvjax.config import positive_int, sized
 from kvjax.scorers.base import (
     AbstractScorer,
@@ -19,7 +20,7 @@ from kvjax.scorers.base import (
     to_kv_heads,
     unsorted,
 )
-from kvjax.types import Held
+from kvjax.types import Held, Scores
 
 
 @final
@@ -125,8 +126,14 @@ class H2O(AbstractScorer):
 
     def score(self, memory, held, counts):
         del counts
-        scores = memory.slots
-        if self.normalize:
-            seen_by = jnp.maximum(held.seen[:, None, None] - held.positions, 1)
-            scores = scores / seen_by.astype(jnp.float32)
-        return protect_last(scores, held, self.recent)
+        return protect_last(self._received(memory, held), held, self.recent)
+
+    def unprotected(self, memory, held, scores):
+        del scores
+        return self._received(memory, held)
+
+    def _received(self, memory: Memory, held: Held) -> Scores:
+        if not self.normalize:
+            return memory.slots
+        seen_by = jnp.maximum(held.seen[:, None, None] - held.positions, 1)
+        return memory.slots / seen_by.astype(jnp.float32)
