@@ -12,14 +12,15 @@ from kvjax.cache.parts import AbstractPart
 from kvjax.pallas_kernels.held import Held, Stored
 
 
-def fits(layer: LayerCache) -> bool:
+def fits(layer: LayerCache, merged: bool) -> bool:
     """Whether the layer is one body of tokens that every query reads whole.
 
-    Not so where queries choose pages, where some tokens have no value, and where the
-    body evicts while decoding.
+    Not so where queries choose pages, where some tokens have no value, where the body
+    evicts while decoding, and where tokens that wait to be encoded are `merged`, since
+    they are not what they were.
     """
     one = len(layer.parts) == 1 and isinstance(layer.parts[0], Slots | Ragged)
-    return one and layer.folding is None
+    return one and layer.folding is None and not (merged and layer.growth is not None)
 
 
 def held_in_place(

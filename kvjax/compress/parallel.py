@@ -80,12 +80,13 @@ def attend(
     line = prompt_lengths[:, None] + jnp.arange(later)
     moved = inputs.taken(jnp.minimum(line, tokens - 1), line < tokens)
     behind = inside == EMPTY
-    if in_place.fits(layer):
+    evict = layout.plan.evict
+    merged = evict is not None and evict.merge is not None
+    if in_place.fits(layer, merged):
         body, edge = layer.parts[0], jnp.ones(behind.shape, jnp.int32)
         if layer.growth is not None:
             body, _, edges = _grown(moved, layer)
             edge = jnp.take_along_axis(edges, _turns_of(behind, later), axis=1)
-        merged = evict is not None and evict.merge is not None
         changed = merged or not layout.plan.store.plain
         held = in_place.held_in_place(body, edge, layer, changed, behind)
         if choice_gradient and priorities is not None:
