@@ -220,7 +220,10 @@ def _attend(
         share = share.reshape(b, h, n)
         for other in others:
             other = jnp.moveaxis(other, 2, 1)
-            share = share * jnp.exp(part.lse - jnp.logaddexp(part.lse, other))
+            joint = jnp.logaddexp(part.lse, other)
+            # Padding sees nothing on either side: 0, and not inf - inf.
+            joint = jnp.where(jnp.isneginf(joint), 0.0, joint)
+            share = share * jnp.exp(part.lse - joint)
         return part, jnp.einsum("BHTS,BHT->BHS", weight, share)
 
     chunk = query_chunk(t, b * h * s)
