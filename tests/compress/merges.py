@@ -10,8 +10,9 @@ import numpy as np
 from kvjax.budgets import Uniform
 from kvjax.cache import AbstractMerge, Ragged, Slots
 from kvjax.compress.config import Compression, Eviction
-from kvjax.merges import CaM
+from kvjax.merges import D2O, CaM
 from kvjax.scorers import H2O
+from kvjax.types import LayerSpec
 from tests.compress.samples import SPECS, Sample
 from tests.reference import merging
 
@@ -28,8 +29,15 @@ def cam(k, v, received, kept, positions, spec) -> tuple[np.ndarray, np.ndarray]:
     return k, merging.cam_values(*given, positions=positions, budget=RECEIVERS)
 
 
+def d2o(k, v, received, kept, positions, spec: LayerSpec):
+    del received
+    turned = {"positions": positions, "frequencies": spec.rope.frequencies()}
+    return merging.d2o_merge(k, v, kept, **turned)[:2]
+
+
 CASES: dict[str, tuple[AbstractMerge, Reference]] = {
     "cam": (CaM(receivers=RECEIVERS), cam),
+    "d2o": (D2O(), d2o),
 }
 
 

@@ -10,20 +10,22 @@ import pytest
 
 import kvjax
 from kvjax.budgets import AdaKV
-from kvjax.cache import AbstractMerge, present
+from kvjax.cache import AbstractMerge, Slots, present
 from kvjax.codecs import Affine
 from kvjax.compress.config import Storage
 from kvjax.compress.layer import build
 from kvjax.compress.observe import observe
 from kvjax.compress.survey import survey
 from kvjax.depth import Depth
-from kvjax.merges import MERGES
+from kvjax.merges import D2O, MERGES
+from kvjax.merges import _d2o as d2o_module
 from kvjax.prefills import Dense
 from kvjax.types import EMPTY, Held
 from kvjax.units import Chunk
 from tests import reference
 from tests.compress.merges import CASES, SPEC, by_head, compression, row_of, with_nan
 from tests.compress.samples import Sample, compressed, draw, layer_spec
+from tests.small import LENGTHS, batch, preset, small_model
 
 EVERY = pytest.mark.parametrize("name", CASES)
 
@@ -120,6 +122,16 @@ def test_what_left_the_window_is_absent(name):
     close_rows(ours, name, alone, kept, scores, rtol=1e-5, atol=1e-5)
 
 
+def test_similarities_in_pieces(monkeypatch):
+    held, scores = drawn(False)
+    kept = np.asarray(held.live) & (np.arange(50) % 3 == 0)
+    whole = merge_rows(D2O(), held, kept, scores)
+    monkeypatch.setattr(d2o_module, "CHUNK", 7)
+    jax.clear_caches()
+    for ours, theirs in zip(merge_rows(D2O(), held, kept, scores), whole, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 def check_prompt(part, sample: Sample, name: str, before: int = 0, steps: float = 0):
     """What is held of a prompt is merged as the reference says.
 
@@ -187,12 +199,39 @@ def test_behind_a_prefix(name):
     check_prompt(cache.parts[0], sample, name, before)
 
 
+def test_behind_a_real_prefix(tolerance):
+    """What a model holds of rows behind a shared prefix, of every layer."""
+    prompt, later, _ = batch()
+    model, c, shared = small_model(), preset("d2o"), 21
+    _, front = kvjax.prefill(model, prompt[:1, :shared])
+    lengths = LENGTHS - shared
+    given = (model, prompt[:, shared:], lengths)
+    _, all_ = kvjax.prefill(*given, c.with_keep(1.0), prefix=front)
+    _, some = kvjax.prefill(*given, c, prefix=front)
+    for mine, other in zip(some.layers, all_.layers, strict=True):
+        spec, ours = mine.spec, next(p for p in mine.parts if type(p) is Slots)
+        every = next(p for p in other.parts if type(p) is Slots)
+        for row, n in enumerate(lengths):
+            pairs = [by_head(every, row, head) for head in range(spec.num_kv_heads)]
+            at, k, v = (np.stack(x).astype(float) for x in zip(*pairs, strict=True))
+            np.testing.assert_array_equal(at[0], np.arange(n) + shared)
+            held = [by_head(ours, row, head) for head in range(spec.num_kv_heads)]
+            kept = np.stack([np.isin(a, h[0]) for a, h in zip(at, held, strict=True)])
+            theirs = CASES["d2o"][1](k, v, None, kept, at.astype(int), spec)
+            for head, (_, *arrays) in enumerate(held):
+                for mine_, other_ in zip(arrays, theirs, strict=True):
+                    want = other_[head][kept[head]]
+                    np.testing.assert_allclose(mine_, want, **tolerance("float32"))
+    logits, _ = kvjax.extend(model, some, later)
+    assert np.isfinite(np.asarray(logits)).all()
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "says"),
     [
         ("cam", {"evict.merge.receivers": 0}, "`receivers` must be an integer >= 1"),
         ("cam", {"evict.merge.type": "cam2"}, "Did you mean 'cam'"),
-        ("decoupled", {"evict.merge": "cam"}, "exclude each other; got CaM"),
+        ("decoupled", {"evict.merge": "d2o"}, "exclude each other; got D2O"),
     ],
 )
 def test_bad_input(name, overrides, says):

@@ -188,7 +188,8 @@ def test_gradients_reach_what_was_dropped(name, interval):
                 found.append(size[row, head, gone])
         reached.append(np.concatenate(found))
     assert not reached[1].any()
-    assert (reached[0] > 1e-6).mean() > 0.9
+    share = (reached[0] > 1e-6).mean()
+    assert share > (0.9 if name == "cam" else 0.3)  # D2O loses what is unlike the rest
 
 
 def test_what_ranks_is_known_without_protection():
@@ -218,8 +219,13 @@ CODES = {"type": "affine", "bits": 8, "group": 8}
 COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "cam, once": ("cam", SMALL | {"schedule": "after_prefill"}),
     "cam, every token": ("cam", SMALL | {"schedule.interval": 1}),
+    "d2o, every 4": ("d2o", SMALL | {"evict.budget.slots": 24, "schedule": EVERY_FOUR}),
     "cam, heads": ("adakv_snapkv", {"evict.score.window": 8, "evict.merge": "cam"}),
+    "d2o, heads": ("adakv_snapkv", {"evict.score.window": 8, "evict.merge": "d2o"}),
     "cam, chunks": ("chunkkv", {"evict.score.window": 8, "evict.merge": "cam"}),
+    "d2o, chunks": ("chunkkv", {"evict.score.window": 8, "evict.merge": "d2o"}),
+    "d2o, residual": ("d2o", SMALL | {"store.residual": 16}),
+    "d2o, codes": ("d2o", SMALL | {"store.keys": CODES, "store.values": CODES}),
 }
 
 
