@@ -117,6 +117,6 @@ def ranks_by_numbers(c: kvjax.Compression) -> bool:
     """Whether the choice follows numbers that weights can move, not places or ranks."""
     if c.evict is None or c.evict.values is not None:
         return False
-    if isinstance(c.schedule, EveryTokens):
+    if isinstance(c.schedule, EveryTokens) or c.probes:
         return False
     return not isinstance(c.evict.score, Random | StreamingLLM | LagKV)

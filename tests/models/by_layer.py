@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from kvjax.cache import LayerCache
+from kvjax.cache import LayerCache, Memory
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build
 from kvjax.compress.observe import observe, wants_mass
-from kvjax.compress.survey import survey
-from kvjax.depth import Depth
+from kvjax.compress.survey import plans_of, survey
+from kvjax.depth import Depth, in_order
 from kvjax.models import Decoder
-from kvjax.models.inference import last_logits
-from kvjax.types import LayerInputs, padded_positions
+from kvjax.models.inference import last_logits, observe_prompt
+from kvjax.types import LayerInputs, loops_of, padded_positions
 
 
 class ByLayer:
@@ -47,6 +47,7 @@ class ByLayer:
         c, (_, width) = self.c, tokens.shape
         config, dtype = self.model.config, self.model.dtype
         found = survey(c, config.layers, lengths, width, dtype)
+        read = self._read_again(tokens, lengths) if c.probes else None
         reuse = 1 if c.evict is None else c.evict.unit.reuse
         handed = None
 
@@ -57,6 +58,8 @@ class ByLayer:
             if layout.pooled:  # nothing is shared here
                 layout = dataclasses.replace(layout, slots=found.slots[n])
             seen = observe(inputs, lengths, layout.plan, mass)
+            if read is not None:
+                seen = dataclasses.replace(seen, memory=Memory(slots=read[n]))
             share, given = found.of(Depth(layer=n)), handed if n % reuse else None
             how = (lengths, layout, share)
             cache, handed = build(seen, *how, room=self.room, layer=n, priorities=given)
@@ -64,6 +67,14 @@ class ByLayer:
 
         hidden, caches = self._through(tokens, padded_positions(lengths, width), attend)
         return last_logits(self.model, hidden, lengths), caches
+
+    def _read_again(self, tokens: Array, lengths: Array) -> Array:
+        """What a score that runs the whole model finds, `[L, B, K, S]`."""
+        specs, width = self.model.config.layers, tokens.shape[1]
+        _, seen = observe_prompt(self.model, tokens, lengths, self.c)
+        loops = loops_of(specs, plans_of(self.c, specs, width))
+        memories = [layer.memory for layer in seen]
+        return in_order(loops, [memory.slots for memory in memories if memory])
 
     def _one_step(self, caches: list[LayerCache], token: Array, positions: Array):
         def attend(n: int, inputs: LayerInputs):

@@ -329,7 +329,8 @@ def sizes(name: str, layers: int) -> dict[str, int]:
     graph, params = nnx.split(model)
     tokens, lengths = jnp.ones((1, 64), jnp.int32), jnp.asarray([64], jnp.int32)
     found: dict[str, Any] = {}
-    found["prefill"] = inference._prefill.trace(graph, params, tokens, lengths, c, 8)
+    how = (c, 8, None)
+    found["prefill"] = inference._prefill.trace(graph, params, tokens, lengths, *how)
     logits, cache = found["prefill"].out_info
     for width in (1, 6):
         new = jnp.zeros((1, width), jnp.int32)
