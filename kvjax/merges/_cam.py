@@ -44,6 +44,7 @@ class CaM(AbstractMerge):
         # Receivers of a token are a run among the kept tokens in order: those of rank
         # `first .. first + m - 1`.
         order = position_order(held)
+        scores = jnp.where(held.live, scores, 0.0)
         count = jnp.cumsum(ordered(kept, order), axis=-1, dtype=jnp.int32)
         first = unsorted(count, order)
         total = jnp.max(count, axis=-1, keepdims=True)

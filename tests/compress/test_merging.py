@@ -109,6 +109,24 @@ def test_what_gets_nothing_keeps_every_bit(name):
 
 
 @EVERY
+def test_free_slots_are_in_no_gradient(name):
+    held, scores = drawn(False)
+    kept = np.random.default_rng(1).random(scores.shape) < 0.4
+    kept = jnp.asarray(kept & np.asarray(held.live))
+
+    def total(k, v, scores):
+        given = present(dataclasses.replace(held, k=k, v=v))
+        pair = CASES[name][0].merged(given, kept, scores)
+        return sum(jnp.sum(jnp.where(kept[..., None], x, 0) ** 2) for x in pair)
+
+    slopes = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    found = slopes(held.k, held.v, jnp.asarray(scores))
+    assert all(np.isfinite(np.asarray(x)).all() for x in found)
+    dropped = np.asarray(held.live & ~kept)
+    assert np.asarray(found[1])[dropped].any()
+
+
+@EVERY
 def test_what_left_the_window_is_absent(name):
     held, scores = drawn(False, window=60)
     inside = held.positions > held.seen[:, None, None] - 1 - 60

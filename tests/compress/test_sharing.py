@@ -235,6 +235,24 @@ def test_cake_preference(fields, taus):
         np.testing.assert_allclose(got[row], want, rtol=1e-4)
 
 
+def test_cake_in_chunks_of_queries(monkeypatch):
+    """The padding of the last chunk is none of the queries that vary."""
+    sample = draw(9, layer_spec(4, 2, 16), (60, 41))
+    held = sample.inputs.held(jnp.asarray(sample.lengths, jnp.int32))
+    score, budget = scorers.Cake(window=16), Cake(keep=0.5, window=16)
+
+    def found():
+        memory = remember(score, None, sample.inputs, held)
+        scores = score.score(memory, held, jnp.asarray([20, 20]))
+        live = np.asarray(held.live)
+        return np.asarray(scores)[live], budget.look(sample.inputs, held)
+
+    whole = found()
+    monkeypatch.setattr("kvjax.scorers.base.query_chunk", lambda *_: 5)
+    for ours, theirs in zip(found(), whole, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
 @pytest.mark.parametrize("sliding", [None, 48])
 def test_a_prefix_is_seen_and_not_counted(sliding):
     """Tokens in front that the layer does not hold have their weight, and no slots."""
