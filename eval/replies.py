@@ -11,7 +11,8 @@ from kvjax.cache import KVCache
 from kvjax.eval.timing import timed
 from kvjax.models.decoder import Decoder
 from kvjax.models.generation import generate_from
-from kvjax.models.inference import extend, last_of
+from kvjax.models.inference import extend
+from kvjax.models.reading import last_of
 from kvjax.types import LengthsLike, TokensLike
 
 

@@ -14,7 +14,8 @@ from kvjax.depth import Depth, members, over, regrouped
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
-from kvjax.models.inference import Prompt, bucket, last_logits, method_of, pad_tokens
+from kvjax.models.inference import Prompt, bucket, method_of, pad_tokens
+from kvjax.models.reading import last_logits
 from kvjax.prefills import AbstractPrefill
 from kvjax.types import (
     LayerInputs,

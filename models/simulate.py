@@ -18,7 +18,8 @@ from kvjax.compress.survey import Survey, plans_of, survey
 from kvjax.depth import in_order, members
 from kvjax.models import checks
 from kvjax.models.decoder import Attending, Decoder
-from kvjax.models.inference import NONE, observe_prompt
+from kvjax.models.inference import NONE
+from kvjax.models.reading import observe_prompt
 from kvjax.types import (
     LayerInputs,
     Lengths,

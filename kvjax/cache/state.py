@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.cache.folding import fold
 from kvjax.cache.parts import AbstractPart, Growth, Slots
 from kvjax.cache.tail import Tail
-from kvjax.cache.tracking import Folding, Tracking, fold, track
+from kvjax.cache.tracking import Folding, Tracking, track
 from kvjax.depth import Loop, members
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.turns import Turn, take

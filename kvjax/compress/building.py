@@ -10,9 +10,10 @@ from jaxtyping import Array, Int
 
 from kvjax.cache import KVCache, LayerCache, Ragged, Slots
 from kvjax.compress.config import Compression
-from kvjax.compress.layer import build, handed_on, held_of, own_or_handed
+from kvjax.compress.layer import build, handed_on
 from kvjax.compress.observe import Observed
 from kvjax.compress.pool import aligned, empty_pool, pour
+from kvjax.compress.priorities import held_of, own_or_handed
 from kvjax.compress.survey import Survey, allotted, survey
 from kvjax.depth import Depth, Loop, members, over, regrouped
 from kvjax.turns import take

@@ -1,7 +1,6 @@
 """The cache of one layer, built from what the pass over the prompt left."""
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -25,6 +24,7 @@ from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray, straight_th
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import Observed
 from kvjax.compress.plan import Eviction, Storage
+from kvjax.compress.priorities import held_of, own_or_handed
 from kvjax.compress.select import (
     Choice,
     FlatChoice,
@@ -99,53 +99,6 @@ def handed_on(c: Compression, batch: int, spec: LayerSpec, tokens: int):
     if all(part.evict is None or part.evict.unit.reuse == 1 for part in c.parts):
         return None
     return jnp.zeros((batch, spec.num_kv_heads, tokens), jnp.float32)
-
-
-def held_of(
-    observed: Observed, lengths: Lengths, layer: Any = 0, before: Any = 0
-) -> Held:
-    """The prompt's tokens as scores see them; arguments as of `build`."""
-    b, kv_heads, tokens, _ = observed.k.shape
-    index = jnp.arange(tokens, dtype=jnp.int32)
-    positions = jnp.where(index < lengths[:, None], index + before, EMPTY)
-    return Held(
-        k=observed.k,
-        v=observed.v,
-        positions=jnp.broadcast_to(positions[:, None], (b, kv_heads, tokens)),
-        seen=lengths + before,
-        layer=layer,
-        spec=observed.spec,
-        in_order=True,
-    )
-
-
-def priorities_of(
-    observed: Observed, held: Held, lengths: Lengths, evict: Eviction, share: Share
-) -> Scores:
-    """Priorities of all prompt tokens; padding and dead tokens are `-inf`."""
-    assert observed.memory is not None
-    scores = evict.score.score(observed.memory, held, share.counts)
-    usable = held.live
-    if held.spec.window is not None:
-        edge = held.seen[:, None, None] - 1 - held.spec.window
-        usable = usable & (held.positions > edge)
-    scores = jnp.where(usable, scores.astype(jnp.float32), -jnp.inf)
-    return evict.unit.priorities(scores, lengths, share.counts)
-
-
-def own_or_handed(
-    observed: Observed,
-    held: Held,
-    lengths: Lengths,
-    evict: Eviction,
-    share: Share,
-    before: Scores | None,
-) -> Scores:
-    """Priorities of the layer's own, or those of an earlier one."""
-    own = functools.partial(priorities_of, observed, held, lengths, evict, share)
-    if share.leads is None or before is None:
-        return own()
-    return jax.lax.cond(share.leads, own, lambda: before)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

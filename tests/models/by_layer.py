@@ -14,7 +14,7 @@ from kvjax.compress.observe import observe, wants_mass
 from kvjax.compress.survey import plans_of, survey
 from kvjax.depth import Depth, in_order
 from kvjax.models import Decoder
-from kvjax.models.inference import last_logits, observe_prompt
+from kvjax.models.reading import last_logits, observe_prompt
 from kvjax.types import LayerInputs, loops_of, padded_positions
 
 
