@@ -9,9 +9,7 @@ from jaxtyping import Array, Float
 from kvjax.cache import AbstractRanking, Memory
 from kvjax.compress.config import Compression
 from kvjax.compress.plan import LayerPlan
-from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
-from kvjax.pallas_kernels.partial import Partial
-from kvjax.pallas_kernels.slots import attend_block, slot_mask, slot_mass
+from kvjax.scorers.base import Asking, received
 from kvjax.types import Held, LayerInputs, LayerSpec, Lengths, pytree, static
 
 
@@ -98,20 +96,5 @@ def remember(
 
 def mass_of(asked: LayerInputs, held: Held) -> Float[Array, "B H S"]:
     """Softmax weight of each token held, summed over the queries; memory as `S`."""
-    (b, h, tokens, _), spec = asked.q.shape, asked.spec
-    how = {"scale": spec.scale, "softcap": spec.softcap}
-
-    def some(q: Array, positions: Array, *elsewhere: Array) -> tuple[Partial, Array]:
-        q = jnp.moveaxis(q, 2, 1)
-        mask = slot_mask(positions, held.positions, spec.window)
-        part = attend_block(q, held.k, held.v[..., :1], mask, **how)
-        lse = part.lse
-        for other in elsewhere:
-            lse = jnp.logaddexp(lse, jnp.moveaxis(other, 2, 1))
-        return part, jnp.sum(slot_mass(q, lse, held.k, mask, **how), axis=2)
-
-    given = [jnp.moveaxis(asked.q, 1, 2), asked.positions]
-    if asked.elsewhere is not None:
-        given.append(jnp.moveaxis(asked.elsewhere, 1, 2))
-    chunk = query_chunk(tokens, b * h * held.k.shape[2])
-    return map_query_chunks(some, chunk, *given)[1]
+    asking = Asking(q=asked.q, positions=asked.positions, elsewhere=asked.elsewhere)
+    return received(asking, held, lambda weights, _: jnp.sum(weights, axis=2))
