@@ -218,7 +218,7 @@ def positive_int(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"`{name}` must be an integer >= {least}; got {value!r}.")
 
 
-def sized[N](default: N, *, short: float, recent: bool = False) -> N:
+def sized[N](default: N, *, short: float | int, recent: bool = False) -> N:
     """A field of a component that goes with the lengths of real prompts.
 
     Args:
