@@ -5,6 +5,7 @@ import functools
 from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import checks, stacked
+from kvjax.pallas_kernels.decode_attention.args import DecodeArgs
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.gradients import through
 from kvjax.pallas_kernels.partial import Partial
@@ -79,30 +80,37 @@ def decode_attention(
     Cost: reads codes, scales and zeros of the held slots once, for all query heads of
     a KV head together; memory-bound. Neither `R` nor, in the ragged layout, `N` counts.
     """
-    _check(q, keys, values, lengths, offsets, row)
-    _check_positions(keys, offsets, positions, q_positions, window, q)
+    args = DecodeArgs(
+        q=q,
+        keys=keys,
+        values=values,
+        lengths=lengths,
+        offsets=offsets,
+        positions=positions,
+        q_positions=q_positions,
+        row=row,
+        scale=float(scale),
+        window=window,
+        softcap=softcap,
+    )
+    _check(args)
+    _check_positions(args)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"`softcap` must be positive or None; got {softcap}.")
-    how = {"scale": float(scale), "window": window, "softcap": softcap}
 
-    def run(q, keys, values, lengths, masks, **more):
-        return OP(q, keys, values, lengths, **masks, **how, **more)
+    def run(args, **how):  # a name for traces, which `OP` has not
+        return OP(args, **how)
 
-    masks = {
-        "offsets": offsets,
-        "positions": positions,
-        "q_positions": q_positions,
-        "row": row,
-    }
     return through(
         functools.partial(run, backend=backend, tiles=tiles, interpret=interpret),
         functools.partial(run, backend="reference"),
-        *(q, keys, values, lengths, masks),
+        args,
     )
 
 
-def _check(q, keys, values, lengths, offsets, row) -> None:
+def _check(args: DecodeArgs) -> None:
     """Shapes and dtypes of everything but positions."""
+    q, lengths, offsets, row = args.q, args.lengths, args.offsets, args.row
     checks.shape("q", q, ("B", "H", "T", "D"))
     checks.dtype("q", q)
     b, h, t, d = q.shape
@@ -122,7 +130,7 @@ def _check(q, keys, values, lengths, offsets, row) -> None:
         checks.shape("offsets", offsets, ("B", "K + 1"), B=b, **{"K + 1": kv_heads + 1})
         checks.integers("offsets", offsets)
     sizes = {"K": kv_heads, "D": d}
-    for name, side in (("keys", keys), ("values", values)):
+    for name, side in (("keys", args.keys), ("values", args.values)):
         if isinstance(side, Quantized):
             _check_codes(name, side)
         else:
@@ -158,8 +166,9 @@ def _check_codes(name: str, side: Quantized) -> None:
             checks.dtype(f"{name}.{part}", array, (*checks.FLOATS, "int16"))
 
 
-def _check_positions(keys, offsets, positions, q_positions, window, q) -> None:
+def _check_positions(args: DecodeArgs) -> None:
     """Positions of slots and queries come together; a window needs them."""
+    positions, q_positions, window = args.positions, args.q_positions, args.window
     if (positions is None) != (q_positions is None):
         missing = "positions" if positions is None else "q_positions"
         raise ValueError(
@@ -175,9 +184,10 @@ def _check_positions(keys, offsets, positions, q_positions, window, q) -> None:
         return
     if window is not None and window < 1:
         raise ValueError(f"`window` must be at least 1 or None; got {window}.")
-    axes = ("R", "K", "S") if offsets is None else ("R", "N")
-    sizes = dict(zip(axes, keys.shape[:-1], strict=True))
+    axes = ("R", "K", "S") if args.offsets is None else ("R", "N")
+    sizes = dict(zip(axes, args.keys.shape[:-1], strict=True))
     checks.shape("positions", positions, axes, **sizes)
     checks.integers("positions", positions)
-    checks.shape("q_positions", q_positions, ("B", "T"), B=q.shape[0], T=q.shape[2])
+    b, _, t, _ = args.q.shape
+    checks.shape("q_positions", q_positions, ("B", "T"), B=b, T=t)
     checks.integers("q_positions", q_positions)

@@ -8,30 +8,17 @@ slot, rounded down to what copies want; only the first and the last are masked.
 import jax.numpy as jnp
 
 from kvjax.pallas_kernels import tuning
+from kvjax.pallas_kernels.decode_attention.args import DecodeArgs
 from kvjax.pallas_kernels.decoding import coded, plain, walks
 from kvjax.pallas_kernels.partial import Partial
 
 
-def decode_attention(
-    q,
-    keys,
-    values,
-    lengths,
-    *,
-    offsets=None,
-    positions=None,
-    q_positions=None,
-    row=None,
-    scale,
-    window=None,
-    softcap=None,
-    tiles=None,
-    interpret=False,
-):
+def decode_attention(args: DecodeArgs, *, tiles=None, interpret=False) -> Partial:
     """See `api.decode_attention`."""
+    q, keys, values, lengths = args.q, args.keys, args.values, args.lengths
     (b, h, t, d), kv_heads = q.shape, lengths.shape[1]
     slots, rows = keys.shape[-2], h // kv_heads * t
-    by_registers = coded.wanted(keys, values) or positions is not None
+    by_registers = coded.wanted(keys, values) or args.positions is not None
     if by_registers:
         why = coded.refusal(q, keys, values, rows, ("keys", "values"))
     else:
@@ -41,14 +28,14 @@ def decode_attention(
     if why:
         raise NotImplementedError(f"decode_attention: {why}.")
     tile = tuning.tiles("decode_attention", "h200", tiles)
-    start = jnp.zeros_like(lengths) if offsets is None else offsets[:, :-1]
+    start = jnp.zeros_like(lengths) if args.offsets is None else args.offsets[:, :-1]
     stop = jnp.clip(start + lengths, start, slots)
     block = coded.BLOCK if by_registers else tile["block"]
     programs = tile["coded_programs" if by_registers else "programs"]
     walk = walks.Slots(
         heads=kv_heads,
         slots=slots,
-        ragged=offsets is not None,
+        ragged=args.offsets is not None,
         block=block,
         align=block if by_registers else 8,
     )
@@ -58,20 +45,21 @@ def decode_attention(
         "values": values,
         "walk": walk,
         "far": {"start": start, "stop": stop},
-        "scale": scale,
-        "softcap": softcap,
+        "scale": args.scale,
+        "softcap": args.softcap,
         "splits": max(1, min(programs // (b * kv_heads), -(-slots // block))),
         "interpret": interpret,
     }
-    if row is not None:
-        shared["far"]["lead"] = jnp.reshape(row, 1)
+    if args.row is not None:
+        shared["far"]["lead"] = jnp.reshape(args.row, 1)
     if not by_registers:
         part = plain.decode(plain.Call(**shared, stages=tile["stages"]))
         return Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:-1]))
     now = None
-    if positions is not None and q_positions is not None:
-        shared["far"]["positions"] = positions
-        now = jnp.tile(q_positions, (1, h // kv_heads))
-    call = coded.Call(**shared, stages=tile["coded_stages"], now=now, window=window)
+    if args.positions is not None and args.q_positions is not None:
+        shared["far"]["positions"] = args.positions
+        now = jnp.tile(args.q_positions, (1, h // kv_heads))
+    stages = tile["coded_stages"]
+    call = coded.Call(**shared, stages=stages, now=now, window=args.window)
     part = coded.decode(call)
     return Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:-1]))

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kvjax.pallas_kernels import compat, stacked, tuning
+from kvjax.pallas_kernels.decode_attention.args import DecodeArgs
 from kvjax.pallas_kernels.decoding import sides
 from kvjax.pallas_kernels.partial import Partial, cap
 from kvjax.types import NEG_INF
@@ -24,39 +25,25 @@ from kvjax.types import NEG_INF
 LANES = 128
 
 
-def decode_attention(
-    q,
-    keys,
-    values,
-    lengths,
-    *,
-    offsets=None,
-    positions=None,
-    q_positions=None,
-    row=None,
-    scale,
-    window=None,
-    softcap=None,
-    tiles=None,
-    interpret=False,
-):
+def decode_attention(args: DecodeArgs, *, tiles=None, interpret=False) -> Partial:
     """See `api.decode_attention`."""
+    q, lengths, offsets, positions = args.q, args.lengths, args.offsets, args.positions
     (b, h, t, d), kv_heads = q.shape, lengths.shape[1]
-    slots = keys.shape[-2]
+    slots = args.keys.shape[-2]
     block = tuning.tiles("decode_attention", given=tiles)["block"]
     block = min(block, -(-slots // LANES) * LANES)
-    left = sides.Side.of("keys", keys, block, q.dtype)
-    right = sides.Side.of("values", values, block, q.dtype)
+    left = sides.Side.of("keys", args.keys, block, q.dtype)
+    right = sides.Side.of("values", args.values, block, q.dtype)
 
     start = jnp.zeros_like(lengths) if offsets is None else offsets[:, :-1]
     stop = jnp.clip(start + lengths, start, slots)
     first = start // block
     count = jnp.where(stop > start, -(-stop // block) - first, 0)
     first = jnp.minimum(first, (slots - 1) // block)
-    lead = jnp.reshape(jnp.int32(0) if row is None else row, 1)
+    lead = jnp.reshape(jnp.int32(0) if args.row is None else args.row, 1)
     scalars = [first, count, lead, start, stop]
-    if q_positions is not None:
-        scalars.append(q_positions)
+    if args.q_positions is not None:
+        scalars.append(args.q_positions)
 
     group_rows = h // kv_heads * t
     rows = -(-group_rows // 8) * 8
@@ -76,8 +63,8 @@ def decode_attention(
         return i, k, 0, 0
 
     lift = (lambda x: x) if offsets is None else (lambda x: x[:, None])
-    few = functools.partial(stacked.rows, row=row, count=b)
-    arrays = [*left.arrays(keys, lift, few), *right.arrays(values, lift, few)]
+    few = functools.partial(stacked.rows, row=args.row, count=b)
+    arrays = [*left.arrays(args.keys, lift, few), *right.arrays(args.values, lift, few)]
     specs = [*left.specs(at, own), *right.specs(at, own)]
     if positions is not None:
         arrays.append(lift(positions)[:, :, None])
@@ -96,9 +83,9 @@ def decode_attention(
             left=left,
             right=right,
             tokens=t if positions is not None else 0,
-            scale=scale,
-            window=window,
-            softcap=softcap,
+            scale=args.scale,
+            window=args.window,
+            softcap=args.softcap,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.pallas_kernels import stacked
+from kvjax.pallas_kernels.decode_attention.args import DecodeArgs
 from kvjax.pallas_kernels.partial import Partial, cap, merge, softmax_partial
 from kvjax.pallas_kernels.quantize_pack import dequantize
 from kvjax.pallas_kernels.quantized import Quantized
@@ -32,68 +33,57 @@ WHOLE = 2 * BLOCK
 """Slots of a layer that are sliced out of its stack at once, uncleared."""
 
 
-def decode_attention(
-    q,
-    keys,
-    values,
-    lengths,
-    *,
-    offsets=None,
-    positions=None,
-    q_positions=None,
-    row=None,
-    scale,
-    window=None,
-    softcap=None,
-):
+def decode_attention(args: DecodeArgs) -> Partial:
     """See `api.decode_attention`."""
-    (b, h, t, d), kv_heads = q.shape, lengths.shape[1]
+    q, kv_heads = args.q, args.lengths.shape[1]
+    b, h, t, d = q.shape
     queries = q.reshape(b, kv_heads, h // kv_heads * t, d)
-    how = _How(scale=scale, window=window, softcap=softcap)
-    whole = t == 1 and not any(isinstance(x, Quantized) for x in (keys, values))
-    if offsets is None and whole and keys.shape[-2] <= WHOLE:
-        keys, values, positions = stacked.rows((keys, values, positions), row, b)
-        row = None
-    args = (queries, keys, values, lengths, positions, q_positions, row)
-    if offsets is None:
-        part = (_uncleared if whole else _slots)(how, *args)
+    stored = args.keys, args.values, args.positions
+    whole = t == 1 and not any(isinstance(x, Quantized) for x in stored[:2])
+    if args.offsets is not None:
+        part = _ragged(args, queries)
+    elif whole:
+        if args.keys.shape[-2] <= WHOLE:
+            keys, values, positions = stacked.rows(stored, args.row, b)
+            args = dataclasses.replace(
+                args, keys=keys, values=values, positions=positions, row=None
+            )
+        part = _uncleared(args, queries)
     else:
-        part = _ragged(how, *args, offsets)
+        part = _slots(args, queries)
     return Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:-1]))
 
 
-def _uncleared(how, queries, keys, values, lengths, positions, q_positions, row):
+def _uncleared(args, queries):
     """One query per row over plain slots, cleared only where that is needed."""
-    args = (how, queries, keys, values, lengths, positions, q_positions, row)
+
+    def cleared():
+        return _slots(args, queries)
 
     def checked():
-        if row is not None:
-            part, finite = _blocks(*args, block=WHOLE, clear=False)
-            return jax.lax.cond(finite, lambda: part, lambda: _slots(*args))
-        held = jnp.arange(keys.shape[-2]) < lengths[..., None]
-        seen, _ = _seen(how, queries.shape[2], held, positions, q_positions)
-        logits = _logits(how, queries, keys)
-        part = softmax_partial(logits, seen, values)
+        if args.row is not None:
+            part, finite = _blocks(args, queries, block=WHOLE, clear=False)
+            return jax.lax.cond(finite, lambda: part, cleared)
+        held = jnp.arange(args.keys.shape[-2]) < args.lengths[..., None]
+        seen, _ = _seen(args, queries.shape[2], held, args.positions, args.q_positions)
+        logits = _logits(args, queries, args.keys)
+        part = softmax_partial(logits, seen, args.values)
         # One array each: a sum is NaN or infinite where one of its terms is.
         finite = jnp.isfinite(jnp.sum(logits)) & jnp.isfinite(jnp.sum(part.out))
-        return jax.lax.cond(finite, lambda: part, lambda: _slots(*args))
+        return jax.lax.cond(finite, lambda: part, cleared)
 
-    return jax.lax.platform_dependent(cpu=checked, default=lambda: _slots(*args))
+    return jax.lax.platform_dependent(cpu=checked, default=cleared)
 
 
-def _slots(*args):
+def _slots(args, queries):
     """All heads together, block by block up to the longest."""
-    _, _, keys, values, *_ = args
-    block = _block(keys, values, keys.shape[-2])
-    return _blocks(*args, block=block, clear=True)[0]
+    return _blocks(args, queries, block=_block(args), clear=True)[0]
 
 
-def _blocks(
-    how, queries, keys, values, lengths, positions, q_positions, row, *, block, clear
-):
+def _blocks(args, queries, *, block, clear):
     """`_slots`, and whether what it summed is finite; slots cleared first or not."""
-    slots = keys.shape[-2]
-    rows = None if row is None else (row, queries.shape[0])
+    lengths, positions, slots = args.lengths, args.positions, args.keys.shape[-2]
+    rows = None if args.row is None else (args.row, queries.shape[0])
 
     def step(j, state):
         done, total = state
@@ -103,12 +93,12 @@ def _blocks(
         slot = at + jnp.arange(block)
         held = (slot >= begin) & (slot < lengths[..., None])
         here = None if positions is None else _slice(positions, at, block, 2, rows)
-        k, v = (_block_of(x, at, block, rows) for x in (keys, values))
+        k, v = (_block_of(x, at, block, rows) for x in (args.keys, args.values))
         if clear:
-            part = _attend(how, queries, k, v, held, here, q_positions)
+            part = _attend(args, queries, k, v, held, here, args.q_positions)
             return merge([done, part]), total
-        seen, _ = _seen(how, queries.shape[2], held, here, q_positions)
-        logits = _logits(how, queries, k)
+        seen, _ = _seen(args, queries.shape[2], held, here, args.q_positions)
+        logits = _logits(args, queries, k)
         assert not isinstance(v, Quantized)
         part = softmax_partial(logits, seen, v)
         # NaN or infinite where one of its terms is.
@@ -121,13 +111,13 @@ def _blocks(
     return part, jnp.isfinite(total)
 
 
-def _ragged(how, queries, keys, values, lengths, positions, q_positions, row, offsets):
+def _ragged(args, queries):
     """One head after the other, each as long as it is."""
-    (b, kv_heads), slots = lengths.shape, keys.shape[-2]
-    block = _block(keys, values, slots)
-    multiple = max(_multiple(keys), _multiple(values))
-    start = offsets[:, :-1].reshape(-1)
-    stop = jnp.minimum(start + lengths.reshape(-1), slots)
+    (b, kv_heads), slots = args.lengths.shape, args.keys.shape[-2]
+    row, positions, q_positions = args.row, args.positions, args.q_positions
+    block, multiple = _block(args), _multiple(args)
+    start = args.offsets[:, :-1].reshape(-1)
+    stop = jnp.minimum(start + args.lengths.reshape(-1), slots)
     first = start // multiple * multiple
     count = jnp.where(stop > start, -(-(stop - first) // block), 0)
     edges = jnp.cumsum(count)
@@ -150,11 +140,11 @@ def _ragged(how, queries, keys, values, lengths, positions, q_positions, row, of
             here = _slice(positions, at, block, 1, rows)[:, None]
         k, v = (
             jax.tree.map(lambda x: x[:, None], _block_of(x, at, block, rows))
-            for x in (keys, values)
+            for x in (args.keys, args.values)
         )
         query = jax.lax.dynamic_slice_in_dim(flat, head, 1, 0)[None]
         now = None if q_positions is None else one(q_positions)
-        part = _attend(how, query, k, v, held[None, None], here, now)
+        part = _attend(args, query, k, v, held[None, None], here, now)
         old = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, head, 1, 0), done)
         new = merge([old, jax.tree.map(lambda x: x[0], part)])
         return jax.tree.map(
@@ -165,41 +155,32 @@ def _ragged(how, queries, keys, values, lengths, positions, q_positions, row, of
     return jax.lax.fori_loop(0, edges[-1], step, _nothing(flat))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _How:
-    """The static settings."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
-
-
-def _attend(how, queries, keys, values, held, positions, q_positions):
+def _attend(args, queries, keys, values, held, positions, q_positions):
     """Attention of `[B, K, X, D]` over one block, `[B, K, block, D]`."""
-    seen, live = _seen(how, queries.shape[2], held, positions, q_positions)
+    seen, live = _seen(args, queries.shape[2], held, positions, q_positions)
     k, v = (_decode(x, live, queries.dtype) for x in (keys, values))
-    return softmax_partial(_logits(how, queries, k), seen, v)
+    return softmax_partial(_logits(args, queries, k), seen, v)
 
 
-def _seen(how, rows, held, positions, q_positions):
+def _seen(args, rows, held, positions, q_positions):
     """What each of `rows` queries sees, `[B, K, X, S]`, and what any does."""
     if positions is None:
         seen, live = held[:, :, None], held
     else:
         at, now = positions[:, :, None, :], q_positions[:, None, :, None]
         seen = held[:, :, None] & (at >= 0) & (at <= now)
-        if how.window is not None:
-            seen = seen & (now - at < how.window)
+        if args.window is not None:
+            seen = seen & (now - at < args.window)
         live = jnp.any(seen, axis=2)
         seen = jnp.tile(seen, (1, 1, rows // now.shape[2], 1))
     return jnp.broadcast_to(seen, (*held.shape[:2], rows, held.shape[-1])), live
 
 
-def _logits(how, queries, keys):
+def _logits(args, queries, keys):
     logits = jnp.einsum(
         "BKXD,BKSD->BKXS", queries.astype(keys.dtype), keys, preferred_element_type="f4"
     )
-    return cap(logits * how.scale, how.softcap)
+    return cap(logits * args.scale, args.softcap)
 
 
 def _decode(side, live, dtype):
@@ -239,15 +220,16 @@ def _slice(x, at, size, axis, rows):
     return jax.lax.dynamic_slice(x, starts, sizes)
 
 
-def _multiple(side) -> int:
+def _multiple(args) -> int:
     """What starts of blocks must be a multiple of."""
-    return side.group if isinstance(side, Quantized) and side.axis == "channel" else 1
+    coded = [x for x in (args.keys, args.values) if isinstance(x, Quantized)]
+    return max([1, *(x.group for x in coded if x.axis == "channel")])
 
 
-def _block(keys, values, slots: int) -> int:
+def _block(args) -> int:
     """Slots per step; all of them where they are few."""
-    multiple = max(_multiple(keys), _multiple(values))
-    return min(slots, max(multiple, BLOCK // multiple * multiple))
+    multiple = _multiple(args)
+    return min(args.keys.shape[-2], max(multiple, BLOCK // multiple * multiple))
 
 
 def _nothing(queries):
