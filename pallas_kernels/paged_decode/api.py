@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.gradients import through
+from kvjax.pallas_kernels.paged_decode.args import PagedArgs
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.quantized import BITS, Quantized
 
@@ -77,21 +78,32 @@ def paged_decode(
     Source: the read of Quest (2406.10774) section 3.3; with the bias, the estimation
         zone of RetroInfer (2505.02922).
     """
-    check(q, k_pages, v_pages, selected, counts, fill, bias)
-    how = {"scale": scale, "softcap": softcap}
+    args = PagedArgs(
+        q=q,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        selected=selected,
+        counts=counts,
+        fill=fill,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+    )
+    check(args)
 
-    def run(q, k_pages, v_pages, selected, counts, weights, **more):
-        return OP(q, k_pages, v_pages, selected, counts, **weights, **how, **more)
+    def run(args, **how):  # a name for traces, which `OP` has not
+        return OP(args, **how)
 
     return through(
         functools.partial(run, backend=backend, tiles=tiles, interpret=interpret),
         functools.partial(run, backend="reference"),
-        *(q, k_pages, v_pages, selected, counts, {"fill": fill, "bias": bias}),
+        args,
     )
 
 
-def check(q, k_pages, v_pages, selected, counts, fill, bias) -> None:
+def check(args: PagedArgs) -> None:
     """Refuse what does not fit together."""
+    q, selected, counts, bias = args.q, args.selected, args.counts, args.bias
     checks.dtype("q", q)
     if q.ndim != 4 or not 1 <= q.shape[2] <= MOST_QUERIES:
         raise ValueError(
@@ -104,17 +116,17 @@ def check(q, k_pages, v_pages, selected, counts, fill, bias) -> None:
     kv_heads, c = selected.shape[1:]
     checks.group(h, kv_heads)
     sizes = {"B": b, "K": kv_heads, "C": c, "D": d}
-    for name, array in (("selected", selected), ("fill", fill)):
+    for name, array in (("selected", selected), ("fill", args.fill)):
         if array is not None:
             checks.shape(name, array, ("B", "K", "C"), **sizes)
             checks.integers(name, array)
     checks.shape("counts", counts, ("B", "K"), **sizes)
     checks.integers("counts", counts)
-    n, page = check_pool("k_pages", k_pages, d)
-    if (n, page) != check_pool("v_pages", v_pages, d):
+    n, page = check_pool("k_pages", args.k_pages, d)
+    if (n, page) != check_pool("v_pages", args.v_pages, d):
         raise ValueError(
             f"`v_pages` must hold as many pages and slots as `k_pages`, [N, P, D] = "
-            f"{[n, page, d]}; got {list(v_pages.shape)}."
+            f"{[n, page, d]}; got {list(args.v_pages.shape)}."
         )
     if bias is not None:
         checks.shape("bias", bias, ("B", "K", "C*P"), **sizes, **{"C*P": c * page})

@@ -8,26 +8,16 @@ import jax.numpy as jnp
 
 from kvjax.pallas_kernels import tuning
 from kvjax.pallas_kernels.decoding import coded, plain, walks
+from kvjax.pallas_kernels.paged_decode.args import PagedArgs
 from kvjax.pallas_kernels.paged_decode.tables import kernel_page, log_weights
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.types import NEG_INF
 
 
-def paged_decode(
-    q,
-    k_pages,
-    v_pages,
-    selected,
-    counts,
-    *,
-    fill=None,
-    bias=None,
-    scale,
-    softcap=None,
-    tiles=None,
-    interpret=False,
-):
+def paged_decode(args: PagedArgs, *, tiles=None, interpret=False) -> Partial:
     """See `api.paged_decode`."""
+    q, k_pages, v_pages = args.q, args.k_pages, args.v_pages
+    selected, counts = args.selected, args.counts
     kernel_page(k_pages.shape[1])
     (b, h, t, d), (_, kv_heads, c) = q.shape, selected.shape
     page, rows = k_pages.shape[1], h // kv_heads * t
@@ -50,8 +40,8 @@ def paged_decode(
     entry = jnp.minimum(jnp.arange(steps * pages), counts[..., None] - 1)
     table = jnp.take_along_axis(selected, jnp.maximum(entry, 0), axis=-1)
     far = {"table": jnp.where(counts[..., None] > 0, table, 0), "counts": counts}
-    if fill is not None or bias is not None:
-        weights = log_weights(selected, counts, fill, bias, page)
+    if args.fill is not None or args.bias is not None:
+        weights = log_weights(args)
         short = (steps * pages - c) * page
         wide = [(0, 0), (0, 0), (0, short)]
         far["bias"] = jnp.pad(weights, wide, constant_values=NEG_INF)
@@ -64,8 +54,8 @@ def paged_decode(
             heads=kv_heads, entries=steps * pages, page=page, block=block
         ),
         "far": far,
-        "scale": scale,
-        "softcap": softcap,
+        "scale": args.scale,
+        "softcap": args.softcap,
         "splits": max(1, min(programs // (b * kv_heads), steps)),
         "interpret": interpret,
     }

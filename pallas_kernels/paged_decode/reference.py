@@ -3,18 +3,18 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kvjax.pallas_kernels.paged_decode.args import PagedArgs
 from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
 from kvjax.pallas_kernels.quantized import Quantized, readable
 
 
-def paged_decode(
-    q, k_pages, v_pages, selected, counts, *, fill, bias, scale, softcap
-) -> Partial:
+def paged_decode(args: PagedArgs) -> Partial:
     """See `api.paged_decode`."""
-    (b, h, t, d), (_, kv_heads, c) = q.shape, selected.shape
-    page = k_pages.shape[1]
-    listed = jnp.arange(c) < counts[..., None]  # [B, K, C]
-    fill = jnp.full_like(selected, page) if fill is None else fill
+    selected, bias = args.selected, args.bias
+    (b, h, t, d), (_, kv_heads, c) = args.q.shape, selected.shape
+    page = args.k_pages.shape[1]
+    listed = jnp.arange(c) < args.counts[..., None]  # [B, K, C]
+    fill = jnp.full_like(selected, page) if args.fill is None else args.fill
     live = listed[..., None] & (jnp.arange(page) < fill[..., None])
     live = live.reshape(b, kv_heads, 1, 1, c * page)
     if bias is not None:
@@ -25,12 +25,12 @@ def paged_decode(
         slots = values(pool)[at].reshape(b, kv_heads, 1, c * page, d)
         return jnp.where(live[:, :, :, 0, :, None], slots, 0)
 
-    queries = q.astype(jnp.float32).reshape(b, kv_heads, h // kv_heads, t, d)
-    logits = jnp.einsum("BKGTD,BKXSD->BKGTS", queries, read(k_pages))
-    logits = cap(logits * scale, softcap)
+    queries = args.q.astype(jnp.float32).reshape(b, kv_heads, h // kv_heads, t, d)
+    logits = jnp.einsum("BKGTD,BKXSD->BKGTS", queries, read(args.k_pages))
+    logits = cap(logits * args.scale, args.softcap)
     if bias is not None:
         logits = logits + bias[:, :, None, None]
-    part = softmax_partial(logits, live, read(v_pages))
+    part = softmax_partial(logits, live, read(args.v_pages))
     return Partial(part.out.reshape(b, h, t, d), part.lse.reshape(b, h, t))
 
 

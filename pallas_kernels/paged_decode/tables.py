@@ -1,7 +1,9 @@
 """Log-weights of slots, shared by the fast paths."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from kvjax.pallas_kernels.paged_decode.args import PagedArgs
 
 SMALLEST_PAGE, LARGEST_PAGE = 16, 128
 
@@ -19,18 +21,12 @@ def kernel_page(page: int) -> None:
         )
 
 
-def log_weights(
-    selected: Int[Array, "B K C"],
-    counts: Int[Array, "B K"],
-    fill: Int[Array, "B K C"] | None,
-    bias: Float[Array, "B K S"] | None,
-    page: int,
-) -> Float[Array, "B K S"]:
+def log_weights(args: PagedArgs) -> Float[Array, "B K S"]:
     """Log-weight of each slot of the selected pages: -inf where it is not live."""
-    b, k, c = selected.shape
+    (b, k, c), page = args.selected.shape, args.k_pages.shape[1]
     slot = jnp.arange(page, dtype=jnp.int32)
-    filled = jnp.where(jnp.arange(c) < counts[..., None], page, 0)
-    if fill is not None:
-        filled = jnp.minimum(filled, fill)
+    filled = jnp.where(jnp.arange(c) < args.counts[..., None], page, 0)
+    if args.fill is not None:
+        filled = jnp.minimum(filled, args.fill)
     live = (slot < filled[..., None]).reshape(b, k, c * page)
-    return jnp.where(live, 0.0 if bias is None else bias, -jnp.inf)
+    return jnp.where(live, 0.0 if args.bias is None else args.bias, -jnp.inf)

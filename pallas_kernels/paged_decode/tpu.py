@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kvjax.pallas_kernels import compat, tuning
 from kvjax.pallas_kernels.decoding.sides import LANES
+from kvjax.pallas_kernels.paged_decode.args import PagedArgs
 from kvjax.pallas_kernels.paged_decode.sides import PageSide
 from kvjax.pallas_kernels.paged_decode.tables import kernel_page, log_weights
 from kvjax.pallas_kernels.partial import Partial, cap
@@ -28,21 +29,10 @@ TABLE_ENTRIES = 1 << 17
 """Of one call: half of the 1 MiB that holds scalars."""
 
 
-def paged_decode(
-    q,
-    k_pages,
-    v_pages,
-    selected,
-    counts,
-    *,
-    fill=None,
-    bias=None,
-    scale,
-    softcap=None,
-    tiles=None,
-    interpret=False,
-):
+def paged_decode(args: PagedArgs, *, tiles=None, interpret=False) -> Partial:
     """See `api.paged_decode`."""
+    q, k_pages, v_pages = args.q, args.k_pages, args.v_pages
+    selected, counts, bias = args.selected, args.counts, args.bias
     (b, h, t, d), (_, kv_heads, c) = q.shape, selected.shape
     page = k_pages.shape[1]
     kernel_page(page)
@@ -51,8 +41,8 @@ def paged_decode(
     left = PageSide.of_pool("k_pages", k_pages, pages, q.dtype)
     right = PageSide.of_pool("v_pages", v_pages, pages, q.dtype)
     short = -c % pages
-    if fill is not None or bias is not None:
-        bias = log_weights(selected, counts, fill, bias, page)
+    if args.fill is not None or bias is not None:
+        bias = log_weights(args)
         wide = [(0, 0), (0, 0), (0, short * page)]
         bias = jnp.pad(bias, wide, constant_values=NEG_INF)
     selected = jnp.pad(selected, [(0, 0), (0, 0), (0, short)])
@@ -78,8 +68,8 @@ def paged_decode(
             left=left,
             right=right,
             live=group_rows,
-            scale=scale,
-            softcap=softcap,
+            scale=args.scale,
+            softcap=args.softcap,
             interpret=interpret,
         )
 

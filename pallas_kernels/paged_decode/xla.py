@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kvjax.pallas_kernels.paged_decode.args import PagedArgs
 from kvjax.pallas_kernels.paged_decode.tables import log_weights
 from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
 from kvjax.pallas_kernels.quantize_pack.xla import dequantize
@@ -13,27 +14,26 @@ CHUNK_SLOTS = 4096
 """Slots per head that are gathered at once; a larger selection goes in a scan."""
 
 
-def paged_decode(
-    q, k_pages, v_pages, selected, counts, *, fill, bias, scale, softcap
-) -> Partial:
+def paged_decode(args: PagedArgs) -> Partial:
     """See `api.paged_decode`. Temporaries: `CHUNK_SLOTS` gathered slots per head."""
+    q, selected = args.q, args.selected
     (b, h, t, d), (_, kv_heads, c) = q.shape, selected.shape
-    page = k_pages.shape[1]
-    at = jnp.where(jnp.arange(c) < counts[..., None], selected, 0)
-    weights = log_weights(selected, counts, fill, bias, page)
+    page = args.k_pages.shape[1]
+    at = jnp.where(jnp.arange(c) < args.counts[..., None], selected, 0)
+    weights = log_weights(args)
     queries = q.reshape(b, kv_heads, h // kv_heads * t, d)
 
     def attend(at: Array, weights: Array) -> Partial:
         shape = (b, kv_heads, at.shape[-1] * page, d)
         live = ~jnp.isneginf(weights)[..., None]
-        keys = jnp.where(live, read(k_pages, at, q.dtype).reshape(shape), 0)
+        keys = jnp.where(live, read(args.k_pages, at, q.dtype).reshape(shape), 0)
         # The product runs in the dtype of the keys, its sum in float32.
         rows = queries.astype(keys.dtype)
         logits = jnp.einsum(
             "BKXD,BKSD->BKXS", rows, keys, preferred_element_type=jnp.float32
         )
-        logits = cap(logits * scale, softcap) + weights[:, :, None]
-        slots = jnp.where(live, read(v_pages, at, q.dtype).reshape(shape), 0)
+        logits = cap(logits * args.scale, args.softcap) + weights[:, :, None]
+        slots = jnp.where(live, read(args.v_pages, at, q.dtype).reshape(shape), 0)
         return softmax_partial(logits, live.mT, slots)
 
     most = max(1, CHUNK_SLOTS // page)
