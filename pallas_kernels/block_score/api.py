@@ -3,6 +3,7 @@
 from jaxtyping import Array, Float
 
 from kvjax.pallas_kernels import checks
+from kvjax.pallas_kernels.block_score.args import BlockArgs
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 
 OP = Op(name="block_score", backends=("reference", "xla", "tpu", "gpu"))
@@ -60,23 +61,22 @@ def block_score(
     Source: XAttention (2503.16428) for `antidiagonal`, its group-level causal mask and
         scale included; MInference (2407.02490) and FlexPrefill (2502.20766) for `mean`.
     """
-    _check(q, k, block_q, block_k, mode, stride, causal)
-    return OP(
-        q,
-        k,
+    args = BlockArgs(
+        q=q,
+        k=k,
         block_q=block_q,
         block_k=block_k,
         mode=mode,
         stride=stride,
         scale=scale,
         causal=causal,
-        backend=backend,
-        tiles=tiles,
-        interpret=interpret,
     )
+    _check(args)
+    return OP(args, backend=backend, tiles=tiles, interpret=interpret)
 
 
-def _check(q, k, block_q, block_k, mode, stride, causal) -> None:
+def _check(args: BlockArgs) -> None:
+    q, k, mode, stride = args.q, args.k, args.mode, args.stride
     checks.shape("q", q, ("B", "H", "T", "D"))
     b, h, t, d = q.shape
     checks.shape("k", k, ("B", "K", "S", "D"), B=b, D=d)
@@ -91,7 +91,8 @@ def _check(q, k, block_q, block_k, mode, stride, causal) -> None:
     if mode not in MODES:
         raise ValueError(f"`mode` must be one of {list(MODES)}; got {mode!r}.")
     s = k.shape[2]
-    for name, block, size in (("block_q", block_q, t), ("block_k", block_k, s)):
+    blocks = ("block_q", args.block_q, t), ("block_k", args.block_k, s)
+    for name, block, size in blocks:
         if block < 1 or size % block:
             raise ValueError(
                 f"`{name}` must divide the {size} tokens; got {block}. Pad in front, "
@@ -99,7 +100,7 @@ def _check(q, k, block_q, block_k, mode, stride, causal) -> None:
             )
         if mode == "antidiagonal" and (stride < 1 or block % stride):
             raise ValueError(f"`stride` must divide `{name}`={block}; got {stride}.")
-    if causal and s < t:
+    if args.causal and s < t:
         raise ValueError(
             f"`k` must hold at least as many tokens as `q` if causal; got {s} and {t}."
         )

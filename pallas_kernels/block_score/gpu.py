@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from kvjax.pallas_kernels import compat, gradients, tuning
 from kvjax.pallas_kernels.block_score import xla
+from kvjax.pallas_kernels.block_score.args import BlockArgs
 from kvjax.pallas_kernels.block_score.groups import Groups, grouped
 
 ROWS, COLUMNS = 64, 128
@@ -57,33 +58,24 @@ class Plan(NamedTuple):
 
 
 def block_score(
-    q: Float[Array, "B H T D"],
-    k: Float[Array, "B K S D"],
+    args: BlockArgs,
     *,
-    block_q: int,
-    block_k: int,
-    mode: str,
-    stride: int,
-    scale: float,
-    causal: bool,
     tiles: Mapping[str, Any] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B H T_block_q S_block_k"]:
     """See `api.block_score`."""
-    _refuse(q)
+    _refuse(args.q)
     sizes = tuning.tiles("block_score", "h200", tiles)
-    how = {"block_q": block_q, "block_k": block_k, "mode": mode, "stride": stride}
 
-    def kernel(q, k):
-        g = grouped(q, k, scale=scale, **how)
+    def kernel(args):
+        g, q, k = grouped(args), args.q, args.k
         # The tensor cores take what the tokens have; means of it are as exact.
         g = g._replace(q=g.q.astype(q.dtype), k=g.k.astype(k.dtype))
-        plan = _plan(g, k.shape[2] - q.shape[2], sizes, causal)
+        plan = _plan(g, k.shape[2] - q.shape[2], sizes, args.causal)
         out = _shares(plan, g, _run(plan, g, compat.gpu_interpret(interpret)))
         return out.reshape(*q.shape[:2], *out.shape[-2:])
 
-    plain = functools.partial(xla.block_score, scale=scale, causal=causal, **how)
-    return gradients.through(kernel, plain, q, k)
+    return gradients.through(kernel, xla.block_score, args)
 
 
 def _refuse(q: Array) -> None:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kvjax.pallas_kernels.block_score.args import BlockArgs
+
 
 class Groups(NamedTuple):
     """Groups of queries and keys, scored by `sum_j q[g, j] . k[h, j] * scale`.
@@ -29,13 +31,12 @@ class Groups(NamedTuple):
     scale: float
 
 
-def grouped(
-    q: Array, k: Array, block_q: int, block_k: int, mode: str, stride: int, scale: float
-) -> Groups:
+def grouped(args: BlockArgs) -> Groups:
     """Groups of a call; `mean` pools here, `antidiagonal` only reshapes."""
-    (b, h, t, d), (kv_heads, s) = q.shape, k.shape[1:3]
-    q = q.reshape(b, kv_heads, h // kv_heads, t, d)
-    if mode == "antidiagonal":
+    block_q, block_k, stride, k = args.block_q, args.block_k, args.stride, args.k
+    (b, h, t, d), (kv_heads, s) = args.q.shape, k.shape[1:3]
+    q = args.q.reshape(b, kv_heads, h // kv_heads, t, d)
+    if args.mode == "antidiagonal":
         return Groups(
             q.reshape(*q.shape[:3], t // stride, stride, d),
             k.reshape(b, kv_heads, s // stride, stride, d),
@@ -43,10 +44,10 @@ def grouped(
             block_k // stride,
             stride,
             stride,
-            scale / stride,
+            args.scale / stride,
         )
     q = q.reshape(*q.shape[:3], t // block_q, block_q, d)
     k = k.reshape(b, kv_heads, s // block_k, block_k, d)
     q = jnp.mean(q, axis=4, keepdims=True, dtype=jnp.float32)
     k = jnp.mean(k, axis=3, keepdims=True, dtype=jnp.float32)
-    return Groups(q, k, 1, 1, block_q, block_k, scale)
+    return Groups(q, k, 1, 1, block_q, block_k, args.scale)

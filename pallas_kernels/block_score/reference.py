@@ -3,36 +3,27 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kvjax.pallas_kernels.block_score.args import BlockArgs
 from kvjax.types import NEG_INF
 
 
-def block_score(
-    q: Float[Array, "B H T D"],
-    k: Float[Array, "B K S D"],
-    *,
-    block_q: int,
-    block_k: int,
-    mode: str,
-    stride: int,
-    scale: float,
-    causal: bool,
-) -> Float[Array, "B H T_block_q S_block_k"]:
+def block_score(args: BlockArgs) -> Float[Array, "B H T_block_q S_block_k"]:
     """See `api.block_score`."""
-    b, h, t, _ = q.shape
-    s = k.shape[2]
-    q = q.astype(jnp.float32)
-    k = jnp.repeat(k.astype(jnp.float32), h // k.shape[1], axis=1)
+    block_q, block_k, mode, stride = args.block_q, args.block_k, args.mode, args.stride
+    (b, h, t, _), (kv_heads, s) = args.q.shape, args.k.shape[1:3]
+    q = args.q.astype(jnp.float32)
+    k = jnp.repeat(args.k.astype(jnp.float32), h // kv_heads, axis=1)
     size_q, size_k = (block_q, block_k) if mode == "mean" else (stride, stride)
     if mode == "mean":
         q = jnp.mean(q.reshape(b, h, t // size_q, size_q, -1), axis=3)
         k = jnp.mean(k.reshape(b, h, s // size_k, size_k, -1), axis=3)
-        logits = jnp.einsum("BHXD,BHYD->BHXY", q, k) * scale
+        logits = jnp.einsum("BHXD,BHYD->BHXY", q, k) * args.scale
     else:
-        every = jnp.einsum("BHTD,BHSD->BHTS", q, k) * scale
+        every = jnp.einsum("BHTD,BHSD->BHTS", q, k) * args.scale
         cells = every.reshape(b, h, t // stride, stride, s // stride, stride)
         logits = sum(cells[:, :, :, stride - 1 - j, :, j] for j in range(stride))
         logits = jnp.asarray(logits) / stride
-    if causal:
+    if args.causal:
         end = (jnp.arange(t // size_q) + 1) * size_q - 1 + s - t
         start = jnp.arange(s // size_k) * size_k
         logits = jnp.where(start <= end[:, None], logits, NEG_INF)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from kvjax.pallas_kernels import compat, gradients, tuning
 from kvjax.pallas_kernels.block_score import regroup, tpu_kernel, xla
+from kvjax.pallas_kernels.block_score.args import BlockArgs
 from kvjax.pallas_kernels.block_score.groups import Groups, grouped
 
 LANES, SUBLANES = 128, 8
@@ -65,32 +66,23 @@ class Plan(NamedTuple):
 
 
 def block_score(
-    q: Float[Array, "B H T D"],
-    k: Float[Array, "B K S D"],
+    args: BlockArgs,
     *,
-    block_q: int,
-    block_k: int,
-    mode: str,
-    stride: int,
-    scale: float,
-    causal: bool,
     tiles: Mapping[str, Any] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B H T_block_q S_block_k"]:
     """See `api.block_score`."""
-    if q.dtype == jnp.float16:
+    if args.q.dtype == jnp.float16:
         raise NotImplementedError("block_score: TPUs hold no float16; use bfloat16.")
     sizes = tuning.tiles("block_score", None, tiles)
-    how = {"block_q": block_q, "block_k": block_k, "mode": mode, "stride": stride}
 
-    def kernel(q, k):
-        g = grouped(q, k, scale=scale, **how)
-        plan = _plan(g, k.shape[2] - q.shape[2], sizes, causal)
+    def kernel(args):
+        g, (b, h, t, _) = grouped(args), args.q.shape
+        plan = _plan(g, args.k.shape[2] - t, sizes, args.causal)
         out = _run(plan, g, compat.tpu_interpret(interpret))
-        return out.reshape(*q.shape[:2], *out.shape[3:])
+        return out.reshape(b, h, *out.shape[3:])
 
-    plain = functools.partial(xla.block_score, scale=scale, causal=causal, **how)
-    return gradients.through(kernel, plain, q, k)
+    return gradients.through(kernel, xla.block_score, args)
 
 
 def _plan(g: Groups, offset: int, sizes: Mapping[str, int], causal: bool) -> Plan:

@@ -4,26 +4,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kvjax.pallas_kernels.block_score.args import BlockArgs
 from kvjax.pallas_kernels.block_score.groups import grouped
 from kvjax.pallas_kernels.dense import query_chunk
 from kvjax.types import NEG_INF
 
 
-def block_score(
-    q: Float[Array, "B H T D"],
-    k: Float[Array, "B K S D"],
-    *,
-    block_q: int,
-    block_k: int,
-    mode: str,
-    stride: int,
-    scale: float,
-    causal: bool,
-) -> Float[Array, "B H T_block_q S_block_k"]:
+def block_score(args: BlockArgs) -> Float[Array, "B H T_block_q S_block_k"]:
     """See `api.block_score`."""
-    b, h, t, _ = q.shape
-    s = k.shape[2]
-    g = grouped(q, k, block_q, block_k, mode, stride, scale)
+    b, h, t, _ = args.q.shape
+    s = args.k.shape[2]
+    g = grouped(args)
     kv_heads, per_head, rows, size, d = g.q.shape[1:]
     columns = g.k.shape[2]
     # One long vector per group: the antidiagonal of a tile is one dot product.
@@ -37,7 +28,7 @@ def block_score(
         flat = part.reshape(b, kv_heads, per_head * n, size * d)
         logits = jnp.einsum("BKXC,BKYC->BKXY", flat, keys, preferred_element_type="f4")
         logits = (logits * g.scale).reshape(b, h, n, columns)
-        if causal:
+        if args.causal:
             end = (first + jnp.arange(n) + 1) * g.size_q - 1 + s - t
             logits = jnp.where(start <= end[:, None], logits, NEG_INF)
         weight = jax.nn.softmax(logits, axis=-1)
@@ -56,4 +47,4 @@ def block_score(
     )
     firsts = jnp.arange(count, dtype=jnp.int32) * chunk
     out = jax.lax.map(jax.checkpoint(some), (parts, firsts))
-    return jnp.moveaxis(out, 0, 2).reshape(b, h, t // block_q, s // block_k)
+    return jnp.moveaxis(out, 0, 2).reshape(b, h, t // args.block_q, s // args.block_k)
