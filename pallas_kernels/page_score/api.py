@@ -4,6 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import checks, stacked
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
+from kvjax.pallas_kernels.page_score.args import PageArgs
 
 OP = Op(name="page_score", backends=("reference", "xla", "tpu", "gpu"))
 
@@ -57,22 +58,13 @@ def page_score(
         (2402.04617) and ShadowKV (2410.21465) rank by `dot`; NSA (2502.11089) sums
         shares over a group. Deviation from Quest: the heads of a group share pages.
     """
-    _check(q, a, b, row, mode, group, scale)
-    return OP(
-        q,
-        a,
-        b,
-        row=row,
-        mode=mode,
-        group=group,
-        scale=scale,
-        backend=backend,
-        tiles=tiles,
-        interpret=interpret,
-    )
+    args = PageArgs(q=q, a=a, b=b, row=row, mode=mode, group=group, scale=scale)
+    _check(args)
+    return OP(args, backend=backend, tiles=tiles, interpret=interpret)
 
 
-def _check(q, a, b, row, mode, group, scale) -> None:
+def _check(args: PageArgs) -> None:
+    q, a, b, row, mode, group = args.q, args.a, args.b, args.row, args.mode, args.group
     for name, value, known in (("mode", mode, MODES), ("group", group, GROUPS)):
         if value not in known:
             raise ValueError(f"`{name}` must be one of {list(known)}; got {value!r}.")
@@ -95,8 +87,8 @@ def _check(q, a, b, row, mode, group, scale) -> None:
     if b is not None:
         checks.shape("b", b, tuple(a.shape))
         checks.dtype("b", b, (a.dtype.name,))
-    if (scale is None) == group.startswith("softmax"):
+    if (args.scale is None) == group.startswith("softmax"):
         raise ValueError(
             "`scale` must be a number with the softmax groups and None with the "
-            f"others; got {scale} with group {group!r}."
+            f"others; got {args.scale} with group {group!r}."
         )

@@ -12,15 +12,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
 
 from kvjax.pallas_kernels import compat, stacked, tuning
+from kvjax.pallas_kernels.page_score.args import PageArgs
 
 ROWS = 64
 """Rows of a `wgmma`: query heads of a KV head times queries, padded."""
 
 
-def page_score(q, a, b, *, row=None, mode, group, scale, tiles=None, interpret=False):
+def page_score(args: PageArgs, *, tiles=None, interpret=False) -> Array:
     """See `api.page_score`."""
+    q, a, b, row, group = args.q, args.a, args.b, args.row, args.group
     _refuse(q, a)
     (n, h, t, d), (kv_heads, pages) = q.shape, a.shape[1:3]
     block = tuning.tiles("page_score", "h200", tiles)["pages"]
@@ -33,7 +36,7 @@ def page_score(q, a, b, *, row=None, mode, group, scale, tiles=None, interpret=F
     queries = q.reshape(n, kv_heads, rows, d)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, ROWS - rows), (0, 0)))
     sides = [(queries, a)]
-    if mode == "bound":
+    if args.mode == "bound":
         # Negative channels of a query meet the minimum, positive ones the maximum.
         sides = [(jnp.minimum(queries, 0), a), (jnp.maximum(queries, 0), b)]
     more = ((0, 0), (0, 0), (0, -pages % 8), (0, 0))
@@ -61,7 +64,7 @@ def page_score(q, a, b, *, row=None, mode, group, scale, tiles=None, interpret=F
     score = run(*lead, *(x for side in sides for x in side))[:, :, :rows, :pages]
     score = score.reshape(n, kv_heads, h // kv_heads, t, pages)
     if group.startswith("softmax"):
-        score = jax.nn.softmax(score * scale, axis=-1)
+        score = jax.nn.softmax(score * args.scale, axis=-1)
     return jnp.max(score, 2) if group.endswith("max") else jnp.sum(score, 2)
 
 

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
 
 from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels.page_score.args import PageArgs
 from kvjax.types import NEG_INF
 
 LANES = 128
@@ -20,8 +22,9 @@ KEPT_BYTES = 8 << 20
 """Of the scores that wait for a softmax; VMEM of the smallest target is 64 MiB."""
 
 
-def page_score(q, a, b, *, row=None, mode, group, scale, tiles=None, interpret=False):
+def page_score(args: PageArgs, *, tiles=None, interpret=False) -> Array:
     """See `api.page_score`."""
+    q, a, b, row, group = args.q, args.a, args.b, args.row, args.group
     (n, h, t, d), (kv_heads, pages) = q.shape, a.shape[1:3]
     for name, array in (("q", q), ("a", a)):
         if array.dtype == jnp.float16:
@@ -59,9 +62,9 @@ def page_score(q, a, b, *, row=None, mode, group, scale, tiles=None, interpret=F
     score = pl.pallas_call(
         functools.partial(
             _kernel,
-            bound=mode == "bound",
+            bound=args.mode == "bound",
             largest=group.endswith("max"),
-            scale=scale,
+            scale=args.scale,
             pages=pages,
             heads=heads,
         ),

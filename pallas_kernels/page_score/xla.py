@@ -5,17 +5,19 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kvjax.pallas_kernels import stacked
+from kvjax.pallas_kernels.page_score.args import PageArgs
 
 
-def page_score(q, a, b, *, mode, group, scale, row=None):
+def page_score(args: PageArgs) -> Array:
     """See `api.page_score`.
 
     Temporaries: the scores of all heads, and with `row` the rows read of the bounds.
     """
-    (rows, h, t, d), kv_heads = q.shape, a.shape[1]
-    a, b = stacked.rows((a, b), row, rows)
+    q, group, kv_heads = args.q, args.group, args.a.shape[1]
+    rows, h, t, d = q.shape
+    a, b = stacked.rows((args.a, args.b), args.row, rows)
     queries = q.reshape(rows, kv_heads, h // kv_heads * t, d)
-    if mode == "bound":
+    if args.mode == "bound":
         # Negative channels of a query meet the minimum, positive ones the maximum.
         down, up = jnp.minimum(queries, 0), jnp.maximum(queries, 0)
         score = _product(a, down) + _product(b, up)
@@ -26,7 +28,7 @@ def page_score(q, a, b, *, mode, group, scale, row=None):
     score = jax.lax.optimization_barrier(score)
     score = score.reshape(rows, kv_heads, a.shape[2], h // kv_heads, t)
     if group.startswith("softmax"):
-        score = jax.nn.softmax(score * scale, axis=2)
+        score = jax.nn.softmax(score * args.scale, axis=2)
     combined = jnp.max(score, 3) if group.endswith("max") else jnp.sum(score, 3)
     return jnp.swapaxes(combined, 2, 3)
 
