@@ -1,5 +1,6 @@
 """`quantize_pack`: validation and dispatch; `dequantize`, its inverse."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
+from kvjax.pallas_kernels.quantize_pack.args import PackArgs
 from kvjax.pallas_kernels.quantize_pack.xla import dequantize as _dequantize
 from kvjax.pallas_kernels.quantized import BITS, Quantized
 
@@ -65,23 +67,12 @@ def quantize_pack(
     Source: KIVI (2402.02750) section 3; asymmetric min/scale, round to nearest.
     Deviation: the levels of 1 bit, which KIVI does not have.
     """
-    _check(x, live, bits, axis, group)
-    if symmetric and bits == 1:
-        raise ValueError(
-            "1-bit codes have no sign; got symmetric=True. Use symmetric=False, or "
-            "more bits."
-        )
-    return OP(
-        jax.lax.stop_gradient(x),
-        live,
-        bits=bits,
-        axis=axis,
-        group=group,
-        symmetric=symmetric,
-        backend=backend,
-        tiles=tiles,
-        interpret=interpret,
+    args = PackArgs(
+        x=x, live=live, bits=bits, axis=axis, group=group, symmetric=symmetric
     )
+    _check(args)
+    args = dataclasses.replace(args, x=jax.lax.stop_gradient(x))
+    return OP(args, backend=backend, tiles=tiles, interpret=interpret)
 
 
 def dequantize(quantized: Quantized, dtype: Any = jnp.float32) -> Array:
@@ -94,7 +85,8 @@ def dequantize(quantized: Quantized, dtype: Any = jnp.float32) -> Array:
     return _dequantize(quantized).astype(dtype)
 
 
-def _check(x: Any, live: Any, bits: int, axis: str, group: int) -> None:
+def _check(args: PackArgs) -> None:
+    x, bits, axis, group = args.x, args.bits, args.axis, args.group
     if bits not in BITS:
         raise ValueError(f"`bits` must be one of {list(BITS)}; got {bits}.")
     if axis not in AXES:
@@ -103,8 +95,8 @@ def _check(x: Any, live: Any, bits: int, axis: str, group: int) -> None:
         raise ValueError(f"`x` must be [*lead, S, D]; got {list(x.shape)}.")
     checks.dtype("x", x)
     lead = tuple(x.shape[:-1])
-    checks.shape("live", live, lead)
-    checks.dtype("live", live, ("bool",))
+    checks.shape("live", args.live, lead)
+    checks.dtype("live", args.live, ("bool",))
     slots, channels = x.shape[-2:]
     if channels % (8 // bits):
         raise ValueError(
@@ -116,4 +108,9 @@ def _check(x: Any, live: Any, bits: int, axis: str, group: int) -> None:
         raise ValueError(
             f"`group` must divide the {size} {name} with axis={axis!r}; got {group}. "
             "Pad with dead slots, or choose another group."
+        )
+    if args.symmetric and bits == 1:
+        raise ValueError(
+            "1-bit codes have no sign; got symmetric=True. Use symmetric=False, or "
+            "more bits."
         )

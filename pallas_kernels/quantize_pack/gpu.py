@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels.quantize_pack.args import PackArgs
 from kvjax.pallas_kernels.quantize_pack.xla import (
     SCALE_DTYPE,
     not_above,
@@ -32,19 +33,15 @@ MOST_VALUES = 128 * 128  # of a group of slots: 128 registers per thread
 
 
 def quantize_pack(
-    x: Float[Array, "*lead S D"],
-    live: Bool[Array, "*lead S"],
+    args: PackArgs,
     *,
-    bits: int,
-    axis: str,
-    group: int,
-    symmetric: bool,
     tiles: Mapping[str, Any] | None = None,
     interpret: bool = False,
 ) -> Quantized:
     """See `api.quantize_pack`."""
+    x, live, bits, group = args.x, args.live, args.bits, args.group
     *lead, s, d = x.shape
-    channel = axis == "channel"
+    channel, symmetric = args.axis == "channel", args.symmetric
     _refuse(d, bits, group, channel)
     block = tuning.tiles("quantize_pack", "h200", tiles)["block"]
     unit = group if channel else ROWS
@@ -70,7 +67,7 @@ def quantize_pack(
         scale=half(found[0]),
         zero=None if symmetric else half(found[1]),
         bits=bits,
-        axis=axis,
+        axis=args.axis,
         group=group,
     )
 

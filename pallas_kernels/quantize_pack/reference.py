@@ -1,32 +1,26 @@
 """Grouped quantisation, written out: the specification."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
+from kvjax.pallas_kernels.quantize_pack.args import PackArgs
 from kvjax.pallas_kernels.quantized import Quantized, half_bits
 
 LARGEST, SMALLEST, ULP = 65504.0, 2.0**-24, 2.0**-10
 """Of float16: largest number, smallest one, and relative spacing of normal ones."""
 
 
-def quantize_pack(
-    x: Float[Array, "*lead S D"],
-    live: Bool[Array, "*lead S"],
-    *,
-    bits: int,
-    axis: str,
-    group: int,
-    symmetric: bool,
-) -> Quantized:
+def quantize_pack(args: PackArgs) -> Quantized:
     """See `api.quantize_pack`."""
+    x, live, bits, group = args.x, args.live, args.bits, args.group
     *lead, s, d = x.shape
-    channel = axis == "channel"
+    channel = args.axis == "channel"
     shape = (*lead, s // group, group, d) if channel else (*lead, s, d // group, group)
     along = -2 if channel else -1
     mask = jnp.broadcast_to(live[..., None], x.shape).reshape(shape)
     values = jnp.where(mask, x.astype(jnp.float32).reshape(shape), 0)
     top = 2**bits - 1
-    if symmetric:
+    if args.symmetric:
         zero, half = None, top // 2
         scale = outwards(jnp.max(jnp.abs(values), axis=along, keepdims=True) / half)
         codes = jnp.round(values / scale) + half
@@ -52,7 +46,7 @@ def quantize_pack(
         scale=half_bits(jnp.squeeze(scale, along)),
         zero=zero,
         bits=bits,
-        axis=axis,
+        axis=args.axis,
         group=group,
     )
 

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from kvjax.pallas_kernels import compat, tuning
+from kvjax.pallas_kernels.quantize_pack.args import PackArgs
 from kvjax.pallas_kernels.quantize_pack.rounding import not_above, outwards
 from kvjax.pallas_kernels.quantized import Quantized
 
@@ -26,28 +27,24 @@ LANES = 128
 
 
 def quantize_pack(
-    x: Float[Array, "*lead S D"],
-    live: Bool[Array, "*lead S"],
+    args: PackArgs,
     *,
-    bits: int,
-    axis: str,
-    group: int,
-    symmetric: bool,
     tiles: Mapping[str, Any] | None = None,
     interpret: bool = False,
 ) -> Quantized:
     """See `api.quantize_pack`."""
+    x, live, bits, group = args.x, args.live, args.bits, args.group
     _refuse(x, bits, group)
     *lead, s, d = x.shape
     rows = math.prod(lead)
     block = tuning.tiles("quantize_pack", None, tiles)["block"]
-    size = _block(s, block, group if axis == "channel" else 1)
+    channel = args.axis == "channel"
+    size = _block(s, block, group if channel else 1)
     packed = d * bits // 8
-    channel = axis == "channel"
     side = (rows, s // group, d) if channel else (rows, d // group, s)
     side_block = (1, size // group, d) if channel else (1, d // group, size)
     side_index = (lambda n, i: (n, i, 0)) if channel else (lambda n, i: (n, 0, i))
-    sides = 1 if symmetric else 2
+    sides = 1 if args.symmetric else 2
     turned = packed % LANES != 0
     codes = (rows, packed, s) if turned else (rows, s, packed)
     shapes = (
@@ -64,7 +61,7 @@ def quantize_pack(
             bits=bits,
             channel=channel,
             group=group,
-            symmetric=symmetric,
+            symmetric=args.symmetric,
             turned=turned,
         ),
         grid=(rows, pl.cdiv(s, size)),  # rows of the batch and heads, blocks of slots
@@ -90,7 +87,7 @@ def quantize_pack(
             + sum(o.size * o.dtype.itemsize for o in shapes),
         ),
         interpret=compat.tpu_interpret(interpret),
-        name=f"kv_quantize_pack_{axis}{bits}",
+        name=f"kv_quantize_pack_{args.axis}{bits}",
     )(x, live)
 
     def side_of(out: Array, turned: bool) -> Array:
@@ -100,9 +97,9 @@ def quantize_pack(
     return Quantized(
         codes=side_of(outs[0], turned),
         scale=side_of(outs[1], not channel),
-        zero=None if symmetric else side_of(outs[2], not channel),
+        zero=None if args.symmetric else side_of(outs[2], not channel),
         bits=bits,
-        axis=axis,
+        axis=args.axis,
         group=group,
     )
 

@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from kvjax.pallas_kernels.quantize_pack.args import PackArgs
 from kvjax.pallas_kernels.quantized import Quantized, half_bits, readable
 
 SCALE_DTYPE = jnp.float16
@@ -13,26 +14,19 @@ _ULP, _SMALLEST = 2.0**-10, 2.0**-24
 _LARGEST = float(jnp.finfo(SCALE_DTYPE).max)
 
 
-def quantize_pack(
-    x: Float[Array, "*lead S D"],
-    live: Bool[Array, "*lead S"],
-    *,
-    bits: int,
-    axis: str,
-    group: int,
-    symmetric: bool,
-) -> Quantized:
+def quantize_pack(args: PackArgs) -> Quantized:
     """See `api.quantize_pack`."""
+    x, live, bits, group = args.x, args.live, args.bits, args.group
     *lead, s, d = x.shape
     wide = jnp.where(live[..., None], x, 0).astype(jnp.float32)
     mask = jnp.broadcast_to(live[..., None], x.shape)
-    if axis == "channel":
+    if args.axis == "channel":
         shape, along = (*lead, s // group, group, d), -2
     else:
         shape, along = (*lead, s, d // group, group), -1
     grouped, mask = wide.reshape(shape), mask.reshape(shape)
     top = 2**bits - 1
-    if symmetric:
+    if args.symmetric:
         half = top // 2
         reach = jnp.max(jnp.where(mask, jnp.abs(grouped), 0), axis=along, keepdims=True)
         scale = outwards(reach / half)
@@ -55,7 +49,7 @@ def quantize_pack(
         scale=half_bits(jnp.squeeze(scale, along)),
         zero=zero,
         bits=bits,
-        axis=axis,
+        axis=args.axis,
         group=group,
     )
 
