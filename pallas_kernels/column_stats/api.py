@@ -3,6 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import checks
+from kvjax.pallas_kernels.column_stats.args import ColumnArgs
 from kvjax.pallas_kernels.column_stats.stats import ColumnStats as ColumnStats
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 
@@ -59,26 +60,24 @@ def column_stats(
 
     Source: SnapKV (2404.14469), H2O (2306.14048); MInference (2407.02490) for `slash`.
     """
-    _check(q, keys, q_positions, k_positions, window, softcap)
-    _check_rows(q, weights=weights, lse=lse)
-    return OP(
-        q,
-        keys,
-        q_positions,
-        k_positions,
+    args = ColumnArgs(
+        q=q,
+        keys=keys,
+        q_positions=q_positions,
+        k_positions=k_positions,
+        weights=weights,
+        lse=lse,
         scale=scale,
         window=window,
         softcap=softcap,
-        weights=weights,
-        lse=lse,
         slash=slash,
-        backend=backend,
-        tiles=tiles,
-        interpret=interpret,
     )
+    _check(args)
+    return OP(args, backend=backend, tiles=tiles, interpret=interpret)
 
 
-def _check(q, keys, q_positions, k_positions, window, softcap) -> None:
+def _check(args: ColumnArgs) -> None:
+    q, keys, window, softcap = args.q, args.keys, args.window, args.softcap
     checks.shape("q", q, ("B", "H", "T", "D"))
     b, h, t, d = q.shape
     checks.shape("keys", keys, ("B", "K", "S", "D"), B=b, D=d)
@@ -90,19 +89,15 @@ def _check(q, keys, q_positions, k_positions, window, softcap) -> None:
             f"`q` and `keys` must have one dtype; got {q.dtype} and {keys.dtype}. "
             "Convert one of them."
         )
-    checks.shape("q_positions", q_positions, ("B", "T"), B=b, T=t)
-    checks.shape("k_positions", k_positions, ("B", "S"), B=b, S=keys.shape[2])
-    checks.integers("q_positions", q_positions)
-    checks.integers("k_positions", k_positions)
+    checks.shape("q_positions", args.q_positions, ("B", "T"), B=b, T=t)
+    checks.shape("k_positions", args.k_positions, ("B", "S"), B=b, S=keys.shape[2])
+    checks.integers("q_positions", args.q_positions)
+    checks.integers("k_positions", args.k_positions)
     if window is not None and window < 1:
         raise ValueError(f"`window` must be at least 1, or None; got {window}.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"`softcap` must be positive, or None; got {softcap}.")
-
-
-def _check_rows(q, **rows) -> None:
-    b, h, t, _ = q.shape
-    for name, array in rows.items():
+    for name, array in (("weights", args.weights), ("lse", args.lse)):
         if array is not None:
             checks.shape(name, array, ("B", "H", "T"), B=b, H=h, T=t)
             checks.dtype(name, array, ("float32",))

@@ -5,6 +5,7 @@ XLA merges; in the second every thread block owns some keys and walks the querie
 see them. Blocks that no query of a tile sees are not read.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kvjax.pallas_kernels import compat, gradients, tuning
 from kvjax.pallas_kernels.column_stats import gpu_kernels, xla
+from kvjax.pallas_kernels.column_stats.args import ColumnArgs
 from kvjax.pallas_kernels.column_stats.diagonals import by_distance, in_line, start
 from kvjax.pallas_kernels.column_stats.gpu_kernels import LOG2E, LOW, ROWS
 from kvjax.pallas_kernels.column_stats.stats import ColumnStats
@@ -49,45 +51,26 @@ class Plan(NamedTuple):
 
 
 def column_stats(
-    q: Float[Array, "B H T D"],
-    keys: Float[Array, "B K S D"],
-    q_positions: Int[Array, "B T"],
-    k_positions: Int[Array, "B S"],
+    args: ColumnArgs,
     *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    weights: Float[Array, "B H T"] | None = None,
-    lse: Float[Array, "B H T"] | None = None,
-    slash: bool = False,
     tiles: Mapping[str, Any] | None = None,
     interpret: bool = False,
 ) -> ColumnStats:
     """See `api.column_stats`; with the `lse` of the queries, without the first pass."""
-    _refuse(q, slash)
-    (b, h, t, d), kv_heads = q.shape, keys.shape[1]
-    weights = jnp.ones((b, h, t), jnp.float32) if weights is None else weights
+    _refuse(args.q, args.slash)
+    args = dataclasses.replace(args, weights=args.factors)
     sizes = tuning.tiles("column_stats", "h200", tiles)
-    how = {"scale": scale, "window": window, "softcap": softcap, "slash": slash}
-    if slash:  # what the skewed sums are written for
+    if args.slash:  # what the skewed sums are written for
         sizes["block_q"] = ROWS
-    plans = _plans(sizes, b, h // kv_heads, kv_heads, t, keys.shape[2], d, how)
+    run = functools.partial(_run, _plans(args, sizes), interpret)
 
-    rows = {"weights": weights} | ({} if lse is None else {"lse": lse})
+    def kernel(args):
+        if not args.slash:
+            return run(args)
+        together = in_line(args.q_positions, args.k_positions)
+        return jax.lax.cond(together, run, xla.column_stats, args)
 
-    def plain(q, keys, q_positions, k_positions, *values):
-        known = dict(zip(rows, values, strict=True))
-        return xla.column_stats(q, keys, q_positions, k_positions, **known, **how)
-
-    run = functools.partial(_run, plans, interpret)
-
-    def kernel(*arrays):
-        if not slash:
-            return run(*arrays)
-        return jax.lax.cond(in_line(arrays[2], arrays[3]), run, plain, *arrays)
-
-    arrays = (q, keys, q_positions, k_positions, *rows.values())
-    return gradients.through(kernel, plain, *arrays)
+    return gradients.through(kernel, xla.column_stats, args)
 
 
 def _refuse(q: Array, slash: bool) -> None:
@@ -102,8 +85,9 @@ def _refuse(q: Array, slash: bool) -> None:
         raise NotImplementedError(f"column_stats: {why}.")
 
 
-def _plans(sizes, b, heads, kv_heads, t, s, d, how) -> tuple[Plan, Plan]:
+def _plans(args: ColumnArgs, sizes: Mapping[str, int]) -> tuple[Plan, Plan]:
     """Of the normalisers, and of the sums."""
+    (b, h, t, d), (kv_heads, s) = args.q.shape, args.keys.shape[1:3]
     most = 4 * ROWS * ROWS
     block_q, block_k = (
         max(ROWS, min(sizes[name], 4 * ROWS) // ROWS * ROWS)
@@ -111,11 +95,11 @@ def _plans(sizes, b, heads, kv_heads, t, s, d, how) -> tuple[Plan, Plan]:
     )
     block_q = min(block_q, -(-t // ROWS) * ROWS)
     queries = -(-t // block_q) * block_q
-    tiles = heads * queries // ROWS
+    tiles = h // kv_heads * queries // ROWS
     # Four warp groups of 64 x 64 logits, or two of 64 x 128, fit the registers.
     groups = next(n for n in (4, 2, 1) if tiles % n == 0 and n * block_k * ROWS <= most)
     # The skewed tiles of two warp groups fill what shared memory is left.
-    groups_k = 2 if how["slash"] else most // (block_q * ROWS)
+    groups_k = 2 if args.slash else most // (block_q * ROWS)
     while groups_k > 1 and s <= ROWS * groups_k // 2:
         groups_k //= 2
     blocks = -(-s // block_k)
@@ -129,12 +113,15 @@ def _plans(sizes, b, heads, kv_heads, t, s, d, how) -> tuple[Plan, Plan]:
         row_tiles=tiles // groups,
         splits=max(1, min(sizes["programs"] // programs, blocks)),
         stages=_stages(sizes["stages"], d, groups * ROWS, block_k),
-        **how,
+        scale=args.scale,
+        window=args.window,
+        softcap=args.softcap,
+        slash=args.slash,
     )
     second = plan._replace(
         groups=groups_k,
         keys=-(-s // (ROWS * groups_k)) * ROWS * groups_k,
-        stages=_stages(sizes["stages"], d, groups_k * ROWS, block_q, how["slash"]),
+        stages=_stages(sizes["stages"], d, groups_k * ROWS, block_q, args.slash),
     )
     return plan, second
 
@@ -145,30 +132,28 @@ def _stages(most: int, d: int, rows: int, columns: int, slash: bool = False) -> 
     return max(1, min(most, room // (columns * d * 2)))
 
 
-def _run(
-    plans, interpret, q, keys, q_positions, k_positions, weights, lse=None
-) -> ColumnStats:
+def _run(plans: tuple[Plan, Plan], interpret, args: ColumnArgs) -> ColumnStats:
     first, second = plans
-    b, h, t, d = q.shape
-    kv_heads, s = keys.shape[1:3]
+    b, h, t, d = args.q.shape
+    kv_heads, s = args.keys.shape[1:3]
     more = (0, first.queries - t)
-    q = jnp.pad(q, [(0, 0), (0, 0), more, (0, 0)])
+    q = jnp.pad(args.q, [(0, 0), (0, 0), more, (0, 0)])
     # Tiles in shared memory have 8 rows: other counts of keys are copied.
-    keys = jnp.pad(keys, [(0, 0), (0, 0), (0, -s % 8), (0, 0)])
-    at_q = jnp.pad(q_positions, [(0, 0), more], constant_values=-1)
-    weights = jnp.pad(weights, [(0, 0), (0, 0), more])
+    keys = jnp.pad(args.keys, [(0, 0), (0, 0), (0, -s % 8), (0, 0)])
+    at_q = jnp.pad(args.q_positions, [(0, 0), more], constant_values=-1)
+    weights = jnp.pad(args.factors, [(0, 0), (0, 0), more])
     if first.slash:  # Backwards, so that diagonals go up with rows and columns.
         q, weights, at_q = jnp.flip(q, 2), jnp.flip(weights, 2), jnp.flip(at_q, 1)
     q = q.reshape(b, kv_heads, -1, d)
 
     def padded(plan):
         more = (0, plan.keys - s)
-        return jnp.pad(k_positions, [(0, 0), more], constant_values=-1)
+        return jnp.pad(args.k_positions, [(0, 0), more], constant_values=-1)
 
-    if lse is None:
+    if args.lse is None:
         lse = _normalisers(first, interpret, q, keys, at_q, padded(first))
     else:
-        lse = jnp.pad(lse * LOG2E, [(0, 0), (0, 0), more], constant_values=LOW)
+        lse = jnp.pad(args.lse * LOG2E, [(0, 0), (0, 0), more], constant_values=LOW)
         lse = jnp.flip(lse, 2) if first.slash else lse
         lse = lse.reshape(b, kv_heads, -1)
     # A weight is a factor in the exponent; rows that count nothing vanish there.
@@ -178,7 +163,8 @@ def _run(
     total, highest = (x.reshape(b, h, -1)[..., :s] for x in found[:2])
     along = None
     if second.slash:
-        last = start(q_positions) + second.queries - 1  # distance of the first diagonal
+        # Distance of the first diagonal.
+        last = start(args.q_positions) + second.queries - 1
         along = _joined(found[2].reshape(b, h, *found[2].shape[3:]))
         along = by_distance(along, last, s)
     return ColumnStats(total, highest, along)

@@ -4,27 +4,19 @@ A branch of a program takes its memory whether or not it runs, so this one goes 
 by query and head by head: slow, and small.
 """
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from kvjax.pallas_kernels.column_stats import xla
+from kvjax.pallas_kernels.column_stats.args import ColumnArgs
 from kvjax.pallas_kernels.column_stats.stats import ColumnStats
 
 
-def column_stats(
-    q: Array,
-    keys: Array,
-    q_positions: Array,
-    k_positions: Array,
-    weights: Array,
-    lse: Array | None,
-    **rules: Any,
-) -> ColumnStats:
+def column_stats(args: ColumnArgs) -> ColumnStats:
     """See `api.column_stats`, with `slash`."""
-    (b, h, t, _), (kv_heads, s) = q.shape, keys.shape[1:3]
+    (b, h, t, _), (kv_heads, s) = args.q.shape, args.keys.shape[1:3]
     groups = h // kv_heads
 
     def of_head(x):
@@ -35,16 +27,15 @@ def column_stats(
             def one(x, axis):
                 return jax.lax.dynamic_slice_in_dim(x, i, 1, axis)
 
-            found = xla.column_stats(
-                one(q, 2),
-                keys[:, None],
-                one(q_positions, 1),
-                k_positions,
+            some = dataclasses.replace(
+                args,
+                q=one(q, 2),
+                keys=keys[:, None],
+                q_positions=one(args.q_positions, 1),
                 weights=one(weights, 2),
                 lse=None if lse is None else one(lse, 2),
-                slash=True,
-                **rules,
             )
+            found = xla.column_stats(some)
             highest = jnp.maximum(total.max, found.max)
             sums, along = total.sum + found.sum, total.slash + found.slash
             return ColumnStats(sums, highest, along), None
@@ -54,6 +45,7 @@ def column_stats(
     def by_head(x):
         return jnp.moveaxis(x.reshape(b, kv_heads, groups, *x.shape[2:]), 1, 0)
 
-    heads = (jnp.moveaxis(keys, 1, 0), by_head(q), by_head(weights))
-    found = jax.lax.map(of_head, (*heads, None if lse is None else by_head(lse)))
+    heads = (jnp.moveaxis(args.keys, 1, 0), by_head(args.q), by_head(args.factors))
+    lse = None if args.lse is None else by_head(args.lse)
+    found = jax.lax.map(of_head, (*heads, lse))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, h, s), found)

@@ -7,6 +7,7 @@ from HBM once, not twice per block of queries. Tiles that no query of a block se
 no arithmetic. With `lse` given the first walk falls away.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -16,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from kvjax.pallas_kernels import compat, gradients, tuning
 from kvjax.pallas_kernels.column_stats import sparing, tpu_kernels, xla
+from kvjax.pallas_kernels.column_stats.args import ColumnArgs
 from kvjax.pallas_kernels.column_stats.diagonals import by_distance, in_line, start
 from kvjax.pallas_kernels.column_stats.stats import ColumnStats
 
@@ -58,64 +60,45 @@ class Plan(NamedTuple):
 
 
 def column_stats(
-    q: Float[Array, "B H T D"],
-    keys: Float[Array, "B K S D"],
-    q_positions: Int[Array, "B T"],
-    k_positions: Int[Array, "B S"],
+    args: ColumnArgs,
     *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    weights: Float[Array, "B H T"] | None = None,
-    lse: Float[Array, "B H T"] | None = None,
-    slash: bool = False,
     tiles: Mapping[str, Any] | None = None,
     interpret: bool = False,
 ) -> ColumnStats:
     """See `api.column_stats`."""
-    if q.dtype == jnp.float16:
+    if args.q.dtype == jnp.float16:
         raise NotImplementedError("column_stats: TPUs hold no float16; use bfloat16.")
-    weights = jnp.ones(q.shape[:3], jnp.float32) if weights is None else weights
-    rules: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-    sizes = tuning.tiles("column_stats", None, tiles)
-    plan = make_plan(q, keys, sizes, slash=slash, given=lse is not None, **rules)
+    args = dataclasses.replace(args, weights=args.factors)
+    plan = make_plan(args, tuning.tiles("column_stats", None, tiles))
     plan = plan._replace(interpret=compat.tpu_interpret(interpret))
 
-    def plain(q, keys, q_positions, k_positions, weights, lse):
-        how = {**rules, "weights": weights, "lse": lse, "slash": slash}
-        return xla.column_stats(q, keys, q_positions, k_positions, **how)
-
-    def kernel(*arrays):
+    def kernel(args):
         run = functools.partial(_run, plan)
-        if not slash:
-            return run(*arrays)
-        scattered = functools.partial(sparing.column_stats, **rules)
-        return jax.lax.cond(in_line(arrays[2], arrays[3]), run, scattered, *arrays)
+        if not args.slash:
+            return run(args)
+        together = in_line(args.q_positions, args.k_positions)
+        return jax.lax.cond(together, run, sparing.column_stats, args)
 
-    return gradients.through(
-        kernel, plain, q, keys, q_positions, k_positions, weights, lse
-    )
+    return gradients.through(kernel, xla.column_stats, args)
 
 
-def make_plan(
-    q: Any, keys: Any, sizes: Mapping[str, int], *, slash: bool, given: bool, **rules
-) -> Plan:
+def make_plan(args: ColumnArgs, sizes: Mapping[str, int]) -> Plan:
     """What fits into VMEM.
 
     Raises:
         NotImplementedError: not even the results of several blocks of queries do.
     """
-    (_, h, t, d), (_, kv_heads, s, _) = q.shape, keys.shape
+    (_, h, t, d), (_, kv_heads, s, _) = args.q.shape, args.keys.shape
     block_q, block_k = _block(t, sizes["block_q"], 8), _block(s, sizes["block_k"], 1)
     queries, blocks_k = -(-t // block_q) * block_q, -(-s // block_k)
     groups, wide = h // kv_heads, blocks_k * block_k
-    item, d = q.dtype.itemsize, -(-d // LANES) * LANES
+    item, d = args.q.dtype.itemsize, -(-d // LANES) * LANES
     row = 2 * 2 * 4 * wide  # sum and max of one head, and where they leave from
     every = 8 // math.gcd(groups, 8)
     together = every if kv_heads % every == 0 else kv_heads
     room = VMEM - SPARE - 8 * wide - 2 * item * block_q * groups * d
     room -= 2 * item * block_k * d  # keys on their way
-    if slash:
+    if args.slash:
         room -= 2 * 4 * groups * (wide + queries + block_q + 2 * LANES)
     block = item * block_k * d
     whole = together * groups * row + 2 * block <= room
@@ -139,10 +122,12 @@ def make_plan(
         together=together,
         whole=whole,
         resident=resident,
-        slash=slash,
-        given=given,
+        slash=args.slash,
+        given=args.lse is not None,
+        scale=args.scale,
+        window=args.window,
+        softcap=args.softcap,
         interpret=None,
-        **rules,
     )
 
 
@@ -152,19 +137,19 @@ def _block(size: int, block: int, unit: int) -> int:
     return block if size > block else -(-size // unit) * unit
 
 
-def _run(plan: Plan, q, keys, q_positions, k_positions, weights, lse) -> ColumnStats:
-    b, h, t, d = q.shape
+def _run(plan: Plan, args: ColumnArgs) -> ColumnStats:
+    (b, h, t, d), keys = args.q.shape, args.keys
     kv_heads, s = keys.shape[1:3]
     more = (0, plan.queries - t)
-    q = jnp.pad(q, [(0, 0), (0, 0), more, (0, 0)])
-    at_q = jnp.pad(q_positions, [(0, 0), more], constant_values=-1)
-    rows = [weights] if lse is None else [weights, lse]
+    q = jnp.pad(args.q, [(0, 0), (0, 0), more, (0, 0)])
+    at_q = jnp.pad(args.q_positions, [(0, 0), more], constant_values=-1)
+    rows = [args.factors] if args.lse is None else [args.factors, args.lse]
     rows = [jnp.pad(x, [(0, 0), (0, 0), more]) for x in rows]
     if plan.slash:  # Backwards, so that diagonals go up with rows and columns.
         q, at_q = jnp.flip(q, 2), jnp.flip(at_q, 1)
         rows = [jnp.flip(x, 2) for x in rows]
     wide = plan.blocks_k * plan.block_k
-    at_k = jnp.pad(k_positions, [(0, 0), (0, wide - s)], constant_values=-1)
+    at_k = jnp.pad(args.k_positions, [(0, 0), (0, wide - s)], constant_values=-1)
     bounds = _bounds(at_q, at_k, plan)
     q = q.reshape(b, kv_heads, plan.groups, plan.queries, d)
     rows = [x.reshape(q.shape[:-1]) for x in rows]
@@ -176,7 +161,7 @@ def _run(plan: Plan, q, keys, q_positions, k_positions, weights, lse) -> ColumnS
     sums, highest = (x.reshape(b, h, wide)[..., :s] for x in (sums, highest))
     if not along:
         return ColumnStats(sums, highest, None)
-    last = start(q_positions) + plan.queries - 1  # distance of the first diagonal
+    last = start(args.q_positions) + plan.queries - 1  # distance of the first diagonal
     along = by_distance(along[0].reshape(b, h, -1), last, s)
     return ColumnStats(sums, highest, along)
 

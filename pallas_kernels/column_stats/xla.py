@@ -4,31 +4,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvjax.pallas_kernels.column_stats.args import ColumnArgs
 from kvjax.pallas_kernels.column_stats.stats import ColumnStats
 from kvjax.pallas_kernels.dense import query_chunk, visible
 from kvjax.pallas_kernels.partial import cap
 from kvjax.types import NEG_INF
 
 
-def column_stats(
-    q: Float[Array, "B H T D"],
-    keys: Float[Array, "B K S D"],
-    q_positions: Int[Array, "B T"],
-    k_positions: Int[Array, "B S"],
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    weights: Float[Array, "B H T"] | None = None,
-    lse: Float[Array, "B H T"] | None = None,
-    slash: bool = False,
-) -> ColumnStats:
+def column_stats(args: ColumnArgs) -> ColumnStats:
     """See `api.column_stats`; queries go in chunks."""
-    (b, h, t, _), (kv_heads, s) = q.shape, keys.shape[1:3]
+    q_positions, k_positions = args.q_positions, args.k_positions
+    (b, h, t, _), (kv_heads, s) = args.q.shape, args.keys.shape[1:3]
     groups = h // kv_heads
-    keys = jnp.where((k_positions >= 0)[:, None, :, None], keys, 0)
-    q = jnp.where((q_positions >= 0)[:, None, :, None], q, 0)
-    weights = jnp.ones((b, h, t), jnp.float32) if weights is None else weights
+    keys = jnp.where((k_positions >= 0)[:, None, :, None], args.keys, 0)
+    q = jnp.where((q_positions >= 0)[:, None, :, None], args.q, 0)
+    weights = args.factors
     chunk = query_chunk(t, b * h * s)
 
     def step(total: ColumnStats, x) -> tuple[ColumnStats, None]:
@@ -37,8 +27,8 @@ def column_stats(
         logits = jnp.einsum(
             "BKGTD,BKSD->BKGTS", queries, keys, preferred_element_type="f4"
         )
-        mask = visible(positions, k_positions, window)[:, None, None]
-        logits = jnp.where(mask, cap(logits * scale, softcap), NEG_INF)
+        mask = visible(positions, k_positions, args.window)[:, None, None]
+        logits = jnp.where(mask, cap(logits * args.scale, args.softcap), NEG_INF)
         if given:
             peak = given[0].reshape(b, kv_heads, groups, chunk, 1)
         else:
@@ -59,10 +49,10 @@ def column_stats(
         sums = total.sum + jnp.einsum("BHTS,BHT->BHS", weight, share)
         return ColumnStats(sums, jnp.maximum(total.max, highest), along), None
 
-    rows = (weights,) if lse is None else (weights, lse)
+    rows = (weights,) if args.lse is None else (weights, args.lse)
     xs = _in_chunks(chunk, q, q_positions, *rows)
     zero = jnp.zeros((b, h, s), jnp.float32)
-    start = ColumnStats(zero, zero, zero if slash else None)
+    start = ColumnStats(zero, zero, zero if args.slash else None)
     if chunk >= t:
         return step(start, jax.tree.map(lambda x: x[0], xs))[0]
     return jax.lax.scan(jax.checkpoint(step), start, xs)[0]

@@ -1,7 +1,6 @@
 """What `column_stats` and `block_score` refuse and promise beyond parity."""
 
 import contextlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from kvjax.pallas_kernels.block_score import block_score
 from kvjax.pallas_kernels.block_score import tpu as block_score_tpu
 from kvjax.pallas_kernels.column_stats import column_stats
 from kvjax.pallas_kernels.column_stats import tpu as column_stats_tpu
+from kvjax.pallas_kernels.column_stats.args import ColumnArgs
 
 Q, K = jnp.zeros((1, 4, 32, 16)), jnp.zeros((1, 2, 32, 16))
 AT = jnp.arange(32, dtype=jnp.int32)[None]
@@ -111,10 +111,21 @@ def test_column_stats_of_more_keys_than_fit(monkeypatch, queries, kept):
     q, k = draw(queries, 384, 64)
     at = jnp.arange(384, dtype=jnp.int32)[None]
     args, how = (q, k, at[:, 384 - queries :], at), {"scale": 0.1, "slash": True}
+    bound = ColumnArgs(
+        q=q,
+        keys=k,
+        q_positions=args[2],
+        k_positions=at,
+        weights=None,
+        lse=None,
+        scale=0.1,
+        window=None,
+        softcap=None,
+        slash=True,
+    )
 
     def fits():
-        rules: dict[str, Any] = {"given": False, "window": None, "softcap": None}
-        plan = column_stats_tpu.make_plan(q, k, tiles, **how, **rules)
+        plan = column_stats_tpu.make_plan(bound, tiles)
         return (plan.resident, plan.whole) == kept
 
     make_room(monkeypatch, column_stats_tpu, fits)
