@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.partial import Partial
+from kvjax.pallas_kernels.sparse_prefill.args import SparseArgs
 from kvjax.pallas_kernels.sparse_prefill.layout import Rules
 from kvjax.pallas_kernels.sparse_prefill.patterns import (
     BlockList,
@@ -87,18 +88,10 @@ def sparse_prefill(
     rules = Rules(
         scale=float(scale), window=window, sinks=sinks, softcap=softcap, causal=causal
     )
-    return OP(
-        q,
-        k,
-        v,
-        pattern,
-        start,
-        length,
-        rules=rules,
-        backend=backend,
-        tiles=tiles,
-        interpret=interpret,
+    args = SparseArgs(
+        q=q, k=k, v=v, pattern=pattern, q_start=start, kv_len=length, rules=rules
     )
+    return OP(args, backend=backend, tiles=tiles, interpret=interpret)
 
 
 def _check(q: Array, k: Array, v: Array, pattern: Pattern) -> None:

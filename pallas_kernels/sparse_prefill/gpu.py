@@ -5,6 +5,7 @@ the listed KV blocks to shared memory some steps ahead. The gradient is that of
 `gpu_backward`.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import compat
 from kvjax.pallas_kernels.partial import Partial
+from kvjax.pallas_kernels.sparse_prefill.args import SparseArgs
 from kvjax.pallas_kernels.sparse_prefill.gpu_backward import backward
 from kvjax.pallas_kernels.sparse_prefill.gpu_plan import (
     LOG2E,
@@ -28,8 +29,6 @@ from kvjax.pallas_kernels.sparse_prefill.gpu_plan import (
     operands,
 )
 from kvjax.pallas_kernels.sparse_prefill.gradient import with_gradient
-from kvjax.pallas_kernels.sparse_prefill.layout import Rules
-from kvjax.pallas_kernels.sparse_prefill.patterns import Pattern
 from kvjax.types import NEG_INF
 
 # No infinity, since inf - inf is NaN; a power of two, since a fused multiply-add would
@@ -155,11 +154,11 @@ def _kernel(
         copy_blocks(plan, count, block_of, last, sources, buffers[1:3], ready, free)
 
 
-def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
-    rules, tiles, interpret = how
-    plan = make_plan(q, k, pattern, rules, dict(tiles), interpret)
+def _forward(args: SparseArgs, how) -> Partial:
+    q, k, v, kv_len = args.q, args.k, args.v, args.kv_len
+    plan = make_plan(args, *how)
     lay = plan.lay
-    index, counts = make_lists(plan, pattern, q_start, kv_len)
+    index, counts = make_lists(plan, args)
 
     staged = operands(plan, plan.groups, ROWS, lay.block_k)
 
@@ -173,7 +172,7 @@ def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
                 operands(plan, plan.stages, lay.block_k),
                 operands(plan, plan.stages, lay.block_k),
                 plgpu.SMEM((plan.groups, ROWS), jnp.float32),
-                *([staged] if interpret else []),
+                *([staged] if plan.interpret else []),
             ),
             (plgpu.Barrier(num_barriers=plan.groups), ready, ready),
             (free, free),
@@ -192,8 +191,8 @@ def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
         num_threads=plan.groups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=compat.gpu_interpret(interpret),
-    )(q, k, v, last_block(plan, v, kv_len), index, counts, q_start, kv_len)
+        interpret=compat.gpu_interpret(plan.interpret),
+    )(q, k, v, last_block(plan, v, kv_len), index, counts, args.q_start, kv_len)
     return Partial(out, lse[:, :, : lay.tokens])
 
 
@@ -201,14 +200,8 @@ _attend = with_gradient(_forward, backward)
 
 
 def sparse_prefill(
-    q: Float[Array, "B H T D"],
-    k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S D"],
-    pattern: Pattern,
-    q_start: Int[Array, "B"],
-    kv_len: Int[Array, "B"],
+    args: SparseArgs,
     *,
-    rules: Rules,
     tiles: Mapping[str, int] | None = None,
     interpret: bool = False,
 ) -> Partial:
@@ -218,11 +211,12 @@ def sparse_prefill(
         NotImplementedError: not bfloat16, D not 64 or 128, blocks that the tensor
             cores' tiles do not divide, a scale that is not positive.
     """
-    how = (rules, tuple(sorted((tiles or {}).items())), interpret)
-    tokens = q.shape[2]
+    tokens = args.q.shape[2]
     # Tiles in shared memory have 8 rows: other counts of tokens are copied.
     q, k, v = (
-        jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % 8), (0, 0)]) for x in (q, k, v)
+        jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % 8), (0, 0)])
+        for x in (args.q, args.k, args.v)
     )
-    part = _attend(q, k, v, pattern, q_start, kv_len, how)
+    args = dataclasses.replace(args, q=q, k=k, v=v)
+    part = _attend(args, (tuple(sorted((tiles or {}).items())), interpret))
     return Partial(part.out[:, :, :tokens], part.lse[:, :, :tokens])

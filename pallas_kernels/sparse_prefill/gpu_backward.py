@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from kvjax.pallas_kernels import compat
+from kvjax.pallas_kernels.sparse_prefill.args import SparseArgs
 from kvjax.pallas_kernels.sparse_prefill.gpu_keys import key_gradients
 from kvjax.pallas_kernels.sparse_prefill.gpu_plan import (
     LOG2E,
@@ -27,21 +28,18 @@ from kvjax.pallas_kernels.sparse_prefill.gpu_plan import (
 FAR_LSE = 1e30  # of rows that see nothing: exp2(x - 1e30) is 0, inf - inf is not
 
 
-def backward(
-    q, k, v, pattern, q_start, kv_len, d_out, lse, delta, how
-) -> tuple[Array, Array, Array]:
+def backward(args: SparseArgs, d_out, lse, delta, how) -> tuple[Array, Array, Array]:
     """`(dq, dk, dv)`; see `gradient.with_gradient`."""
-    rules, tiles, interpret = how
-    plan = make_plan(q, k, pattern, rules, dict(tiles), interpret)
+    plan = make_plan(args, *how)
     lse = jnp.where(jnp.isinf(lse), FAR_LSE, lse * LOG2E)
     more = [(0, 0), (0, 0), (0, plan.tiles * plan.rows - plan.lay.tokens)]
     lse = jnp.pad(lse, more, constant_values=FAR_LSE)
-    rows = (q, d_out, lse, jnp.pad(delta, more))
-    scalars = (q_start, kv_len)
-    lists = make_lists(plan, pattern, q_start, kv_len)
-    keys = (k, v, *(last_block(plan, x, kv_len) for x in (k, v)))
+    rows = (args.q, d_out, lse, jnp.pad(delta, more))
+    scalars = (args.q_start, args.kv_len)
+    lists, stored = make_lists(plan, args), (args.k, args.v)
+    keys = (*stored, *(last_block(plan, x, args.kv_len) for x in stored))
     dq = _query_gradient(plan, rows, keys, lists, scalars)
-    return (dq, *key_gradients(plan, pattern, rows, keys, scalars))
+    return (dq, *key_gradients(plan, args.pattern, rows, keys, scalars))
 
 
 def _query_gradient(plan: Plan, rows, keys, lists, scalars) -> Array:

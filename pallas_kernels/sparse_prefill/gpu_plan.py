@@ -11,11 +11,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from kvjax.pallas_kernels import tuning
+from kvjax.pallas_kernels.sparse_prefill.args import SparseArgs
 from kvjax.pallas_kernels.sparse_prefill.layout import Layout, Rules, layout
 from kvjax.pallas_kernels.sparse_prefill.patterns import (
     BlockList,
     Diagonals,
-    Pattern,
     table,
 )
 
@@ -81,13 +81,14 @@ class Plan:
         return bent * self.factor, 1.0 - bent * bent
 
 
-def make_plan(q, k, pattern: Pattern, rules: Rules, tiles, interpret: bool) -> Plan:
+def make_plan(args: SparseArgs, tiles, interpret: bool) -> Plan:
     """The plan of a call.
 
     Raises:
         NotImplementedError: what the kernel does not take, see `gpu`.
     """
-    lay = layout(q, k, pattern)
+    q, pattern, rules = args.q, args.pattern, args.rules
+    lay = layout(q, args.k, pattern)
     if q.dtype != jnp.bfloat16 or lay.dim not in (64, 128):
         raise NotImplementedError(
             "sparse_prefill: the GPU kernel takes bfloat16 and D of 64 or 128; got "
@@ -107,7 +108,7 @@ def make_plan(q, k, pattern: Pattern, rules: Rules, tiles, interpret: bool) -> P
         rules=rules,
         diagonals=isinstance(pattern, Diagonals),
         groups=2 if lay.block_q % (2 * ROWS) == 0 else 1,
-        stages=tuning.tiles("sparse_prefill", "h200", tiles)["stages"],
+        stages=tuning.tiles("sparse_prefill", "h200", dict(tiles))["stages"],
         lists=table(pattern).shape[1],
         dtype=q.dtype,
         interpret=interpret,
@@ -115,14 +116,14 @@ def make_plan(q, k, pattern: Pattern, rules: Rules, tiles, interpret: bool) -> P
 
 
 def make_lists(
-    plan: Plan, pattern: Pattern, q_start: Int[Array, "B"], kv_len: Int[Array, "B"]
+    plan: Plan, args: SparseArgs
 ) -> tuple[Int[Array, "B Hx N C"], Int[Array, "B Hx Nq"]]:
     """Entries, and their number per query block.
 
     One list for all query blocks is sorted, so that those which a query block can see
     are in front: the kernel then stops at the last of them.
     """
-    lay, rules = plan.lay, plan.rules
+    lay, rules, pattern = plan.lay, plan.rules, args.pattern
     if isinstance(pattern, BlockList):
         return pattern.index, jnp.clip(pattern.counts, 0, lay.capacity)
     used = jnp.arange(lay.capacity) < pattern.counts[..., None]
@@ -131,11 +132,11 @@ def make_lists(
     i = jnp.arange(lay.q_blocks, dtype=jnp.int32)[:, None]
     block = entries
     if isinstance(pattern, Diagonals):
-        base = (q_start // pattern.block)[:, None, None, None] + i
+        base = (args.q_start // pattern.block)[:, None, None, None] + i
         block = jnp.where(entries == far, -1, base - entries)
     ok = (block >= 0) & (block < lay.kv_blocks)
-    first = q_start[:, None, None, None] + i * lay.block_q
-    length = kv_len[:, None, None, None]
+    first = args.q_start[:, None, None, None] + i * lay.block_q
+    length = args.kv_len[:, None, None, None]
     k = block * lay.block_k
     ok = ok & rules.touches(first, lay.block_q, k, lay.block_k, length)
     last = jnp.where(ok, jnp.arange(lay.capacity, dtype=jnp.int32) + 1, 0)

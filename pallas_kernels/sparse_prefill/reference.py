@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
-from kvjax.pallas_kernels.sparse_prefill.layout import Rules, layout
+from kvjax.pallas_kernels.sparse_prefill.args import SparseArgs
+from kvjax.pallas_kernels.sparse_prefill.layout import layout
 from kvjax.pallas_kernels.sparse_prefill.patterns import Pattern, kv_blocks, table
 
 
@@ -25,20 +26,12 @@ def listed_tokens(
     return jnp.repeat(mask, pattern.block_k, axis=3)[:, :, :tokens, :slots]
 
 
-def sparse_prefill(
-    q: Float[Array, "B H T D"],
-    k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S D"],
-    pattern: Pattern,
-    q_start: Int[Array, "B"],
-    kv_len: Int[Array, "B"],
-    *,
-    rules: Rules,
-) -> Partial:
+def sparse_prefill(args: SparseArgs) -> Partial:
     """Attention under the pattern's dense mask; see the public function."""
-    lay = layout(q, k, pattern)
+    q, q_start, kv_len, rules = args.q, args.q_start, args.kv_len, args.rules
+    lay = layout(q, args.k, args.pattern)
     group = lay.heads // lay.kv_heads
-    mask = listed_tokens(pattern, q_start, lay.tokens, lay.slots)
+    mask = listed_tokens(args.pattern, q_start, lay.tokens, lay.slots)
     mask = jnp.repeat(mask, lay.heads // mask.shape[1], axis=1)
     q_positions = (q_start[:, None] + jnp.arange(lay.tokens))[:, None, :, None]
     k_positions = jnp.arange(lay.slots)
@@ -46,7 +39,7 @@ def sparse_prefill(
     mask = mask & rules.visible(q_positions, k_positions, length)
     live = (k_positions < kv_len[:, None])[:, None, :, None]
     # Free slots may hold NaN: 0 * NaN would reach the outputs and gradients.
-    k, v = (jnp.where(live, x, 0).astype(jnp.float32) for x in (k, v))
+    k, v = (jnp.where(live, x, 0).astype(jnp.float32) for x in (args.k, args.v))
     k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
     logits = jnp.einsum(
         "BHTD,BHSD->BHTS", q.astype(jnp.float32), k, precision=jax.lax.Precision.HIGHEST

@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels import compat
 from kvjax.pallas_kernels.partial import Partial
+from kvjax.pallas_kernels.sparse_prefill.args import SparseArgs
 from kvjax.pallas_kernels.sparse_prefill.gradient import with_gradient
-from kvjax.pallas_kernels.sparse_prefill.layout import Rules
-from kvjax.pallas_kernels.sparse_prefill.patterns import Pattern
 from kvjax.pallas_kernels.sparse_prefill.tpu_reader import (
     LANES,
     LOG2E,
@@ -100,12 +98,12 @@ def lse_size(lay) -> int:
     return lay.batch * lay.lists * lay.rows * lay.q_blocks * lay.block_q
 
 
-def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
-    rules, tiles, interpret = how
-    plan = make_plan(q, k, pattern, rules, dict(tiles), interpret)
+def _forward(args: SparseArgs, how) -> Partial:
+    q, k, pattern = args.q, args.k, args.pattern
+    plan = make_plan(args, *how)
     lay = plan.lay
     queries = plan.pad_dim(lay.split_queries(q))
-    keys, values = (plan.pad_dim(lay.pad_keys(x)) for x in (k, v))
+    keys, values = (plan.pad_dim(lay.pad_keys(x)) for x in (k, args.v))
     q_block = (1, 1, lay.rows, lay.block_q, plan.dim)
     q_spec = pl.BlockSpec(q_block, lambda b, h, i, *_: (b, h, 0, i, 0))
     lse_block = (1, 1, 1, lay.rows, lay.block_q)
@@ -145,9 +143,9 @@ def _forward(q, k, v, pattern, q_start, kv_len, how) -> Partial:
             + 2 * queries.size * q.dtype.itemsize
             + 4 * (lse_size(lay) + lists(pattern).size),
         ),
-        interpret=compat.tpu_interpret(interpret),
+        interpret=compat.tpu_interpret(plan.interpret),
         name="kv_sparse_prefill",
-    )(q_start, kv_len, lists(pattern), queries, keys, values)
+    )(args.q_start, args.kv_len, lists(pattern), queries, keys, values)
     out = lay.join_queries(out)[..., : lay.dim]
     lse = jnp.moveaxis(lse, 2, 3)
     lse = lse.reshape(lay.batch, lay.heads, -1)[:, :, : lay.tokens]
@@ -164,14 +162,8 @@ _attend = with_gradient(_forward, _backward)
 
 
 def sparse_prefill(
-    q: Float[Array, "B H T D"],
-    k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S D"],
-    pattern: Pattern,
-    q_start: Int[Array, "B"],
-    kv_len: Int[Array, "B"],
+    args: SparseArgs,
     *,
-    rules: Rules,
     tiles: Mapping[str, int] | None = None,
     interpret: bool = False,
 ) -> Partial:
@@ -180,5 +172,4 @@ def sparse_prefill(
     Raises:
         NotImplementedError: float16, or blocks that the tiles do not divide.
     """
-    how = (rules, tuple(sorted((tiles or {}).items())), interpret)
-    return _attend(q, k, v, pattern, q_start, kv_len, how)
+    return _attend(args, (tuple(sorted((tiles or {}).items())), interpret))

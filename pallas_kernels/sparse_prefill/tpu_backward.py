@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from kvjax.pallas_kernels import compat
+from kvjax.pallas_kernels.sparse_prefill.args import SparseArgs
 from kvjax.pallas_kernels.sparse_prefill.tpu_keys import key_gradients
 from kvjax.pallas_kernels.sparse_prefill.tpu_reader import (
     LANES,
@@ -28,24 +29,20 @@ from kvjax.pallas_kernels.sparse_prefill.tpu_reader import (
 FAR_LSE = 1e30  # of rows that see nothing: exp2(x - 1e30) is 0, inf - inf is not
 
 
-def backward(
-    q, k, v, pattern, q_start, kv_len, d_out, lse, delta, how
-) -> tuple[Array, Array, Array]:
+def backward(args: SparseArgs, d_out, lse, delta, how) -> tuple[Array, Array, Array]:
     """`(dq, dk, dv)`; see `gradient.with_gradient`."""
-    rules, tiles, interpret = how
-    plan = make_plan(q, k, pattern, rules, dict(tiles), interpret)
+    plan = make_plan(args, *how)
     lay = plan.lay
-    queries, d_rows = (plan.pad_dim(lay.split_queries(x)) for x in (q, d_out))
-    keys, values = (plan.pad_dim(lay.pad_keys(x)) for x in (k, v))
+    queries, d_rows = (plan.pad_dim(lay.split_queries(x)) for x in (args.q, d_out))
+    keys, values = (plan.pad_dim(lay.pad_keys(x)) for x in (args.k, args.v))
     lse = jnp.where(jnp.isinf(lse), FAR_LSE, lse * LOG2E)
     stats = jnp.concatenate(
         [_by_block(lse, plan, FAR_LSE), _by_block(delta, plan, 0.0)], axis=3
     )
-    scalars = (q_start, kv_len)
-    dq = _query_gradient(
-        plan, scalars, lists(pattern), queries, d_rows, stats, keys, values
-    )
-    dk, dv = key_gradients(plan, pattern, scalars, queries, d_rows, stats, keys, values)
+    rows, stored = (queries, d_rows, stats), (keys, values)
+    scalars = (args.q_start, args.kv_len)
+    dq = _query_gradient(plan, rows, stored, lists(args.pattern), scalars)
+    dk, dv = key_gradients(plan, args.pattern, rows, stored, scalars)
     return (
         lay.join_queries(dq)[..., : lay.dim],
         dk[:, :, : lay.slots, : lay.dim],
@@ -114,8 +111,8 @@ def _dq_kernel(
     dq_ref[0, 0] = out.reshape(dq_ref.shape[2:]).astype(dq_ref.dtype)
 
 
-def _query_gradient(plan, scalars, table, queries, d_rows, stats, keys, values):
-    lay = plan.lay
+def _query_gradient(plan: Plan, rows, stored, table, scalars) -> Array:
+    lay, (queries, _, stats), keys = plan.lay, rows, stored[0]
     block = (1, 1, lay.rows, lay.block_q, plan.dim)
     spec = pl.BlockSpec(block, lambda b, h, i, *_: (b, h, 0, i, 0))
     stats_block = (1, 1, 1, 2 * lay.rows, lay.block_q)
@@ -153,4 +150,4 @@ def _query_gradient(plan, scalars, table, queries, d_rows, stats, keys, values):
         ),
         interpret=compat.tpu_interpret(plan.interpret),
         name="kv_sparse_prefill_dq",
-    )(*scalars, table, queries, d_rows, stats, keys, values)
+    )(*scalars, table, *rows, *stored)

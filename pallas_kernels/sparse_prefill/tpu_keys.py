@@ -207,10 +207,10 @@ def _kernel(
 
 
 def key_gradients(
-    plan: Plan, pattern: Pattern, scalars, queries, d_rows, stats, keys, values
+    plan: Plan, pattern: Pattern, rows, stored, scalars
 ) -> tuple[Array, Array]:
     """`(dk, dv)` `[B, K, kv_blocks * block_k, D]`; arguments as the dq kernel's."""
-    lay = plan.lay
+    lay, (queries, d_rows, _), keys = plan.lay, rows, stored[0]
     flat = jnp.zeros((1, window_rows(lay), 1, LANES), jnp.int32)
     if isinstance(pattern, BlockList):
         table, flat = columns(pattern, lay)
@@ -226,7 +226,7 @@ def key_gradients(
     block = (1, 1, lay.block_k, plan.dim)
     spec = pl.BlockSpec(block, lambda b, h, j, g, *_: (b, h, j, 0))
     any_spec = pl.BlockSpec(memory_space=pl.ANY)
-    rows = (2, lay.rows, lay.block_q, plan.dim)
+    buffer = (2, lay.rows, lay.block_q, plan.dim)
     item = queries.dtype.itemsize
     return pl.pallas_call(
         lambda *refs: _kernel(*refs, plan=plan, kind=type(pattern)),
@@ -239,8 +239,8 @@ def key_gradients(
             scratch_shapes=[
                 pltpu.SMEM((window_rows(lay), 1, LANES), jnp.int32),
                 pltpu.SemaphoreType.DMA(()),
-                pltpu.VMEM(rows, queries.dtype),
-                pltpu.VMEM(rows, d_rows.dtype),
+                pltpu.VMEM(buffer, queries.dtype),
+                pltpu.VMEM(buffer, d_rows.dtype),
                 pltpu.VMEM((2, 2 * lay.rows, lay.block_q), jnp.float32),
                 pltpu.SemaphoreType.DMA((3, 2)),
                 pltpu.VMEM(block[2:], jnp.float32),
@@ -260,4 +260,4 @@ def key_gradients(
         ),
         interpret=compat.tpu_interpret(plan.interpret),
         name="kv_sparse_prefill_dkv",
-    )(*scalars, table, keys, values, flat, queries, d_rows, stats)
+    )(*scalars, table, *stored, flat, *rows)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from kvjax.pallas_kernels import tuning
+from kvjax.pallas_kernels.sparse_prefill.args import SparseArgs
 from kvjax.pallas_kernels.sparse_prefill.layout import Layout, Rules, layout
 from kvjax.pallas_kernels.sparse_prefill.patterns import Diagonals, Pattern, table
 
@@ -62,13 +63,14 @@ class Plan:
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)]) if pad else x
 
 
-def make_plan(q, k, pattern: Pattern, rules: Rules, tiles, interpret: bool) -> Plan:
+def make_plan(args: SparseArgs, tiles, interpret: bool) -> Plan:
     """The plan of a call.
 
     Raises:
         NotImplementedError: blocks that the hardware's tiles do not divide.
     """
-    lay = layout(q, k, pattern)
+    q, pattern = args.q, args.pattern
+    lay = layout(q, args.k, pattern)
     tile = 32 // jnp.dtype(q.dtype).itemsize
     if q.dtype == jnp.float16:
         raise NotImplementedError("sparse_prefill: the TPU kernel has no float16.")
@@ -77,13 +79,13 @@ def make_plan(q, k, pattern: Pattern, rules: Rules, tiles, interpret: bool) -> P
             f"sparse_prefill: the TPU kernel needs block_q a multiple of {tile} and "
             f"block_k of {LANES}; got {lay.block_q} and {lay.block_k}."
         )
-    columns = tuning.tiles("sparse_prefill", given=tiles)["columns"]
+    columns = tuning.tiles("sparse_prefill", given=dict(tiles))["columns"]
     fetch = max(1, min(columns // lay.block_k, lay.capacity))
     dim = lay.dim if interpret else -(-lay.dim // LANES) * LANES
     exact = q.dtype == jnp.float32
     return Plan(
         lay=lay,
-        rules=rules,
+        rules=args.rules,
         diagonals=isinstance(pattern, Diagonals),
         fetch=fetch,
         precision=jax.lax.Precision.HIGHEST if exact else None,

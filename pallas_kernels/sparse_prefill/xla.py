@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.pallas_kernels.dense import LOGITS_BUDGET
 from kvjax.pallas_kernels.partial import Partial, cap
+from kvjax.pallas_kernels.sparse_prefill.args import SparseArgs
 from kvjax.pallas_kernels.sparse_prefill.gradient import with_gradient
-from kvjax.pallas_kernels.sparse_prefill.layout import Layout, Rules, layout
-from kvjax.pallas_kernels.sparse_prefill.patterns import Pattern, kv_blocks
+from kvjax.pallas_kernels.sparse_prefill.layout import Layout, layout
+from kvjax.pallas_kernels.sparse_prefill.patterns import kv_blocks
 from kvjax.types import NEG_INF
 
 COLUMNS = 1024
@@ -25,12 +26,12 @@ COLUMNS = 1024
 class _Call:
     """What one call needs at every query block; arrays closed over by the loops."""
 
-    def __init__(self, q, k, v, pattern, q_start, kv_len, rules: Rules):
-        self.lay: Layout = layout(q, k, pattern)
-        self.pattern, self.rules = pattern, rules
-        self.q_start, self.kv_len = q_start, kv_len
-        lay = self.lay
-        self.keys, self.values = (self.blocks(lay.pad_keys(x)) for x in (k, v))
+    def __init__(self, args: SparseArgs):
+        self.lay: Layout = layout(args.q, args.k, args.pattern)
+        self.pattern, self.rules = args.pattern, args.rules
+        self.q_start, self.kv_len = args.q_start, args.kv_len
+        lay, stored = self.lay, (args.k, args.v)
+        self.keys, self.values = (self.blocks(lay.pad_keys(x)) for x in stored)
         budget = LOGITS_BUDGET // (lay.batch * lay.heads * lay.block_q * lay.block_k)
         wanted = max(1, min(budget, COLUMNS // lay.block_k))
         self.chunk = min(wanted, lay.capacity)
@@ -129,8 +130,9 @@ def _product(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _forward(q, k, v, pattern, q_start, kv_len, rules: Rules) -> Partial:
-    call = _Call(q, k, v, pattern, q_start, kv_len, rules)
+def _forward(args: SparseArgs, how: None) -> Partial:
+    del how
+    call, rules = _Call(args), args.rules
 
     def block(_, xs):
         i, queries = xs
@@ -146,7 +148,7 @@ def _forward(q, k, v, pattern, q_start, kv_len, rules: Rules) -> Partial:
             anchor = jnp.where(jnp.isneginf(top), 0.0, top)  # -inf - -inf is NaN
             weight = jnp.exp(logits - anchor[..., None])
             shrink = jnp.exp(peak - anchor)
-            more = _product("BLTS,BLSD->BLTD", weight.astype(v.dtype), values)
+            more = _product("BLTS,BLSD->BLTD", weight.astype(args.v.dtype), values)
             total = total * shrink + jnp.sum(weight, axis=-1)
             return top, total, out * shrink[..., None] + more
 
@@ -158,16 +160,17 @@ def _forward(q, k, v, pattern, q_start, kv_len, rules: Rules) -> Partial:
         lse = jnp.where(seen, peak + jnp.log(safe), NEG_INF)
         return None, (out / safe[..., None], lse[..., None])
 
-    xs = (jnp.arange(call.lay.q_blocks, dtype=jnp.int32), call.by_query_block(q))
+    xs = (jnp.arange(call.lay.q_blocks, dtype=jnp.int32), call.by_query_block(args.q))
     _, (out, lse) = jax.lax.scan(block, None, xs)
     return Partial(call.join(out), call.join(lse)[..., 0])
 
 
 def backward(
-    q, k, v, pattern, q_start, kv_len, d_out, lse, delta, rules: Rules
+    args: SparseArgs, d_out, lse, delta, how: None
 ) -> tuple[Array, Array, Array]:
     """Gradients in the same order of blocks; `dk` and `dv` gather by scatter-adds."""
-    call = _Call(q, k, v, pattern, q_start, kv_len, rules)
+    del how
+    call, rules = _Call(args), args.rules
     lay = call.lay
 
     def block(carry, xs):
@@ -184,7 +187,7 @@ def backward(
             if rules.softcap is not None:
                 slope = slope * (1.0 - jnp.square(capped / rules.softcap))
             weight, slope = (
-                jnp.where(mask, call.by_row(x), 0).reshape(x.shape).astype(q.dtype)
+                jnp.where(mask, call.by_row(x), 0).reshape(x.shape).astype(args.q.dtype)
                 for x in (weight, slope * rules.scale)
             )
             dq = dq + _product("BLTS,BLSD->BLTD", slope, keys)
@@ -200,7 +203,7 @@ def backward(
         dq, dk, dv = call.loop(i, body, (zero, *carry))
         return (dk, dv), dq
 
-    rows = (q, d_out, lse[..., None], delta[..., None])
+    rows = (args.q, d_out, lse[..., None], delta[..., None])
     xs = (jnp.arange(lay.q_blocks, dtype=jnp.int32), *map(call.by_query_block, rows))
     zero = jnp.zeros(call.keys.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(block, (zero, zero), xs)
@@ -211,15 +214,6 @@ def backward(
 _attend = with_gradient(_forward, backward)
 
 
-def sparse_prefill(
-    q: Float[Array, "B H T D"],
-    k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S D"],
-    pattern: Pattern,
-    q_start: Int[Array, "B"],
-    kv_len: Int[Array, "B"],
-    *,
-    rules: Rules,
-) -> Partial:
+def sparse_prefill(args: SparseArgs) -> Partial:
     """The public function's XLA path; temporaries are linear in T and S."""
-    return _attend(q, k, v, pattern, q_start, kv_len, rules)
+    return _attend(args, None)
