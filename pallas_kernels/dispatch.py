@@ -1,8 +1,9 @@
 """One dispatcher for all ops: which implementation serves a call, and why not.
 
 An op is a package of this folder; its modules `reference`, `xla`, `tpu` and `gpu` each
-hold a function with the name of the op and one signature. They are imported when they
-are first chosen: a CPU never imports Mosaic.
+hold a function with the name of the op and one signature: the record of bound arguments
+in the op's `args` and, for a kernel, `tiles` and `interpret`. They are imported when
+they are first chosen: a CPU never imports Mosaic.
 """
 
 import dataclasses
@@ -69,10 +70,10 @@ class Op:
         interpret: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Run the op; its `api` has validated the arguments.
+        """Run the op; its `api` has validated and bound the arguments.
 
         Args:
-            args: arrays.
+            args: the record of the call; of an op too small for one, its arrays.
             backend: an explicit choice is followed or refused, never replaced;
                 `auto` takes the first of `PREFERENCE` that serves the call and logs
                 every refusal. A program that XLA's partitioner splits over devices
@@ -80,7 +81,7 @@ class Op:
             tiles: block sizes of a Pallas backend, those left out being the tuned ones
                 of the chip that the trace is for; or the name of a chip.
             interpret: run a Pallas backend in its interpreter, on any machine.
-            kwargs: static settings of the op.
+            kwargs: static settings of an op without a record.
 
         Raises:
             ValueError: unknown backend, block size or chip.
