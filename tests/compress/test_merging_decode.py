@@ -76,11 +76,11 @@ class Loop:
         """The newest stay, and of the others the best."""
         for head, (at, k, v, received) in enumerate(self.held):
             scores = np.where(at > at.max() - RECENT, np.inf, received)
-            if first:  # later, what left the window is merely weak
-                scores = np.where(self.seen(at), scores, -np.inf)
+            scores = np.where(self.seen(at), scores, -np.inf)
             kept = np.zeros(len(at), bool)
             kept[np.argsort(-scores, kind="stable")[: self.slots]] = True
-            kept &= ~np.isneginf(scores)
+            if first:  # later, what left the window stays while nobody wants its slot
+                kept &= ~np.isneginf(scores)
             seen = self.seen(at)
             place = np.where(seen, at, EMPTY)[None]
             given = (k[None], v[None], received[None], (kept & seen)[None], place)
