@@ -4,10 +4,10 @@ import dataclasses
 from typing import ClassVar, final
 
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from kvjax.cache import Memory
 from kvjax.config import positive_int, sized
+from kvjax.scorers._window import AbstractWindow
 from kvjax.scorers.base import (
     AbstractScorer,
     average_pool,
@@ -25,7 +25,7 @@ from kvjax.types import Held, Scores
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SnapKV(AbstractScorer):
+class SnapKV(AbstractWindow):
     """Attention that the last queries pay, smoothed along the sequence.
 
     Attributes:
@@ -41,31 +41,11 @@ class SnapKV(AbstractScorer):
     window: int = sized(64, short=8, recent=True)
     kernel: int = 5
 
-    def __post_init__(self):
-        positive_int("window", self.window)
-        positive_int("kernel", self.kernel)
-
-    @property
-    def protected(self):
-        return self.window
-
-    def row(self, asked, before):
-        return last_queries(asked, self.window, before)
-
     def score(self, memory, held, counts):
         del counts
         mass = mass_received(memory.row, held) / self.window
-        mass = group_mean(mass, held.k.shape[1])
-        # The window's own columns are cut off before pooling: zeros at the border.
-        inside = held.positions < (held.seen - self.window)[:, None, None]
-        pooled = _pooled(jnp.where(held.live & inside, mass, 0.0), held, self.kernel)
-        return protect_last(pooled, held, self.window)
-
-
-def _pooled(mass: Array, held: Held, kernel: int) -> Array:
-    """Average pooling in the order of positions."""
-    order = None if kernel == 1 else position_order(held)
-    return unsorted(average_pool(ordered(mass, order), kernel), order)
+        votes = group_mean(mass, held.k.shape[1])
+        return protect_last(self.pooled(votes, held, average_pool), held, self.window)
 
 
 @final

@@ -7,23 +7,19 @@ from typing import final
 import jax.numpy as jnp
 
 from kvjax.config import positive_int, sized
+from kvjax.scorers._window import AbstractWindow
 from kvjax.scorers.base import (
-    AbstractScorer,
     average_pool,
     group_mean,
-    last_queries,
     mass_received,
-    ordered,
-    position_order,
     protect_last,
     received,
-    unsorted,
 )
 
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cake(AbstractScorer):
+class Cake(AbstractWindow):
     """Mean attention of the last queries plus `gamma` times its variance, smoothed.
 
     Per query head, over the window's queries (the variance is the unbiased one); then
@@ -45,19 +41,12 @@ class Cake(AbstractScorer):
     kernel: int = 5
 
     def __post_init__(self):
+        super().__post_init__()
         positive_int("window", self.window, 2)
-        positive_int("kernel", self.kernel)
         if not 0 <= self.gamma < math.inf:
             raise ValueError(
                 f"`gamma` must be finite and at least 0; got {self.gamma}."
             )
-
-    @property
-    def protected(self):
-        return self.window
-
-    def row(self, asked, before):
-        return last_queries(asked, self.window, before)
 
     def score(self, memory, held, counts):
         del counts
@@ -69,9 +58,5 @@ class Cake(AbstractScorer):
 
         variance = received(memory.row, held, squares) / (self.window - 1)
         raw = group_mean(mean + self.gamma * variance, held.k.shape[1])
-        before = held.positions < (held.seen - self.window)[:, None, None]
-        raw = jnp.where(held.live & before, raw, 0.0)
         # Pooling is linear: after the mean over the group as well as before it.
-        order = None if self.kernel == 1 else position_order(held)
-        pooled = unsorted(average_pool(ordered(raw, order), self.kernel), order)
-        return protect_last(pooled, held, self.window)
+        return protect_last(self.pooled(raw, held, average_pool), held, self.window)

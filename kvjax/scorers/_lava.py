@@ -4,23 +4,15 @@ import dataclasses
 from typing import final
 
 import jax.numpy as jnp
-from jaxtyping import Array
 
-from kvjax.config import positive_int, sized
-from kvjax.scorers.base import (
-    AbstractScorer,
-    last_queries,
-    mass_received,
-    ordered,
-    position_order,
-    protect_last,
-    unsorted,
-)
+from kvjax.config import sized
+from kvjax.scorers._window import AbstractWindow
+from kvjax.scorers.base import mass_received, max_pool, protect_last
 
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lava(AbstractScorer):
+class Lava(AbstractWindow):
     """A bound of what a token's loss does to the output of its layer.
 
     Mean attention of the window's queries, max-pooled along the sequence among the
@@ -40,37 +32,14 @@ class Lava(AbstractScorer):
     window: int = sized(32, short=8, recent=True)
     kernel: int = 7
 
-    def __post_init__(self):
-        positive_int("window", self.window)
-        positive_int("kernel", self.kernel)
-
-    @property
-    def protected(self):
-        return self.window
-
-    def row(self, asked, before):
-        return last_queries(asked, self.window, before)
-
     def score(self, memory, held, counts):
         del counts
         mean = mass_received(memory.row, held) / self.window
         b, kv_heads, tokens = held.positions.shape
         # Of the group at once: the largest of the largest is that of all.
         mean = jnp.max(mean.reshape(b, kv_heads, -1, tokens), axis=2)
-        before = held.positions < (held.seen - self.window)[:, None, None]
-        before = held.live & before
-        order = None if self.kernel == 1 else position_order(held)
-        mean = ordered(jnp.where(before, mean, 0.0), order)
-        pooled = unsorted(_max_pool(mean, self.kernel), order)
+        pooled = self.pooled(mean, held, max_pool)
         norms = jnp.sum(jnp.abs(held.v.astype(jnp.float32)), axis=-1)
-        largest = jnp.max(jnp.where(before, norms, 0.0), axis=-1, keepdims=True)
+        norms = jnp.where(self.before(held), norms, 0.0)
+        largest = jnp.max(norms, axis=-1, keepdims=True)
         return protect_last(pooled * largest, held, self.window)
-
-
-def _max_pool(x: Array, kernel: int) -> Array:
-    """Centred moving maximum over the last axis of what is not negative."""
-    left, width = (kernel - 1) // 2, x.shape[-1]
-    pad = [(0, 0)] * (x.ndim - 1) + [(left, kernel - 1 - left)]
-    padded = jnp.pad(x, pad)
-    shifted = [padded[..., i : i + width] for i in range(kernel)]
-    return jnp.max(jnp.stack(shifted), axis=0)

@@ -7,24 +7,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
 from kvjax.pallas_kernels.dense import LOGITS_BUDGET
 from kvjax.pallas_kernels.slots import slot_logits, slot_mask
-from kvjax.scorers.base import (
-    AbstractScorer,
-    Asking,
-    last_queries,
-    ordered,
-    position_order,
-    protect_last,
-    unsorted,
-)
+from kvjax.scorers._window import AbstractWindow
+from kvjax.scorers.base import Asking, max_pool, protect_last
 from kvjax.types import NEG_INF, Held, Scores
 
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RKV(AbstractScorer):
+class RKV(AbstractWindow):
     """`mix * importance - (1 - mix) * redundancy`, both shares of what is held.
 
     Importance is the attention of the last queries to the tokens before them: the
@@ -56,8 +49,7 @@ class RKV(AbstractScorer):
     threshold: float = 0.5
 
     def __post_init__(self):
-        positive_int("window", self.window)
-        positive_int("kernel", self.kernel)
+        super().__post_init__()
         if self.kernel % 2 == 0:
             raise ValueError(
                 f"`kernel` must be odd, a token between its neighbours; got "
@@ -66,13 +58,6 @@ class RKV(AbstractScorer):
         for name in ("mix", "threshold"):
             if not 0.0 <= (value := getattr(self, name)) <= 1.0:
                 raise ValueError(f"`{name}` must be in [0, 1]; got {value}.")
-
-    @property
-    def protected(self):
-        return self.window
-
-    def row(self, asked, before):
-        return last_queries(asked, self.window, before)
 
     def score(self, memory, held, counts):
         del counts
@@ -85,16 +70,14 @@ class RKV(AbstractScorer):
         spec, there = held.spec, (asking.positions >= 0)[:, None, :, None]
         how = {"scale": spec.scale, "softcap": spec.softcap}
         logits = slot_logits(jnp.where(there, asking.q, 0), held.k, **how)
-        before = held.positions < (held.seen - self.window)[:, None, None]
+        before = self.before(held)
         mask = slot_mask(asking.positions, held.positions, spec.window)
         mask = mask & before[:, :, None]
         best = jnp.where(mask, jnp.max(logits, axis=2), jnp.finfo(jnp.float32).min)
         # A query that sees none of these tokens has equal logits, and pays nothing.
         paid = jnp.where(mask, jax.nn.softmax(best, axis=-1), 0.0)
         mean = jnp.sum(paid, axis=2) / self.window
-        order = position_order(held)
-        pooled = unsorted(_max_pool(ordered(mean, order), self.kernel), order)
-        return jnp.where(before, pooled, 0.0)
+        return jnp.where(before, self.pooled(mean, held, max_pool), 0.0)
 
     def _redundancy(self, held: Held) -> Scores:
         keys = held.k.astype(jnp.float32)
@@ -134,11 +117,3 @@ def _likeness(
 
     index = jnp.arange(blocks * chunk).reshape(blocks, chunk)
     return jax.lax.scan(add, jnp.zeros(unit.shape[:3]), (rows, index))[0]
-
-
-def _max_pool(x: Float[Array, "B K S"], kernel: int) -> Float[Array, "B K S"]:
-    """Centred moving maximum of what is not negative."""
-    half = kernel // 2
-    padded = jnp.pad(x, [(0, 0), (0, 0), (half, half)])
-    shifted = [padded[..., i : i + x.shape[-1]] for i in range(kernel)]
-    return jnp.max(jnp.stack(shifted), axis=0)

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -264,10 +265,17 @@ def row_keys(seed: int, layer: Int[Array, ""] | int, seen: Lengths) -> Array:
 
 def average_pool(x: Array, kernel: int) -> Array:
     """Centred moving average over the last axis, zeros outside and counted."""
-    if kernel == 1:
-        return x
-    left = (kernel - 1) // 2
+    return functools.reduce(jnp.add, _neighbours(x, kernel)) / kernel
+
+
+def max_pool(x: Array, kernel: int) -> Array:
+    """Centred moving maximum over the last axis of what is not negative."""
+    return functools.reduce(jnp.maximum, _neighbours(x, kernel))
+
+
+def _neighbours(x: Array, kernel: int) -> list[Array]:
+    """Of each entry those around it, from left to right; zeros outside."""
+    left, width = (kernel - 1) // 2, x.shape[-1]
     pad = [(0, 0)] * (x.ndim - 1) + [(left, kernel - 1 - left)]
-    padded, width = jnp.pad(x, pad), x.shape[-1]
-    shifted = [padded[..., i : i + width] for i in range(kernel)]
-    return jnp.asarray(sum(shifted)) / kernel
+    padded = jnp.pad(x, pad)
+    return [padded[..., i : i + width] for i in range(kernel)]
