@@ -5,7 +5,7 @@ from collections.abc import Callable
 from jaxtyping import Array, Float
 
 from kvjax.pallas_kernels.dense import self_attention_with_mass
-from kvjax.pallas_kernels.held import Held, held_attention
+from kvjax.pallas_kernels.held import Earlier, held_attention
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.types import LayerInputs
 
@@ -24,7 +24,7 @@ def self_attention(
     *,
     allowed: Callable[[Array, Array], Array] | None = None,
     bias: Callable[[Array, Array], Array] | None = None,
-    held: Held | None = None,
+    earlier: Earlier | None = None,
     mass: bool = False,
     past: Partial | None = None,
 ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T"] | None]:
@@ -35,11 +35,11 @@ def self_attention(
         allowed: a sparse pattern on top, `(q_positions [B, t], k_positions [B, s])` to
             a mask `[B, H or 1, t, s]`; called with the first `s` keys of the row.
         bias: the same to log-weights `[B, K or 1, t, s]`.
-        held: what tokens behind a compression point see of those before it; not
+        earlier: what tokens behind a compression point see of those before it; not
             together with the others.
         mass: whether to return what each key receives over all queries.
         past: attention of the same queries over tokens in front of all these; not
-            together with `held`.
+            together with `earlier`.
     """
     spec = inputs.spec
     if allowed is None and bias is None and past is None and not mass:
@@ -48,13 +48,13 @@ def self_attention(
             inputs.k,
             inputs.v,
             inputs.positions,
-            held,
+            earlier,
             scale=spec.scale,
             window=spec.window,
             softcap=spec.softcap,
         )
         return out, None
-    assert held is None
+    assert earlier is None
     part, received = self_attention_with_mass(
         inputs.q,
         inputs.k,

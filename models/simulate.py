@@ -54,7 +54,7 @@ def simulated(
     score or a budget has to know of all layers is found out by a pass of its own. That
     no row has more than `later` tokens behind its point, where it is known, saves their
     work. `choice_gradient` above 0 is the temperature of a gradient for which tokens
-    are kept (`kvjax.compress.choice`).
+    are kept (`kvjax.compress.relaxed`).
     """
     specs, width = model.config.layers, tokens.shape[1]
     start = handed_on(c, prompt_lengths.shape[0], specs[0], width)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from kvjax.attention import self_attention
 from kvjax.models import checks
 from kvjax.models.decoder import Attending, Decoder
-from kvjax.pallas_kernels.held import Held
+from kvjax.pallas_kernels.held import Earlier
 from kvjax.turns import take
 from kvjax.types import EMPTY, LayerInputs, LengthsLike, TokensLike, padded_positions
 
@@ -30,8 +30,8 @@ def _slopes(graph, params, tokens, lengths, prompt_lengths):
         def step(inputs: LayerInputs, state: None):
             kept = jnp.ones((b, heads, width), bool)
             mine = take(soft, inputs.depth.layer)
-            held = Held(behind=behind, kept=kept, soft=mine)
-            return self_attention(inputs, held=held)[0], state, ()
+            earlier = Earlier(behind=behind, kept=kept, soft=mine)
+            return self_attention(inputs, earlier=earlier)[0], state, ()
 
         asked = Attending(step=step)
         passed = model.run(tokens, positions, asked, trained=True, remat=True)

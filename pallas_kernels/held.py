@@ -38,7 +38,7 @@ class Stored:
 
 
 @pytree
-class Held:
+class Earlier:
     """What tokens behind a row's compression point see of those before it.
 
     Attributes:
@@ -64,7 +64,7 @@ def held_attention(
     k: Float[Array, "B K T D"],
     v: Float[Array, "B K T D"],
     positions: Int[Array, "B T"],
-    held: Held | None = None,
+    held: Earlier | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -101,7 +101,7 @@ class _Arrays:
     k: Array
     v: Array
     positions: Array
-    held: Held | None
+    held: Earlier | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

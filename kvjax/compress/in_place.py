@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 
 from kvjax.cache import LayerCache, Ragged, Slots
 from kvjax.cache.parts import AbstractPart
-from kvjax.pallas_kernels.held import Held, Stored
+from kvjax.pallas_kernels.held import Earlier, Stored
 
 
 def fits(layer: LayerCache, merged: bool) -> bool:
@@ -23,13 +23,13 @@ def fits(layer: LayerCache, merged: bool) -> bool:
     return one and layer.folding is None and not (merged and layer.growth is not None)
 
 
-def held_in_place(
+def earlier_tokens(
     body: AbstractPart,
     edge: Int[Array, "B T"],
     layer: LayerCache,
     changed: bool,
     behind: Bool[Array, "B T"],
-) -> Held:
+) -> Earlier:
     """What the tokens behind the compression point see of those before it.
 
     Args:
@@ -49,7 +49,7 @@ def held_in_place(
 
     kept = placed(jnp.ones(body.positions.shape, bool))
     if not changed:
-        return Held(behind=behind, kept=kept)
+        return Earlier(behind=behind, kept=kept)
     slot = jnp.zeros(body.positions.shape, jnp.int32)
     if layer.growth is not None:
         slot = jnp.broadcast_to(jnp.arange(slot.shape[-1]), slot.shape)
@@ -61,7 +61,7 @@ def held_in_place(
         slot=placed(slot - never) + never,
         edge=jnp.where(behind, edge, 0),
     )
-    return Held(behind=behind, kept=kept, stored=stored)
+    return Earlier(behind=behind, kept=kept, stored=stored)
 
 
 def _tokens_of(body: Slots | Ragged, tokens: int) -> tuple[Array, ...]:

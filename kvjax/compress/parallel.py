@@ -15,10 +15,10 @@ from kvjax.cache import LayerCache, Memory, Pages, Slots
 from kvjax.cache.parts import AbstractPart
 from kvjax.codecs import PlainArray, straight_through
 from kvjax.compress import in_place
-from kvjax.compress.choice import relaxed_choice
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build
 from kvjax.compress.observe import observe, wants_mass
+from kvjax.compress.relaxed import relaxed_choice
 from kvjax.compress.survey import Layout, Survey
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.page_summary import page_summary
@@ -48,7 +48,7 @@ def attend(
         priorities: those of the layer before, for index reuse.
         later: no row has more tokens behind its compression point; None: any number.
         choice_gradient: temperature of the gradient that the choice of tokens gets, see
-            `choice.relaxed_choice`; 0 gives it none.
+            `relaxed.relaxed_choice`; 0 gives it none.
 
     Returns:
         The attention output, and the priorities that this layer used.
@@ -88,11 +88,11 @@ def attend(
             body, _, edges = _grown(moved, layer)
             edge = jnp.take_along_axis(edges, _turns_of(behind, later), axis=1)
         changed = merged or not layout.plan.store.plain
-        held = in_place.held_in_place(body, edge, layer, changed, behind)
+        earlier = in_place.earlier_tokens(body, edge, layer, changed, behind)
         if choice_gradient and priorities is not None:
-            soft = relaxed_choice(held.kept, priorities, choice_gradient)
-            held = dataclasses.replace(held, soft=soft)
-        out = self_attention(inputs, held=held)[0]
+            soft = relaxed_choice(earlier.kept, priorities, choice_gradient)
+            earlier = dataclasses.replace(earlier, soft=soft)
+        out = self_attention(inputs, earlier=earlier)[0]
         if c.prefill.causal:
             return out, priorities
     else:

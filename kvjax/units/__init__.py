@@ -111,7 +111,7 @@ class Chunk(AbstractUnit):
             one trimmed.
 
     Priorities are ranks; their gradient is that of the scores of the chunks, in units
-    of spread, so that the choice can be learned (`kvjax.compress.choice`).
+    of spread, so that the choice can be learned (`kvjax.compress.relaxed`).
 
     Source: ChunkKV (2502.00299) algorithm 1 (`sum`, size 10, trimmed, reuse 2);
     kvpress `ChunkKVPress` (`mean`, size 20, shared heads, whole).

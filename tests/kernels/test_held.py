@@ -10,7 +10,7 @@ import pytest
 from kvjax.pallas_kernels import dispatch, held_blocks
 from kvjax.pallas_kernels import held as held_file
 from kvjax.pallas_kernels.dense import visible
-from kvjax.pallas_kernels.held import Held, Stored, held_attention
+from kvjax.pallas_kernels.held import Earlier, Stored, held_attention
 from kvjax.pallas_kernels.partial import cap
 
 B, H, K, D, T = 3, 4, 2, 8, 70
@@ -24,7 +24,7 @@ class Case:
 
     arrays: tuple[jax.Array, ...]
     positions: jax.Array
-    held: Held
+    held: Earlier
     slope: jax.Array
 
 
@@ -44,7 +44,7 @@ def case() -> Case:
         slot=jnp.asarray(rng.integers(0, 30, (B, K, T)), jnp.int32),
         edge=jnp.broadcast_to(index // 2, (B, T)).astype(jnp.int32),
     )
-    held = Held(
+    held = Earlier(
         behind=index >= jnp.asarray(POINTS)[:, None],
         kept=jnp.asarray(rng.random((B, K, T)) < 0.3),
         stored=stored,
@@ -54,7 +54,7 @@ def case() -> Case:
     return Case((q, k, v, keys, values, jnp.zeros((B, K, T))), positions, held, slope)
 
 
-def assembled(case: Case, kind: str, keys, values, soft) -> Held | None:
+def assembled(case: Case, kind: str, keys, values, soft) -> Earlier | None:
     """What `kind` has of the case, with arrays that may be traced."""
     if kind == "causal":
         return None

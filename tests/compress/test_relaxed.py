@@ -8,10 +8,10 @@ from flax import nnx
 
 import kvjax
 from kvjax.attention import self_attention
-from kvjax.compress.choice import relaxed_choice
+from kvjax.compress.relaxed import relaxed_choice
 from kvjax.models import Decoder
 from kvjax.models.simulate import simulated
-from kvjax.pallas_kernels.held import Held
+from kvjax.pallas_kernels.held import Earlier
 from kvjax.schedules import EveryTokens
 from kvjax.scorers import LagKV, Random, StreamingLLM
 from tests.compress.samples import SPECS, draw
@@ -44,8 +44,8 @@ def test_a_token_counts_for_what_it_would_change():
     behind = jnp.arange(12)[None] == 11
 
     def moved(soft):
-        held = Held(behind=behind, kept=jnp.asarray(kept), soft=soft)
-        return self_attention(inputs, held=held)[0][:, :, 11:]
+        held = Earlier(behind=behind, kept=jnp.asarray(kept), soft=soft)
+        return self_attention(inputs, earlier=held)[0][:, :, 11:]
 
     zero = jnp.zeros(kept.shape)
     np.testing.assert_allclose(moved(zero), out, atol=1e-5)
