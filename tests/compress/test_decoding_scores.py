@@ -185,6 +185,7 @@ LOOPS: dict[str, tuple[AbstractScorer, Scoring]] = {
 }
 
 
+@pytest.mark.sweep(2, 6)
 @pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize(("slots", "interval"), [(24, 5), (12, 8), (16, 1)])
 def test_decode_loop(name, slots, interval):

@@ -65,7 +65,7 @@ def kept_in(cache: kvjax.KVCache, row: int) -> list[np.ndarray]:
     return [head for layer in layers for head in cache.kept_positions(layer)[row]]
 
 
-@pytest.mark.sweep(10, 15)
+@pytest.mark.sweep(6, 15)
 @EVERY
 def test_rows_do_not_see_each_other(name):
     """A row between strangers of other lengths is what it was."""

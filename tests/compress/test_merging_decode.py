@@ -111,6 +111,7 @@ class Loop:
 ATTEND = jax.jit(LayerCache.attend)
 
 
+@pytest.mark.sweep(3, 8)
 @EVERY
 @pytest.mark.parametrize("interval", [1, 3, 8])
 @pytest.mark.parametrize("window", [None, 22])
@@ -159,6 +160,7 @@ def read_after(c: Compression, sample: Sample, prompts: np.ndarray, steps: int):
     return jax.jit(jax.grad(read)), given.inputs.v
 
 
+@pytest.mark.sweep(1, 2)
 @EVERY
 @pytest.mark.parametrize("interval", [None, 3])
 def test_gradients_reach_what_was_dropped(name, interval):
@@ -192,6 +194,7 @@ def test_gradients_reach_what_was_dropped(name, interval):
     assert share > (0.9 if name == "cam" else 0.3)  # D2O loses what is unlike the rest
 
 
+@pytest.mark.slow
 def test_what_ranks_is_known_without_protection():
     """Every preset's score: finite for live tokens, the same where it was finite."""
     lengths = np.array([96, 61, 30])
@@ -229,7 +232,7 @@ COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.sweep(3, 5)
+@pytest.mark.sweep(1, 5)
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_two_forms_agree(name):
     given, fields = COMBINATIONS[name]

@@ -70,7 +70,7 @@ def one_pass(name: str, kind: str) -> np.ndarray:
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.sweep(30, 60)
+@pytest.mark.sweep(6, 40)
 @GIVEN_SCORE
 @pytest.mark.parametrize("size", [37, 8])
 @pytest.mark.parametrize("kind", SPECS)
@@ -81,7 +81,7 @@ def test_in_chunks_as_in_one_pass(name, kind, size):
     )
 
 
-@pytest.mark.sweep(20, 40)
+@pytest.mark.sweep(4, 30)
 @GIVEN_SCORE
 @pytest.mark.parametrize("kind", SPECS)
 def test_slots_in_any_order(name, kind):

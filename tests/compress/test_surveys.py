@@ -80,6 +80,7 @@ def deep() -> Decoder:
     return model
 
 
+@pytest.mark.sweep(1, 4)
 @GIVEN
 @pytest.mark.parametrize("keep", [0.25, 0.4])
 def test_the_cache_is_as_large_as_a_uniform_one(name, keep):
@@ -93,6 +94,7 @@ def test_the_cache_is_as_large_as_a_uniform_one(name, keep):
     assert abs(ours.nbytes - theirs.nbytes) < 0.01 * theirs.nbytes
 
 
+@pytest.mark.sweep(1, 3)
 @GIVEN
 def test_no_head_is_above_its_limit(name):
     c, (prompt, _, _) = settings_of(name, most=1.25, keep=0.3), batch()
@@ -110,7 +112,7 @@ def test_both_forms_agree_in_many_layers(name):
     assert_forms_agree(deep(), preset(name))
 
 
-@pytest.mark.sweep(1, 2)
+@pytest.mark.sweep(0, 2)
 @GIVEN
 def test_codes_in_pieces_that_start_anywhere(name):
     """Groups of 32 slots along a buffer whose pieces depend on the data."""
@@ -161,7 +163,7 @@ def test_layers_by_themselves_are_those_of_the_buffer(name):
                 np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.sweep(1, 2)
+@pytest.mark.sweep(0, 2)
 @GIVEN
 def test_under_jit(name):
     """Traced tokens and lengths: the same tokens, the same logits."""
@@ -192,7 +194,7 @@ def test_rows_alone(name):
                 np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.sweep(1, 2)
+@pytest.mark.sweep(0, 2)
 @GIVEN
 def test_one_prompt_read_once(name):
     """Compressed later to any budget: what `prefill` gives."""
@@ -205,7 +207,7 @@ def test_one_prompt_read_once(name):
         np.testing.assert_array_equal(held(cache), held(want))
 
 
-@pytest.mark.sweep(1, 2)
+@pytest.mark.sweep(0, 2)
 @GIVEN
 def test_other_data_is_no_other_program(name):
     """Pieces differ, arrays do not: one compilation of the loop that decodes."""
@@ -218,7 +220,7 @@ def test_other_data_is_no_other_program(name):
     assert not np.array_equal(held(first), held(second))
 
 
-@pytest.mark.sweep(1, 2)
+@pytest.mark.sweep(0, 2)
 @GIVEN
 def test_windows_hold_what_they_see(name):
     """Layers share with their kind; one with a window holds no more than that."""
@@ -235,7 +237,7 @@ def test_windows_hold_what_they_see(name):
             assert head.min() >= n - 48
 
 
-@pytest.mark.sweep(1, 2)
+@pytest.mark.sweep(0, 2)
 @GIVEN
 def test_layers_with_another_rule_beside_them(name):
     """Ranges of layers: buffers of both kinds, each with what is its own."""
@@ -252,7 +254,7 @@ def test_layers_with_another_rule_beside_them(name):
     assert_forms_agree(deep(), c)
 
 
-@pytest.mark.sweep(1, 2)
+@pytest.mark.sweep(0, 2)
 @GIVEN
 def test_layers_that_reuse_a_choice(name):
     """Each takes its own number of the tokens that the layer before it ranked."""

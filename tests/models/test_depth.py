@@ -351,7 +351,7 @@ def sizes(name: str, layers: int) -> dict[str, int]:
     return {what: equations(traced.jaxpr) for what, traced in found.items()}
 
 
-@pytest.mark.sweep(10, 15)
+@pytest.mark.sweep(6, 15)
 @EVERY
 def test_programs_do_not_grow_with_depth(name):
     assert sizes(name, 8) == sizes(name, 16)
