@@ -9,7 +9,7 @@ tokenizer is made up: whatever is asked for a replay is `ask`. Layout of OUT.npz
 
     ask, tokens                      token ids
     scores                           [L, K, S]
-    kept/layerL/headK                positions kept, half of each layer's
+    kept/layerL/headK                positions kept, half of those of all layers
 """
 
 import pathlib
@@ -41,7 +41,7 @@ def main() -> None:
     model = make_model().float().eval()
     model.save_pretrained(sys.argv[2])
     tokens = np.random.default_rng(5).integers(0, model.config.vocab_size, LENGTH)
-    press = KVzipPress(0.5, layerwise=True, chunk_size=CHUNK)
+    press = KVzipPress(0.5, chunk_size=CHUNK)
     press._context_ids, press._cache = torch.as_tensor(tokens)[None], DynamicCache()
     press._suffix_ids = torch.zeros((1, 0), dtype=torch.long)
     with torch.no_grad():
