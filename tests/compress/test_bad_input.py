@@ -201,3 +201,8 @@ def test_one_reading_serves_many_budgets():
             np.testing.assert_allclose(
                 jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), atol=1e-5
             )
+
+
+def test_a_prefix_is_a_cache():
+    with pytest.raises(ValueError, match="`prefix` must be a KVCache"):
+        kvjax.prefill(small_model(), PROMPT, LENGTHS, prefix=PROMPT)  # type: ignore
