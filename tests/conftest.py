@@ -7,6 +7,7 @@ for all of it, as `make test-all` does; modules marked `optimized` always have i
 """
 
 import gc
+import itertools
 import os
 import pathlib
 from collections.abc import Callable
@@ -74,6 +75,22 @@ def _compiler(request):
     jax.config.update("jax_disable_most_optimizations", little)
     jax.clear_caches()
     gc.collect()
+
+
+MANY = 100
+"""Tests of one module after which what they compiled is freed."""
+
+_done = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Free programs in long modules, too: each is several maps of memory.
+
+    A process of Linux has 65,530 of them, and XLA aborts where there is none left.
+    """
+    if next(_done) % MANY == 0:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
