@@ -69,7 +69,7 @@ def test_keys_are_those_of_kvpress(tmp_path):
     if python is None:
         pytest.skip(reason)
     path = tmp_path / "more.npz"
-    run_reference("reference/kvpress_more.py", path)
+    run_reference("reference/kvpress_parts.py", path)
     with np.load(path) as file:
         data = {name: x for name, x in file.items() if name.startswith("think/")}
     outs = [name for name in data if "-" in name]

@@ -3,7 +3,7 @@
 # pyright: reportOptionalSubscript=false
 """Runs ThinK, KVzip and CaM of kvpress and writes what they do to an npz file.
 
-    python tests/reference/kvpress_more.py OUT.npz
+    python tests/reference/kvpress_parts.py OUT.npz
 
 The random Llama is that of `tests/kvpress_reference.py`. Layout of OUT.npz, floats as
 computed (float32), `C` a case:

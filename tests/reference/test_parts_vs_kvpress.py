@@ -17,12 +17,12 @@ RTOL, ATOL = 2e-4, 1e-6  # kvpress computes in float32
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> dict[str, np.ndarray]:
-    """The npz of `kvpress_more.py`; its layout is documented there."""
+    """The npz of `kvpress_parts.py`; its layout is documented there."""
     python, reason = find_torch_python()
     if python is None:
         pytest.skip(reason)
     path = tmp_path_factory.mktemp("kvpress") / "more.npz"
-    run_reference("reference/kvpress_more.py", path)
+    run_reference("reference/kvpress_parts.py", path)
     with np.load(path) as file:
         return dict(file)
 
