@@ -158,17 +158,8 @@ class LayerInputs:
         Args:
             seen: tokens of each row.
         """
-        b, kv_heads, tokens, _ = self.k.shape
-        positions = jnp.broadcast_to(self.positions[:, None], (b, kv_heads, tokens))
-        return Held(
-            k=self.k,
-            v=self.v,
-            positions=positions,
-            seen=seen,
-            layer=self.depth.layer,
-            spec=self.spec,
-            in_order=True,
-        )
+        rows = (self.k, self.v, self.positions, seen)
+        return Held.of_rows(*rows, layer=self.depth.layer, spec=self.spec)
 
 
 @pytree
@@ -195,6 +186,28 @@ class Held:
     spec: LayerSpec = static()
     in_order: bool = static(default=False)
 
+    @classmethod
+    def of_rows(
+        cls,
+        k: Keys,
+        v: Values,
+        positions: Int[Array, "B S"],
+        seen: Lengths,
+        *,
+        layer: Int[Array, ""] | int,
+        spec: LayerSpec,
+    ) -> "Held":
+        """Rows of tokens that all heads hold, in order and right-padded."""
+        return cls(
+            k=k,
+            v=v,
+            positions=jnp.broadcast_to(positions[:, None], k.shape[:3]),
+            seen=seen,
+            layer=layer,
+            spec=spec,
+            in_order=True,
+        )
+
     @property
     def live(self) -> Bool[Array, "B K S"]:
         """Which slots hold a token."""
@@ -207,10 +220,18 @@ class Held:
         return dataclasses.replace(self, k=k, v=v)
 
 
-def padded_positions(lengths: Lengths, width: int) -> Int[Array, "B T"]:
-    """`0 .. lengths-1` in each right-padded row, `EMPTY` behind it."""
+def padded_positions(
+    lengths: Lengths, width: int, before: Any = 0
+) -> Int[Array, "B T"]:
+    """`before .. before+lengths-1` in each right-padded row, `EMPTY` behind it.
+
+    Args:
+        lengths: tokens of each row.
+        width: of the rows.
+        before: tokens in front of them, one number or `[B, 1]`.
+    """
     index = jnp.arange(width, dtype=jnp.int32)[None, :]
-    return jnp.where(index < lengths[:, None], index, EMPTY)
+    return jnp.where(index < lengths[:, None], index + before, EMPTY)
 
 
 def nbytes(tree: object) -> int:

@@ -26,12 +26,10 @@ from kvjax.models.reading import (
     in_front,
     last_logits,
     observe_prompt,
-    positions_behind,
     seen_before,
     with_prefix,
 )
 from kvjax.types import (
-    EMPTY,
     LayerInputs,
     Lengths,
     LengthsLike,
@@ -119,7 +117,7 @@ def _prefill(
         kinds=building.found.layouts,
         loops=building.loops,
     )
-    positions = positions_behind(before, lengths, width)
+    positions = padded_positions(lengths, width, before)
     seen = model.run(tokens, positions, compressing)
     logits = last_logits(model, seen.hidden, lengths)
     return logits, with_prefix(prefix, building.cache(seen.state, seen.left))
@@ -280,8 +278,8 @@ def extend(
     width = tokens.shape[1]
     if width > 1 and not checks.is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width))
-    offset = padded_positions(lengths, tokens.shape[1])
-    positions = jnp.where(offset >= 0, offset + cache.length[:, None], EMPTY)
+    before = cache.length[:, None]
+    positions = padded_positions(lengths, tokens.shape[1], before)
     graph, params = nnx.split(model)
     logits, after = _extend(graph, params, nameless(cache), tokens, positions)
     length = cache.length + lengths

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kvjax.cache import KVCache, Shared
 from kvjax.compress.config import Compression
@@ -17,7 +17,7 @@ from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.probing import Rereading, probed
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.partial import Partial, merge
-from kvjax.types import EMPTY, LayerInputs, Lengths, Tokens, loops_of, padded_positions
+from kvjax.types import LayerInputs, Lengths, Tokens, loops_of, padded_positions
 
 Prefix = tuple[tuple[Shared, ...], ...]
 """What is in front of a prompt, by the groups of some loops."""
@@ -26,12 +26,6 @@ Prefix = tuple[tuple[Shared, ...], ...]
 def seen_before(prefix: KVCache | None) -> Any:
     """Tokens of a prefix."""
     return 0 if prefix is None else prefix.length[0]
-
-
-def positions_behind(before: Any, lengths: Lengths, width: int) -> Int[Array, "B T"]:
-    """Positions of a prompt that has `before` tokens in front of it."""
-    offset = padded_positions(lengths, width)
-    return jnp.where(offset >= 0, offset + before, EMPTY)
 
 
 def in_front(prefix: KVCache | None, rows: int, loops: Sequence[Loop]) -> Prefix | None:
@@ -107,7 +101,7 @@ def observe_prompt(
         plan: LayerPlan = inputs.depth.kind
         return out, state, observe(inputs, lengths + before, plan, sums)
 
-    positions = positions_behind(before, lengths, width)
+    positions = padded_positions(lengths, width, before)
     looking = Attending(step=look, kinds=plans, loops=loops)
     seen = model.run(tokens, positions, looking)
     left = seen.left

@@ -9,25 +9,16 @@ import jax.numpy as jnp
 from kvjax.compress.observe import Observed
 from kvjax.compress.plan import Eviction
 from kvjax.compress.survey import Share
-from kvjax.types import EMPTY, Held, Lengths, Scores
+from kvjax.types import Held, Lengths, Scores, padded_positions
 
 
 def held_of(
     observed: Observed, lengths: Lengths, layer: Any = 0, before: Any = 0
 ) -> Held:
     """The prompt's tokens as scores see them; arguments as of `build`."""
-    b, kv_heads, tokens, _ = observed.k.shape
-    index = jnp.arange(tokens, dtype=jnp.int32)
-    positions = jnp.where(index < lengths[:, None], index + before, EMPTY)
-    return Held(
-        k=observed.k,
-        v=observed.v,
-        positions=jnp.broadcast_to(positions[:, None], (b, kv_heads, tokens)),
-        seen=lengths + before,
-        layer=layer,
-        spec=observed.spec,
-        in_order=True,
-    )
+    positions = padded_positions(lengths, observed.k.shape[2], before)
+    rows = (observed.k, observed.v, positions, lengths + before)
+    return Held.of_rows(*rows, layer=layer, spec=observed.spec)
 
 
 def priorities_of(
