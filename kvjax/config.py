@@ -249,6 +249,9 @@ def shortened[C](component: C) -> C:
 def recent_fields(component: Any, path: str = "") -> dict[str, int]:
     """What `sized` calls recent in a component, by dotted paths."""
     found: dict[str, int] = {}
+    if isinstance(component, tuple):
+        for number, one in enumerate(component):
+            found |= recent_fields(one, f"{path}{number}.")
     if not dataclasses.is_dataclass(component):
         return found
     for field in dataclasses.fields(component):

@@ -54,6 +54,23 @@ class AbstractReplay(AbstractProbe):
                 "text with the model's tokenizer, without special tokens."
             )
 
+    def validate(self, longest, vocab_size, max_positions):
+        if max(self.ask, default=0) >= vocab_size:
+            raise ValueError(
+                f"`ask` must be ids of the model's {vocab_size} tokens; got "
+                f"{max(self.ask)}. Encode it with the model's own tokenizer."
+            )
+        chunk = min(self.chunk, longest)
+        lead = self.overlap if longest > self.chunk else 0
+        end = longest + len(self.ask) + min(lead, chunk) + chunk
+        if end > max_positions:
+            raise ValueError(
+                f"{type(self).__name__} tells {chunk} tokens at a time behind a prompt "
+                f"of {longest}, up to position {end}; the model's range is "
+                f"{max_positions}. Lower `evict.score.chunk` (now {self.chunk}), or "
+                "shorten the prompt."
+            )
+
     def chunks(self, width: int) -> Int[Array, "chunks"]:
         """Numbers of the chunks of prompts that are `width` wide."""
         return jnp.arange(-(-width // self.chunk), dtype=jnp.int32)

@@ -100,6 +100,16 @@ class AbstractProbe(AbstractScorer):
             lengths: of each row.
         """
 
+    @abc.abstractmethod
+    def validate(self, longest: int, vocab_size: int, max_positions: int) -> None:
+        """Raise `ValueError` if a model cannot run what stands behind a prompt.
+
+        Args:
+            longest: tokens of the longest prompt.
+            vocab_size: of the model.
+            max_positions: of the model.
+        """
+
     def tokens(self, asked):
         return jnp.zeros(asked.k.shape[:3], jnp.float32)  # until it is known
 

@@ -207,3 +207,20 @@ def test_what_reads_the_prompt_once_cannot_read_it_again():
         CriticalKV(base=KVzip())
     with pytest.raises(ValueError, match="needs a score of tokens as they come"):
         kvjax.compression("snapkv_decode", **{"evict.score": {"type": "kvzip"}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"ask": [9999]}, "`ask` must be ids of the model's 61 tokens; got 9999"),
+        ({"chunk": 600}, "up to position 1200; the model's range is 1024"),
+        ({"chunk": 500, "ask": [1]}, "up to position 1109"),
+    ],
+)
+def test_what_is_told_must_fit_the_model(fields, says):
+    """Before anything is computed; smaller chunks fit."""
+    tokens = np.ones((1, 600), np.int32)
+    fields = {f"evict.score.{name}": value for name, value in fields.items()}
+    c = kvjax.compression("kvzip", **fields)
+    with pytest.raises(ValueError, match=says):
+        kvjax.prefill(small_model(), tokens, None, c)
