@@ -112,7 +112,7 @@ def apportioned(
         slots = jnp.floor(weights * inverse + 0.5)
         return jnp.minimum(slots, most.astype(jnp.float32)).astype(jnp.int32)
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = jnp.sqrt(low) * jnp.sqrt(high)
         fits = jnp.sum(above(middle), axis=0) <= total
