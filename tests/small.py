@@ -136,16 +136,15 @@ REPRESENTATIVE = {structure(name): name for name in reversed(PRESETS)}
 """The first preset of each structure."""
 
 
-def one_per_structure(more: int, fast: int | None = None):
+def one_per_structure(fast: int, ci: int | None = None):
     """Cases of a test of what depends on the cache alone.
 
-    A preset of each structure, of which `make test` takes `fast` (None: all), and
-    `more` others.
+    A preset of each structure, of which `make test` takes `fast` and `.ci/run` `ci`
+    (None: all) and one other preset.
     """
     chosen = list(REPRESENTATIVE.values())
-    few = pytest.mark.sweep(fast, len(chosen), kind="structure")
-    marks = [few] if fast is not None else []
-    others = [pytest.mark.sweep(0, more)]
+    marks = [pytest.mark.sweep(fast, ci or len(chosen), kind="structure")]
+    others = [pytest.mark.sweep(0, 1)]
     return pytest.mark.parametrize(
         "name",
         [pytest.param(n, marks=marks if n in chosen else others) for n in PRESETS],

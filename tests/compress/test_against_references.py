@@ -42,6 +42,7 @@ def test_every_scorer_has_a_reference_or_a_reason():
         assert {type(case.scorer) for case in cases} == {SCORERS[name]}
 
 
+@pytest.mark.sweep(16, 30)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", REFERENCES)
 def test_scores(name, shape):

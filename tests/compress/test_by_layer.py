@@ -116,7 +116,7 @@ def test_an_eviction_of_its_own():
     ],
     ids=["plain first", "heads alike in between", "no blocks at the end", "codes late"],
 )
-@pytest.mark.sweep(2, 4)
+@pytest.mark.sweep(1, 4)
 def test_two_forms_agree(name, layers):
     c = short(name, layers=layers)
     assert_forms_agree(model(), c, flips=not c.store.plain)

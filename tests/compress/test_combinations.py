@@ -49,7 +49,7 @@ COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.sweep(3, 5)
+@pytest.mark.sweep(2, 5)
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_two_forms_agree(name):
     preset, fields = COMBINATIONS[name]
@@ -69,6 +69,7 @@ def test_a_pyramid_stays_one_while_it_decodes(budget):
     assert held == [[36, 36], [12, 12]]
 
 
+@pytest.mark.sweep(1, 2)
 @pytest.mark.parametrize("turn", [None, 1])
 def test_pages_of_codes_that_no_kernel_reads(monkeypatch, turn):
     """Only the pages that are read are decoded: the same numbers."""

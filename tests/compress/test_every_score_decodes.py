@@ -34,7 +34,7 @@ from tests.small import (
 ATTEND = jax.jit(LayerCache.attend)
 
 
-@pytest.mark.sweep(1, 6)
+@pytest.mark.sweep(1, 3)
 @pytest.mark.parametrize("name", SCORES)
 def test_decodes(name):
     """Both forms agree, and each row is what it is alone."""

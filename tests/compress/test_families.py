@@ -91,7 +91,7 @@ def test_every_family_is_here():
     assert set(DIFFERENCES) == set(FAMILIES)
 
 
-@pytest.mark.sweep(3, 6)
+@pytest.mark.sweep(2, 6)
 @pytest.mark.parametrize("family", DIFFERENCES)
 @pytest.mark.parametrize("name", PRESETS)
 def test_two_forms_agree(family, name):

@@ -31,8 +31,8 @@ from tests.small import (
 )
 
 EVERY = pytest.mark.parametrize("name", PRESETS)
-STRUCTURES = one_per_structure(1)
-SOME_STRUCTURES = one_per_structure(1, 4)
+STRUCTURES = one_per_structure(8)
+SOME_STRUCTURES = one_per_structure(3, 8)
 TOLERANCE = 1e-4
 ROOM = 64
 """Of every cache here: of one room, caches of one structure share their programs."""
@@ -100,6 +100,7 @@ def test_rows_are_what_they_are_alone(name):
     np.testing.assert_allclose(rows(extended(name)[0])[row], logits[0], atol=TOLERANCE)
 
 
+@pytest.mark.sweep(20, 99)
 @EVERY
 def test_two_forms_agree(name):
     _, _, whole = batch()

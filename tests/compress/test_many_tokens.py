@@ -114,6 +114,7 @@ def test_many_are_one_after_the_other(name, chunk, turns):
         np.testing.assert_array_equal(ours.tail.used, theirs.tail.used)
 
 
+@pytest.mark.sweep(1, 3)
 @EVERY
 def test_rows_without_new_tokens_stay(name):
     """What a row holds does not change where only others are given tokens."""

@@ -111,7 +111,7 @@ class Loop:
 ATTEND = jax.jit(LayerCache.attend)
 
 
-@pytest.mark.sweep(3, 8)
+@pytest.mark.sweep(2, 8)
 @EVERY
 @pytest.mark.parametrize("interval", [1, 3, 8])
 @pytest.mark.parametrize("window", [None, 22])
@@ -160,7 +160,7 @@ def read_after(c: Compression, sample: Sample, prompts: np.ndarray, steps: int):
     return jax.jit(jax.grad(read)), given.inputs.v
 
 
-@pytest.mark.sweep(1, 2)
+@pytest.mark.sweep(0, 2)
 @EVERY
 @pytest.mark.parametrize("interval", [None, 3])
 def test_gradients_reach_what_was_dropped(name, interval):
@@ -232,7 +232,7 @@ COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.sweep(1, 5)
+@pytest.mark.sweep(1, 3)
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_two_forms_agree(name):
     given, fields = COMBINATIONS[name]

@@ -22,6 +22,7 @@ def kivi(residual: int, bits: int = 1) -> kvjax.Compression:
     return dataclasses.replace(made, store=store)
 
 
+@pytest.mark.sweep(1, 2)
 @pytest.mark.parametrize("residual", [0, 32])
 def test_two_forms_agree(residual):
     prompt, later, whole = batch()

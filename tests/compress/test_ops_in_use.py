@@ -22,6 +22,7 @@ def ops(monkeypatch) -> set[str]:
     return called
 
 
+@pytest.mark.sweep(3, 99)
 @pytest.mark.parametrize(
     ("name", "prefill", "decode"),
     [

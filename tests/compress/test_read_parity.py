@@ -70,6 +70,7 @@ def test_page_bounds(spec):
             assert (ours[row, kv] >= products - 1e-4).all()
 
 
+@pytest.mark.sweep(3, 6)
 @GIVEN_SPEC
 @pytest.mark.parametrize("keep", [0.1, 0.4, 1.0])
 def test_quest_reads_the_best_pages(spec, keep):
@@ -94,6 +95,7 @@ def test_quest_reads_the_best_pages(spec, keep):
         close(ours[row], theirs)
 
 
+@pytest.mark.sweep(2, 4)
 @GIVEN_SPEC
 @pytest.mark.parametrize("last_q", [16, 64])
 def test_vertical_slash(spec, last_q):
@@ -116,6 +118,7 @@ def test_vertical_slash(spec, last_q):
         close(out[row, :, :length], want)
 
 
+@pytest.mark.sweep(2, 4)
 @GIVEN_SPEC
 @pytest.mark.parametrize(("block", "sizes"), [(8, (3, 2, 4, 3)), (16, (20, 1, 0, 0))])
 def test_vertical_slash_in_blocks(spec, block, sizes):
@@ -185,6 +188,7 @@ def check_kept(cache: LayerCache, traces, step: int) -> None:
             np.testing.assert_array_equal(np.sort(held), want)
 
 
+@pytest.mark.sweep(3, 6)
 @GIVEN_SPEC
 @pytest.mark.parametrize(("keys", "values"), [(0.5, 0.25), (1.0, 0.1), (0.3, 0.3)])
 def test_decoupled_keys_and_values(spec, keys, values):

@@ -63,6 +63,7 @@ def with_padding(sample: Sample, filler: float) -> Sample:
     return Sample(dataclasses.replace(sample.inputs, **filled), sample.lengths)
 
 
+@pytest.mark.sweep(1, 3)
 @pytest.mark.parametrize("case", CASES)
 def test_gradient_is_that_of_masked_dense_attention(case, monkeypatch):
     """By the op's own backward pass; padding that holds NaN gets and gives none."""

@@ -202,7 +202,7 @@ def combined(name: str) -> kvjax.Compression:
     return kvjax.compression(preset, **(CODES | fields))
 
 
-@pytest.mark.sweep(1, 8)
+@pytest.mark.sweep(1, 5)
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_two_forms_agree(name):
     """With what is evicted before, in every layout of a cache.

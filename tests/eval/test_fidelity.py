@@ -29,6 +29,7 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.mark.sweep(3, 5)
 @pytest.mark.parametrize("calls", [1, 3, 15])
 @pytest.mark.parametrize("name", ["none", "knorm"])
 def test_keeping_everything_changes_nothing(model, tokens, name, calls):

@@ -164,6 +164,7 @@ def test_prompts_are_read_once_for_all_budgets(model, tokenizer, tmp_path, monke
     assert all(row["compile_s"] == 0.0 for row in rows)  # every shape was there
 
 
+@pytest.mark.slow
 def test_methods_may_share_a_pass(model, tokenizer, tmp_path, monkeypatch):
     config = tiny.config(
         compressions=["h2o", "snapkv", "vertical_slash", "kvzip"],

@@ -88,6 +88,7 @@ def one_block(plan, q, sides, begins, ends):
     return results.collected(plan, jnp.asarray(np.stack(found))[None, None, None])
 
 
+@pytest.mark.sweep(12, 24)
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("rows", [5, 12])
 @pytest.mark.parametrize("name", STORES)

@@ -101,7 +101,7 @@ def all_pairs(q, k, v, positions, held, *, scale, window, softcap):
     return out + jnp.einsum("bhts,bhtsd->bhtd", share, moved)
 
 
-@pytest.mark.sweep(8, 16)
+@pytest.mark.sweep(4, 12)
 @pytest.mark.parametrize(
     ("block", "devices"),
     [(1 << 30, 1), (1 << 10, 1), (1 << 9, 2)],

@@ -37,6 +37,7 @@ def mode(request):
     nnx.set_graph_updates(True)
 
 
+@pytest.mark.sweep(2, 4)
 @pytest.mark.parametrize("family", ["gemma3_text", "llama"])
 def test_split_merge_jit_and_grad(mode, family):
     del mode
@@ -77,6 +78,7 @@ def test_rows_are_independent():
     np.testing.assert_allclose(both[1, :4], alone[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sweep(1, 2)
 @pytest.mark.parametrize("family", ["gemma3_text", "llama"])
 def test_one_token_equals_the_same_token_among_others(family):
     # One 16-bit row takes another path on a CPU.

@@ -194,7 +194,7 @@ def test_every_preset(name, layers):
 
 @pytest.mark.parametrize("name", ["none", "snapkv_kivi"])
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.sweep(1, 2)
+@pytest.mark.sweep(0, 2)
 def test_gradient(name, remat):
     plain, params = total_of(name, unroll=True)
     looped, _ = total_of(name, unroll=False, remat=remat)
@@ -288,7 +288,7 @@ def test_what_attention_closes_over_has_its_gradient():
     np.testing.assert_allclose(again, slope, rtol=1e-4)
 
 
-@pytest.mark.sweep(2, 3)
+@pytest.mark.sweep(1, 3)
 @EVERY
 def test_a_deep_model_is_its_layers(name):
     """Prompt, cache and generation, against every layer with a cache of its own."""
@@ -351,7 +351,7 @@ def sizes(name: str, layers: int) -> dict[str, int]:
     return {what: equations(traced.jaxpr) for what, traced in found.items()}
 
 
-@pytest.mark.sweep(6, 15)
+@pytest.mark.sweep(4, 12)
 @EVERY
 def test_programs_do_not_grow_with_depth(name):
     assert sizes(name, 8) == sizes(name, 16)

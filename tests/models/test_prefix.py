@@ -71,6 +71,7 @@ def test_it_is_held_once():
 SPEC, SIZE, REST = layer_spec(6, 2, 32), 20, (41, 60, 17)
 
 
+@pytest.mark.sweep(2, 4)
 @pytest.mark.parametrize(
     "score",
     [SnapKV(window=8), SnapKV(window=30, kernel=1), TOVA(), H2O(normalize=False)],
@@ -100,7 +101,7 @@ def test_scores_leave_room_for_what_is_paid_to_the_prefix(score):
     np.testing.assert_allclose(ours[there], theirs[there], rtol=1e-4)
 
 
-@pytest.mark.sweep(2, 8)
+@pytest.mark.sweep(1, 5)
 @pytest.mark.parametrize("name", [x for x in PRESETS if not preset(x).probes])
 def test_any_compression_behind_it(name):
     """The prompt is compressed, the prefix is not; rows are what they are alone."""

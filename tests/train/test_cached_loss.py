@@ -87,6 +87,7 @@ def simulated_loss(model, rows, points, c) -> float:
     return float((np.where(weights > 0, each, 0.0) * weights).sum() / weights.sum())
 
 
+@pytest.mark.sweep(2, 4)
 @pytest.mark.parametrize(
     ("name", "fields"),
     [

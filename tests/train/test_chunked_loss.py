@@ -29,6 +29,7 @@ def scored(params, teacher: Decoder, most: int, attention=causal_attention):
     return loss + answer_mean(tokens.apart, batch), metrics
 
 
+@pytest.mark.sweep(1, 3)
 @pytest.mark.parametrize("pieces", [2, 7, 96])
 def test_pieces_add_up(teacher, pieces):
     batch, params = a_batch(), params_of(model_of())

@@ -35,6 +35,7 @@ from tests.train.small import (
 )
 
 
+@pytest.mark.sweep(1, 2)
 @pytest.mark.parametrize(
     ("name", "fields"),
     [

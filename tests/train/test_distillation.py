@@ -90,6 +90,7 @@ def rows_of(outputs):
     return [out.transpose(0, 2, 1, 3).reshape(*out.shape[::2], -1) for out in outputs]
 
 
+@pytest.mark.sweep(1, 2)
 @pytest.mark.parametrize(("layers", "tokens"), [("last", "answers"), ("all", "behind")])
 def test_terms_and_their_gradient(layers, tokens):
     """Against a walk over the layers, with the sums written out."""
@@ -187,7 +188,7 @@ def test_what_has_no_weight_is_not_computed(monkeypatch):
     assert calls == [model, teacher]
 
 
-@pytest.mark.sweep(1, 2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chunkkv", "dms"])
 def test_recomputed_layers_and_watching_change_nothing(name):
     """What attention carries goes on below; `remat` gives the same numbers."""

@@ -37,10 +37,8 @@ def test_killed_and_resumed(fault, kept, whole, tmp_path, repo):
     goes_on(whole, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["compressed", pytest.param("low_rank", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["compressed", "low_rank"])
 def test_killed_in_the_midst_of_an_update(name, tmp_path, repo):
     """Of two batches, under sampled compressions; other ones before and behind it."""
     config, directory = RECIPES[name](), tmp_path / "whole"

@@ -40,6 +40,7 @@ def backward(monkeypatch) -> list[int]:
     return calls
 
 
+@pytest.mark.slow
 def test_a_recipe_with_sparse_prefill_among_its_choices(tmp_path, backward):
     choices = (
         CompressionChoice(compression="vertical_slash", fields=FIELDS),
@@ -61,6 +62,7 @@ def test_a_recipe_with_sparse_prefill_among_its_choices(tmp_path, backward):
     assert backward and set(backward) == {96}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 )

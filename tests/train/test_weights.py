@@ -112,6 +112,7 @@ def test_bfloat16_passes_keep_float32_weights():
         recipe(compute="float16")
 
 
+@pytest.mark.sweep(1, 2)
 @pytest.mark.parametrize("name", ["chunkkv", "knorm"])
 def test_recomputed_layers_change_nothing(name):
     """`chunkkv` hands indices from layer to layer, which `remat` must carry."""
