@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -124,10 +125,14 @@ def compressed(
 
     `specs` are those of all layers; by default they are like the sample's.
     """
-    inputs, lengths = sample.inputs, jnp.asarray(sample.lengths, jnp.int32)
-    specs = specs or (inputs.spec,) * inputs.spec.num_layers
-    mass = Dense().attend(inputs, lengths, True)[1] if wants_mass(c) else None
-    found = survey(c, specs, lengths, inputs.k.shape[-2], inputs.k.dtype)
-    layout, share = found.layouts[layer], found.of(Depth(layer=layer))
-    seen = observe(inputs, lengths, layout.plan, mass)
-    return build(seen, lengths, layout, share, room=room, layer=layer)[0]
+    every = specs or (sample.inputs.spec,) * sample.inputs.spec.num_layers
+
+    @jax.jit  # one program compiles sooner than its operations one by one
+    def cache(inputs, lengths):
+        mass = Dense().attend(inputs, lengths, True)[1] if wants_mass(c) else None
+        found = survey(c, every, lengths, inputs.k.shape[-2], inputs.k.dtype)
+        layout, share = found.layouts[layer], found.of(Depth(layer=layer))
+        seen = observe(inputs, lengths, layout.plan, mass)
+        return build(seen, lengths, layout, share, room=room, layer=layer)[0]
+
+    return cache(sample.inputs, jnp.asarray(sample.lengths, jnp.int32))

@@ -47,10 +47,13 @@ def full_row(sample: Sample, row: int, n: int):
 
 def out_of(cache: LayerCache, sample: Sample, start: np.ndarray) -> np.ndarray:
     """What the next token of each row reads from the parts, itself left out."""
-    inputs = decode_inputs(sample, start, 0)
-    parts = (*cache.parts, cache.tail)
-    read = [part.attend(inputs.q, inputs.positions, cache.spec) for part in parts]
-    return np.asarray(merge(read).out)
+
+    @jax.jit
+    def read(cache, inputs):
+        given = (inputs.q, inputs.positions, cache.spec)
+        return merge([part.attend(*given) for part in (*cache.parts, cache.tail)]).out
+
+    return np.asarray(read(cache, decode_inputs(sample, start, 0)))
 
 
 @GIVEN_SPEC
@@ -103,8 +106,10 @@ def test_vertical_slash(spec, last_q):
     sample = draw(2, spec, (96, 70, 55), width=100)
     prefill = VerticalSlash(**sizes, first=5, local=12, block=1)
     lengths = jnp.asarray(sample.lengths, jnp.int32)
-    columns, diagonals = map(np.asarray, prefill.pattern(sample.inputs, lengths))
-    out = np.asarray(prefill.attend(sample.inputs, lengths, False)[0])
+    pattern = jax.jit(prefill.pattern)(sample.inputs, lengths)
+    columns, diagonals = map(np.asarray, pattern)
+    attend = jax.jit(prefill.attend, static_argnums=2)
+    out = np.asarray(attend(sample.inputs, lengths, False)[0])
     for row, length in enumerate(sample.lengths):
         q, k, v = sample.row(row)
         mask = reference.vertical_slash_mask(
@@ -134,9 +139,11 @@ def test_vertical_slash_in_blocks(spec, block, sizes):
         block=block,
     )
     lengths = jnp.asarray(sample.lengths, jnp.int32)
-    columns, diagonals = map(np.asarray, prefill.pattern(sample.inputs, lengths))
-    out, none = prefill.attend(sample.inputs, lengths, False)
-    masked, mass = prefill.attend(sample.inputs, lengths, True)
+    pattern = jax.jit(prefill.pattern)(sample.inputs, lengths)
+    columns, diagonals = map(np.asarray, pattern)
+    attend = jax.jit(prefill.attend, static_argnums=2)
+    out, none = attend(sample.inputs, lengths, False)
+    masked, mass = attend(sample.inputs, lengths, True)
     assert none is None and mass is not None
     for row, length in enumerate(sample.lengths):
         q, k, v = sample.row(row)

@@ -11,7 +11,7 @@ import pytest
 from kvjax.cache import Memory
 from kvjax.compress.observe import remember
 from kvjax.scorers import AbstractScorer
-from kvjax.types import EMPTY, Held
+from kvjax.types import EMPTY, Held, LayerInputs
 from tests.compress.samples import draw, layer_spec
 from tests.small import SCORES
 
@@ -32,7 +32,11 @@ def sample(kind: str):
 
 def in_pieces(score: AbstractScorer, kind: str, size: int) -> tuple[Memory, Held]:
     """What is remembered after chunks of `size` queries, and what is held then."""
-    inputs, memory, held = sample(kind).inputs, None, None
+    return jax.jit(functools.partial(_in_pieces, score, size))(sample(kind).inputs)
+
+
+def _in_pieces(score: AbstractScorer, size: int, inputs: LayerInputs):
+    memory, held = None, None
     for start in range(0, WIDTH, size):
         index = jnp.arange(start, min(start + size, WIDTH))[None] * jnp.ones(
             (3, 1), int
@@ -62,9 +66,14 @@ def scores(score: AbstractScorer, memory: Memory, held: Held) -> np.ndarray:
 
 @functools.lru_cache
 def one_pass(name: str, kind: str) -> np.ndarray:
-    score, inputs = SCORES[name], sample(kind).inputs
-    held = inputs.held(jnp.asarray(LENGTHS))
-    return scores(score, remember(score, None, inputs, held), held)
+    score = SCORES[name]
+
+    @jax.jit
+    def seen(inputs):
+        held = inputs.held(jnp.asarray(LENGTHS))
+        return remember(score, None, inputs, held), held
+
+    return scores(score, *seen(sample(kind).inputs))
 
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)

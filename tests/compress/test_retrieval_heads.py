@@ -1,10 +1,11 @@
 """Budgets by gates: which heads keep what, what is attended, and real bytes."""
 
+import jax
 import numpy as np
 import pytest
 
 import kvjax
-from kvjax.cache import Ragged
+from kvjax.cache import LayerCache, Ragged
 from kvjax.models.config import read_gates
 from kvjax.models.gates import with_gates
 from tests import reference
@@ -61,8 +62,9 @@ def test_later_tokens_attend_to_what_their_heads_keep():
     whole, start = draw(5, specs[0], (70, 58)), np.array([66, 54])
     prompt = prefix(whole, start)
     layer = compressed(prompt, duo(0.5, 3, 9), room=4, specs=specs)
+    attend = jax.jit(LayerCache.attend)
     for step in range(2):
-        out, layer = layer.attend(decode_inputs(whole, start, step))
+        out, layer = attend(layer, decode_inputs(whole, start, step))
         for row, n in enumerate(start):
             q, k, v = (x[:, : n + step + 1] for x in whole.row(row))
             ends = np.concatenate([np.arange(3), np.arange(n - 9, n + step + 1)])

@@ -247,10 +247,14 @@ def test_cake_in_chunks_of_queries(monkeypatch):
     score, budget = scorers.Cake(window=16), Cake(keep=0.5, window=16)
 
     def found():
-        memory = remember(score, None, sample.inputs, held)
-        scores = score.score(memory, held, jnp.asarray([20, 20]))
-        live = np.asarray(held.live)
-        return np.asarray(scores)[live], budget.look(sample.inputs, held)
+        @jax.jit
+        def run(inputs, held):
+            memory = remember(score, None, inputs, held)
+            scores = score.score(memory, held, jnp.asarray([20, 20]))
+            return scores, budget.look(inputs, held)
+
+        scores, look = run(sample.inputs, held)
+        return np.asarray(scores)[np.asarray(held.live)], look
 
     whole = found()
     monkeypatch.setattr("kvjax.scorers.base.query_chunk", lambda *_: 5)
@@ -273,10 +277,11 @@ def test_a_prefix_is_seen_and_not_counted(sliding):
     behind = dataclasses.replace(behind, elsewhere=past.lse)
     score, counts = scorers.Cake(window=window, kernel=1), jnp.asarray([20, 20])
 
+    @jax.jit
     def scores(inputs):
         held = inputs.held(seen)
         memory = remember(score, None, inputs, held)
-        return np.asarray(score.score(memory, held, counts))
+        return score.score(memory, held, counts)
 
     look = Cake(keep=0.5, window=window).look(behind, behind.held(seen))
     ours, theirs = scores(behind), scores(whole)

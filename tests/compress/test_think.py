@@ -37,7 +37,7 @@ def body(sample: Sample, c: kvjax.Compression) -> tuple[np.ndarray, np.ndarray, 
     """Keys read back, their positions, and the part that holds them."""
     (part,) = compressed(sample, c).parts
     assert isinstance(part, Slots) and isinstance(part.keys, ThinkArray)
-    keys = part.keys.decode(part.positions, ROPE)
+    keys = jax.jit(lambda keys, at: keys.decode(at, ROPE))(part.keys, part.positions)
     return np.asarray(keys), np.asarray(part.positions), part
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,10 +31,9 @@ def stored(rng, shape, codec):
     if codec is None:
         return x.astype(jnp.bfloat16)
     bits, axis, group, symmetric = codec
-    live = jnp.ones(shape[:-1], bool)
-    return quantize_pack(
-        x, live, bits=bits, axis=axis, group=group, symmetric=symmetric, backend="xla"
-    )
+    how = {"bits": bits, "axis": axis, "group": group, "symmetric": symmetric}
+    pack = jax.jit(functools.partial(quantize_pack, **how, backend="xla"))
+    return pack(x, jnp.ones(shape[:-1], bool))
 
 
 def memories(name, side):
@@ -104,15 +104,14 @@ def test_one_block(name, rows, d):
     begins, ends = 3, 117
     got = one_block(plan, np.asarray(q[0, :, 0], np.float32), sides, begins, ends)
     held = np.where(np.arange(program.BLOCK) < begins, -1, 0)
-    want = decode_attention(
+    reference = functools.partial(decode_attention, scale=d**-0.5, backend="reference")
+    want = jax.jit(reference)(
         q,
         sides[0],
         sides[1],
         jnp.asarray([[ends]], jnp.int32),
         positions=jnp.asarray(held[None, None], jnp.int32),
         q_positions=jnp.zeros((1, 1), jnp.int32),
-        scale=d**-0.5,
-        backend="reference",
     )
     close = functools.partial(np.testing.assert_allclose, rtol=0)
     close(got.lse[0, 0, :rows], want.lse[0, :, 0], atol=4e-3)

@@ -82,8 +82,14 @@ def test_scores_leave_room_for_what_is_paid_to_the_prefix(score):
     sample = draw(5, SPEC, tuple(SIZE + n for n in REST), width=84)
     inputs, seen = sample.inputs, jnp.asarray(sample.lengths, jnp.int32)
     counts = jnp.asarray((9, 20, 8), jnp.int32)
-    held = inputs.held(seen)
-    wanted = score.score(remember(score, None, inputs, held), held, counts)
+
+    @jax.jit
+    def scored(inputs):
+        held = inputs.held(seen)
+        memory = remember(score, None, inputs, held)
+        return score.score(memory, held, counts), held
+
+    wanted, _ = scored(inputs)
     index = SIZE + jnp.broadcast_to(jnp.arange(64), (3, 64))
     asked = inputs.taken(jnp.minimum(index, 83), index < seen[:, None])
     paid = jnp.einsum(
@@ -93,8 +99,7 @@ def test_scores_leave_room_for_what_is_paid_to_the_prefix(score):
     )
     paid = jax.nn.logsumexp(paid * SPEC.scale, axis=-1).reshape(3, 6, 64)
     asked = dataclasses.replace(asked, elsewhere=paid)
-    behind = asked.held(seen)
-    got = score.score(remember(score, None, asked, behind), behind, counts)
+    got, behind = scored(asked)
     # The border of pooling aside: in front of it lies the prefix, or nothing.
     there = np.asarray(behind.live)[:, :, 2:]
     ours, theirs = np.asarray(got)[:, :, 2:], np.asarray(wanted)[:, :, SIZE + 2 :]

@@ -117,7 +117,7 @@ def test_dms_reaches_the_neuron_it_borrows():
     def loss(state):
         return objective(nnx.merge(graph, state), a_batch(), None)[0]
 
-    slope = jax.grad(loss)(state)
+    slope = jax.jit(jax.grad(loss))(state)
     columns = slope["layers"]["attention"]["q"]["kernel"][...].reshape(2, 32, 4, 16)
     assert (np.abs(columns[:, :, ::2, -1]).max(axis=1) > 0).all()
 
