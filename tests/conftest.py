@@ -63,38 +63,32 @@ Loosening an entry needs a line in CHANGELOG.md.
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiler(request):
-    """Optimise as the module asks for."""
+    """Optimise as the module asks for, and free what it compiled.
+
+    With the programs of the whole suite in one process, XLA's CPU compiler once
+    crashed (docs/log.md).
+    """
     little = jax.config.read("jax_disable_most_optimizations")
     if request.node.get_closest_marker("optimized") is not None:
         jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", little)
+    jax.clear_caches()
+    gc.collect()
 
 
 MANY = 100
-"""Tests after which a process looks at how many maps of memory it has."""
-
-MAPS = 30_000
-"""Of the 65,530 that a process of Linux may have: where there is none left, XLA aborts.
-
-A compiled program is several, and modules share programs, so all are kept till then.
-"""
+"""Tests of one module after which what they compiled is freed."""
 
 _done = itertools.count(1)
 
 
-def maps_of_memory() -> int | None:
-    """How many this process has, where the system says so."""
-    path = pathlib.Path("/proc/self/maps")
-    return path.read_bytes().count(b"\n") if path.exists() else None
-
-
 def pytest_runtest_teardown() -> None:
-    """Free what was compiled before it is too much."""
-    if next(_done) % MANY:
-        return
-    maps = maps_of_memory()
-    if maps is None or maps > MAPS:
+    """Free programs in long modules, too: each is several maps of memory.
+
+    A process of Linux has 65,530 of them, and XLA aborts where there is none left.
+    """
+    if next(_done) % MANY == 0:
         jax.clear_caches()
         gc.collect()
 

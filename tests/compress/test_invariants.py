@@ -31,7 +31,7 @@ from tests.small import (
 )
 
 EVERY = pytest.mark.parametrize("name", PRESETS)
-STRUCTURES = one_per_structure(8)
+STRUCTURES = one_per_structure(6)
 SOME_STRUCTURES = one_per_structure(3, 8)
 TOLERANCE = 1e-4
 ROOM = 64
@@ -100,7 +100,7 @@ def test_rows_are_what_they_are_alone(name):
     np.testing.assert_allclose(rows(extended(name)[0])[row], logits[0], atol=TOLERANCE)
 
 
-@pytest.mark.sweep(20, 99)
+@pytest.mark.sweep(16, 99)
 @EVERY
 def test_two_forms_agree(name):
     _, _, whole = batch()

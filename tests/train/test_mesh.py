@@ -109,6 +109,7 @@ def kinds(tmp_path_factory) -> pathlib.Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_devices_share_one_run(spread, mesh):
     agree(spread / mesh, spread / ONE)
@@ -118,6 +119,7 @@ def test_devices_share_one_run(spread, mesh):
     assert split <= held < split + 0.1  # norms and counts are everywhere
 
 
+@pytest.mark.slow
 def test_the_state_of_one_device_is_whole(spread):
     assert json.loads((spread / ONE / "held.json").read_text()) == 1.0
 
