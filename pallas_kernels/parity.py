@@ -107,4 +107,4 @@ def gradients(
         return total
 
     moving = tuple(args[index] for index in case.gradient)
-    return jax.jit(jax.grad(value, tuple(range(len(moving)))))(*moving)
+    return jax.grad(value, tuple(range(len(moving))))(*moving)
