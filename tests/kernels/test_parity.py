@@ -32,7 +32,7 @@ def cases() -> list:
                 if backend in KERNELS:
                     marks = [pytest.mark.interpret, pytest.mark.sweep(0, 2, kind=kind)]
                 else:
-                    marks = [pytest.mark.sweep(3, 6, kind=kind)]
+                    marks = [pytest.mark.sweep(2, 5, kind=kind)]
                 marks += [pytest.mark.slow] if case.slow else []
                 label = f"{name}-{backend}-{case.name}"
                 found.append(pytest.param(name, backend, case, marks=marks, id=label))
