@@ -15,7 +15,6 @@ from kvjax.compress.config import Compression
 from kvjax.compress.plan import LayerPlan
 from kvjax.compress.presets import canonical
 from kvjax.models.config import DecoderConfig
-from kvjax.scorers.base import AbstractProbe
 
 
 def is_traced(*values: Any) -> bool:
@@ -188,8 +187,7 @@ def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> No
         return
     _protected(c, config.layers, values)
     for score in c.scores:
-        if isinstance(score, AbstractProbe):
-            score.validate(int(values.max()), config.vocab_size, config.max_positions)
+        score.validate(int(values.max()), config.vocab_size, config.max_positions)
 
 
 def _plan(config: DecoderConfig, plan: LayerPlan) -> None:

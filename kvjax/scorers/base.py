@@ -36,6 +36,16 @@ class AbstractScorer(AbstractRanking):
         """Tokens that are kept whatever their score: budgets must not be below it."""
         return 0
 
+    def validate(self, longest: int, vocab_size: int, max_positions: int) -> None:
+        """Raise `ValueError` if a model cannot score a prompt.
+
+        Args:
+            longest: tokens of the longest prompt.
+            vocab_size: of the model.
+            max_positions: of the model.
+        """
+        del longest, vocab_size, max_positions
+
 
 class Replayed(NamedTuple):
     """What tokens behind a prompt gave.
@@ -98,16 +108,6 @@ class AbstractProbe(AbstractScorer):
             again: runs the model behind the prompts.
             tokens: theirs, right-padded.
             lengths: of each row.
-        """
-
-    @abc.abstractmethod
-    def validate(self, longest: int, vocab_size: int, max_positions: int) -> None:
-        """Raise `ValueError` if a model cannot run what stands behind a prompt.
-
-        Args:
-            longest: tokens of the longest prompt.
-            vocab_size: of the model.
-            max_positions: of the model.
         """
 
     def tokens(self, asked):
