@@ -79,11 +79,13 @@ def model_of(family: str, name: str = "none") -> Decoder:
     model = Decoder(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
 
-    def disturb(leaf):
+    def disturb(path, leaf):
         noise = 0.2 * rng.standard_normal(leaf.shape, np.float32)
-        return leaf + noise if leaf.ndim == 1 else leaf
+        stacked = path[0].key == "layers"  # behind an axis for the layers
+        return leaf + noise if leaf.ndim - stacked == 1 else leaf
 
-    nnx.update(model, jax.tree.map(disturb, nnx.state(model, nnx.Param)))
+    params = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map_with_path(disturb, params))
     return model
 
 
