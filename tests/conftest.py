@@ -78,7 +78,7 @@ def _compiler(request):
 
 
 MANY = 100
-"""Tests of one module after which what they compiled is freed."""
+"""Tests after which what they compiled is freed, wherever a module ends."""
 
 _done = itertools.count(1)
 

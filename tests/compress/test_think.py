@@ -68,7 +68,7 @@ def test_keys_are_those_of_kvpress(tmp_path):
     python, reason = find_torch_python()
     if python is None:
         pytest.skip(reason)
-    path = tmp_path / "more.npz"
+    path = tmp_path / "parts.npz"
     run_reference("reference/kvpress_parts.py", path)
     with np.load(path) as file:
         data = {name: x for name, x in file.items() if name.startswith("think/")}

@@ -39,7 +39,6 @@ def measured(repo, tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.sweep(1, 2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_load_holds_little_more_than_the_model(measured, dtype):
     memory = measured["memory"][dtype]

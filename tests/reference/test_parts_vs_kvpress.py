@@ -21,7 +21,7 @@ def data(tmp_path_factory) -> dict[str, np.ndarray]:
     python, reason = find_torch_python()
     if python is None:
         pytest.skip(reason)
-    path = tmp_path_factory.mktemp("kvpress") / "more.npz"
+    path = tmp_path_factory.mktemp("kvpress") / "parts.npz"
     run_reference("reference/kvpress_parts.py", path)
     with np.load(path) as file:
         return dict(file)

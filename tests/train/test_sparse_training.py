@@ -63,9 +63,7 @@ def test_a_recipe_with_sparse_prefill_among_its_choices(tmp_path, backward):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recomputed_layers_change_nothing(dtype, backward):
     c = kvjax.compression("vertical_slash", **FIELDS)
     batch, (graph, state) = a_batch(), nnx.split(model_of(SHALLOW))
