@@ -110,6 +110,10 @@ class AbstractProbe(AbstractScorer):
             lengths: of each row.
         """
 
+    @abc.abstractmethod
+    def validate(self, longest, vocab_size, max_positions):
+        """As of every score; what stands behind a prompt has to fit as well."""
+
     def tokens(self, asked):
         return jnp.zeros(asked.k.shape[:3], jnp.float32)  # until it is known
 
