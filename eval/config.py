@@ -4,13 +4,16 @@ import dataclasses
 import importlib.resources
 import pathlib
 from collections.abc import Mapping
-from typing import Any
-
-import yaml
+from typing import Annotated, Any
 
 from kvjax.compress.config import VISIBILITIES
 from kvjax.config import decode, override
-from kvjax.types import nearest
+from kvjax.fields import Checked, Kept, OneOf, Positive, Range, Seed, Share
+from kvjax.files import read_text, yaml_mapping
+from kvjax.messages import nearest
+
+Visibility = Annotated[str, OneOf(*VISIBILITIES)]
+Items = Annotated[int, Range(1, 10**6)]
 
 TEXT = "text"
 """The fidelity task: teacher-forced text instead of questions."""
@@ -20,7 +23,7 @@ NEEDLE = "niah"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskEntry:
+class TaskEntry(Checked):
     """One task of an evaluation.
 
     Attributes:
@@ -35,9 +38,9 @@ class TaskEntry:
     name: str
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label: str = ""
-    lengths: tuple[int, ...] = ()
-    items: int | None = None
-    visibility: tuple[str, ...] = ()
+    lengths: tuple[Positive, ...] = ()
+    items: Items | None = None
+    visibility: tuple[Visibility, ...] = ()
 
     @property
     def title(self) -> str:
@@ -46,7 +49,7 @@ class TaskEntry:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Checked):
     """An evaluation: every task with every compression at every budget.
 
     Attributes:
@@ -78,27 +81,23 @@ class EvalConfig:
 
     model: str = "kvjax-tiny"
     compressions: tuple[str, ...]
-    keeps: tuple[float, ...]
+    keeps: tuple[Kept, ...]
     tasks: tuple[TaskEntry, ...]
-    lengths: tuple[int, ...] = (512,)
-    items: int = 100
-    batch: int = 32
-    seed: int = 1
-    visibility: tuple[str, ...] = ("query_agnostic",)
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    reply_tokens: int = 16
-    window: int | None = None
+    lengths: tuple[Positive, ...] = (512,)
+    items: Items = 100
+    batch: Positive = 32
+    seed: Seed = 1
+    visibility: tuple[Visibility, ...] = ("query_agnostic",)
+    depths: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    reply_tokens: Positive = 16
+    window: Positive | None = None
     share_passes: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     everywhere: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("items", "batch", "reply_tokens"):
-            _least(name, getattr(self, name), 1)
-        _least("seed", self.seed, 0)
-        if self.window is not None:
-            _least("window", self.window, 1)
+        super().__post_init__()
         for name in ("keeps", "tasks", "visibility", "compressions"):
             values = getattr(self, name)
             if not values and name != "compressions":
@@ -113,33 +112,11 @@ class EvalConfig:
         self._check_paths()
 
     def _check_ranges(self):
-        for keep in self.keeps:
-            if not 0.0 < keep <= 1.0:
-                raise ValueError(
-                    f"`keeps` are fractions kept, in (0, 1]; got {keep}. Keeping a "
-                    "quarter is 0.25."
-                )
-        for value in [
-            *self.visibility,
-            *(value for entry in self.tasks for value in entry.visibility),
-        ]:
-            if value not in VISIBILITIES:
-                raise ValueError(
-                    f"Unknown visibility {value!r}; expected one of "
-                    f"{list(VISIBILITIES)}.{nearest(value, VISIBILITIES)}"
-                )
-        for depth in self.depths:
-            if not 0.0 <= depth <= 1.0:
-                raise ValueError(f"`depths` must be in [0, 1]; got {depth}.")
         for entry in self.tasks:
-            if entry.items is not None:
-                _least(f"items of task {entry.title!r}", entry.items, 1)
             if entry.name == TEXT:
                 continue
             if not (entry.lengths or self.lengths):
                 raise ValueError(f"task {entry.title!r} needs `lengths`; got none.")
-            for length in entry.lengths or self.lengths:
-                _least("length", length, 1)
             if entry.name == NEEDLE and not self.depths:
                 raise ValueError("task 'niah' needs `depths`; got none.")
 
@@ -168,20 +145,8 @@ def decode_config(tree: Any) -> EvalConfig:
     Raises:
         ValueError: unknown or missing keys, values out of range.
     """
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"an evaluation is a mapping of its fields; got {tree!r}.")
-    tree = dict(tree)
-    for field in dataclasses.fields(EvalConfig):
-        value = tree.get(field.name)
-        # A string would decode into the tuple of its letters.
-        listed = str(field.type).startswith("tuple")
-        if field.name in tree and listed and not isinstance(value, list | tuple):
-            raise ValueError(
-                f"EvalConfig.{field.name} must be a list; got {value!r}. Write "
-                f"[{value}]."
-            )
-    if "tasks" in tree:
-        tree["tasks"] = [_task(entry) for entry in tree["tasks"]]
+    if isinstance(tree, Mapping) and isinstance(tree.get("tasks"), list | tuple):
+        tree = {**tree, "tasks": [_task(entry) for entry in tree["tasks"]]}
     return decode(tree, EvalConfig)
 
 
@@ -206,11 +171,9 @@ def load_config(
     Raises:
         ValueError: see `decode_config`; no such evaluation; not YAML.
     """
-    path, text = pathlib.Path(name), None
+    path = pathlib.Path(name)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ValueError(f"no evaluation file at {path}.")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     else:
         known = bundled_evaluations()
         if str(name) not in known:
@@ -219,10 +182,7 @@ def load_config(
                 f"to a .yaml file.{nearest(str(name), known)}"
             )
         text = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as wrong:
-        raise ValueError(f"evaluation {str(name)!r} is not YAML: {wrong}") from None
+    tree = yaml_mapping(text, f"evaluation {str(name)!r}")
     try:
         return decode_config(override(tree, overrides or {}))
     except ValueError as wrong:
@@ -237,9 +197,7 @@ def _task(entry: Any) -> Any:
     own = {field.name for field in dataclasses.fields(TaskEntry)}
     beside = {key: value for key, value in entry.items() if key not in own}
     kept = {key: value for key, value in entry.items() if key in own}
-    return {**kept, "fields": {**beside, **kept.get("fields", {})}}
-
-
-def _least(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"`{name}` must be an integer >= {least}; got {value!r}.")
+    fields = kept.get("fields", {})
+    if not isinstance(fields, Mapping):
+        return entry  # `decode` says what is wrong with it
+    return {**kept, "fields": {**beside, **fields}}

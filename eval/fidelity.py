@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from kvjax.eval.groups import AbstractGroup, Answers
 from kvjax.eval.reading import PromptReader
 from kvjax.eval.text import Tokenizer
 from kvjax.eval.timing import timed
+from kvjax.fields import Checked, Positive, Range
+from kvjax.files import read_text
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import extend, prefill
 from kvjax.types import LengthsLike, Tokens, TokensLike
@@ -149,7 +151,7 @@ def check_split(context: int, continuation: int, calls: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextTask:
+class TextTask(Checked):
     """The fields of task `text`.
 
     Attributes:
@@ -160,11 +162,12 @@ class TextTask:
     """
 
     path: str
-    context: int = 256
-    continuation: int = 128
-    calls: int = 1
+    context: Positive = 256
+    continuation: Annotated[int, Range(2)] = 128
+    calls: Positive = 1
 
     def __post_init__(self):
+        super().__post_init__()
         check_split(self.context, self.continuation, self.calls)
 
     def windows(self, tokenizer: Tokenizer, count: int) -> np.ndarray:
@@ -174,12 +177,7 @@ class TextTask:
             ValueError: no such file, not UTF-8, or too short for `count` windows.
         """
         path = pathlib.Path(self.path)
-        if not path.is_file():
-            raise ValueError(f"task 'text': no file at {path}.")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as wrong:
-            raise ValueError(f"task 'text': {path} is not UTF-8 ({wrong}).") from None
+        text = read_text(path)
         tokenizer.check(f"task 'text' ({path})", [text])
         tokens = tokenizer.encode(text)
         own = self.context + self.continuation - len(tokenizer.prefix)

@@ -10,7 +10,7 @@ from kvjax.compress.config import Compression
 from kvjax.compress.presets import compression
 from kvjax.config import recent_fields
 from kvjax.eval.config import EvalConfig
-from kvjax.types import nearest
+from kvjax.messages import nearest
 
 NONE = "none"
 RANDOM = "random"

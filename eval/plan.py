@@ -13,10 +13,10 @@ from kvjax.eval.groups import AbstractGroup, QuestionGroup
 from kvjax.eval.methods import Method, methods
 from kvjax.eval.tasks import TASKS, Item, Task, make_task
 from kvjax.eval.text import Tokenizer
+from kvjax.messages import nearest
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.inference import bucket
-from kvjax.types import nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

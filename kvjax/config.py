@@ -6,139 +6,79 @@ wrong type is a `ValueError` that names the path and the nearest name that exist
 """
 
 import dataclasses
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import cattrs
-import yaml
-from cattrs.gen import make_dict_structure_fn
-
-from kvjax.types import nearest
+from kvjax.fields import fit, hints_of, inner, known_fields, quoted, refuse
+from kvjax.files import parse_yaml
+from kvjax.messages import nearest, shown
 
 Registries = Mapping[type, Mapping[str, type]]
 
-_SCALARS = (int, float, str, bool)
 
-
-def decode[C](tree: Any, cls: type[C], registries: Registries | None = None) -> C:
+def decode[C](
+    tree: Any, cls: type[C], registries: Registries | None = None, where: str = ""
+) -> C:
     """`tree` (plain mappings, lists, scalars) as an instance of `cls`.
 
     Args:
-        tree: what `yaml.safe_load` returns.
+        tree: what `kvjax.files.read_yaml` returns.
         cls: a dataclass, or an abstract base with a registry.
         registries: named components of each abstract base.
+        where: dotted path of `tree`, for messages.
 
     Raises:
-        ValueError: unknown or missing key, unknown component, wrong type.
+        ValueError: unknown or missing key, unknown component, wrong type, out of
+            range; names the path.
     """
-    converter = cattrs.Converter(detailed_validation=False)
-    for kind in _SCALARS:
-        converter.register_structure_hook(kind, _scalar)
-    converter.register_structure_hook_factory(
-        dataclasses.is_dataclass, lambda kind: _dataclass_hook(kind, converter)
-    )
-    for base, known in (registries or {}).items():
-        hook = _component_hook(base, known, converter)
-        converter.register_structure_hook_func(lambda t, b=base: t is b, hook)
-    return converter.structure(tree, cls)
+    known = registries or {}
 
-
-def _scalar(value: Any, kind: type) -> Any:
-    """`value` if it already is of `kind` (an int passes as a float)."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if kind is float and (whole or isinstance(value, float)):
-        return float(value)
-    if (kind is int and whole) or (kind in (str, bool) and isinstance(value, kind)):
-        return value
-    raise ValueError(f"expected {kind.__name__}; got {value!r}")
-
-
-def _dataclass_hook(
-    cls: type, converter: cattrs.Converter
-) -> Callable[[Any, Any], Any]:
-    inner = make_dict_structure_fn(cls, converter)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-
-    def structure(tree: Any, _: Any) -> Any:
-        if isinstance(tree, cls):
-            return tree
+    def build(tree: Any, kind: Any, where: str) -> Any:
+        if kind in known:
+            return build(*_component(tree, kind, known[kind], where), where)
+        if not hasattr(kind, "__dataclass_fields__"):
+            return refuse(tree, kind, where)
         if not isinstance(tree, Mapping):
             raise ValueError(
-                f"{cls.__name__} needs a mapping of its fields; got {tree!r}."
+                f"{quoted(where or kind.__name__)} must be a mapping of the fields of "
+                f"{kind.__name__}; got {shown(tree)}."
             )
-        for key in tree:
-            if key not in fields:
-                raise ValueError(
-                    f"{cls.__name__} has no field {key!r}; it has {sorted(fields)}."
-                    f"{nearest(str(key), fields)}"
-                )
-        for name, value in tree.items():
-            _check(cls, name, hints[name], value, converter)
+        known_fields(kind, tree, where)
+        hints = hints_of(kind)
+        fields = {
+            name: fit(value, hints[name], inner(where, name), build)
+            for name, value in tree.items()
+        }
         try:
-            return inner(tree, cls)
-        except KeyError as missing:
-            raise ValueError(f"{cls.__name__} needs the field {missing}.") from None
-
-    return structure
-
-
-def _check(cls: type, name: str, hint: Any, value: Any, converter: cattrs.Converter):
-    """Name the field of a scalar that does not fit."""
-    options = typing.get_args(hint) if _is_union(hint) else (hint,)
-    many = typing.get_origin(hint) in (dict, tuple, list)
-    if many and set(typing.get_args(hint)) <= {*_SCALARS, ...}:
-        try:
-            if isinstance(value, str):  # a sequence of characters, which nobody means
-                raise ValueError("expected several values")
-            converter.structure(value, hint)
-        except (TypeError, ValueError, AttributeError) as wrong:
+            return kind(**fields)
+        except ValueError as wrong:
             raise ValueError(
-                f"{cls.__name__}.{name}: {wrong}; got {value!r}."
+                f"{quoted(where)}: {wrong}" if where else str(wrong)
             ) from None
-        return
-    scalars = [kind for kind in options if kind in _SCALARS]
-    if value is None and type(None) in options:
-        return
-    if scalars and len(scalars) == len([k for k in options if k is not type(None)]):
-        for kind in scalars:
-            try:
-                _scalar(value, kind)
-                return
-            except ValueError:
-                continue
-        wanted = " or ".join(kind.__name__ for kind in scalars)
-        raise ValueError(f"{cls.__name__}.{name} must be {wanted}; got {value!r}.")
+
+    return fit(tree, cls, where, build)
 
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _component_hook(base: type, known: Mapping[str, type], converter: cattrs.Converter):
+def _component(
+    tree: Any, base: type, known: Mapping[str, type], where: str
+) -> tuple[Mapping[Any, Any], type]:
+    """The fields of a component and its class, from `type` or from its name alone."""
     what = base.__name__.removeprefix("Abstract").lower()
-
-    def structure(tree: Any, _: Any) -> Any:
-        if isinstance(tree, base):
-            return tree
-        if isinstance(tree, str):
-            tree = {"type": tree}
-        if not isinstance(tree, Mapping) or "type" not in tree:
-            raise ValueError(
-                f"a {what} needs `type`, one of {sorted(known)}; got {tree!r}."
-            )
-        name = tree["type"]
-        if name not in known:
-            raise ValueError(
-                f"Unknown {what} {name!r}; expected one of {sorted(known)}."
-                f"{nearest(str(name), known)}"
-            )
-        rest = {key: value for key, value in tree.items() if key != "type"}
-        return converter.structure(rest, known[name])
-
-    return structure
+    at = f"{quoted(where)}: " if where else ""
+    if isinstance(tree, str):
+        tree = {"type": tree}
+    if not isinstance(tree, Mapping) or "type" not in tree:
+        raise ValueError(
+            f"{at}a {what} needs `type`, one of {sorted(known)}; got {shown(tree)}."
+        )
+    name = tree["type"]
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(
+            f"{at}Unknown {what} {shown(name)}; expected one of {sorted(known)}."
+            f"{nearest(str(name), known)}"
+        )
+    rest = {key: value for key, value in tree.items() if key != "type"}
+    return rest, known[name]
 
 
 def encode(value: Any, registries: Registries | None = None) -> Any:
@@ -178,15 +118,21 @@ def override(tree: Any, assignments: Mapping[str, Any]) -> Any:
 def _set(tree: Any, path: Sequence[str], value: Any) -> Any:
     head, *rest = path
     if isinstance(tree, list):
-        if not head.isdecimal() or int(head) >= len(tree):
+        if not head.isdecimal() or len(head) > 9 or int(head) >= len(tree):
             raise ValueError(
-                f"a list is indexed by 0 .. {len(tree) - 1}; got {'.'.join(path)!r}."
+                f"a list is indexed by 0 .. {len(tree) - 1}; got "
+                f"{shown('.'.join(path))}."
             )
         entry = tree[int(head)]
         changed = _set(entry, rest, value) if rest else value
         return [changed if i == int(head) else old for i, old in enumerate(tree)]
     if isinstance(tree, str):  # a component given by its name alone
         tree = {"type": tree}
+    if tree is not None and not isinstance(tree, Mapping):
+        raise ValueError(
+            f"{shown('.'.join(path))} is to be set in {shown(tree)}, which has no "
+            "fields. Set what is above it."
+        )
     node = dict(tree or {})
     budget = ("keep", "slots", "bytes")
     if not rest and head in budget:
@@ -201,21 +147,15 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     """`["a.b=1", ...]` as `{"a.b": 1}`; values are YAML.
 
     Raises:
-        ValueError: an entry without `=` or with an empty path.
+        ValueError: an entry without `=` or with an empty path, or not YAML.
     """
     parsed = {}
     for text in assignments:
         path, sign, value = text.partition("=")
         if not sign or not all(path.split(".")):
-            raise ValueError(f"expected `dotted.path=value`; got {text!r}.")
-        parsed[path] = yaml.safe_load(value)
+            raise ValueError(f"expected `dotted.path=value`; got {shown(text)}.")
+        parsed[path] = parse_yaml(value, f"the value of {shown(path)}")
     return parsed
-
-
-def positive_int(name: str, value: int, least: int = 1) -> None:
-    """Raise unless `value` is an integer of at least `least`."""
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be an integer >= {least}; got {value!r}.")
 
 
 def sized[N](default: N, *, short: float | int, recent: bool = False) -> N:

@@ -6,9 +6,8 @@ context length, `D` head dim, `E` model dim, `P` pages, `V` vocabulary.
 """
 
 import dataclasses
-import difflib
 import typing
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -239,9 +238,3 @@ def nbytes(tree: object) -> int:
     return sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(tree)
     )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the closest known name, or an empty string."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]!r}?" if match else ""

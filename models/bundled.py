@@ -3,12 +3,11 @@
 import importlib.resources
 import pathlib
 
-import yaml
-
+from kvjax.files import yaml_mapping
+from kvjax.messages import nearest
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families import read_config
 from kvjax.models.io import load_config
-from kvjax.types import nearest
 
 DEFAULT = "kvjax-tiny"
 
@@ -56,7 +55,7 @@ def shape_of(name: str) -> DecoderConfig:
             f"{nearest(name, shapes())}"
         )
     file = _folder("shape") / f"{name.replace('/', '--')}.yaml"
-    return read_config(yaml.safe_load(file.read_text(encoding="utf-8")))
+    return read_config(yaml_mapping(file.read_text(encoding="utf-8"), name))
 
 
 def _folder(kind: str):

@@ -2,24 +2,34 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from kvjax.fields import (
+    Amount,
+    Checked,
+    OneOf,
+    Positive,
+    PositiveReal,
+    Range,
+    Share,
+    Token,
+)
 from kvjax.rope import Rope
-from kvjax.types import LayerSpec, nearest
+from kvjax.types import LayerSpec
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 EVICTORS = ("neuron", "mlp")
 
-HeadGates = tuple[tuple[float, ...], ...]
+HeadGates = tuple[tuple[Share, ...], ...]
 """A number per layer and KV head, `[L][K]`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evictor:
+class Evictor(Checked):
     """How a model says which of its tokens may be evicted (`LayerInputs.retention`).
 
     `neuron`: minus `gain * x - offset`, where `x` is the last channel, before RoPE, of
@@ -36,23 +46,14 @@ class Evictor:
     gain of 100, since it trains little else. KVzap for `mlp` (512).
     """
 
-    kind: str = "neuron"
+    kind: Annotated[str, OneOf(*EVICTORS)] = "neuron"
     gain: float = 10.0
     offset: float = 5.0
-    hidden: int = 512
-
-    def __post_init__(self):
-        if self.kind not in EVICTORS:
-            raise ValueError(
-                f"Unknown evictor {self.kind!r}; expected one of {list(EVICTORS)}."
-                f"{nearest(self.kind, EVICTORS)}"
-            )
-        if self.hidden < 1:
-            raise ValueError(f"`hidden` must be at least 1; got {self.hidden}.")
+    hidden: Positive = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Projection:
+class Projection(Checked):
     """Bases in which a model lets its keys or values be cut short.
 
     Weights of `[K, D, D]` per layer and side, which take no part in the model itself:
@@ -67,6 +68,7 @@ class Projection:
     values: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         if not (self.keys or self.values):
             raise ValueError(
                 "a projection needs `keys`, `values` or both; got neither. Leave it "
@@ -80,7 +82,7 @@ class Projection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(Checked):
     """What a decoder computes; families differ by these fields and by nothing else.
 
     Attributes:
@@ -115,60 +117,50 @@ class DecoderConfig:
     """
 
     family: str = "llama"
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    vocab_size: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_layers: Annotated[int, Range(1, 10_000)]
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
     rope: Rope
     local_rope: Rope | None = None
-    windows: tuple[int | None, ...] = ()
-    max_positions: int = 2048
-    norm_eps: float = 1e-6
+    windows: tuple[Positive | None, ...] = ()
+    max_positions: Positive = 2048
+    norm_eps: Annotated[float, Range(above=0, below=1)] = 1e-6
     norm_offset: bool = False
-    activation: str = "silu"
+    activation: Annotated[str, OneOf(*ACTIVATIONS)] = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     post_norms: bool = False
     tie_embeddings: bool = False
-    embedding_scale: float | None = None
-    attention_scale: float | None = None
-    attention_softcap: float | None = None
-    final_softcap: float | None = None
-    init_std: float = 0.02
-    bos_token: int | None = None
-    pad_token: int | None = None
-    eos_tokens: tuple[int, ...] = ()
+    embedding_scale: PositiveReal | None = None
+    attention_scale: PositiveReal | None = None
+    attention_softcap: PositiveReal | None = None
+    final_softcap: PositiveReal | None = None
+    init_std: Amount = 0.02
+    bos_token: Token | None = None
+    pad_token: Token | None = None
+    eos_tokens: tuple[Token, ...] = ()
     evictor: Evictor | None = None
     projection: Projection | None = None
     head_gates: HeadGates = ()
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers"):
-            self._positive(name)
-        for name in ("num_heads", "num_kv_heads", "head_dim", "max_positions"):
-            self._positive(name)
+        super().__post_init__()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"`num_kv_heads` must divide `num_heads`; got "
                 f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}."
-            )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"Unknown activation {self.activation!r}; expected one of "
-                f"{list(ACTIVATIONS)}.{nearest(self.activation, ACTIVATIONS)}"
             )
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(
                 f"`windows` needs one entry per layer; got {len(self.windows)} for "
                 f"num_layers={self.num_layers}. Leave it empty for full attention."
             )
-        if any(window is not None and window < 1 for window in self.windows):
-            raise ValueError(f"Windows must be at least 1; got {self.windows}.")
         for rope in (self.rope, self.local_rope):
             if rope is not None and rope.head_dim != self.head_dim:
                 raise ValueError(
@@ -185,14 +177,6 @@ class DecoderConfig:
                 f"`head_gates` needs {self.num_layers} rows (layers) of "
                 f"{self.num_kv_heads} numbers (KV heads); got rows of {shape}."
             )
-        wrong = [x for row in self.head_gates for x in row if not 0.0 <= x <= 1.0]
-        if wrong:
-            raise ValueError(f"`head_gates` must be in [0, 1]; got {wrong[0]}.")
-
-    def _positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")
 
     @functools.cached_property
     def layers(self) -> tuple[LayerSpec, ...]:

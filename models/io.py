@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from kvjax.messages import nearest
 from kvjax.models import sharding
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
@@ -21,7 +22,6 @@ from kvjax.models.families import family, read_config
 from kvjax.models.shards import Shards, read_json
 from kvjax.models.tokenizer import load_tokenizer, save_tokenizer
 from kvjax.models.weights import dotted, stream_parameters, write_weights
-from kvjax.types import nearest
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

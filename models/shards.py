@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from kvjax.types import nearest
+from kvjax.messages import nearest
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from kvjax.messages import nearest
 from kvjax.models import sharding
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
@@ -24,7 +25,6 @@ from kvjax.models.shards import (
     finite,
     write_safetensors,
 )
-from kvjax.types import nearest
 
 SHARD_BYTES = 5 * 10**9
 _ALIGNMENT = 64

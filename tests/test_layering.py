@@ -12,7 +12,18 @@ import pytest
 from tests.tree import ROOT, tracked
 
 LADDER = (
-    ("types", "rope", "depth", "turns", "exact", "config", "interrupt"),
+    (
+        "messages",
+        "files",
+        "fields",
+        "types",
+        "rope",
+        "depth",
+        "turns",
+        "exact",
+        "config",
+        "interrupt",
+    ),
     ("pallas_kernels",),
     ("codecs", "cache", "attention"),
     ("scorers", "budgets", "units", "merges", "prefills", "reads", "schedules"),

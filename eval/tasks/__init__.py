@@ -16,7 +16,7 @@ from kvjax.eval.tasks.chain import Chain as Chain
 from kvjax.eval.tasks.fact import Fact as Fact
 from kvjax.eval.tasks.induction import Induction as Induction
 from kvjax.eval.tasks.recall import Recall as Recall
-from kvjax.types import nearest
+from kvjax.messages import nearest
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
     {

@@ -10,6 +10,8 @@ import random
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from kvjax.fields import Checked, Share
+
 STOP = "]"
 """Last character of every answer; never part of a value."""
 
@@ -61,7 +63,7 @@ def stream(kind: str, task: str, seed: int, index: int) -> random.Random:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task(abc.ABC):
+class Task(Checked, abc.ABC):
     """A generator of items and their score; fields are hyper-parameters only.
 
     Attributes:
@@ -72,11 +74,7 @@ class Task(abc.ABC):
     name: ClassVar[str]
     multi_turn: ClassVar[bool] = True
 
-    redundancy: float = 0.5
-
-    def __post_init__(self):
-        if not 0.0 <= self.redundancy <= 1.0:
-            raise ValueError(f"`redundancy` must be in [0, 1]; got {self.redundancy}.")
+    redundancy: Share = 0.5
 
     @property
     def stop(self) -> str:

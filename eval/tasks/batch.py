@@ -3,11 +3,12 @@
 import dataclasses
 import random
 import re
-from typing import ClassVar, final
+from typing import Annotated, ClassVar, final
 
 from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
 from kvjax.eval.tasks.chain import OPERATIONS, apply
 from kvjax.eval.tasks.filler import scatter, sentences
+from kvjax.fields import Fraction, Range
 
 MAX_PROBLEMS = 32
 _QUESTION = "\n? [all "
@@ -30,17 +31,8 @@ class ProblemBatch(Task):
     name: ClassVar[str] = "batch"
     multi_turn: ClassVar[bool] = False
 
-    problems: int | None = None
-    density: float = 0.7
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.problems is not None and not 1 <= self.problems <= MAX_PROBLEMS:
-            raise ValueError(
-                f"`problems` must be in [1, {MAX_PROBLEMS}]; got {self.problems}."
-            )
-        if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"`density` must be in (0, 1]; got {self.density}.")
+    problems: Annotated[int, Range(1, MAX_PROBLEMS)] | None = None
+    density: Fraction = 0.7
 
     @property
     def max_new_tokens(self) -> int:

@@ -3,10 +3,11 @@
 import dataclasses
 import random
 import re
-from typing import ClassVar, final
+from typing import Annotated, ClassVar, final
 
 from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
 from kvjax.eval.tasks.filler import scatter, sentences
+from kvjax.fields import Range
 
 MAX_STEPS = 8
 # Small operands, so that each part of a step already says something of its result:
@@ -38,15 +39,7 @@ class Chain(Task):
     name: ClassVar[str] = "chain"
     multi_turn: ClassVar[bool] = False
 
-    steps: int | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
-            raise ValueError(
-                f"`steps` must be in [1, {MAX_STEPS}]; got {self.steps}: step numbers "
-                "are one digit."
-            )
+    steps: Annotated[int, Range(1, MAX_STEPS)] | None = None
 
     @property
     def max_new_tokens(self) -> int:

@@ -4,10 +4,11 @@ import dataclasses
 import random
 import string
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import Annotated, ClassVar, final
 
 from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
 from kvjax.eval.tasks.filler import scatter, sentences
+from kvjax.fields import Range
 
 MAX_SHOTS = 8
 
@@ -29,19 +30,9 @@ class Induction(Task):
 
     name: ClassVar[str] = "induction"
 
-    shots: int | None = None
-    width: int = 3
-    symbols: int = 8
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.shots is not None and self.shots < 1:
-            raise ValueError(f"`shots` must be >= 1; got {self.shots}.")
-        if not 1 <= self.symbols <= 10 or self.width < 1:
-            raise ValueError(
-                "`symbols` must be in [1, 10] and `width` >= 1; got "
-                f"symbols={self.symbols}, width={self.width}."
-            )
+    shots: Annotated[int, Range(1, 4096)] | None = None
+    width: Annotated[int, Range(1, 4096)] = 3
+    symbols: Annotated[int, Range(1, 10)] = 8
 
     @property
     def max_new_tokens(self) -> int:

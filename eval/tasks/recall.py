@@ -3,10 +3,11 @@
 import dataclasses
 import random
 import string
-from typing import ClassVar, final
+from typing import Annotated, ClassVar, final
 
 from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
 from kvjax.eval.tasks.filler import scatter, sentences
+from kvjax.fields import Fraction, Range, Share
 
 VALUE_LENGTHS = (1, 4, 16)
 _SYMBOLS = string.ascii_lowercase + string.digits
@@ -36,25 +37,11 @@ class Recall(Task):
 
     name: ClassVar[str] = "recall"
 
-    value_length: int | None = None
-    keys: int | None = None
-    density: float = 0.3
-    depth: float | None = None
+    value_length: Annotated[int, Range(1, 4096)] | None = None
+    keys: Annotated[int, Range(1, MAX_KEYS)] | None = None
+    density: Fraction = 0.3
+    depth: Share | None = None
     leak: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.value_length is not None and self.value_length < 1:
-            raise ValueError(f"`value_length` must be >= 1; got {self.value_length}.")
-        if self.keys is not None and not 1 <= self.keys <= MAX_KEYS:
-            raise ValueError(
-                f"`keys` must be in [1, {MAX_KEYS}]; got {self.keys}: keys have two "
-                "digits."
-            )
-        if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"`density` must be in (0, 1]; got {self.density}.")
-        if self.depth is not None and not 0.0 <= self.depth <= 1.0:
-            raise ValueError(f"`depth` must be in [0, 1]; got {self.depth}.")
 
     @property
     def max_new_tokens(self) -> int:

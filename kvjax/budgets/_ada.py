@@ -5,6 +5,7 @@ from typing import ClassVar, final
 
 from kvjax import exact
 from kvjax.budgets.base import AbstractBudget, same_in_all
+from kvjax.fields import Share
 
 
 @final
@@ -24,13 +25,8 @@ class AdaKV(AbstractBudget):
     where kvpress masks them.
     """
 
-    safeguard: float = 0.2
+    safeguard: Share = 0.2
     per_head: ClassVar[bool] = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0.0 <= self.safeguard <= 1.0:
-            raise ValueError(f"`safeguard` must be in [0, 1]; got {self.safeguard}.")
 
     def by_layer(self, mean, lengths, specs):
         del lengths

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kvjax import exact
 from kvjax.budgets._sharing import AbstractSharing, best_of_all
+from kvjax.fields import Share
 
 
 @final
@@ -36,12 +37,7 @@ class AdaKVGlobal(AbstractSharing):
     same share, see `AbstractSharing`.
     """
 
-    safeguard: float = 0.2
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0.0 <= self.safeguard <= 1.0:
-            raise ValueError(f"`safeguard` must be in [0, 1]; got {self.safeguard}.")
+    safeguard: Share = 0.2
 
     def allot(self, scores, looks, slots, lengths, specs):
         del looks, lengths, specs

@@ -1,13 +1,13 @@
 """CAKE: layers whose attention is spread out and shifts get more slots."""
 
 import dataclasses
-import math
-from typing import final
+from typing import Annotated, final
 
 import jax.numpy as jnp
 
 from kvjax.budgets._sharing import AbstractSharing, by_preference
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import PositiveReal, Range
 from kvjax.scorers.base import last_queries, mass_received, received
 
 
@@ -41,19 +41,9 @@ class Cake(AbstractSharing):
     down. Only layers that compute the same share, see `AbstractSharing`.
     """
 
-    window: int = sized(32, short=8, recent=True)
-    tau1: float = 1.0
-    tau2: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        positive_int("window", self.window, 2)
-        for name in ("tau1", "tau2"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"`{name}` is a temperature and must be finite and above 0; got "
-                    f"{getattr(self, name)}."
-                )
+    window: Annotated[int, Range(2)] = sized(32, short=8, recent=True)
+    tau1: PositiveReal = 1.0
+    tau2: PositiveReal = 1.0
 
     def look(self, asked, held):
         asking = last_queries(asked, self.window, None)

@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from fractions import Fraction
-from typing import final
+from typing import Annotated, final
 
 import numpy as np
 
 from kvjax import exact
 from kvjax.budgets.base import AbstractBudget, same_in_all
 from kvjax.config import sized
+from kvjax.fields import Positive, Range
 
 
 @final
@@ -39,15 +40,8 @@ class Pyramid(AbstractBudget):
     the budget is uniform, as there.
     """
 
-    beta: float = sized(20.0, short=2.0)
-    window: int = sized(64, short=8, recent=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 1 <= self.beta < math.inf:
-            raise ValueError(f"`beta` must be finite and at least 1; got {self.beta}.")
-        if self.window < 1:
-            raise ValueError(f"`window` must be at least 1; got {self.window}.")
+    beta: Annotated[float, Range(1)] = sized(20.0, short=2.0)
+    window: Positive = sized(64, short=8, recent=True)
 
     def by_layer(self, mean, lengths, specs):
         layers = len(specs)

@@ -7,6 +7,7 @@ import numpy as np
 
 from kvjax import exact
 from kvjax.budgets.base import AbstractBudget
+from kvjax.fields import Positive
 
 
 @final
@@ -27,7 +28,7 @@ class RetrievalHeads(AbstractBudget):
     authors' code breaks them at random.
     """
 
-    others: int = 36
+    others: Positive = 36
     per_head: ClassVar[bool] = True
     needs_gates: ClassVar[bool] = True
 
@@ -39,8 +40,6 @@ class RetrievalHeads(AbstractBudget):
                 f"slots={self.slots}, bytes={self.bytes}. Set `keep`, and `others` for "
                 "the slots of the other heads."
             )
-        if not isinstance(self.others, int) or self.others < 1:
-            raise ValueError(f"`others` must be an integer >= 1; got {self.others!r}.")
 
     def by_layer(self, mean, lengths, specs):
         del mean

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import exact
 from kvjax.budgets.base import AbstractBudget, same_in_all
+from kvjax.fields import Range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,17 +27,9 @@ class AbstractSharing(AbstractBudget):
             it prints as.
     """
 
-    most: float = 4.0
+    most: Annotated[float, Range(1)] = 4.0
     per_head: ClassVar[bool] = True
     surveys: ClassVar[bool] = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 1.0 <= self.most < math.inf:
-            raise ValueError(
-                f"`most` is what a head gets at most, in means, and must be finite and "
-                f"at least 1; got {self.most}."
-            )
 
     def by_layer(self, mean, lengths, specs):
         del lengths

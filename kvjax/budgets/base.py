@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import exact
 from kvjax.config import sized
+from kvjax.fields import Bytes, Checked, Kept, Positive
 from kvjax.types import Held, LayerInputs, LayerSpec
 
 Specs = tuple[LayerSpec, ...]
@@ -19,7 +20,7 @@ RowLengths = Int[Array | np.ndarray, "B"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AbstractBudget(abc.ABC):
+class AbstractBudget(Checked, abc.ABC):
     """Slots per layer and head. Exactly one of `keep`, `slots`, `bytes` is set.
 
     Slots are counted where they are asked for, at the lengths of the rows and for all
@@ -34,9 +35,9 @@ class AbstractBudget(abc.ABC):
             positions included.
     """
 
-    keep: float | None = None
-    slots: int | None = sized(None, short=24)
-    bytes: int | None = None
+    keep: Kept | None = None
+    slots: Positive | None = sized(None, short=24)
+    bytes: Bytes | None = None
 
     per_head: ClassVar[bool] = False
     """Whether heads of a layer may get different numbers of slots (see `split`)."""
@@ -51,6 +52,7 @@ class AbstractBudget(abc.ABC):
     """Whether all layers and heads get the same."""
 
     def __post_init__(self):
+        super().__post_init__()
         given = {
             name: getattr(self, name)
             for name in ("keep", "slots", "bytes")
@@ -60,15 +62,6 @@ class AbstractBudget(abc.ABC):
             raise ValueError(
                 f"set one of `keep`, `slots` and `bytes`; got {given or 'none'}."
             )
-        if self.keep is not None and not 0.0 < self.keep <= 1.0:
-            raise ValueError(
-                f"`keep` is the kept fraction and must be in (0, 1]; got {self.keep}. "
-                "kvpress' compression_ratio is the fraction removed: keep = 1 - ratio."
-            )
-        for name in ("slots", "bytes"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` must be an integer >= 1; got {value!r}.")
 
     def with_keep(self, keep: float) -> Self:
         """The same with the kept fraction `keep`, in place of any other unit."""

@@ -6,10 +6,11 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from kvjax.fields import Checked
 from kvjax.types import EMPTY, Held, Keys, Scores, Values
 
 
-class AbstractMerge(abc.ABC):
+class AbstractMerge(Checked, abc.ABC):
     """Puts what is dropped into what stays: after a prompt, and while decoding."""
 
     @abc.abstractmethod

@@ -1,11 +1,12 @@
 """Grouped affine quantisation with bit packing (KIVI's quantiser, and int8)."""
 
 import dataclasses
-from typing import ClassVar, final
+from typing import Annotated, ClassVar, final
 
 from jaxtyping import Array, Int
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
+from kvjax.fields import OneOf, Positive
 from kvjax.pallas_kernels.quantize_pack import dequantize, quantize_pack
 from kvjax.pallas_kernels.quantized import BITS, Quantized
 from kvjax.turns import cut
@@ -93,28 +94,23 @@ class Affine(AbstractCodec):
     spread.
     """
 
-    bits: int = 4
-    axis: str = "token"
-    group: int | None = 32
+    bits: Annotated[int, OneOf(*BITS)] = 4
+    axis: Annotated[str, OneOf(*AXES)] = "token"
+    group: Positive | None = 32
     symmetric: bool = False
     coded: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.bits not in BITS:
-            raise ValueError(f"`bits` must be 1, 2, 4 or 8; got {self.bits}.")
+        super().__post_init__()
         if self.symmetric and self.bits == 1:
             raise ValueError(
                 "`symmetric` needs a bit for the sign; got bits=1. Use "
                 "symmetric=false, or more bits."
             )
-        if self.axis not in AXES:
-            raise ValueError(f"`axis` must be one of {list(AXES)}; got {self.axis!r}.")
         if self.group is None and self.axis == "channel":
             raise ValueError(
                 "`group` is needed with axis='channel': the slots that share a scale."
             )
-        if self.group is not None and self.group < 1:
-            raise ValueError(f"`group` must be at least 1; got {self.group}.")
 
     def _group(self, head_dim: int) -> int:
         if self.axis == "token":

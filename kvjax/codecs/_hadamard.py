@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
-from kvjax.config import positive_int
+from kvjax.fields import Seed
 from kvjax.types import pytree, static
 
 
@@ -63,10 +63,10 @@ class Hadamard(AbstractCodec):
     """
 
     of: AbstractCodec
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
-        positive_int("seed", self.seed, 0)
+        super().__post_init__()
         if not self.of.coded:
             raise ValueError(
                 "a rotation helps codes, which want channels alike, and nothing else; "

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, final
+from typing import Annotated, ClassVar, final
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
+from kvjax.fields import OneOf
 from kvjax.pallas_kernels.quantized import half_bits, numbers
 from kvjax.turns import cut
 from kvjax.types import pytree, static
@@ -70,14 +71,8 @@ class LloydMax(AbstractCodec):
     Deviations: a length that float16 does not hold is cut to 65504, or to 0 below 3e-8.
     """
 
-    bits: int = 4
+    bits: Annotated[int, OneOf(*BITS, hint="`affine` has 8.")] = 4
     coded: ClassVar[bool] = True
-
-    def __post_init__(self):
-        if self.bits not in BITS:
-            raise ValueError(
-                f"`bits` must be one of {list(BITS)}; got {self.bits}. `affine` has 8."
-            )
 
     def encode(self, x, live, positions, rope, side=None):
         del positions, rope, side

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
+from kvjax.fields import Fraction
 from kvjax.turns import cut, take
 from kvjax.types import pytree, static
 
@@ -83,16 +84,10 @@ class LowRank(AbstractCodec):
     SVD is the eigendecomposition of the `K D x K D` Gram matrix in float32.
     """
 
-    energy: float = 0.95
-    keep: float = 0.75
+    energy: Fraction = 0.95
+    keep: Fraction = 0.75
     rotated: bool = True
     flat: ClassVar[bool] = False
-
-    def __post_init__(self):
-        for name in ("energy", "keep"):
-            value = getattr(self, name)
-            if not 0.0 < value <= 1.0:
-                raise ValueError(f"`{name}` must be in (0, 1]; got {value}.")
 
     @property
     def kept(self):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
+from kvjax.fields import Fraction
 from kvjax.turns import cut, take
 from kvjax.types import pytree, static
 
@@ -59,15 +60,11 @@ class Projected(AbstractCodec):
     is encoded; later tokens stay plain.
     """
 
-    keep: float = 0.5
+    keep: Fraction = 0.5
     rotated: bool = True
     needs_basis: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
     flat: ClassVar[bool] = False
-
-    def __post_init__(self):
-        if not 0.0 < self.keep <= 1.0:
-            raise ValueError(f"`keep` must be in (0, 1]; got {self.keep}.")
 
     def rank(self, head_dim: int) -> int:
         """Coefficients held, `R`."""

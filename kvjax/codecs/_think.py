@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import exact
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Kept, Positive
 from kvjax.turns import cut, take
 from kvjax.types import pytree, static
 
@@ -69,18 +70,10 @@ class ThinK(AbstractCodec):
     plain. Values, of which no query knows the channels, keep those of most energy.
     """
 
-    keep: float = 0.6
-    window: int = sized(32, short=8, recent=True)
+    keep: Kept = 0.6
+    window: Positive = sized(32, short=8, recent=True)
     differentiable: ClassVar[bool] = True
     flat: ClassVar[bool] = False
-
-    def __post_init__(self):
-        if not 0.0 < self.keep <= 1.0:
-            raise ValueError(
-                f"`keep`, the kept fraction of the channels, must be in (0, 1]; got "
-                f"{self.keep}. With a pruning ratio, keep = 1 - ratio."
-            )
-        positive_int("window", self.window)
 
     def rank(self, head_dim: int) -> int:
         """Channels held, `R`."""

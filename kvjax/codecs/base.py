@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.fields import Checked
 from kvjax.pallas_kernels.quantized import Quantized
 from kvjax.rope import Rope
 from kvjax.turns import FEW, Turn, each
@@ -116,7 +117,7 @@ def put_block(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AbstractCodec(abc.ABC):
+class AbstractCodec(Checked, abc.ABC):
     """Turns a plain array into an encoded one, once; holds hyper-parameters only."""
 
     needs_basis: ClassVar[bool] = False

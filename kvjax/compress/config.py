@@ -1,12 +1,13 @@
 """`Compression`: one declarative record, the same in training and evaluation."""
 
 import dataclasses
-from typing import Self
+from typing import Annotated, Self
 
 from kvjax.compress.plan import Eviction as Eviction
 from kvjax.compress.plan import LayerPlan as LayerPlan
 from kvjax.compress.plan import Storage as Storage
 from kvjax.config import sized
+from kvjax.fields import Checked, OneOf
 from kvjax.prefills import AbstractPrefill, Dense
 from kvjax.reads import AbstractRead, All
 from kvjax.schedules import AbstractSchedule, AfterPrefill
@@ -16,7 +17,7 @@ VISIBILITIES = ("query_agnostic", "query_aware")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerRange:
+class LayerRange(Checked):
     """What is done otherwise in some layers; None: the same as elsewhere.
 
     Attributes:
@@ -46,7 +47,7 @@ class LayerRange:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compression:
+class Compression(Checked):
     """What is done to a KV cache, from prefill to the last token.
 
     Attributes:
@@ -65,15 +66,11 @@ class Compression:
     store: Storage = Storage()
     read: AbstractRead = All()
     schedule: AbstractSchedule = AfterPrefill()
-    visibility: str = "query_agnostic"
+    visibility: Annotated[str, OneOf(*VISIBILITIES)] = "query_agnostic"
     layers: tuple[LayerRange, ...] = ()
 
     def __post_init__(self):
-        if self.visibility not in VISIBILITIES:
-            raise ValueError(
-                f"`visibility` must be one of {list(VISIBILITIES)}; got "
-                f"{self.visibility!r}."
-            )
+        super().__post_init__()
         _ = self.parts  # raise where a part excludes another
 
     @property

@@ -7,6 +7,7 @@ from typing import Self
 from kvjax.budgets import AbstractBudget, Uniform
 from kvjax.codecs import AbstractCodec, Plain
 from kvjax.config import sized
+from kvjax.fields import Checked, Count
 from kvjax.merges import AbstractMerge
 from kvjax.reads import AbstractRead, All
 from kvjax.schedules import AbstractSchedule, AfterPrefill
@@ -15,7 +16,7 @@ from kvjax.units import AbstractUnit, Token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eviction:
+class Eviction(Checked):
     """Which tokens are dropped.
 
     Attributes:
@@ -35,6 +36,7 @@ class Eviction:
     merge: AbstractMerge | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.budget.needs_gates and not self.unit.single:
             raise ValueError(
                 f"{type(self.budget).__name__} keeps all tokens in some heads, which "
@@ -86,7 +88,7 @@ class Eviction:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Storage:
+class Storage(Checked):
     """In what form keys and values are held.
 
     Attributes:
@@ -99,13 +101,10 @@ class Storage:
 
     keys: AbstractCodec = Plain()
     values: AbstractCodec = Plain()
-    residual: int = sized(0, short=32)
+    residual: Count = sized(0, short=32)
 
     def __post_init__(self):
-        if not isinstance(self.residual, int) or self.residual < 0:
-            raise ValueError(
-                f"`residual` must be an integer >= 0; got {self.residual!r}."
-            )
+        super().__post_init__()
         for name in ("keys", "values"):
             codec: AbstractCodec = getattr(self, name)
             if self.residual and not codec.appendable:
@@ -154,7 +153,7 @@ class Storage:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerPlan:
+class LayerPlan(Checked):
     """What is done in one layer.
 
     Attributes:
@@ -170,6 +169,7 @@ class LayerPlan:
     schedule: AbstractSchedule = AfterPrefill()
 
     def __post_init__(self):
+        super().__post_init__()
         if self.evict is not None and self.evict.budget.per_head:
             if not self.store.flat or self.block:
                 raise ValueError(

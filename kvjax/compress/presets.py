@@ -12,12 +12,13 @@ from kvjax.budgets import BUDGETS, AbstractBudget
 from kvjax.codecs import CODECS, AbstractCodec
 from kvjax.compress.config import Compression
 from kvjax.config import decode, encode, override
+from kvjax.files import read_text, yaml_mapping
 from kvjax.merges import MERGES, AbstractMerge
+from kvjax.messages import nearest
 from kvjax.prefills import PREFILLS, AbstractPrefill
 from kvjax.reads import READS, AbstractRead
 from kvjax.schedules import SCHEDULES, AbstractSchedule
 from kvjax.scorers import SCORERS, AbstractScorer
-from kvjax.types import nearest
 from kvjax.units import UNITS, AbstractUnit
 
 COMPONENTS: Mapping[type, Mapping[str, type]] = MappingProxyType(
@@ -62,7 +63,7 @@ def compression(name: str | pathlib.Path, /, **overrides: Any) -> Compression:
         >>> compression("snapkv", **{"evict.budget.slots": 128}).evict.budget.slots
         128
     """
-    tree = yaml.safe_load(_read(name)) or {}
+    tree = yaml_mapping(_read(name), f"compression {str(name)!r}")
     try:
         return decode(override(tree, overrides), Compression, COMPONENTS)
     except ValueError as wrong:
@@ -72,16 +73,14 @@ def compression(name: str | pathlib.Path, /, **overrides: Any) -> Compression:
 def _read(name: str | pathlib.Path) -> str:
     path = pathlib.Path(name)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ValueError(f"no compression file at {path}.")
-        return path.read_text()
+        return read_text(path)
     known = compressions()
     if str(name) not in known:
         raise ValueError(
             f"Unknown compression {str(name)!r}; expected one of {list(known)} or a "
             f"path to a .yaml file.{nearest(str(name), known)}"
         )
-    return (_folder() / f"{name}.yaml").read_text()
+    return (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def describe(name: str) -> str:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kvjax.cache import AbstractMerge
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Positive
 from kvjax.scorers.base import ordered, position_order, unsorted
 
 
@@ -35,10 +36,7 @@ class CaM(AbstractMerge):
     tokens merge (kvpress: as many as there were steps).
     """
 
-    receivers: int = sized(32, short=8)
-
-    def __post_init__(self):
-        positive_int("receivers", self.receivers)
+    receivers: Positive = sized(32, short=8)
 
     def merged(self, held, kept, scores):
         # Receivers of a token are a run among the kept tokens in order: those of rank

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kvjax.attention import self_attention
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Positive
 from kvjax.prefills.base import AbstractPrefill
 
 
@@ -24,11 +25,8 @@ class Delayed(AbstractPrefill):
     tokens are still multiplied here, and leave memory with the prompt's end.
     """
 
-    window: int = sized(16, short=8, recent=True)
+    window: Positive = sized(16, short=8, recent=True)
     needs_retention: ClassVar[bool] = True
-
-    def __post_init__(self):
-        positive_int("window", self.window)
 
     def attend(self, inputs, lengths, mass, past=None):
         del lengths

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kvjax.attention import self_attention
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Count, Positive
 from kvjax.pallas_kernels.column_stats import column_stats
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.partial import Partial, merge
@@ -47,18 +48,12 @@ class VerticalSlash(AbstractPrefill):
     same pattern.
     """
 
-    vertical: int = sized(1000, short=12)
-    slash: int = sized(6096, short=16)
-    last_q: int = sized(64, short=8)
-    first: int = sized(30, short=2)
-    local: int = sized(100, short=8)
-    block: int = sized(128, short=8)
-
-    def __post_init__(self):
-        for name in ("vertical", "slash", "last_q", "block"):
-            positive_int(name, getattr(self, name))
-        for name in ("first", "local"):
-            positive_int(name, getattr(self, name), 0)
+    vertical: Positive = sized(1000, short=12)
+    slash: Positive = sized(6096, short=16)
+    last_q: Positive = sized(64, short=8)
+    first: Count = sized(30, short=2)
+    local: Count = sized(100, short=8)
+    block: Positive = sized(128, short=8)
 
     def attend(self, inputs, lengths, mass, past=None):
         inputs = _cleared(inputs)

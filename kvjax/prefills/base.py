@@ -6,12 +6,13 @@ from typing import ClassVar
 
 from jaxtyping import Array, Float
 
+from kvjax.fields import Checked
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.types import LayerInputs, Lengths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AbstractPrefill(abc.ABC):
+class AbstractPrefill(Checked, abc.ABC):
     """Attention of a prompt over itself."""
 
     needs_retention: ClassVar[bool] = False

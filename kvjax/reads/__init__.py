@@ -4,19 +4,20 @@ import abc
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Self, final
+from typing import Annotated, Any, Self, final
 
 import numpy as np
 from jaxtyping import Array, Int
 
 from kvjax.cache import AbstractPart, PageBudget, Pages, Slots
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Checked, Fraction, Positive, Range
 from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.types import LayerSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AbstractRead(abc.ABC):
+class AbstractRead(Checked, abc.ABC):
     """Which held tokens a decode step attends to."""
 
     @property
@@ -69,23 +70,17 @@ class Quest(AbstractRead):
     full page are always read.
     """
 
-    page: int = 16
-    keep: float | None = 0.25
-    slots: int | None = sized(None, short=24)
+    page: Annotated[int, Range(1, 2**20)] = 16
+    keep: Fraction | None = 0.25
+    slots: Positive | None = sized(None, short=24)
 
     def __post_init__(self):
-        positive_int("page", self.page)
+        super().__post_init__()
         if (self.keep is None) == (self.slots is None):
             raise ValueError(
                 f"set exactly one of `keep` and `slots`; got keep={self.keep}, "
                 f"slots={self.slots}."
             )
-        if self.keep is not None and not 0.0 < self.keep <= 1.0:
-            raise ValueError(
-                f"`keep` is the fraction read and must be in (0, 1]; got {self.keep}."
-            )
-        if self.slots is not None:
-            positive_int("slots", self.slots)
 
     @property
     def block(self):

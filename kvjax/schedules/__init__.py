@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar, final
 
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Checked, Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AbstractSchedule(abc.ABC):  # noqa: B024 (a closed set, told apart by type)
+class AbstractSchedule(Checked, abc.ABC):  # noqa: B024 (a closed set, told apart by type)
     """When eviction happens.
 
     Attributes:
@@ -38,10 +39,7 @@ class EveryTokens(AbstractSchedule):
             and this many more.
     """
 
-    interval: int = sized(1, short=4)
-
-    def __post_init__(self):
-        positive_int("interval", self.interval)
+    interval: Positive = sized(1, short=4)
 
 
 SCHEDULES: Mapping[str, type[AbstractSchedule]] = MappingProxyType(

@@ -6,7 +6,8 @@ from typing import ClassVar, final
 import jax.numpy as jnp
 
 from kvjax.cache import Memory
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Count
 from kvjax.scorers._window import AbstractWindow
 from kvjax.scorers.base import (
     AbstractScorer,
@@ -89,10 +90,7 @@ class H2O(AbstractScorer):
 
     needs_mass: ClassVar[bool] = True
     normalize: bool = True
-    recent: int = sized(0, short=8, recent=True)
-
-    def __post_init__(self):
-        positive_int("recent", self.recent, 0)
+    recent: Count = sized(0, short=8, recent=True)
 
     @property
     def protected(self):

@@ -1,12 +1,12 @@
 """CAKE: attention that the last queries pay, and how it varies among them."""
 
 import dataclasses
-import math
-from typing import final
+from typing import Annotated, final
 
 import jax.numpy as jnp
 
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Amount, Range
 from kvjax.scorers._window import AbstractWindow
 from kvjax.scorers.base import (
     average_pool,
@@ -36,17 +36,9 @@ class Cake(AbstractWindow):
     the mean.
     """
 
-    window: int = sized(32, short=8, recent=True)
-    gamma: float = 200.0
+    window: Annotated[int, Range(2)] = sized(32, short=8, recent=True)
+    gamma: Amount = 200.0
     kernel: int = 5
-
-    def __post_init__(self):
-        super().__post_init__()
-        positive_int("window", self.window, 2)
-        if not 0 <= self.gamma < math.inf:
-            raise ValueError(
-                f"`gamma` must be finite and at least 0; got {self.gamma}."
-            )
 
     def score(self, memory, held, counts):
         del counts

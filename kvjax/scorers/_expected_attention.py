@@ -1,13 +1,14 @@
 """ExpectedAttention: attention that future queries are expected to pay."""
 
 import dataclasses
-from typing import final
+from typing import Annotated, final
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Amount, Count, Range
 from kvjax.rope import Rope
 from kvjax.scorers.base import AbstractScorer, group_mean, protect_first
 from kvjax.types import NEG_INF, pytree
@@ -30,15 +31,11 @@ class ExpectedAttention(AbstractScorer):
     Deviations: queries before RoPE are obtained by rotating back.
     """
 
-    n_future: int = sized(512, short=32)
-    n_sink: int = 4
+    n_future: Annotated[int, Range(1, 2**20)] = sized(512, short=32)
+    n_sink: Count = 4
     use_covariance: bool = True
     use_vnorm: bool = True
-    epsilon: float = 0.0
-
-    def __post_init__(self):
-        positive_int("n_future", self.n_future)
-        positive_int("n_sink", self.n_sink, 0)
+    epsilon: Amount = 0.0
 
     @property
     def protected(self):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.config import positive_int
+from kvjax.fields import Count
 from kvjax.pallas_kernels.column_stats import column_stats
 from kvjax.scorers._replay import AbstractReplay, Retold
 from kvjax.types import EMPTY, Keys, LayerInputs, Lengths, Values
@@ -35,11 +35,7 @@ class KVzip(AbstractReplay):
     refuses such models.
     """
 
-    n_sink: int = 4
-
-    def __post_init__(self):
-        super().__post_init__()
-        positive_int("n_sink", self.n_sink, 0)
+    n_sink: Count = 4
 
     @property
     def protected(self):

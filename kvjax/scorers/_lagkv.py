@@ -1,13 +1,14 @@
 """LagKV: tokens that stand out against the block that follows them."""
 
 import dataclasses
-from typing import final
+from typing import Annotated, final
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Count, Range
 from kvjax.scorers.base import AbstractScorer, by_position, protect_first, unsorted
 
 
@@ -30,12 +31,8 @@ class LagKV(AbstractScorer):
     by 0; the protected blocks prefer newer tokens where the budget cannot hold them.
     """
 
-    n_sink: int = 4
-    lag: int = sized(128, short=16)
-
-    def __post_init__(self):
-        positive_int("n_sink", self.n_sink, 0)
-        positive_int("lag", self.lag, 2)
+    n_sink: Count = 4
+    lag: Annotated[int, Range(2)] = sized(128, short=16)
 
     @property
     def protected(self):

@@ -6,6 +6,7 @@ from typing import final
 import jax.numpy as jnp
 
 from kvjax.config import sized
+from kvjax.fields import Kernel, Positive
 from kvjax.scorers._window import AbstractWindow
 from kvjax.scorers.base import mass_received, max_pool, protect_last
 
@@ -29,8 +30,8 @@ class Lava(AbstractWindow):
     paper is the largest of all. The window is protected by `+inf`.
     """
 
-    window: int = sized(32, short=8, recent=True)
-    kernel: int = 7
+    window: Positive = sized(32, short=8, recent=True)
+    kernel: Kernel = 7
 
     def score(self, memory, held, counts):
         del counts

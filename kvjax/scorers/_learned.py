@@ -3,7 +3,8 @@
 import dataclasses
 from typing import ClassVar, final
 
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Count
 from kvjax.scorers.base import AbstractScorer, protect_last
 
 
@@ -19,11 +20,8 @@ class Retention(AbstractScorer):
     both compare with a threshold; memory is then known before the data.
     """
 
-    window: int = sized(16, short=8, recent=True)
+    window: Count = sized(16, short=8, recent=True)
     needs_retention: ClassVar[bool] = True
-
-    def __post_init__(self):
-        positive_int("window", self.window, 0)
 
     @property
     def protected(self):

@@ -6,7 +6,7 @@ from typing import final
 import jax
 import jax.numpy as jnp
 
-from kvjax.config import positive_int
+from kvjax.fields import Count, Seed
 from kvjax.scorers.base import AbstractScorer, protect_first, row_keys
 
 
@@ -22,7 +22,7 @@ class Random(AbstractScorer):
     Source: kvpress `RandomPress`.
     """
 
-    seed: int = 0
+    seed: Seed = 0
 
     def score(self, memory, held, counts):
         del memory, counts
@@ -55,10 +55,7 @@ class StreamingLLM(AbstractScorer):
     Deviations: positions are kept as they were (the paper re-indexes them).
     """
 
-    n_sink: int = 4
-
-    def __post_init__(self):
-        positive_int("n_sink", self.n_sink, 0)
+    n_sink: Count = 4
 
     @property
     def protected(self):

@@ -5,7 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Count, Positive, Token
 from kvjax.scorers.base import AbstractProbe
 from kvjax.types import EMPTY, Lengths, Tokens, pytree
 
@@ -41,18 +42,9 @@ class AbstractReplay(AbstractProbe):
             context exactly.`, say; empty: the prompt simply begins again.
     """
 
-    chunk: int = sized(2048, short=32)
-    overlap: int = 8
-    ask: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        positive_int("chunk", self.chunk)
-        positive_int("overlap", self.overlap, 0)
-        if not all(isinstance(token, int) and token >= 0 for token in self.ask):
-            raise ValueError(
-                f"`ask` must be token ids, integers >= 0; got {self.ask!r}. Encode a "
-                "text with the model's tokenizer, without special tokens."
-            )
+    chunk: Positive = sized(2048, short=32)
+    overlap: Count = 8
+    ask: tuple[Token, ...] = ()
 
     def validate(self, longest, vocab_size, max_positions):
         if max(self.ask, default=0) >= vocab_size:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.config import sized
+from kvjax.fields import Share
 from kvjax.pallas_kernels.dense import LOGITS_BUDGET
 from kvjax.pallas_kernels.slots import slot_logits, slot_mask
 from kvjax.scorers._window import AbstractWindow
@@ -45,8 +46,8 @@ class RKV(AbstractWindow):
 
     window: int = sized(8, short=8, recent=True)
     kernel: int = 7
-    mix: float = 0.1
-    threshold: float = 0.5
+    mix: Share = 0.1
+    threshold: Share = 0.5
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,9 +56,6 @@ class RKV(AbstractWindow):
                 f"`kernel` must be odd, a token between its neighbours; got "
                 f"{self.kernel}. Use {self.kernel + 1}."
             )
-        for name in ("mix", "threshold"):
-            if not 0.0 <= (value := getattr(self, name)) <= 1.0:
-                raise ValueError(f"`{name}` must be in [0, 1]; got {value}.")
 
     def score(self, memory, held, counts):
         del counts

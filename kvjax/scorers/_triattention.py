@@ -1,13 +1,13 @@
 """TriAttention: what the mean query of a head makes of a key, now and far ahead."""
 
 import dataclasses
-from typing import final
+from typing import Annotated, final
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from kvjax.config import positive_int
+from kvjax.fields import OneOf, Range
 from kvjax.rope import Rope
 from kvjax.scorers.base import AbstractScorer
 from kvjax.types import pytree
@@ -38,14 +38,9 @@ class TriAttention(AbstractScorer):
     are turned by nothing, one by one.
     """
 
-    n_offsets: int = 17
+    n_offsets: Annotated[int, Range(1, 31)] = 17
     normalise: bool = True
-    group: str = "max"
-
-    def __post_init__(self):
-        positive_int("n_offsets", self.n_offsets)
-        if self.group not in ("max", "mean"):
-            raise ValueError(f"`group` must be 'max' or 'mean'; got {self.group!r}.")
+    group: Annotated[str, OneOf("max", "mean")] = "max"
 
     def row(self, asked, before):
         rope, real = asked.spec.rope, (asked.positions >= 0)[:, None]

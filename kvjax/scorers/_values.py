@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Amount, Count, Positive, Share
 from kvjax.pallas_kernels.dense import LOGITS_BUDGET
 from kvjax.scorers.base import AbstractScorer, by_position, protect_first, unsorted
 from kvjax.types import LayerInputs, Scores, pytree
@@ -37,14 +38,11 @@ class CriticalKV(AbstractScorer):
     """
 
     base: AbstractScorer
-    epsilon: float = 1e-4
-    first_stage: float = 0.5
+    epsilon: Amount = 1e-4
+    first_stage: Share = 0.5
 
     def __post_init__(self):
-        if not 0.0 <= self.first_stage <= 1.0:
-            raise ValueError(
-                f"`first_stage` must be in [0, 1]; got {self.first_stage}."
-            )
+        super().__post_init__()
         if self.base.probes:
             raise ValueError(
                 f"`base` must score a prompt that is read once; got "
@@ -119,12 +117,8 @@ class CUR(AbstractScorer):
     Source: CurDKV (2509.15038); kvpress `CURPress` (`kv_product`, window 16).
     """
 
-    n_sink: int = 4
-    block: int = sized(16, short=8)
-
-    def __post_init__(self):
-        positive_int("n_sink", self.n_sink, 0)
-        positive_int("block", self.block)
+    n_sink: Count = 4
+    block: Positive = sized(16, short=8)
 
     @property
     def protected(self):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from kvjax.config import positive_int, sized
+from kvjax.config import sized
+from kvjax.fields import Kernel, Positive
 from kvjax.scorers.base import (
     AbstractScorer,
     last_queries,
@@ -26,12 +27,8 @@ class AbstractWindow(AbstractScorer):
         kernel: width of the pooling along the sequence.
     """
 
-    window: int = sized(64, short=8, recent=True)
-    kernel: int = 5
-
-    def __post_init__(self):
-        positive_int("window", self.window)
-        positive_int("kernel", self.kernel)
+    window: Positive = sized(64, short=8, recent=True)
+    kernel: Kernel = 5
 
     @property
     def protected(self):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import AbstractRanking
+from kvjax.fields import Checked
 from kvjax.pallas_kernels.column_stats import column_stats
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.partial import Partial
@@ -19,7 +20,7 @@ from kvjax.types import Held, Keys, LayerInputs, Lengths, Scores, Values, pytree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AbstractScorer(AbstractRanking):
+class AbstractScorer(Checked, AbstractRanking):
     """A ranking that is published as a method; holds hyper-parameters only.
 
     It serves a whole prompt, a prompt in pieces and tokens that are decoded alike.

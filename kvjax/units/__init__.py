@@ -4,7 +4,7 @@ import abc
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, final
+from typing import Annotated, Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import exact
 from kvjax.budgets import AbstractBudget
+from kvjax.fields import Checked, OneOf, Positive
 from kvjax.types import LayerSpec, Lengths, Scores
 
 SCAN = 256
@@ -23,7 +24,7 @@ MANY = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AbstractUnit(abc.ABC):
+class AbstractUnit(Checked, abc.ABC):
     """Turns scores into priorities: the tokens with the highest ones are kept.
 
     Attributes:
@@ -31,14 +32,10 @@ class AbstractUnit(abc.ABC):
             layers chooses for all of them.
     """
 
-    reuse: int = 1
+    reuse: Positive = 1
 
     single: ClassVar[bool] = False
     """Whether tokens are kept or dropped one by one."""
-
-    def __post_init__(self):
-        if self.reuse < 1:
-            raise ValueError(f"`reuse` must be at least 1; got {self.reuse}.")
 
     @abc.abstractmethod
     def priorities(
@@ -117,17 +114,10 @@ class Chunk(AbstractUnit):
     kvpress `ChunkKVPress` (`mean`, size 20, shared heads, whole).
     """
 
-    size: int = 10
-    reduce: str = "sum"
+    size: Positive = 10
+    reduce: Annotated[str, OneOf("sum", "mean")] = "sum"
     share_heads: bool = False
     whole: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.size < 1:
-            raise ValueError(f"`size` must be at least 1; got {self.size}.")
-        if self.reduce not in ("sum", "mean"):
-            raise ValueError(f"`reduce` must be 'sum' or 'mean'; got {self.reduce!r}.")
 
     def priorities(self, scores, lengths, counts):
         s = scores.shape[-1]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from kvjax.messages import nearest
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families.base import AbstractFamily as AbstractFamily
 from kvjax.models.families.base import Weight as Weight
@@ -13,7 +14,6 @@ from kvjax.models.families.mistral import Mistral
 from kvjax.models.families.phi3 import Phi3
 from kvjax.models.families.qwen2 import Qwen2
 from kvjax.models.families.qwen3 import Qwen3
-from kvjax.types import nearest
 
 FAMILIES: Mapping[str, AbstractFamily] = MappingProxyType(
     {

@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from kvjax.config import decode
+from kvjax.messages import nearest
 from kvjax.models.config import DecoderConfig, Evictor, Projection, read_gates
 from kvjax.models.families.rotary import read_rope, rope_settings, write_rope
-from kvjax.types import nearest
 
 EVICTOR, HEAD_GATES = "kvjax_evictor", "kvjax_head_gates"
 PROJECTION = "kvjax_projection"

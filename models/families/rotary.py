@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from kvjax.messages import nearest
 from kvjax.rope import KINDS, Rope
-from kvjax.types import nearest
 
 _COMMON = {"rope_theta", "partial_rotary_factor"}
 _KEYS = {

@@ -1,7 +1,7 @@
 """Layers with a sliding window, as `layer_types` and `sliding_window` say them."""
 
+from kvjax.messages import nearest
 from kvjax.models.config import DecoderConfig
-from kvjax.types import nearest
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

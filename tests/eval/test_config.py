@@ -86,7 +86,7 @@ WRONG = {
     "unknown field": ({"itms": 3}, "Did you mean 'items'"),
     "a string for a list": ({"compressions": "snapkv"}, "must be a list"),
     "unknown compression": ({"compressions": ["snapvk"]}, "Did you mean 'snapkv'"),
-    "no such file": ({"compressions": ["gone.yaml"]}, "no compression file"),
+    "no such file": ({"compressions": ["gone.yaml"]}, "no file at"),
     "a compression twice": ({"compressions": ["h2o", "h2o"]}, "twice"),
     "one name twice": ({"compressions": ["h2o", "x/h2o.yaml"]}, "one name"),
     "unknown task": ({"tasks": ["recal"]}, "Did you mean 'recall'"),
@@ -97,8 +97,8 @@ WRONG = {
     "a task twice": ({"tasks": ["fact", "fact"]}, "`label`"),
     "no tasks": ({"tasks": []}, "at least one"),
     "no budgets": ({"keeps": []}, "at least one"),
-    "budget above one": ({"keeps": [25]}, "fractions"),
-    "budget of zero": ({"keeps": [0.0]}, "fractions"),
+    "budget above one": ({"keeps": [25]}, "fraction kept"),
+    "budget of zero": ({"keeps": [0.0]}, "fraction kept"),
     "budget below the window": ({"window": None}, "window"),
     "unknown visibility": ({"visibility": ["query_awre"]}, "'query_aware'"),
     "no items": ({"items": 0}, "items"),
@@ -179,7 +179,7 @@ def test_characters_without_a_token_are_named():
 def test_unknown_evaluations(tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'demo'"):
         load_config("dmo")
-    with pytest.raises(ValueError, match="no evaluation file"):
+    with pytest.raises(ValueError, match="no file at"):
         load_config(tmp_path / "gone.yaml")
     path = tmp_path / "bad.yaml"
     path.write_text("tasks: [")

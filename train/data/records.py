@@ -8,10 +8,10 @@ from typing import Any, TypedDict
 import jinja2
 import numpy as np
 
+from kvjax.messages import nearest
 from kvjax.train.data.rows import TokenRow
 from kvjax.train.data.words import Words
 from kvjax.train.recipe import Source
-from kvjax.types import nearest
 
 EMPTY = "empty"
 UNANSWERED = "without an answer"

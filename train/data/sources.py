@@ -4,8 +4,8 @@ import glob
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+from kvjax.messages import nearest
 from kvjax.train.recipe import Source
-from kvjax.types import nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

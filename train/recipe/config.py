@@ -1,7 +1,9 @@
 """All that a recipe says of one run."""
 
 import dataclasses
+from typing import Annotated
 
+from kvjax.fields import Checked, Count, OneOf, Positive, Seed
 from kvjax.models.config import DecoderConfig, Evictor, Projection
 from kvjax.train.recipe.data import DataConfig, Stage
 from kvjax.train.recipe.learned import (
@@ -16,11 +18,9 @@ from kvjax.train.recipe.optimizer import OptimizerConfig
 from kvjax.train.recipe.output import KeepConfig, LogConfig
 from kvjax.train.recipe.sampling import CachedConfig, SamplingConfig
 
-COMPUTE = ("float32", "bfloat16")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """One run.
 
     Attributes:
@@ -54,7 +54,7 @@ class TrainConfig:
         resume: the checkpoint's step to go back to; None: the newest.
     """
 
-    seed: int = 0
+    seed: Seed = 0
     model: DecoderConfig | None = None
     init: str = ""
     data: DataConfig
@@ -70,19 +70,20 @@ class TrainConfig:
     lora: LoRAConfig | None = None
     remat: bool = False
     loop_layers: bool = False
-    compute: str = "float32"
+    compute: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    log_every: int = 10
-    eval_every: int = 100
-    save_every: int = 100
-    eval_items: int = 32
+    log_every: Positive = 10
+    eval_every: Positive = 100
+    save_every: Positive = 100
+    eval_items: Positive = 32
     cached: CachedConfig = CachedConfig()
     keep: KeepConfig = KeepConfig()
     log: LogConfig = LogConfig()
-    resume: int | None = None
+    resume: Count | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if (self.model is None) == (not self.init):
             raise ValueError(
                 "a recipe needs either `model` (fresh weights) or `init` (a checkpoint "
@@ -121,14 +122,10 @@ class TrainConfig:
                 f"`duo` trains gates on a model that stays as it is; got {names} too. "
                 "Leave it out, or train in two runs."
             )
-        if min(self.log_every, self.eval_every, self.save_every) < 1:
+        if not self.stages:
             raise ValueError(
-                "`log_every`, `eval_every` and `save_every` must be at least 1; got "
-                f"{self.log_every}, {self.eval_every} and {self.save_every}."
-            )
-        if self.compute not in COMPUTE:
-            raise ValueError(
-                f"`compute` must be one of {list(COMPUTE)}; got {self.compute!r}."
+                "`stages` must list at least one stage; got none. Add "
+                "`- {steps: 100, lengths: {256: 1}}`."
             )
 
     @property

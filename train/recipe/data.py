@@ -1,11 +1,16 @@
 """What a recipe says of its data."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
+
+from kvjax.fields import Amount, Checked, Positive, PositiveReal, Range
+from kvjax.messages import shown
+
+Width = Annotated[int, Range(2, 2**24, hint="It is a row's tokens, one to predict.")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(Checked):
     """One source of rows: a task or a dataset, and its share of the rows.
 
     Attributes:
@@ -26,12 +31,12 @@ class Source:
 
     task: str = ""
     dataset: str = ""
-    weight: float = 1.0
+    weight: PositiveReal = 1.0
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     split: str = "train"
     held_out: str = ""
     streaming: bool = False
-    buffer: int = 1000
+    buffer: Positive = 1000
     text: str = ""
     messages: str = ""
     context: str = ""
@@ -39,6 +44,7 @@ class Source:
     answer: str = ""
 
     def __post_init__(self):
+        super().__post_init__()
         if bool(self.task) == bool(self.dataset):
             raise ValueError(
                 "a source needs either `task` or `dataset`; got "
@@ -70,8 +76,6 @@ class Source:
                 "`text`, or `messages`, or `prompt` and `answer` (and `context`); got "
                 f"{given or 'none'}."
             )
-        if self.buffer < 1:
-            raise ValueError(f"`buffer` must be at least 1; got {self.buffer}.")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -85,7 +89,7 @@ COLUMNS = ("text", "messages", "context", "prompt", "answer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
+class Stage(Checked):
     """`steps` steps of `tokens_per_step`, in rows of one width.
 
     Attributes:
@@ -95,10 +99,18 @@ class Stage:
         sources: the mixture of this stage; empty: that of the data.
     """
 
-    steps: int
-    lengths: dict[int, float]
-    tokens_per_step: int = 8192
+    steps: Positive
+    lengths: dict[Width, Amount]
+    tokens_per_step: Annotated[int, Range(1, 2**28)] = 8192
     sources: tuple[Source, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not any(self.lengths.values()):
+            raise ValueError(
+                "`lengths` must map at least one row width to a weight above 0, as in "
+                f"{{256: 1}}; got {shown(self.lengths)}."
+            )
 
     def rows(self, width: int) -> int:
         """Of a step, at one width; at least one."""
@@ -106,7 +118,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Checked):
     """The mixture and how it is packed.
 
     Attributes:
@@ -116,5 +128,13 @@ class DataConfig:
     """
 
     sources: tuple[Source, ...]
-    context_weight: float = 0.03
-    turns: int = 3
+    context_weight: Amount = 0.03
+    turns: Positive = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.sources:
+            raise ValueError(
+                "`sources` must list at least one task or dataset; got none. Add "
+                "`- {task: recall}`."
+            )

@@ -7,11 +7,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from kvjax.config import decode, override, parse_assignments
+from kvjax.files import read_text, yaml_mapping
+from kvjax.messages import nearest
 from kvjax.train.recipe.config import TrainConfig
-from kvjax.types import nearest
 
 
 def _folder() -> importlib.resources.abc.Traversable:
@@ -36,9 +35,7 @@ def load_config(name: str | pathlib.Path, overrides: Sequence[str] = ()) -> Trai
     """
     path = pathlib.Path(name)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ValueError(f"no recipe at {path}.")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     else:
         known = bundled_recipes()
         if str(name) not in known:
@@ -47,11 +44,11 @@ def load_config(name: str | pathlib.Path, overrides: Sequence[str] = ()) -> Trai
                 f".yaml file.{nearest(str(name), known)}"
             )
         text = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    tree = yaml_mapping(text, f"recipe {str(name)!r}")
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as wrong:
-        raise ValueError(f"{name} is not YAML: {wrong}") from None
-    return decode(override(tree, parse_assignments(overrides)), TrainConfig)
+        return decode(override(tree, parse_assignments(overrides)), TrainConfig)
+    except ValueError as wrong:
+        raise ValueError(f"recipe {str(name)!r}: {wrong}") from None
 
 
 def as_tree(config: TrainConfig) -> Any:

@@ -1,10 +1,13 @@
 """What is learnt beside the weights of a model: parts of a recipe."""
 
 import dataclasses
+from typing import Annotated
+
+from kvjax.fields import Amount, Checked, Count, Positive, PositiveReal, Range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DMSConfig:
+class DMSConfig(Checked):
     """Training a model to say which tokens it can do without.
 
     Attributes:
@@ -19,33 +22,26 @@ class DMSConfig:
     raised linearly (100 steps per unit).
     """
 
-    window: int = 16
-    ratio: float = 4.0
-    ramp: int = 300
-    temperature: float = 0.3
-    weight: float = 5.0
-
-    def __post_init__(self):
-        if self.ratio <= 1.0 or self.temperature <= 0.0 or self.window < 1:
-            raise ValueError(
-                "`ratio` must be above 1, `temperature` positive and `window` at least "
-                f"1; got {self.ratio}, {self.temperature} and {self.window}."
-            )
+    window: Positive = 16
+    ratio: Annotated[float, Range(above=1)] = 4.0
+    ramp: Count = 300
+    temperature: PositiveReal = 0.3
+    weight: Amount = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SurrogateConfig:
+class SurrogateConfig(Checked):
     """Training an evictor's head to predict what later queries look at.
 
     Attributes:
         weight: of the squared error of log scores.
     """
 
-    weight: float = 1.0
+    weight: Amount = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DuoConfig:
+class DuoConfig(Checked):
     """Training gates that tell retrieval heads from streaming heads.
 
     Attributes:
@@ -57,20 +53,13 @@ class DuoConfig:
     tokens, for contexts of 1,000 to 32,000.
     """
 
-    sink: int = 4
-    recent: int = 32
-    weight: float = 0.05
-
-    def __post_init__(self):
-        if self.sink < 0 or self.recent < 1 or self.weight < 0.0:
-            raise ValueError(
-                "`sink` and `weight` must not be negative and `recent` at least 1; got "
-                f"{self.sink}, {self.weight} and {self.recent}."
-            )
+    sink: Count = 4
+    recent: Positive = 32
+    weight: Amount = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
+class LoRAConfig(Checked):
     """Low-rank updates beside frozen matrices.
 
     Attributes:
@@ -79,13 +68,14 @@ class LoRAConfig:
         modules: matrices of each layer, of q, k, v, o, gate, up, down.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: Annotated[int, Range(1, 2**16)] = 16
+    alpha: PositiveReal = 32.0
     modules: tuple[str, ...] = ("q", "k", "v", "o")
 
     def __post_init__(self):
-        if self.rank < 1 or not self.modules:
+        super().__post_init__()
+        if not self.modules:
             raise ValueError(
-                "`lora` needs a rank of at least 1 and at least one module; got "
-                f"{self.rank} and {self.modules}."
+                "`lora.modules` must list at least one matrix, as in [q, k, v, o]; got "
+                "none."
             )

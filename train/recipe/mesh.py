@@ -2,9 +2,11 @@
 
 import dataclasses
 
+from kvjax.fields import Checked, Positive
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Checked):
     """How many devices, and what each axis of them splits.
 
     Attributes:
@@ -13,18 +15,9 @@ class MeshConfig:
         tensor: heads, the width of the feed-forward block, and the vocabulary.
     """
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            ways = getattr(self, field.name)
-            if ways < 1:
-                raise ValueError(
-                    f"`mesh.{field.name}` must be at least 1; got {ways}. 1 leaves it "
-                    "whole."
-                )
+    data: Positive = 1
+    fsdp: Positive = 1
+    tensor: Positive = 1
 
     @property
     def devices(self) -> int:

@@ -1,14 +1,15 @@
 """What a recipe minimises."""
 
 import dataclasses
+from typing import Annotated
 
-from kvjax.types import nearest
+from kvjax.fields import Amount, Checked, OneOf
 
 NAMES = {"hidden_layers": ("last", "all"), "tokens": ("answers", "behind")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Checked):
     """What is minimised: a weighted sum. What has no weight is not computed.
 
     The teacher of `distill`, `hidden` and `attention` is the initial model with a full
@@ -30,21 +31,12 @@ class ObjectiveConfig:
     square divides, so that layers of any scale weigh the same.
     """
 
-    next_token: float = 1.0
-    distill: float = 0.0
-    hidden: float = 0.0
-    attention: float = 0.0
-    hidden_layers: str = "last"
-    tokens: str = "answers"
-
-    def __post_init__(self):
-        for name, known in NAMES.items():
-            given = getattr(self, name)
-            if given not in known:
-                raise ValueError(
-                    f"`objective.{name}` must be one of {list(known)}; got {given!r}."
-                    f"{nearest(given, known)}"
-                )
+    next_token: Amount = 1.0
+    distill: Amount = 0.0
+    hidden: Amount = 0.0
+    attention: Amount = 0.0
+    hidden_layers: Annotated[str, OneOf(*NAMES["hidden_layers"])] = "last"
+    tokens: Annotated[str, OneOf(*NAMES["tokens"])] = "answers"
 
     @property
     def needs_teacher(self) -> bool:

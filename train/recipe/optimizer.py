@@ -1,14 +1,16 @@
 """What a recipe says of its optimizer."""
 
 import dataclasses
+from typing import Annotated
 
-from kvjax.types import nearest
+from kvjax.fields import Amount, Checked, Count, OneOf, Positive, PositiveReal, Range
 
+Moment = Annotated[float, Range(0, below=1)]
 SCHEDULES = ("linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """Optimizer and schedule: warm-up, constant, decay to zero.
 
     Attributes:
@@ -24,19 +26,12 @@ class OptimizerConfig:
     """
 
     name: str = "muon"
-    learning_rate: float = 2e-3
-    warmup: int = 50
-    decay: int = 300
-    schedule: str = "linear"
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.98
-    clip: float = 1.0
-    accumulate: int = 1
-
-    def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"Unknown `optimizer.schedule` {self.schedule!r}; expected one of "
-                f"{list(SCHEDULES)}.{nearest(self.schedule, SCHEDULES)}"
-            )
+    learning_rate: PositiveReal = 2e-3
+    warmup: Count = 50
+    decay: Count = 300
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "linear"
+    weight_decay: Amount = 0.01
+    beta1: Moment = 0.9
+    beta2: Moment = 0.98
+    clip: PositiveReal = 1.0
+    accumulate: Positive = 1

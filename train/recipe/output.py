@@ -1,8 +1,9 @@
 """What a run leaves behind, checkpoints and numbers: parts of a recipe."""
 
 import dataclasses
+from typing import Annotated
 
-from kvjax.types import nearest
+from kvjax.fields import Checked, Count, OneOf, Positive
 
 CACHED_LOSS = "cached_loss"
 """The metric that comes from the real cache."""
@@ -13,7 +14,7 @@ TRACKERS = ("trackio", "wandb")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KeepConfig:
+class KeepConfig(Checked):
     """Which checkpoints stay on disk; the others go when a newer one is complete.
 
     Attributes:
@@ -27,25 +28,13 @@ class KeepConfig:
             its rows are others.
     """
 
-    newest: int = 2
-    best: int = 1
-    metric: str = "answer_loss"
-
-    def __post_init__(self):
-        if self.newest < 1 or self.best < 0:
-            raise ValueError(
-                "`keep.newest` must be at least 1 and `keep.best` at least 0; got "
-                f"{self.newest} and {self.best}."
-            )
-        if self.metric not in LOWER + HIGHER:
-            raise ValueError(
-                f"Unknown `keep.metric` {self.metric!r}; expected one of "
-                f"{[*LOWER, *HIGHER]}.{nearest(self.metric, LOWER + HIGHER)}"
-            )
+    newest: Positive = 2
+    best: Count = 1
+    metric: Annotated[str, OneOf(*LOWER, *HIGHER)] = "answer_loss"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class LogConfig(Checked):
     """Where numbers go beside the terminal and `log.jsonl`.
 
     Attributes:
@@ -55,12 +44,5 @@ class LogConfig:
     """
 
     tensorboard: bool = False
-    tracker: str | None = None
+    tracker: Annotated[str, OneOf(*TRACKERS)] | None = None
     project: str = "kvjax"
-
-    def __post_init__(self):
-        if self.tracker is not None and self.tracker not in TRACKERS:
-            raise ValueError(
-                f"Unknown `log.tracker` {self.tracker!r}; expected one of "
-                f"{list(TRACKERS)}.{nearest(self.tracker, TRACKERS)}"
-            )

@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any, Self
 
+from kvjax.fields import Amount, Checked, Count, Kept, Positive, PositiveReal, Share
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompressionChoice:
+class CompressionChoice(Checked):
     """One compression that training may draw.
 
     Attributes:
@@ -19,10 +21,10 @@ class CompressionChoice:
     """
 
     compression: str
-    keeps: tuple[float, ...] = ()
-    bits: tuple[int, ...] = ()
+    keeps: tuple[Kept, ...] = ()
+    bits: tuple[Positive, ...] = ()
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-    weight: float = 1.0
+    weight: PositiveReal = 1.0
 
     @property
     def hardest(self) -> Self:
@@ -31,7 +33,7 @@ class CompressionChoice:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Checked):
     """Which compression a step trains under; every step draws one.
 
     Attributes:
@@ -45,13 +47,13 @@ class SamplingConfig:
     """
 
     choices: tuple[CompressionChoice, ...] = ()
-    ramp: int = 0
-    visible: float = 0.5
-    choice_gradient: float = 0.0
+    ramp: Count = 0
+    visible: Share = 0.5
+    choice_gradient: Amount = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CachedConfig:
+class CachedConfig(Checked):
     """What goes through the real cache at every evaluation.
 
     Greedy replies to held-out items of tasks, and the next-token loss behind the
@@ -64,5 +66,5 @@ class CachedConfig:
             its hardest.
     """
 
-    items: int = 8
+    items: Count = 8
     choices: tuple[CompressionChoice, ...] = ()

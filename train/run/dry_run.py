@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 from kvjax.config import decode
+from kvjax.messages import nearest
 from kvjax.pallas_kernels.compile import versions
 from kvjax.pallas_kernels.measured import one_line
 from kvjax.pallas_kernels.targets import TARGETS, Target
@@ -38,7 +39,6 @@ from kvjax.train.run.flops import matmul_flops
 from kvjax.train.run.mesh import check_mesh, make_mesh
 from kvjax.train.run.optimizer import make_optimizer
 from kvjax.train.run.step import make_step
-from kvjax.types import nearest
 
 COMPILERS = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_cuda13_plugin", "cuda13")}
 """By family: the module that holds the compiler, and the extra that installs it."""

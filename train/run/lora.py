@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kvjax.messages import nearest
 from kvjax.models.blocks import Linear
 from kvjax.models.decoder import Decoder
 from kvjax.train.recipe import LoRAConfig
-from kvjax.types import nearest
 
 PATTERNS = ("*.lora_a", "*.lora_b")
 """Names of what LoRA adds, for `params.split`."""

@@ -6,8 +6,8 @@ import optax
 from jaxtyping import ArrayLike
 from optax import contrib
 
+from kvjax.messages import nearest
 from kvjax.train.recipe import OptimizerConfig
-from kvjax.types import nearest
 
 OPTIMIZERS = ("muon", "adamw")
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jaxtyping import Array
 
+from kvjax.messages import nearest
 from kvjax.models.decoder import Decoder
-from kvjax.types import nearest
 
 Params = dict[str, Array]
 
