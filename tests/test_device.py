@@ -132,22 +132,24 @@ def found(**more):
 def test_what_is_missing_is_named_with_the_remedy(monkeypatch, tmp_path):
     python = tool("device_python")
     monkeypatch.setattr(python, "WHEELS", tmp_path)
-    there = found(missing=[["cattrs", "ModuleNotFoundError: No module named 'cattrs'"]])
-    del there["versions"]["cattrs"]
+    there = found(
+        missing=[["filelock", "ModuleNotFoundError: No module named 'filelock'"]]
+    )
+    del there["versions"]["filelock"]
     there["versions"]["flax"] = "0.10.2"
     monkeypatch.setattr(python, "look", lambda *_: there)
     with pytest.raises(ValueError) as told:
         python.chosen("python3", False)
     text = str(told.value)
-    assert "cattrs is not installed" in text and "flax is 0.10.2" in text
-    assert "pip install 'cattrs>=" in text and "make device-pack" in text
+    assert "filelock is not installed" in text and "flax is 0.10.2" in text
+    assert "pip install 'filelock>=" in text and "make device-pack" in text
 
 
 def test_what_is_carried_is_used(monkeypatch, tmp_path):
     python = tool("device_python")
-    (tmp_path / "cattrs-1-py3-none-any.whl").touch()
+    (tmp_path / "filelock-1-py3-none-any.whl").touch()
     monkeypatch.setattr(python, "WHEELS", tmp_path)
-    bare = found(missing=[["cattrs", "No module named 'cattrs'"]])
+    bare = found(missing=[["filelock", "No module named 'filelock'"]])
     monkeypatch.setattr(
         python, "look", lambda _, __, site=None: found() if site else bare
     )
@@ -206,7 +208,7 @@ def test_all_that_the_stages_import_is_looked_for():
 
 def test_what_is_carried_is_locked_and_complete():
     pack = tool("device_pack")
-    names = pack.closure(["flax", "orbax-checkpoint", "cattrs"])
+    names = pack.closure(["flax", "orbax-checkpoint", "filelock"])
     assert {"tensorstore", "msgpack", "attrs", "etils"} <= set(names)
     assert not pack.WITH_JAX & set(names)
     assert pack.locked(names).count("--hash=sha256:") >= len(names)

@@ -25,7 +25,6 @@ NEEDED = {
     "optax": "optax",
     "orbax.checkpoint": "orbax-checkpoint",
     "jaxtyping": "jaxtyping",
-    "cattrs": "cattrs",
     "yaml": "pyyaml",
     "safetensors": "safetensors",
     "rich": "rich",

@@ -6,7 +6,7 @@ from typing import Annotated, final
 import jax.numpy as jnp
 
 from kvjax.config import sized
-from kvjax.fields import Amount, Range
+from kvjax.fields import Amount, Kernel, Range
 from kvjax.scorers._window import AbstractWindow
 from kvjax.scorers.base import (
     average_pool,
@@ -38,7 +38,7 @@ class Cake(AbstractWindow):
 
     window: Annotated[int, Range(2)] = sized(32, short=8, recent=True)
     gamma: Amount = 200.0
-    kernel: int = 5
+    kernel: Kernel = 5
 
     def score(self, memory, held, counts):
         del counts

@@ -139,7 +139,10 @@ def test_a_hub_id_goes_to_the_library(monkeypatch):
         ({"dataset": "x/y"}, "columns of one kind of record.*got none"),
         ({"dataset": "x/y", "text": "t", "messages": "m"}, "got {'text': 't', 'mess"),
         ({"dataset": "x/y", "prompt": "p"}, "`prompt` and `answer`.*'prompt': 'p'"),
-        ({"dataset": "x/y", "text": "t", "buffer": 0}, "buffer` must be an integer >= 1"),
+        (
+            {"dataset": "x/y", "text": "t", "buffer": 0},
+            "buffer` must be an integer >= 1",
+        ),
     ],
 )
 def test_sources_that_contradict_themselves(given, message):
