@@ -16,6 +16,7 @@ from kvjax.fields import (
     Share,
     Token,
 )
+from kvjax.messages import shown
 from kvjax.rope import Rope
 from kvjax.types import LayerSpec
 
@@ -23,6 +24,9 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 EVICTORS = ("neuron", "mlp")
+
+Layers = Annotated[int, Range(1, 10_000)]
+Epsilon = Annotated[float, Range(above=0, below=1)]
 
 HeadGates = tuple[tuple[Share, ...], ...]
 """A number per layer and KV head, `[L][K]`."""
@@ -120,7 +124,7 @@ class DecoderConfig(Checked):
     vocab_size: Positive
     hidden_size: Positive
     intermediate_size: Positive
-    num_layers: Annotated[int, Range(1, 10_000)]
+    num_layers: Layers
     num_heads: Positive
     num_kv_heads: Positive
     head_dim: Positive
@@ -128,7 +132,7 @@ class DecoderConfig(Checked):
     local_rope: Rope | None = None
     windows: tuple[Positive | None, ...] = ()
     max_positions: Positive = 2048
-    norm_eps: Annotated[float, Range(above=0, below=1)] = 1e-6
+    norm_eps: Epsilon = 1e-6
     norm_offset: bool = False
     activation: Annotated[str, OneOf(*ACTIVATIONS)] = "silu"
     qkv_bias: bool = False
@@ -202,7 +206,7 @@ class DecoderConfig(Checked):
 
 
 def read_gates(rows: Any) -> HeadGates:
-    """Gates as they stand in a file.
+    """Gates of an array or of lists.
 
     Raises:
         ValueError: not a list of numbers per layer.
@@ -211,7 +215,7 @@ def read_gates(rows: Any) -> HeadGates:
         return tuple(tuple(float(gate) for gate in row) for row in rows)
     except (TypeError, ValueError):
         raise ValueError(
-            f"`head_gates` must be a list of numbers per layer; got {rows!r}."
+            f"`head_gates` must be a list of numbers per layer; got {shown(rows)}."
         ) from None
 
 

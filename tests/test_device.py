@@ -132,9 +132,7 @@ def found(**more):
 def test_what_is_missing_is_named_with_the_remedy(monkeypatch, tmp_path):
     python = tool("device_python")
     monkeypatch.setattr(python, "WHEELS", tmp_path)
-    there = found(
-        missing=[["filelock", "ModuleNotFoundError: No module named 'filelock'"]]
-    )
+    there = found(missing=[["filelock", "No module named 'filelock'"]])
     del there["versions"]["filelock"]
     there["versions"]["flax"] = "0.10.2"
     monkeypatch.setattr(python, "look", lambda *_: there)
@@ -208,8 +206,8 @@ def test_all_that_the_stages_import_is_looked_for():
 
 def test_what_is_carried_is_locked_and_complete():
     pack = tool("device_pack")
-    names = pack.closure(["flax", "orbax-checkpoint", "filelock"])
-    assert {"tensorstore", "msgpack", "attrs", "etils"} <= set(names)
+    names = pack.closure(["flax", "orbax-checkpoint", "rich"])
+    assert {"tensorstore", "msgpack", "etils"} <= set(names)
     assert not pack.WITH_JAX & set(names)
     assert pack.locked(names).count("--hash=sha256:") >= len(names)
     with pytest.raises(ValueError, match="nothing-like-it"):

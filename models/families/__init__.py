@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from kvjax.messages import nearest
+from kvjax.messages import nearest, shown
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families.base import AbstractFamily as AbstractFamily
 from kvjax.models.families.base import Weight as Weight
@@ -33,9 +33,9 @@ def family(model_type: str) -> AbstractFamily:
     Raises:
         ValueError: it is not supported; the message names the nearest that is.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"Architecture {model_type!r} is not supported; expected `model_type` to "
+            f"Architecture {shown(model_type)} is not supported; expected `model_type` to "
             f"be one of {sorted(FAMILIES)}.{nearest(str(model_type), FAMILIES)}"
         )
     return FAMILIES[model_type]
@@ -45,7 +45,7 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """`DecoderConfig` of a parsed `config.json`."""
     if "model_type" not in raw:
         raise ValueError(
-            f"`config.json` needs `model_type`, one of {sorted(FAMILIES)}; got keys "
-            f"{sorted(raw)}."
+            f"it needs `model_type`, one of {sorted(FAMILIES)}; got the keys "
+            f"{shown(sorted(raw))}."
         )
     return family(raw["model_type"]).read(raw)

@@ -2,18 +2,32 @@
 
 import abc
 import dataclasses
+import logging
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from kvjax.config import decode
-from kvjax.messages import nearest
-from kvjax.models.config import DecoderConfig, Evictor, Projection, read_gates
+from kvjax.fields import Amount, OneOf, Positive, PositiveReal
+from kvjax.messages import shown
+from kvjax.models.config import (
+    DecoderConfig,
+    Epsilon,
+    Evictor,
+    HeadGates,
+    Layers,
+    Projection,
+)
 from kvjax.models.families.rotary import read_rope, rope_settings, write_rope
+from kvjax.models.families.settings import Settings
+
+LOG = logging.getLogger("kvjax.models")
 
 EVICTOR, HEAD_GATES = "kvjax_evictor", "kvjax_head_gates"
 PROJECTION = "kvjax_projection"
 """Our own keys of `config.json`; other libraries read over them."""
+
+OWN = ((EVICTOR, "evictor", Evictor), (PROJECTION, "projection", Projection))
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -89,7 +103,7 @@ class AbstractFamily(abc.ABC):
     partial_rotary: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def extras(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def extras(self, config: Settings) -> dict[str, Any]:
         """`DecoderConfig` fields that are this family's own."""
 
     @abc.abstractmethod
@@ -103,46 +117,45 @@ class AbstractFamily(abc.ABC):
             ValueError: a required key is missing, or a setting that would change the
                 numbers is not supported.
         """
-        config = {**self.defaults, **raw}
-        self._refuse(config)
-        heads = _integer(config, "num_attention_heads")
-        hidden = _integer(config, "hidden_size")
-        if config.get("head_dim") is None and hidden % heads:
+        config = Settings(raw, self.defaults)
+        self._refuse(config.values)
+        heads = config.get("num_attention_heads", Positive)
+        hidden = config.get("hidden_size", Positive)
+        vocab = config.get("vocab_size", Positive)
+        if "head_dim" not in config and hidden % heads:
             raise ValueError(
                 f"`num_attention_heads` must divide `hidden_size` where `head_dim` is "
                 f"not given; got {heads} and {hidden}."
             )
-        head_dim = config.get("head_dim") or hidden // heads
+        head_dim = config.get("head_dim", Positive, hidden // heads)
         fields = {
             "family": self.model_type,
-            "vocab_size": _integer(config, "vocab_size"),
+            "vocab_size": vocab,
             "hidden_size": hidden,
-            "intermediate_size": _integer(config, "intermediate_size"),
-            "num_layers": _integer(config, "num_hidden_layers"),
+            "intermediate_size": config.get("intermediate_size", Positive),
+            "num_layers": config.get("num_hidden_layers", Layers),
             "num_heads": heads,
-            "num_kv_heads": config.get("num_key_value_heads") or heads,
+            "num_kv_heads": config.get("num_key_value_heads", Positive, heads),
             "head_dim": head_dim,
-            "max_positions": config.get("max_position_embeddings") or 2048,
-            "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-            "activation": read_activation(config.get("hidden_act", "silu")),
-            "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-            "init_std": float(config.get("initializer_range", 0.02)),
-            "bos_token": config.get("bos_token_id"),
-            "pad_token": config.get("pad_token_id"),
-            "eos_tokens": _tokens(config.get("eos_token_id")),
+            "max_positions": config.get("max_position_embeddings", Positive, 2048),
+            "norm_eps": config.get("rms_norm_eps", Epsilon, 1e-6),
+            "activation": read_activation(config, "hidden_act", "silu"),
+            "tie_embeddings": config.get("tie_word_embeddings", bool, False),
+            "init_std": config.get("initializer_range", Amount, 0.02),
+            "bos_token": _first(special_tokens(config, "bos_token_id", vocab)),
+            "pad_token": _first(special_tokens(config, "pad_token_id", vocab)),
+            "eos_tokens": special_tokens(config, "eos_token_id", vocab),
         }
-        if config.get(EVICTOR) is not None:
-            fields["evictor"] = decode(config[EVICTOR], Evictor)
-        if config.get(PROJECTION) is not None:
-            fields["projection"] = decode(config[PROJECTION], Projection)
-        if config.get(HEAD_GATES) is not None:
-            fields["head_gates"] = read_gates(config[HEAD_GATES])
+        for key, name, cls in OWN:
+            if key in config:
+                fields[name] = decode(config.values[key], cls, where=key)
+        fields["head_gates"] = config.get(HEAD_GATES, HeadGates, ())
         fields |= self.read_ropes(config, head_dim)
         return DecoderConfig(**(fields | self.extras(config)))
 
-    def read_ropes(self, config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    def read_ropes(self, config: Settings, head_dim: int) -> dict[str, Any]:
         """`rope` (and `local_rope`) of a config."""
-        theta = float(config.get("rope_theta") or self.theta)
+        theta = config.get("rope_theta", PositiveReal, self.theta)
         settings = rope_settings(config)
         rope = read_rope(settings, config, head_dim=head_dim, theta=theta)
         if rope.width != head_dim and not self.partial_rotary:
@@ -232,10 +245,10 @@ class AbstractFamily(abc.ABC):
             if name not in self.reads and not _off(name, config.get(name))
         ]
         if active:
-            shown = {name: config[name] for name in active}
+            found = {name: config[name] for name in active}
             raise ValueError(
-                f"{self.model_type!r} does not support these settings: {shown}. They "
-                f"change the model's numbers; expected them absent or off."
+                f"{self.model_type!r} does not support these settings: {shown(found)}. "
+                f"They change the model's numbers; expected them absent or off."
             )
 
 
@@ -258,26 +271,32 @@ def norm(name: str, path: str) -> dict[str, Weight]:
     return {f"{name}.weight": Weight(paths=(f"{path}.weight",))}
 
 
-def _integer(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"`config.json` needs `{name}` as a positive integer; got {value!r}."
+def read_activation(config: Settings, name: str, default: str) -> str:
+    """Our name of the activation that a setting names."""
+    known = Annotated[str, OneOf(*_ACTIVATIONS)]
+    return _ACTIVATIONS[config.get(name, known, default)]
+
+
+def special_tokens(config: Settings, name: str, vocab_size: int) -> tuple[int, ...]:
+    """The ids of a setting (one or a list) that are tokens of the model.
+
+    Published checkpoints name ids that their vocabulary does not have, -1 for none;
+    these are left out, which is said.
+    """
+    value = config.values.get(name)
+    many = isinstance(value, list | tuple)
+    ids = config.get(name, tuple[int, ...] if many else int, ())
+    ids = ids if isinstance(ids, tuple) else (ids,)
+    known = tuple(token for token in ids if 0 <= token < vocab_size)
+    if known != ids and ids != (-1,):
+        LOG.warning(
+            "`%s` is %s: ids outside of the vocabulary of %d are left out.",
+            name,
+            shown(value),
+            vocab_size,
         )
-    return value
+    return known
 
 
-def read_activation(name: Any) -> str:
-    """Our name of an activation."""
-    if name not in _ACTIVATIONS:
-        raise ValueError(
-            f"Activation {name!r} is not supported; expected one of "
-            f"{sorted(_ACTIVATIONS)}.{nearest(str(name), _ACTIVATIONS)}"
-        )
-    return _ACTIVATIONS[name]
-
-
-def _tokens(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+def _first(tokens: tuple[int, ...]) -> int | None:
+    return tokens[0] if tokens else None

@@ -1,13 +1,14 @@
 """Gemma 3 text: alternating windows with their own RoPE, four norms, q/k norm."""
 
 import math
-from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, final
 
-from kvjax.models.config import DecoderConfig
+from kvjax.fields import Positive, PositiveReal
+from kvjax.models.config import DecoderConfig, Layers
 from kvjax.models.families.base import ACTIVATION_NAMES, AbstractFamily, read_activation
 from kvjax.models.families.rotary import read_rope, rope_settings
+from kvjax.models.families.settings import Settings
 from kvjax.models.families.windows import (
     FULL,
     SLIDING,
@@ -43,35 +44,37 @@ class Gemma3(AbstractFamily):
     theta = 1_000_000.0
     local_theta = 10_000.0
 
-    def extras(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def extras(self, config: Settings) -> dict[str, Any]:
         """Norms, scales, caps and the window pattern."""
-        bias = bool(config.get("attention_bias", False))
-        layers = range(config["num_hidden_layers"])
-        every = config.get("sliding_window_pattern") or 6
+        bias = config.get("attention_bias", bool, False)
+        layers = range(config.get("num_hidden_layers", Layers))
+        every = config.get("sliding_window_pattern", Positive, 6)
         rule = [FULL if (index + 1) % every == 0 else SLIDING for index in layers]
-        types, window = config.get("layer_types"), config.get("sliding_window")
-        name = config.get("hidden_activation") or "gelu_pytorch_tanh"
+        window = config.get("sliding_window", Positive, None)
+        scalar = config.get("query_pre_attn_scalar", PositiveReal)
         return {
-            "activation": read_activation(name),
-            "attention_scale": float(config["query_pre_attn_scalar"]) ** -0.5,
-            "embedding_scale": math.sqrt(config["hidden_size"]),
-            "final_softcap": config.get("final_logit_softcapping"),
+            "activation": read_activation(
+                config, "hidden_activation", "gelu_pytorch_tanh"
+            ),
+            "attention_scale": scalar**-0.5,
+            "embedding_scale": math.sqrt(config.get("hidden_size", Positive)),
+            "final_softcap": config.get("final_logit_softcapping", PositiveReal, None),
             "norm_offset": True,
             "o_bias": bias,
             "post_norms": True,
             "qk_norm": True,
             "qkv_bias": bias,
-            "windows": read_layer_types(types, rule, window),
+            "windows": read_layer_types(config, rule, window),
         }
 
-    def read_ropes(self, config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    def read_ropes(self, config: Settings, head_dim: int) -> dict[str, Any]:
         """Full layers take the scaling; sliding layers have a base of their own."""
         settings = rope_settings(config)
-        nested = {SLIDING, FULL} & set(settings)
-        wide = (settings.get(FULL) or {}) if nested else settings
-        local = (settings.get(SLIDING) or {}) if nested else {}
-        theta = float(config.get("rope_theta") or self.theta)
-        near = float(config.get("rope_local_base_freq") or self.local_theta)
+        nested = SLIDING in settings or FULL in settings
+        wide = settings.inside(FULL) if nested else settings
+        local = settings.inside(SLIDING) if nested else Settings({})
+        theta = config.get("rope_theta", PositiveReal, self.theta)
+        near = config.get("rope_local_base_freq", PositiveReal, self.local_theta)
         return {
             "rope": read_rope(wide, config, head_dim=head_dim, theta=theta),
             "local_rope": read_rope(local, config, head_dim=head_dim, theta=near),

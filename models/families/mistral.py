@@ -1,12 +1,12 @@
 """Mistral: Llama with a sliding window on every layer."""
 
-from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, final
 
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families.base import AbstractFamily
-from kvjax.models.families.windows import one_window
+from kvjax.models.families.settings import Settings
+from kvjax.models.families.windows import one_window, same_window
 
 
 @final
@@ -25,23 +25,18 @@ class Mistral(AbstractFamily):
         }
     )
 
-    def extras(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def extras(self, config: Settings) -> dict[str, Any]:
         """`sliding_window` (null: none) holds for all layers."""
-        kinds = set(config.get("layer_types") or ())
+        kinds = set(config.get("layer_types", tuple[str, ...], ()))
         if len(kinds) > 1:
             raise ValueError(
                 f"'mistral' has one window for all layers; got `layer_types` {kinds}. "
                 f"Alternating layers are another architecture."
             )
-        window = config.get("sliding_window")
-        return {"windows": () if window is None else (window,) * _layers(config)}
+        return {"windows": same_window(config)}
 
     def write_extras(self, config: DecoderConfig) -> dict[str, Any]:
         """Inverse of `extras`."""
         if None in config.windows:
             raise ValueError("'mistral' needs the same window on every layer.")
         return {"sliding_window": one_window(config)}
-
-
-def _layers(config: Mapping[str, Any]) -> int:
-    return config["num_hidden_layers"]

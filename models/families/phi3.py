@@ -1,13 +1,14 @@
 """Phi-3 and Phi-4-mini: fused projections in the checkpoint, partial rotation."""
 
-from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, final
 
+from kvjax.fields import Positive
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families.base import AbstractFamily, Weight, linear
 from kvjax.models.families.rotary import write_rope
-from kvjax.models.families.windows import one_window
+from kvjax.models.families.settings import Settings
+from kvjax.models.families.windows import one_window, same_window
 
 
 @final
@@ -27,19 +28,19 @@ class Phi3(AbstractFamily):
         }
     )
 
-    def extras(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def extras(self, config: Settings) -> dict[str, Any]:
         """`sliding_window` (null: none) holds for all layers."""
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        if config.get("head_dim") not in (None, hidden // heads):
+        hidden = config.get("hidden_size", Positive)
+        own = hidden // config.get("num_attention_heads", Positive)
+        given = config.get("head_dim", Positive, own)
+        if given != own:
             raise ValueError(
-                f"'phi3' has head_dim = hidden_size / num_attention_heads = "
-                f"{hidden // heads}; got {config['head_dim']}."
+                f"'phi3' has head_dim = hidden_size / num_attention_heads = {own}; got "
+                f"{given}."
             )
-        window = config.get("sliding_window")
-        layers = config["num_hidden_layers"]
-        return {"windows": () if window is None else (window,) * layers}
+        return {"windows": same_window(config)}
 
-    def read_ropes(self, config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    def read_ropes(self, config: Settings, head_dim: int) -> dict[str, Any]:
         """Only unscaled RoPE: the architecture reads "yarn" as longrope."""
         ropes = super().read_ropes(config, head_dim)
         _check_rope(ropes["rope"].kind)

@@ -1,11 +1,12 @@
 """Qwen 2 and 2.5: biases on q, k, v; windows on the upper layers where switched on."""
 
-from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, final
 
-from kvjax.models.config import DecoderConfig
+from kvjax.fields import Count, Positive
+from kvjax.models.config import DecoderConfig, Layers
 from kvjax.models.families.base import AbstractFamily
+from kvjax.models.families.settings import Settings
 from kvjax.models.families.windows import (
     FULL,
     SLIDING,
@@ -25,7 +26,7 @@ class Qwen2(AbstractFamily):
         {"sliding_window": 4096, "max_position_embeddings": 32_768}
     )
 
-    def extras(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def extras(self, config: Settings) -> dict[str, Any]:
         """q, k and v always carry biases."""
         return {"qkv_bias": True, "windows": read_windows(config)}
 
@@ -34,13 +35,15 @@ class Qwen2(AbstractFamily):
         return write_windows(config)
 
 
-def read_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+def read_windows(config: Settings) -> tuple[int | None, ...]:
     """Windows of `use_sliding_window`, `max_window_layers` and `layer_types`."""
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    first = config.get("max_window_layers", 28)
-    layers = range(config["num_hidden_layers"])
+    window = config.get("sliding_window", Positive, None)
+    if not config.get("use_sliding_window", bool, False):
+        window = None
+    first = config.get("max_window_layers", Count, 28)
+    layers = range(config.get("num_hidden_layers", Layers))
     rule = [SLIDING if window and index >= first else FULL for index in layers]
-    return read_layer_types(config.get("layer_types"), rule, window)
+    return read_layer_types(config, rule, window)
 
 
 def write_windows(config: DecoderConfig) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Qwen 3: no q/k/v biases by default, RMSNorm on queries and keys."""
 
-from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, final
 
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families.base import AbstractFamily
 from kvjax.models.families.qwen2 import read_windows, write_windows
+from kvjax.models.families.settings import Settings
 
 
 @final
@@ -23,9 +23,9 @@ class Qwen3(AbstractFamily):
         }
     )
 
-    def extras(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def extras(self, config: Settings) -> dict[str, Any]:
         """`attention_bias` sets the biases of all four projections."""
-        bias = bool(config.get("attention_bias", False))
+        bias = config.get("attention_bias", bool, False)
         windows = read_windows(config)
         return {"qk_norm": True, "qkv_bias": bias, "o_bias": bias, "windows": windows}
 

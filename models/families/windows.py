@@ -1,20 +1,29 @@
 """Layers with a sliding window, as `layer_types` and `sliding_window` say them."""
 
-from kvjax.messages import nearest
-from kvjax.models.config import DecoderConfig
+from kvjax.fields import Positive
+from kvjax.messages import nearest, shown
+from kvjax.models.config import DecoderConfig, Layers
+from kvjax.models.families.settings import Settings
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
+def same_window(config: Settings) -> tuple[int | None, ...]:
+    """`windows` of layers that all have `sliding_window`; null: none."""
+    window = config.get("sliding_window", Positive, None)
+    layers = config.get("num_hidden_layers", Layers)
+    return () if window is None else (window,) * layers
+
+
 def read_layer_types(
-    types: list[str] | None, default: list[str], window: int | None
+    config: Settings, default: list[str], window: int | None
 ) -> tuple[int | None, ...]:
     """`windows` from `layer_types`, or from the family's rule where they are absent."""
-    types = default if types is None else types
+    types = config.get("layer_types", tuple[str, ...], tuple(default))
     unknown = sorted(set(types) - {FULL, SLIDING})
     if unknown:
         raise ValueError(
-            f"Layer types {unknown} are not supported; expected {FULL!r} or "
+            f"Layer types {shown(unknown)} are not supported; expected {FULL!r} or "
             f"{SLIDING!r}.{nearest(unknown[0], (FULL, SLIDING))}"
         )
     if SLIDING in types and window is None:

@@ -27,25 +27,25 @@ LOW_RANK = {"type": "low_rank", "keep": 0.5}
         (
             "snapkv",
             {"evict.score.window": "wide"},
-            "`evict.score.window` must be an integer >= 1",
+            "score.window` must be an integer >= 1",
         ),
         (
             "snapkv",
             {"evict.score.window": 0},
-            "`evict.score.window` must be an integer >= 1",
+            "score.window` must be an integer >= 1",
         ),
         ("snapkv", {"evict.budget.keep": 0.0}, "must be a number in \\(0, 1\\]"),
         ("snapkv", {"evict.budget.keep": 1.01}, "keep = 1 - ratio"),
         (
             "snapkv",
             {"evict.budget.slots": 0},
-            "`evict.budget.slots` must be an integer >= 1",
+            "budget.slots` must be an integer >= 1",
         ),
         ("snapkv", {"schedule": "every_token"}, "Did you mean 'every_tokens'"),
         (
             "kivi_2bit",
             {"store.keys.bits": 3},
-            "`store.keys.bits` must be one of \\[1, 2, 4, 8\\]",
+            "keys.bits` must be one of \\[1, 2, 4, 8\\]",
         ),
         ("int8", {"store.keys.bits": 1}, "needs a bit for the sign"),
         ("kivi_2bit", {"store.residual": 40}, "multiple of the keys codec's group"),
@@ -57,7 +57,7 @@ LOW_RANK = {"type": "low_rank", "keep": 0.5}
         (
             "duo",
             {"evict.budget.others": 0},
-            "`evict.budget.others` must be an integer >= 1",
+            "budget.others` must be an integer >= 1",
         ),
         ("duo", {"evict.unit": "chunk"}, "Use single tokens"),
         ("duo", {"schedule": "every_tokens"}, "head-wise budgets"),

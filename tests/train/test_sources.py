@@ -141,7 +141,7 @@ def test_a_hub_id_goes_to_the_library(monkeypatch):
         ({"dataset": "x/y", "prompt": "p"}, "`prompt` and `answer`.*'prompt': 'p'"),
         (
             {"dataset": "x/y", "text": "t", "buffer": 0},
-            "buffer` must be an integer >= 1",
+            "buffer` must be an integer",
         ),
     ],
 )
