@@ -14,7 +14,7 @@ from kvjax.models.io import load
 from kvjax.train.data import Mixture
 from kvjax.train.objectives.objective import make_objective
 from kvjax.train.recipe import DMSConfig, LoRAConfig, ObjectiveConfig, OptimizerConfig
-from kvjax.train.run import run
+from kvjax.train.run import run, runner
 from kvjax.train.run.lora import merged, with_lora
 from kvjax.train.run.model import weights_of
 from kvjax.train.run.optimizer import make_optimizer
@@ -29,6 +29,8 @@ from tests.train.small import (
     predictions,
     recipe,
 )
+
+_MLP = ("gate", "up", "down")
 
 
 def test_only_what_is_named_is_trained(tmp_path):
@@ -47,28 +49,55 @@ def test_only_what_is_named_is_trained(tmp_path):
         weights_of(recipe(trainable=("layers.attention.kk.kernel",)))
 
 
-def test_lora_starts_as_the_model_and_merges_into_it(tmp_path):
+def test_lora_starts_as_the_model_and_merges_into_it(tmp_path, monkeypatch):
+    """Beside biases, too. A run whose export failed exports when it is run again."""
+    shape = dataclasses.replace(SHAPE, family="qwen2", qkv_bias=True)
     lora = LoRAConfig(rank=4, modules=("q", "v", "down"))
     config = recipe(lora=lora, objective=ObjectiveConfig(distill=1.0), log_every=1)
+    config = dataclasses.replace(config, model=shape)
     weights, params = weights_of(config)
     assert len(params) == 2 * 3
     assert {len(x) for x in params.values()} == {SHAPE.num_layers}
     assert not weights.guide, "the teacher has no weights of its own"
     batch = a_batch()
     start = predictions(weights.joined(params, weights.fixed), batch)
-    np.testing.assert_array_equal(start, predictions(model_of(), batch))
+    np.testing.assert_array_equal(start, predictions(model_of(shape), batch))
     noise = np.random.default_rng(0)
     moved = {k: x + noise.normal(size=x.shape) * 0.1 for k, x in params.items()}
     moved = {k: jnp.asarray(x, jnp.float32) for k, x in moved.items()}
     tuned = weights.joined(moved, weights.fixed)
     found, plain = predictions(tuned, batch), merged(tuned)
-    assert set(params_of(plain)) == set(params_of(model_of()))
+    assert set(params_of(plain)) == set(params_of(model_of(shape)))
     np.testing.assert_allclose(predictions(plain, batch), found, atol=1e-4)
     assert float(jnp.abs(found - start).max()) > 1e-2
-    run(config, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.delattr(runner, "merged")
+        with pytest.raises(NameError, match="merged"):
+            run(config, tmp_path)
+    assert not (tmp_path / "model").exists()
+    assert int(run(config, tmp_path).step) == STAGES[0].steps
     load(tmp_path / "model", "float32", tokenizer=False)
     with pytest.raises(ValueError, match="'gates'.*Did you mean 'gate'"):
         with_lora(model_of(), LoRAConfig(modules=("gates",)))
+
+
+def test_lora_beside_every_bias_is_the_merged_model():
+    biased = dataclasses.replace(SHAPE, qkv_bias=True, o_bias=True, mlp_bias=True)
+    model = model_of(biased)
+    noise = np.random.default_rng(0)
+    for owner, names in ((model.layers.attention, "qkvo"), (model.layers.mlp, _MLP)):
+        for name in names:
+            bias = getattr(owner, name).bias
+            bias[...] = jnp.asarray(noise.normal(size=bias.shape), jnp.float32)
+    every = LoRAConfig(rank=2, modules=(*"qkvo", *_MLP))
+    tuned = with_lora(model, every)
+    for owner, names in ((tuned.layers.attention, "qkvo"), (tuned.layers.mlp, _MLP)):
+        for name in names:
+            up = getattr(owner, name).lora_b
+            up[...] = jnp.asarray(noise.normal(size=up.shape) * 0.1, jnp.float32)
+    found, plain = predictions(tuned, a_batch()), merged(tuned)
+    assert set(params_of(plain)) == set(params_of(model))
+    np.testing.assert_allclose(predictions(plain, a_batch()), found, atol=1e-4)
 
 
 def test_a_teacher_keeps_the_channels_that_a_neuron_borrows():

@@ -75,7 +75,8 @@ def merged(model: Decoder) -> Decoder:
 
 
 def _plain(linear: LoRALinear) -> Linear:
-    dtype = linear.kernel.dtype
-    made = Linear(1, 1, bias=False, std=0.0, dtype=dtype, rngs=nnx.Rngs(0))
+    # NNX fixes at birth whether an attribute holds arrays: with a bias, it needs one.
+    own, dtype = linear.bias is not None, linear.kernel.dtype
+    made = Linear(1, 1, bias=own, std=0.0, dtype=dtype, rngs=nnx.Rngs(0))
     made.kernel, made.bias = nnx.Param(linear.matrix), linear.bias
     return made
