@@ -18,8 +18,9 @@ from kvjax.models.config import (
     Layers,
     Projection,
 )
-from kvjax.models.families.rotary import read_rope, rope_settings, write_rope
+from kvjax.models.families.rotary import reach, read_rope, rope_settings, write_rope
 from kvjax.models.families.settings import Settings
+from kvjax.rope import Rope
 
 LOG = logging.getLogger("kvjax.models")
 
@@ -101,6 +102,8 @@ class AbstractFamily(abc.ABC):
     """Keys of `_REFUSED` that this family understands."""
     theta: ClassVar[float] = 10_000.0
     partial_rotary: ClassVar[bool] = False
+    linear_extends: ClassVar[bool] = True
+    """Its configs with `linear` RoPE keep the range from before; False: the new one."""
 
     @abc.abstractmethod
     def extras(self, config: Settings) -> dict[str, Any]:
@@ -154,7 +157,7 @@ class AbstractFamily(abc.ABC):
         return DecoderConfig(**(fields | self.extras(config)))
 
     def read_ropes(self, config: Settings, head_dim: int) -> dict[str, Any]:
-        """`rope` (and `local_rope`) of a config."""
+        """`rope` (and `local_rope`) of a config, and `max_positions` under scaling."""
         theta = config.get("rope_theta", PositiveReal, self.theta)
         settings = rope_settings(config)
         rope = read_rope(settings, config, head_dim=head_dim, theta=theta)
@@ -163,11 +166,21 @@ class AbstractFamily(abc.ABC):
                 f"{self.model_type!r} rotates all channels; got partial rotation of "
                 f"{rope.width} in head_dim={head_dim}."
             )
-        return {"rope": rope}
+        return {"rope": rope} | self.read_reach(rope, settings, config)
+
+    def read_reach(
+        self, rope: Rope, settings: Settings, config: Settings
+    ) -> dict[str, int]:
+        """`max_positions`, where the config says enough."""
+        limit = config.get("max_position_embeddings", Positive, 2048)
+        extends = self.linear_extends
+        return {"max_positions": reach(rope, settings, limit, extends=extends)}
 
     def write(self, config: DecoderConfig, dtype: str) -> dict[str, Any]:
         """`config.json` that transformers 4 and 5 load."""
-        theta, scaling, _ = write_rope(config.rope)
+        theta, scaling, limit = write_rope(
+            config.rope, config.max_positions, extends=self.linear_extends
+        )
         eos = list(config.eos_tokens)
         out = {
             "architectures": [self.architecture],
@@ -179,7 +192,7 @@ class AbstractFamily(abc.ABC):
             "num_attention_heads": config.num_heads,
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
-            "max_position_embeddings": config.max_positions,
+            "max_position_embeddings": limit,
             "rms_norm_eps": config.norm_eps,
             "hidden_act": ACTIVATION_NAMES[config.activation],
             "tie_word_embeddings": config.tie_embeddings,

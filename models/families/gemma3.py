@@ -43,6 +43,7 @@ class Gemma3(AbstractFamily):
     reads = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
     theta = 1_000_000.0
     local_theta = 10_000.0
+    linear_extends = False
 
     def extras(self, config: Settings) -> dict[str, Any]:
         """Norms, scales, caps and the window pattern."""
@@ -75,10 +76,12 @@ class Gemma3(AbstractFamily):
         local = settings.inside(SLIDING) if nested else Settings({})
         theta = config.get("rope_theta", PositiveReal, self.theta)
         near = config.get("rope_local_base_freq", PositiveReal, self.local_theta)
-        return {
-            "rope": read_rope(wide, config, head_dim=head_dim, theta=theta),
+        rope = read_rope(wide, config, head_dim=head_dim, theta=theta)
+        found = {
+            "rope": rope,
             "local_rope": read_rope(local, config, head_dim=head_dim, theta=near),
         }
+        return found | self.read_reach(rope, wide, config)
 
     def write_extras(self, config: DecoderConfig) -> dict[str, Any]:
         """Inverse of `extras` and `read_ropes`."""

@@ -1,19 +1,19 @@
 """Phi-3 and Phi-4-mini: fused projections in the checkpoint, partial rotation."""
 
 from types import MappingProxyType
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 from kvjax.fields import Positive
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families.base import AbstractFamily, Weight, linear
-from kvjax.models.families.rotary import write_rope
+from kvjax.models.families.rotary import partial_factor, rope_kind, rope_settings
 from kvjax.models.families.settings import Settings
 from kvjax.models.families.windows import one_window, same_window
 
 
 @final
 class Phi3(AbstractFamily):
-    """`Phi3ForCausalLM`; its long-context variants use longrope, which is refused."""
+    """`Phi3ForCausalLM`; its long-context variants use longrope."""
 
     model_type = "phi3"
     architecture = "Phi3ForCausalLM"
@@ -25,6 +25,7 @@ class Phi3(AbstractFamily):
             "pad_token_id": 32_000,
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
         }
     )
 
@@ -41,21 +42,28 @@ class Phi3(AbstractFamily):
         return {"windows": same_window(config)}
 
     def read_ropes(self, config: Settings, head_dim: int) -> dict[str, Any]:
-        """Only unscaled RoPE: the architecture reads "yarn" as longrope."""
-        ropes = super().read_ropes(config, head_dim)
-        _check_rope(ropes["rope"].kind)
-        return ropes
+        """Old files say "su" or "yarn" where this architecture has longrope."""
+        settings = rope_settings(config)
+        kind = rope_kind(settings)
+        if kind in ("su", "yarn") and "short_factor" in settings:
+            renamed = {k: v for k, v in settings.values.items() if k != "type"}
+            renamed["rope_type"] = "longrope"
+            config = Settings({**config.values, "rope_scaling": renamed})
+        elif kind not in ("default", "longrope"):
+            _refuse(kind)
+        return super().read_ropes(config, head_dim)
 
     def write_extras(self, config: DecoderConfig) -> dict[str, Any]:
         """Inverse of `extras`."""
         if None in config.windows:
             raise ValueError("'phi3' needs the same window on every layer.")
-        _check_rope(config.rope.kind)
-        _, _, partial = write_rope(config.rope)
+        if config.rope.kind not in ("default", "longrope"):
+            _refuse(config.rope.kind)
+        trained = config.rope.original_max_positions or config.max_positions
         return {
             "sliding_window": one_window(config),
-            "partial_rotary_factor": partial,
-            "original_max_position_embeddings": config.max_positions,
+            "partial_rotary_factor": partial_factor(config.rope),
+            "original_max_position_embeddings": trained,
         }
 
     def layer_weights(self, config: DecoderConfig) -> dict[str, Weight]:
@@ -70,9 +78,8 @@ class Phi3(AbstractFamily):
         return out | linear("mlp.gate_up_proj", "mlp.gate", "mlp.up", bias=False)
 
 
-def _check_rope(kind: str) -> None:
-    if kind != "default":
-        raise ValueError(
-            f"RoPE scaling {kind!r} is not supported for 'phi3'; expected 'default' "
-            f"(the short-context checkpoints)."
-        )
+def _refuse(kind: str) -> NoReturn:
+    raise ValueError(
+        f"RoPE scaling {kind!r:.40} is not supported for 'phi3'; expected 'longrope' "
+        f"or 'default'."
+    )

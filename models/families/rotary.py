@@ -5,27 +5,31 @@ Older checkpoints carry `rope_theta` and `rope_scaling`; transformers 5 writes o
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
-from kvjax.messages import nearest
+from kvjax.fields import Amount, Fraction, Positive, PositiveReal
+from kvjax.messages import nearest, shown
+from kvjax.models.families.settings import Settings
 from kvjax.rope import KINDS, Rope
 
-_COMMON = {"rope_theta", "partial_rotary_factor"}
+_PARTIAL = "partial_rotary_factor"
+_OLD_RANGE = "original_max_position_embeddings"
+_COMMON = {"rope_theta", _PARTIAL}
 _KEYS = {
     "default": _COMMON,
-    "linear": _COMMON | {"factor"},
+    "linear": _COMMON | {"factor", _OLD_RANGE},
+    "dynamic": _COMMON | {"factor", _OLD_RANGE},
     "llama3": _COMMON
     | {
         "factor",
         "low_freq_factor",
         "high_freq_factor",
-        "original_max_position_embeddings",
+        _OLD_RANGE,
     },
     "yarn": _COMMON
     | {
         "factor",
-        "original_max_position_embeddings",
+        _OLD_RANGE,
         "attention_factor",
         "beta_fast",
         "beta_slow",
@@ -33,20 +37,31 @@ _KEYS = {
         "mscale",
         "mscale_all_dim",
     },
+    "longrope": _COMMON
+    | {
+        "factor",
+        _OLD_RANGE,
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    },
 }
 
 
-def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_settings(config: Settings) -> Settings:
     """The RoPE mapping of `config`, whichever spelling it uses; may be empty."""
-    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(found, Mapping):
-        raise ValueError(f"RoPE settings must be a mapping; got {found!r}.")
-    return dict(found)
+    old = config.values.get("rope_scaling")
+    return config.inside("rope_scaling" if old else "rope_parameters")
+
+
+def rope_kind(settings: Settings) -> str:
+    """The kind of scaling, by its newer name or its older one."""
+    return settings.get("rope_type", str, settings.get("type", str, "default"))
 
 
 def read_rope(
-    settings: Mapping[str, Any],
-    config: Mapping[str, Any],
+    settings: Settings,
+    config: Settings,
     *,
     head_dim: int,
     theta: float,
@@ -59,86 +74,138 @@ def read_rope(
         head_dim: `D`.
         theta: base where `settings` does not name one.
     """
-    kind = settings.get("rope_type", settings.get("type", "default")) or "default"
+    kind = rope_kind(settings)
     if kind not in KINDS:
         raise ValueError(
-            f"RoPE scaling {kind!r} is not supported; expected one of {list(KINDS)}."
-            f"{nearest(str(kind), KINDS)}"
+            f"RoPE scaling {shown(kind)} is not supported; expected one of "
+            f"{list(KINDS)}.{nearest(kind, KINDS)}"
         )
     # Old files keep inert leftovers beside type "default"; a scaled kind is strict.
-    unknown = set(settings) - _KEYS[kind] - {"rope_type", "type"}
+    unknown = set(settings.values) - _KEYS[kind] - {"rope_type", "type"}
     if unknown and (kind != "default" or unknown & {"mrope_section", "factor"}):
         raise ValueError(
-            f"RoPE scaling {kind!r} does not support {sorted(unknown)}; expected "
-            f"{sorted(_KEYS[kind])}."
+            f"RoPE scaling {kind!r} does not support {shown(sorted(unknown))}; "
+            f"expected {sorted(_KEYS[kind])}."
         )
-    partial = settings.get("partial_rotary_factor")
-    if partial is None:
-        partial = config.get("partial_rotary_factor")
+    share = settings.get(_PARTIAL, Fraction, config.get(_PARTIAL, Fraction, 1.0))
     return Rope(
         head_dim=head_dim,
-        theta=float(settings.get("rope_theta") or theta),
-        rotary_dim=None if partial in (None, 1, 1.0) else int(head_dim * partial),
+        theta=settings.get("rope_theta", PositiveReal, theta),
+        rotary_dim=None if share == 1 else int(head_dim * share),
         kind=kind,
         **_scaling(kind, settings, config),
     )
 
 
-def _scaling(
-    kind: str, settings: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, Any]:
+def reach(rope: Rope, settings: Settings, limit: int, *, extends: bool = True) -> int:
+    """Positions that a model is for: `max_position_embeddings`, or what scaling adds.
+
+    Args:
+        rope: of the layers that see all positions.
+        settings: flat RoPE mapping that it was read from.
+        limit: `max_position_embeddings`.
+        extends: see `AbstractFamily.linear_extends`.
+    """
+    trained = rope.original_max_positions or _trained(settings, Settings({}))
+    return _reach(rope.kind, rope.factor, trained, limit, extends)
+
+
+def _reach(
+    kind: str, factor: float, trained: int | None, limit: int, extends: bool = True
+) -> int:
+    """`linear` and `dynamic` are by convention added to a config that keeps its range.
+
+    So is YaRN by the documentation of Qwen, with the trained range beside it; where
+    `llama3` finds the range as trained, it was added, too. vLLM reads them so.
+    """
+    if kind in ("default", "longrope") or (kind == "linear" and not extends):
+        return limit
+    if trained and limit > trained and kind != "yarn":
+        return limit
+    return max(limit, int(factor * (trained or limit)))
+
+
+def _trained(settings: Settings, config: Settings) -> int | None:
+    return config.get(_OLD_RANGE, Positive, settings.get(_OLD_RANGE, Positive, None))
+
+
+def _scaling(kind: str, settings: Settings, config: Settings) -> dict[str, Any]:
     if kind == "default":
         return {}
-    limit = config.get("max_position_embeddings")
-    trained = (
-        config.get("original_max_position_embeddings")
-        or settings.get("original_max_position_embeddings")
-        or limit
-    )
-    factor = settings.get("factor")
-    if factor is None and kind == "yarn" and limit and trained:
+    limit = config.get("max_position_embeddings", Positive, None)
+    given = _trained(settings, config)
+    trained = given or limit
+    if kind != "linear" and not trained:
+        raise ValueError(
+            f"RoPE scaling {kind!r} needs `{_OLD_RANGE}` or "
+            f"`max_position_embeddings`; got neither."
+        )
+    factor = settings.get("factor", PositiveReal, None)
+    if factor is None and kind in ("yarn", "longrope") and limit and trained:
         factor = limit / trained
     if factor is None:
-        raise ValueError(f"RoPE scaling {kind!r} needs `factor`; got {dict(settings)}.")
-    out: dict[str, Any] = {"factor": float(factor)}
-    if kind in ("llama3", "yarn"):
-        out["original_max_positions"] = int(trained) if trained else None
+        raise ValueError(
+            f"RoPE scaling {kind!r} needs `factor`; got "
+            f"{shown(sorted(settings.values))}."
+        )
+    out: dict[str, Any] = {"factor": factor}
+    if kind != "linear":
+        out["original_max_positions"] = trained
     if kind == "llama3":
         for name in ("low_freq_factor", "high_freq_factor"):
-            if name not in settings:
-                raise ValueError(f"RoPE scaling 'llama3' needs `{name}`.")
-            out[name] = float(settings[name])
+            out[name] = settings.get(name, PositiveReal)
     if kind == "yarn":
-        out["beta_fast"] = float(settings.get("beta_fast") or 32)
-        out["beta_slow"] = float(settings.get("beta_slow") or 1)
-        out["truncate"] = bool(settings.get("truncate", True))
-        out["attention_factor"] = _attention_factor(settings, out)
+        out["beta_fast"] = settings.get("beta_fast", PositiveReal, 32.0)
+        out["beta_slow"] = settings.get("beta_slow", PositiveReal, 1.0)
+        out["truncate"] = settings.get("truncate", bool, True)
+        out["attention_factor"] = _attention_factor(settings, factor)
+    if kind == "longrope":
+        out["attention_factor"] = settings.get("attention_factor", PositiveReal, None)
+        for name in ("short_factor", "long_factor"):
+            out[name] = settings.get(name, tuple[PositiveReal, ...])
+    if kind in ("dynamic", "longrope"):
+        out["reach"] = _reach(kind, factor, given, limit or trained or 0)
     return out
 
 
-def _attention_factor(
-    settings: Mapping[str, Any], fields: Mapping[str, Any]
-) -> float | None:
+def _attention_factor(settings: Settings, factor: float) -> float | None:
     """`mscale` and `mscale_all_dim` are another way to write `attention_factor`."""
-    given = settings.get("attention_factor")
-    top, bottom = settings.get("mscale"), settings.get("mscale_all_dim")
+    given = settings.get("attention_factor", PositiveReal, None)
+    top = settings.get("mscale", Amount, None)
+    bottom = settings.get("mscale_all_dim", Amount, None)
     if given is not None or not (top and bottom):
         return given
 
-    log_factor = 0.1 * math.log(max(fields["factor"], 1.0))
+    log_factor = 0.1 * math.log(max(factor, 1.0))
     return (log_factor * top + 1.0) / (log_factor * bottom + 1.0)
 
 
-def write_rope(rope: Rope) -> tuple[float, dict[str, Any] | None, float]:
-    """`(rope_theta, rope_scaling, partial_rotary_factor)` of `rope`."""
+def partial_factor(rope: Rope) -> float:
+    """`partial_rotary_factor` of `rope`."""
     partial = rope.width / rope.head_dim
     if int(rope.head_dim * partial) < rope.width:  # readers truncate
         partial = math.nextafter(partial, 1.0)
+    return partial
+
+
+def write_rope(
+    rope: Rope, positions: int, *, extends: bool = True
+) -> tuple[float, dict[str, Any] | None, int]:
+    """`(rope_theta, rope_scaling, max_position_embeddings)`, the inverse of reading.
+
+    Args:
+        rope: of the layers that see all positions.
+        positions: that the model is for.
+        extends: see `AbstractFamily.linear_extends`.
+    """
     if rope.kind == "default":
-        return rope.theta, None, partial
-    scaling: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
-    if rope.kind in ("llama3", "yarn"):
-        scaling["original_max_position_embeddings"] = rope.original_max_positions
+        return rope.theta, None, positions
+    # Phi-3's reader in transformers 4 knows `type` alone, and three keys.
+    key = "type" if rope.kind == "longrope" else "rope_type"
+    scaling: dict[str, Any] = {key: rope.kind, "factor": rope.factor}
+    trained = rope.original_max_positions
+    if trained is not None:
+        scaling[_OLD_RANGE] = trained
     if rope.kind == "llama3":
         scaling["low_freq_factor"] = rope.low_freq_factor
         scaling["high_freq_factor"] = rope.high_freq_factor
@@ -146,6 +213,26 @@ def write_rope(rope: Rope) -> tuple[float, dict[str, Any] | None, float]:
         scaling["beta_fast"] = rope.beta_fast
         scaling["beta_slow"] = rope.beta_slow
         scaling["truncate"] = rope.truncate
-        if rope.attention_factor is not None:
-            scaling["attention_factor"] = rope.attention_factor
-    return rope.theta, scaling, partial
+    if rope.kind in ("yarn", "longrope") and rope.attention_factor is not None:
+        scaling["attention_factor"] = rope.attention_factor
+    if rope.kind == "longrope":
+        scaling["short_factor"] = list(rope.short_factor)
+        scaling["long_factor"] = list(rope.long_factor)
+        if trained and rope.factor == positions / trained:
+            del scaling["factor"]
+    if rope.kind in ("linear", "dynamic"):
+        return rope.theta, *_old_range(rope, scaling, positions, extends)
+    return rope.theta, scaling, positions
+
+
+def _old_range(
+    rope: Rope, scaling: dict[str, Any], positions: int, extends: bool
+) -> tuple[dict[str, Any], int]:
+    """The range before scaling, as transformers wants it; the trained one otherwise."""
+    if rope.kind == "linear" and not extends:
+        return scaling, positions
+    scaling.pop(_OLD_RANGE, None)
+    old = rope.original_max_positions or math.ceil(positions / rope.factor)
+    if _reach(rope.kind, rope.factor, None, old) == positions:
+        return scaling, old
+    return scaling | {_OLD_RANGE: old}, positions

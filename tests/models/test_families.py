@@ -161,8 +161,8 @@ def test_qwen_windows(settings, windows):
     [
         ({"model_type": "lama"}, "lama.*Did you mean 'llama'"),
         ({"model_type": "mixtral"}, "mixtral.*expected.*mistral"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "longrope.*yarn"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "dynamic.*linear"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "`short_factor` as"),
+        ({"rope_scaling": {"type": "dynamics", "factor": 2}}, "Did you mean 'dynamic'"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "mrope"),
         ({"rope_scaling": {"type": "linear"}}, "needs `factor`"),
         ({"rope_scaling": {"type": "linear", "factor": 2, "beta": 1}}, "beta"),
