@@ -168,7 +168,7 @@ def _scalar(value: Any, kind: Any, where: str, bounds: Range | None) -> Any:
         return value
     hint = f" {bounds.hint}" if bounds and bounds.hint else ""
     name = _NAMES[kind]
-    if kind is float and _is_number(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and kind is float and not math.isfinite(value):
         name = "a finite number"
     raise ValueError(
         f"{quoted(where)} must be {name}{bounds or _wide(value)}; got "

@@ -118,6 +118,9 @@ class DecoderConfig(Checked):
         projection: the model's own bases of keys and values, or None.
         head_gates: `[L][K]` in [0, 1], how much each KV head needs the whole context
             (`LayerSpec.head_ranks` is their order); empty: unknown.
+        generation: the checkpoint's `generation_config.json`, without token ids, as
+            JSON. No part of what the decoder computes: configs that differ in it are
+            equal.
     """
 
     family: str = "llama"
@@ -152,6 +155,7 @@ class DecoderConfig(Checked):
     evictor: Evictor | None = None
     projection: Projection | None = None
     head_gates: HeadGates = ()
+    generation: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self):
         super().__post_init__()

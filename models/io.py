@@ -1,12 +1,15 @@
 """Hugging Face checkpoints in and out: `load` and `save`."""
 
+import contextlib
 import dataclasses
-import json
+import fcntl
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,17 +17,24 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from kvjax.files import read_json, write_json
 from kvjax.messages import nearest
 from kvjax.models import sharding
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.families import family, read_config
-from kvjax.models.shards import Shards, read_json
+from kvjax.models.shards import INDEX, Shards, placed
+from kvjax.models.stored_generation import FILE as GENERATION
+from kvjax.models.stored_generation import generation_settings, with_generation
 from kvjax.models.tokenizer import load_tokenizer, save_tokenizer
-from kvjax.models.weights import dotted, stream_parameters, write_weights
+from kvjax.models.weights import check_names, dotted, stream_parameters, write_weights
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+CONFIG = "config.json"
+SAVE = "kvjax_save"
+"""Number of a save, in `config.json` and in the metadata of its weights."""
+STAGING = ".saving-"
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -56,6 +66,9 @@ def load(
     kind = _dtype(dtype)
     directory = checkpoint_directory(path_or_hub_id)
     config = load_config(directory)
+    shards = Shards(directory)
+    check_save(directory, shards)
+    check_names(shards, config)  # before anything is built that follows the config
     # Tokenizer first: it is quick, and its absence should not cost a long load.
     words = load_tokenizer(directory) if tokenizer else None
     if mesh is not None:
@@ -65,25 +78,26 @@ def load(
     graphdef, state = nnx.split(abstract)
     flat = {dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
     shapes = {path: tuple(leaf.get_value().shape) for path, leaf in flat.items()}
-    for path, array in stream_parameters(
-        Shards(directory), config, shapes, kind, mesh, rules
-    ):
+    for path, array in stream_parameters(shards, config, shapes, kind, mesh, rules):
         flat[path].set_value(array)
     return nnx.merge(graphdef, state), words
 
 
 def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
-    """`DecoderConfig` of a checkpoint directory; weights are not touched."""
+    """`DecoderConfig` of a checkpoint directory; weights are not touched.
+
+    Raises:
+        ValueError: a file that cannot be read, or a setting that is missing, of
+            another type, out of range or not supported; names file and setting.
+    """
     folder = pathlib.Path(directory)
-    config = read_config(read_json(folder / "config.json"))
-    # Chat checkpoints keep their end-of-turn tokens here alone.
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        eos = read_json(generation).get("eos_token_id")
-        if eos is not None:
-            stop = tuple(eos) if isinstance(eos, list) else (eos,)
-            config = dataclasses.replace(config, eos_tokens=stop)
-    return config
+    path = folder / CONFIG
+    raw = read_json(path)
+    try:
+        config = read_config(raw)
+    except ValueError as wrong:
+        raise ValueError(f"{path}: {wrong}") from None
+    return with_generation(config, folder)
 
 
 def save(
@@ -91,11 +105,17 @@ def save(
 ) -> None:
     """A checkpoint directory that `load` and transformers read.
 
-    Written beside its destination first and moved when complete, so a full disk leaves
-    what was there before. Weights of an earlier save in `directory` are replaced.
+    All files are written beside their places and moved when they are complete, so a
+    full disk leaves what was there before. Weights are moved first and `config.json`
+    last; both carry the number of the save (`kvjax_save`), so that `load` refuses what
+    a kill between these moves leaves, half of one save and half of another. Of what is
+    in the directory, weights that an earlier save placed there are removed, and what
+    killed saves have left.
 
     Raises:
-        ValueError: `directory` is a file, or the family cannot store this config.
+        ValueError: `directory` is a file, the family cannot store this config, or
+            another save is writing there.
+        OSError: it cannot be written.
     """
     folder = pathlib.Path(directory)
     if folder.exists() and not folder.is_dir():
@@ -103,20 +123,92 @@ def save(
     settings = _storable(model.config, jnp.dtype(model.dtype).name)
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    staging = pathlib.Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        _write_json(staging / "config.json", settings)
-        _write_json(staging / "generation_config.json", _generation(model.config))
-        write_weights(model, staging)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, staging)
-        _move(staging, folder)
+        with _alone(folder) as staging:
+            number = secrets.token_hex(8)
+            write_json(staging / CONFIG, {**settings, SAVE: number})
+            write_json(staging / GENERATION, generation_settings(model.config))
+            write_weights(model, staging, {SAVE: number})
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, staging)
+            _move(staging, folder)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
         if created:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    staging.rmdir()
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder inside of `folder` for the files of the only save there."""
+    # Locked by the kernel, which lets go of a killed process's: no file stays behind.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is saving to {folder}. Wait for it, or save "
+                "elsewhere."
+            ) from None
+        for left in folder.glob(f"{STAGING}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        staging = pathlib.Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def _move(staging: pathlib.Path, folder: pathlib.Path) -> None:
+    """Everything to its place; see `save` for the order."""
+    old = placed(folder)
+    fresh = sorted(staging.iterdir(), key=lambda path: (_rank(path.name), path.name))
+    for path in fresh:
+        _on_disk(path)
+    names = {path.name for path in fresh}
+    weights = [path for path in fresh if _rank(path.name) == 0]
+    for path in weights:
+        os.replace(path, folder / path.name)
+    for path in old:
+        if path.name not in names:
+            path.unlink(missing_ok=True)
+    for path in fresh[len(weights) :]:
+        if path.is_dir():  # of further chat templates
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        os.replace(path, folder / path.name)
+
+
+def _rank(name: str) -> int:
+    """Weights and what names them, what goes with them, and the config."""
+    if name.endswith(".safetensors") or name == INDEX:
+        return 0
+    return 2 if name == CONFIG else 1
+
+
+def _on_disk(path: pathlib.Path) -> None:
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def check_save(directory: pathlib.Path, shards: Shards) -> None:
+    """Weights and config are of one save; those of others carry no number.
+
+    Raises:
+        ValueError: a save was killed between its files.
+    """
+    number = read_json(directory / CONFIG).get(SAVE)
+    for path in dict.fromkeys(shards.files.values()):
+        other = shards.metadata[path].get(SAVE)
+        if other is not None and other != number:
+            raise ValueError(
+                f"{path} and {directory / CONFIG} are of two saves: one was killed "
+                "while it replaced the other. Save the model there again (`kvjax "
+                "convert --overwrite`, or the command of the run that wrote it)."
+            )
 
 
 def _dtype(dtype: Any) -> np.dtype:
@@ -165,32 +257,9 @@ def _storable(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     lost = [
         field.name
         for field in dataclasses.fields(config)
-        if getattr(config, field.name) != getattr(again, field.name)
+        if field.compare and getattr(config, field.name) != getattr(again, field.name)
     ]
     if lost:
         shown = {name: getattr(config, name) for name in lost}
         raise ValueError(f"{config.family!r} checkpoints cannot store {shown}.")
     return settings
-
-
-def _generation(config: DecoderConfig) -> dict[str, Any]:
-    eos: Any = list(config.eos_tokens)
-    tokens = {
-        "bos_token_id": config.bos_token,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "pad_token_id": config.pad_token,
-    }
-    return {key: value for key, value in tokens.items() if value is not None}
-
-
-def _move(staging: pathlib.Path, folder: pathlib.Path) -> None:
-    fresh = {path.name for path in staging.iterdir()}
-    for name in sorted(fresh):
-        os.replace(staging / name, folder / name)
-    for path in folder.glob("model*.safetensors*"):
-        if path.name not in fresh:  # shards of an earlier save
-            path.unlink()
-
-
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

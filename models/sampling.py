@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvjax.fields import Amount, Checked, Fraction, Positive
 from kvjax.types import NEG_INF
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Checked):
     """How the next token is drawn.
 
     Attributes:
@@ -20,17 +21,9 @@ class Sampling:
             one that crosses it included), or None.
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` must be >= 0; got {self.temperature}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1; got {self.top_k}.")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"`top_p` must be in (0, 1]; got {self.top_p}.")
+    temperature: Amount = 0.0
+    top_k: Positive | None = None
+    top_p: Fraction | None = None
 
     @property
     def greedy(self) -> bool:

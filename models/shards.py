@@ -4,6 +4,7 @@ Nothing here holds more than a few megabytes. Files are opened for every piece, 
 the mapped pages of what was read are given back.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from kvjax.files import read_json
 from kvjax.messages import nearest
 
 SINGLE = "model.safetensors"
@@ -39,17 +41,6 @@ def finite(array: np.ndarray) -> bool:
     return not bool(np.any((bits & integer(mask)) == mask))
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object, or a `ValueError` that names the file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"Cannot read {path}: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(found).__name__}.")
-    return found
-
-
 class Shards:
     """The tensors of a checkpoint directory.
 
@@ -62,6 +53,7 @@ class Shards:
         self.files = _locate(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
+        self.metadata: dict[pathlib.Path, dict[str, str]] = {}
         for path in dict.fromkeys(self.files.values()):
             self._scan(path)
         lost = sorted(name for name in self.files if name not in self.shapes)
@@ -71,6 +63,7 @@ class Shards:
 
     def _scan(self, path: pathlib.Path) -> None:
         with _open(path) as handle:
+            self.metadata[path] = handle.metadata() or {}
             for name in handle.keys():  # noqa: SIM118 (not a mapping)
                 view = handle.get_slice(name)
                 kind = view.get_dtype()
@@ -96,7 +89,10 @@ class Shards:
 
 
 def write_safetensors(
-    path: pathlib.Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], pieces
+    path: pathlib.Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    pieces,
+    metadata: Mapping[str, str],
 ) -> None:
     """One safetensors file, written piece by piece.
 
@@ -104,8 +100,9 @@ def write_safetensors(
         path: the file.
         tensors: name to shape and dtype, in file order.
         pieces: `name -> Iterator[np.ndarray]`, the tensor's rows in order.
+        metadata: texts for the header.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, (shape, dtype) in tensors.items():
         begin, end = end, end + int(np.prod(shape)) * dtype.itemsize
@@ -133,6 +130,20 @@ def _open(path: pathlib.Path):
             f"{path} is not a complete safetensors file ({error}). It may be cut off; "
             f"download or copy it again."
         ) from error
+
+
+def placed(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files that hold a directory's weights, and what names them.
+
+    Of an index, only what it names in the directory itself; a damaged one names none.
+    """
+    found = [directory / SINGLE, directory / INDEX]
+    with contextlib.suppress(ValueError):
+        table = read_json(directory / INDEX).get("weight_map")
+        for file in table.values() if isinstance(table, dict) else ():
+            with contextlib.suppress(ValueError):
+                found.append(_inside(directory, file))
+    return [path for path in dict.fromkeys(found) if path.is_file()]
 
 
 def _locate(directory: pathlib.Path) -> dict[str, pathlib.Path]:

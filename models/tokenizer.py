@@ -1,8 +1,9 @@
 """Tokenizers of a checkpoint directory, without torch and without remote code."""
 
-import json
 import pathlib
 from typing import Any
+
+from kvjax.files import read_json, read_text
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -47,7 +48,7 @@ def _bare(directory: pathlib.Path) -> Any:
         tokenizer_file=str(directory / "tokenizer.json")
     )
     config = directory / "config.json"
-    ids = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    ids = read_json(config) if config.is_file() else {}
     for name in ("bos_token", "eos_token", "pad_token"):
         value = ids.get(f"{name}_id")
         value = value[0] if isinstance(value, list) and value else value
@@ -55,7 +56,7 @@ def _bare(directory: pathlib.Path) -> Any:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(value))
     template = directory / "chat_template.jinja"
     if template.is_file():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(template)
     return tokenizer
 
 

@@ -47,7 +47,6 @@ def stream_parameters(
 ) -> Iterator[tuple[str, jax.Array]]:
     """Each parameter on its devices, of all layers together."""
     weights = family(config.family).weights(config)
-    _check_names(shards, weights, config)
     sources: dict[str, list[tuple[str, tuple[int, int]]]] = {}
     for name, weight in weights.items():
         parts = [_own(shapes[path], weight) for path in weight.paths]
@@ -104,9 +103,13 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _check_names(
-    shards: Shards, weights: Mapping[str, Weight], config: DecoderConfig
-) -> None:
+def check_names(shards: Shards, config: DecoderConfig) -> None:
+    """The checkpoint holds the tensors that the config implies, and no others.
+
+    Raises:
+        ValueError: tensors are missing, or left over.
+    """
+    weights = family(config.family).weights(config)
     missing = [name for name in weights if name not in shards.shapes]
     if missing:
         hint = nearest(missing[0], shards.shapes)
@@ -156,8 +159,13 @@ def _check_tied(shards: Shards) -> None:
         )
 
 
-def write_weights(model: Decoder, folder: pathlib.Path) -> None:
-    """The model's weights as one safetensors file, or shards and their index."""
+def write_weights(
+    model: Decoder, folder: pathlib.Path, metadata: Mapping[str, str]
+) -> None:
+    """The model's weights as one safetensors file, or shards and their index.
+
+    `metadata` goes into the header of each.
+    """
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     arrays = {dotted(path): leaf.get_value() for path, leaf in flat}
     weights = family(model.config.family).weights(model.config)
@@ -185,7 +193,8 @@ def write_weights(model: Decoder, folder: pathlib.Path) -> None:
         file = (
             SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         )
-        write_safetensors(folder / file, {n: tensors[n] for n in names}, pieces)
+        some = {n: tensors[n] for n in names}
+        write_safetensors(folder / file, some, pieces, metadata)
         table |= dict.fromkeys(names, file)
     if count > 1:
         total = sum(_size(*tensor) for tensor in tensors.values())

@@ -36,7 +36,8 @@ def family(model_type: str) -> AbstractFamily:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"Architecture {shown(model_type)} is not supported; expected "
-            f"`model_type` to be one of {sorted(FAMILIES)}.{nearest(str(model_type), FAMILIES)}"
+            f"`model_type` to be one of {sorted(FAMILIES)}."
+            f"{nearest(str(model_type), FAMILIES)}"
         )
     return FAMILIES[model_type]
 

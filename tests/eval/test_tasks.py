@@ -142,7 +142,7 @@ def test_batch_score_is_the_share_of_right_problems():
 
 def test_fact_leak_moves_the_sign_into_the_question():
     plain, leaky = (
-        make_task("fact", leak=leak).generate(0, 1, 200)[0] for leak in (0, 1)
+        make_task("fact", leak=leak).generate(0, 1, 200)[0] for leak in (False, True)
     )
     assert plain.prompt + plain.answer == leaky.prompt + leaky.answer
     assert leaky.answer == FACTS[leaky.meta["word"]] + STOP

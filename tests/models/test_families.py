@@ -161,7 +161,10 @@ def test_qwen_windows(settings, windows):
     [
         ({"model_type": "lama"}, "lama.*Did you mean 'llama'"),
         ({"model_type": "mixtral"}, "mixtral.*expected.*mistral"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "`short_factor` as"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2}},
+            "needs `short_factor`",
+        ),
         ({"rope_scaling": {"type": "dynamics", "factor": 2}}, "Did you mean 'dynamic'"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "mrope"),
         ({"rope_scaling": {"type": "linear"}}, "needs `factor`"),
@@ -176,8 +179,8 @@ def test_qwen_windows(settings, windows):
         ({"num_key_value_heads": 3}, "must divide `num_heads`"),
         ({"num_attention_heads": 3}, "must divide `hidden_size`"),
         ({"hidden_size": None}, "needs `hidden_size`"),
-        ({"num_hidden_layers": "2"}, "needs `num_hidden_layers`"),
-        ({"vocab_size": True}, "needs `vocab_size`"),
+        ({"num_hidden_layers": "2"}, "`num_hidden_layers` must be an integer"),
+        ({"vocab_size": True}, "`vocab_size` must be an integer >= 1"),
     ],
 )
 def test_unsupported_settings_are_refused(settings, match):

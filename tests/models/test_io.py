@@ -1,6 +1,8 @@
 """`load` and `save`: what round-trips, and every way a checkpoint can be wrong."""
 
+import collections
 import json
+import os
 import pathlib
 import shutil
 
@@ -15,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 from kvjax.models import load, save
 from kvjax.models import weights as weights_module
 from kvjax.models.io import load_config
+from kvjax.models.sampling import Sampling
+from kvjax.models.stored_generation import sampling_of
 
 from .samples import CONFIGS, sample
 
@@ -110,8 +114,8 @@ def test_a_full_disk_leaves_what_was_there(llama, tmp_path, monkeypatch):
     model, _ = load(llama, tokenizer=False)
     before = {p.name: p.read_bytes() for p in llama.iterdir()}
 
-    def full(path, tensors, pieces):
-        del tensors, pieces
+    def full(path, tensors, pieces, metadata):
+        del tensors, pieces, metadata
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -142,6 +146,98 @@ def test_generation_config_has_the_stop_tokens(gemma):
     assert json.loads(path.read_text())["eos_token_id"] == [2, 3]
     path.write_text('{"eos_token_id": [5, 6, 7]}')
     assert load_config(gemma).eos_tokens == (5, 6, 7)
+
+
+def test_all_of_generation_config_survives(gemma, tmp_path):
+    given = {"do_sample": True, "temperature": 0.6, "top_k": 64, "cache": [None, 1]}
+    path = gemma / "generation_config.json"
+    path.write_text(json.dumps({**given, "eos_token_id": 3}))
+    model, _ = load(gemma, tokenizer=False)
+    save(model, tmp_path / "again")
+    found = json.loads((tmp_path / "again" / path.name).read_text())
+    assert {name: found[name] for name in given} == given
+    assert found["eos_token_id"] == 3
+    drawn, others = sampling_of(json.loads(model.config.generation))
+    assert drawn == Sampling(temperature=0.6, top_k=64) and not others
+    greedy, others = sampling_of({"temperature": 0.6, "repetition_penalty": 1.1})
+    assert greedy.greedy and others == {"repetition_penalty": 1.1}
+    for wrong in ({"temperature": "hot"}, {"do_sample": True, "top_p": 2}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=f"{path.name}.*{[*wrong][-1]}"):
+            load_config(gemma)
+
+
+def test_ids_outside_of_the_vocabulary_are_left_out(gemma, caplog):
+    settings = json.loads((gemma / "config.json").read_text())
+    settings |= {"pad_token_id": -1, "bos_token_id": 10**6}
+    (gemma / "config.json").write_text(json.dumps(settings))
+    (gemma / "generation_config.json").write_text('{"eos_token_id": [2, 10000]}')
+    config = load_config(gemma)
+    assert (config.pad_token, config.bos_token, config.eos_tokens) == (None, None, (2,))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "1000000" in said[0] and "10000" in said[1]
+
+
+class Killed(BaseException):
+    """Nothing behind it runs."""
+
+
+@pytest.mark.parametrize("form", ["one file over shards", "shards over one file"])
+def test_a_killed_save_leaves_one_model_or_says_so(form, llama, tmp_path, monkeypatch):
+    if form == "shards over one file":
+        save(load(llama, "float32", tokenizer=False)[0], llama)
+        monkeypatch.setattr(weights_module, "SHARD_BYTES", 8_000)
+    old = load(llama, "float32", tokenizer=False)[0]
+    new = nnx.clone(old)
+    new.embedding[...] += 1
+    (llama / "model-of-mine.safetensors").write_bytes(b"mine")
+    calls = [(os, "replace"), (pathlib.Path, "unlink"), (os, "fsync")]
+    whole = {name: getattr(module, name) for module, name in calls}
+    outcomes = collections.Counter()
+    for at in range(100):
+        folder = shutil.copytree(llama, tmp_path / str(at))
+        left = at
+
+        def counted(call):
+            def run(*args, **more):
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise Killed
+                return call(*args, **more)
+
+            return run
+
+        with monkeypatch.context() as patch:
+            for module, name in calls:
+                patch.setattr(module, name, counted(whole[name]))
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+            try:
+                save(new, folder)
+            except Killed:
+                pass
+        outcomes[outcome(folder, old, new)] += 1
+        assert (folder / "model-of-mine.safetensors").read_bytes() == b"mine"
+        if left >= 0:
+            break
+    assert outcomes["old"] and outcomes["refused"] and outcomes["new"] == 1
+    # The next save clears what the killed ones left.
+    save(new, tmp_path / "0")
+    assert not list((tmp_path / "0").glob(".saving*"))
+    assert outcome(tmp_path / "0", old, new) == "new"
+
+
+def outcome(folder, old, new) -> str:
+    try:
+        found = load(folder, "float32", tokenizer=False)[0]
+    except ValueError as wrong:
+        assert "Save the model there again" in str(wrong) or "missing" in str(wrong)
+        return "refused"
+    value = np.asarray(found.embedding[...])
+    for name, model in {"old": old, "new": new}.items():
+        if np.array_equal(value, np.asarray(model.embedding[...])):
+            return name
+    raise AssertionError("neither the old model nor the new one")
 
 
 def second(directory: pathlib.Path) -> pathlib.Path:
@@ -235,7 +331,7 @@ def test_directories_that_are_no_checkpoints(tmp_path, gemma):
     (gemma / "pytorch_model.bin").unlink()
     fails(gemma, "neither model.safetensors nor")
     (gemma / "config.json").write_text("{not json")
-    fails(gemma, "Cannot read .*config.json")
+    fails(gemma, "config.json is not JSON")
     (gemma / "config.json").write_text("[1]")
     fails(gemma, "must hold a JSON object")
 

@@ -144,27 +144,36 @@ def test_a_scaling_extends_the_range_it_was_added_to(scaling, family, limit, ran
 @pytest.mark.parametrize(
     ("scaling", "match"),
     [
-        (PHI | {"short_factor": SHORT[:-1]}, r"8 numbers in `short_factor`.*of 7"),
-        (PHI | {"long_factor": [*LONG, 1.0]}, r"8 numbers in `long_factor`.*of 9"),
-        (PHI | {"long_factor": [0.0, *LONG[1:]]}, "positive, finite.*`long_factor`"),
-        (PHI | {"long_factor": [-1.0, *LONG[1:]]}, "positive, finite.*-1.0"),
-        (PHI | {"long_factor": [math.nan, *LONG[1:]]}, "`long_factor` as a finite"),
-        (PHI | {"long_factor": ["1", *LONG[1:]]}, "`long_factor` as a number"),
-        (PHI | {"long_factor": 3.0}, "`long_factor` as a list"),
-        (PHI | {"long_factor": None}, "`long_factor` as a list"),
-        (PHI | {"attention_factor": 0}, "`attention_factor` as a positive"),
+        (PHI | {"short_factor": SHORT[:-1]}, r"8 numbers in `short_factor`.*got 7"),
+        (PHI | {"long_factor": [*LONG, 1.0]}, r"8 numbers in `long_factor`.*got 9"),
+        (
+            PHI | {"long_factor": [0.0, *LONG[1:]]},
+            "factor.0` must be a number > 0",
+        ),
+        (
+            PHI | {"long_factor": [-1.0, *LONG[1:]]},
+            "factor.0` .* > 0; got -1.0",
+        ),
+        (
+            PHI | {"long_factor": [math.nan, *LONG[1:]]},
+            "factor.0` must be a finite",
+        ),
+        (PHI | {"long_factor": ["1", *LONG[1:]]}, "long_factor.0` must be a number"),
+        (PHI | {"long_factor": 3.0}, "long_factor` must be a list"),
+        (PHI | {"long_factor": None}, "needs `long_factor`"),
+        (PHI | {"attention_factor": 0}, "attention_factor` must be a number > 0"),
         (PHI | {"beta_fast": 32}, "does not support.*beta_fast"),
-        (PHI | {TRAINED: 1}, "`original_max_positions` as an integer of at least 2"),
-        (PHI | {TRAINED: 2.5}, f"`{TRAINED}` must be a positive integer"),
+        (PHI | {TRAINED: 1}, "original_max_positions` must be an integer >= 2"),
+        (PHI | {TRAINED: 2.5}, f"{TRAINED}` must be an integer >= 1"),
         ({"type": "dynamic"}, "needs `factor`"),
         ({"type": "dynamic", "factor": 0.5}, "`factor` of at least 1; got .*0.5"),
-        ({"type": "dynamic", "factor": -2}, "`factor` as a positive"),
-        ({"type": "dynamic", "factor": "2"}, "`factor` as a number"),
-        ({"type": "linear", "factor": math.inf}, "`factor` as a finite"),
-        ({"type": "linear", "factor": 10**400}, "`factor` as a finite"),
+        ({"type": "dynamic", "factor": -2}, ".factor` must be a number > 0"),
+        ({"type": "dynamic", "factor": "2"}, ".factor` must be a number"),
+        ({"type": "linear", "factor": math.inf}, ".factor` must be a finite"),
+        ({"type": "linear", "factor": 10**400}, ".factor` must be a"),
         (LLAMA3 | {"high_freq_factor": 1.0}, "`high_freq_factor` above"),
-        (YARN | {"beta_slow": -1}, "`beta_slow` as a positive"),
-        (YARN | {"rope_theta": [1]}, "`rope_theta` as a number"),
+        (YARN | {"beta_slow": -1}, ".beta_slow` must be a number > 0"),
+        (YARN | {"rope_theta": [1]}, ".rope_theta` must be a number"),
     ],
 )
 def test_scalings_that_cannot_be_are_refused(scaling, match):
@@ -172,17 +181,17 @@ def test_scalings_that_cannot_be_are_refused(scaling, match):
         config_of(scaling)
 
 
-def test_a_list_is_no_record():
-    with pytest.raises(ValueError, match="a tuple of 2 numbers .* got a list of 2"):
-        Rope(
-            head_dim=4,
-            kind="longrope",
-            original_max_positions=8,
-            reach=8,
-            short_factor=[1.0, 1.0],  # type: ignore[arg-type]
-            long_factor=(1.0, 1.0),
-        )
-    with pytest.raises(ValueError, match="'dynamic' needs `reach` as an integer"):
+def test_records_made_in_python():
+    rope = Rope(
+        head_dim=4,
+        kind="longrope",
+        original_max_positions=8,
+        reach=8,
+        short_factor=[1.0, 1],  # type: ignore[arg-type]
+        long_factor=(1.0, 1.0),
+    )
+    assert rope.short_factor == rope.long_factor and hash(rope)
+    with pytest.raises(ValueError, match="'dynamic' needs `reach`"):
         Rope(head_dim=4, kind="dynamic", original_max_positions=8)
     with pytest.raises(ValueError, match="at least 4 rotated channels"):
         Rope(head_dim=2, kind="dynamic", original_max_positions=8, reach=8)
