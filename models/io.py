@@ -23,6 +23,7 @@ from kvjax.models import sharding
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.families import family, read_config
+from kvjax.models.quantised import unquantised
 from kvjax.models.shards import INDEX, Shards, placed
 from kvjax.models.stored_generation import FILE as GENERATION
 from kvjax.models.stored_generation import generation_settings, with_generation
@@ -68,7 +69,8 @@ def load(
     config = load_config(directory)
     shards = Shards(directory)
     check_save(directory, shards)
-    check_names(shards, config)  # before anything is built that follows the config
+    source = unquantised(shards, read_json(directory / CONFIG))
+    check_names(source, config)  # before anything is built that follows the config
     # Tokenizer first: it is quick, and its absence should not cost a long load.
     words = load_tokenizer(directory) if tokenizer else None
     if mesh is not None:
@@ -78,7 +80,7 @@ def load(
     graphdef, state = nnx.split(abstract)
     flat = {dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
     shapes = {path: tuple(leaf.get_value().shape) for path, leaf in flat.items()}
-    for path, array in stream_parameters(shards, config, shapes, kind, mesh, rules):
+    for path, array in stream_parameters(source, config, shapes, kind, mesh, rules):
         flat[path].set_value(array)
     return nnx.merge(graphdef, state), words
 

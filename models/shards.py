@@ -1,20 +1,22 @@
 """Checkpoint files: which tensor is in which file, read in pieces, written in pieces.
 
-Nothing here holds more than a few megabytes. Files are opened for every piece, so that
-the mapped pages of what was read are given back.
+Nothing here holds more than a few megabytes. A file's header is checked by safetensors;
+pieces are read by their place in the file, since its NumPy side knows no 8-bit floats.
 """
 
 import contextlib
+import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
-from kvjax.files import read_json
+from kvjax.files import decode_text, parse_json, read_json, regular
 from kvjax.messages import nearest
 
 SINGLE = "model.safetensors"
@@ -22,16 +24,46 @@ INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 4 * 2**20
 
 DTYPES = {
+    "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
+"""Dtypes of safetensors that can be read."""
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _EXPONENT = {  # all ones in the exponent: Inf or NaN
+    "float64": (np.uint64, 0x7FF0_0000_0000_0000),
     "float32": (np.uint32, 0x7F80_0000),
     "float16": (np.uint16, 0x7C00),
     "bfloat16": (np.uint16, 0x7F80),
 }
+
+
+class Source(Protocol):
+    """Tensors by name, as `Shards` has them or made from what it has."""
+
+    place: pathlib.Path
+    """The file that says which tensors there are."""
+    files: dict[str, pathlib.Path]
+    shapes: dict[str, tuple[int, ...]]
+
+    def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Rows `start:stop` of a tensor, some at a time."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A tensor's place: its file, and where its bytes start there."""
+
+    path: pathlib.Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
 
 
 def finite(array: np.ndarray) -> bool:
@@ -42,50 +74,92 @@ def finite(array: np.ndarray) -> bool:
 
 
 class Shards:
-    """The tensors of a checkpoint directory.
+    """The tensors of a checkpoint directory, or of one file.
 
     Raises:
-        ValueError: no weights, a missing or damaged shard, or an index that names a
-            file outside the directory.
+        ValueError: no weights, a missing or damaged shard, a tensor that is in two
+            files, or an index that names a file outside the directory.
     """
 
-    def __init__(self, directory: pathlib.Path):
-        self.files = _locate(directory)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, np.dtype] = {}
+    def __init__(self, where: pathlib.Path):
+        self.place, table = (where, {}) if where.is_file() else _locate(where)
+        self.entries: dict[str, Entry] = {}
         self.metadata: dict[pathlib.Path, dict[str, str]] = {}
-        for path in dict.fromkeys(self.files.values()):
-            self._scan(path)
-        lost = sorted(name for name in self.files if name not in self.shapes)
-        if lost:
-            path = self.files[lost[0]]
-            raise ValueError(f"The index places {lost[0]!r} in {path}, which lacks it.")
-
-    def _scan(self, path: pathlib.Path) -> None:
-        with _open(path) as handle:
-            self.metadata[path] = handle.metadata() or {}
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                view = handle.get_slice(name)
-                kind = view.get_dtype()
-                if kind not in DTYPES:
+        for path in dict.fromkeys(table.values()) or [self.place]:
+            entries, self.metadata[path] = _header(path)
+            for name, entry in entries.items():
+                other = self.entries.get(name)
+                if other is not None or table.get(name, path) != path:
+                    other = table[name] if other is None else other.path
                     raise ValueError(
-                        f"Tensor {name!r} in {path} is {kind}; expected one of "
-                        f"{sorted(DTYPES)}. Quantised checkpoints are not supported."
+                        f"Tensor {name!r:.200} is in {path} and in {other}. Keep one "
+                        f"of them, or save the checkpoint again."
                     )
-                if self.files.setdefault(name, path) != path:
-                    continue  # the index takes it from another shard
-                self.shapes[name] = tuple(view.get_shape())
-                self.dtypes[name] = DTYPES[kind]
+                self.entries[name] = entry
+        lost = sorted(name for name in table if name not in self.entries)
+        if lost:
+            raise ValueError(
+                f"{self.place} places {lost[0]!r:.200} in {table[lost[0]]}, which "
+                f"lacks it."
+            )
+        self.files = {name: entry.path for name, entry in self.entries.items()}
+        self.shapes = {name: entry.shape for name, entry in self.entries.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
         """Rows `start:stop` of a tensor, `CHUNK_BYTES` at a time."""
-        shape = self.shapes[name]
-        width = int(np.prod(shape[1:])) * self.dtypes[name].itemsize
+        row = self.shapes[name][1:]
+        width = math.prod(row) * DTYPES[self.entries[name].kind].itemsize
         step = max(1, CHUNK_BYTES // max(width, 1))
         for first in range(start, stop, step):
-            with _open(self.files[name]) as handle:
-                piece = handle.get_slice(name)[first : min(first + step, stop)]
-            yield piece
+            count = min(first + step, stop) - first
+            yield self._read(name, first * width, count * width).reshape(count, *row)
+
+    def whole(self, name: str) -> np.ndarray:
+        """A tensor that is known to be small."""
+        shape = self.shapes[name]
+        size = math.prod(shape) * DTYPES[self.entries[name].kind].itemsize
+        return self._read(name, 0, size).reshape(shape)
+
+    def _read(self, name: str, start: int, size: int) -> np.ndarray:
+        entry = self.entries[name]
+        with entry.path.open("rb") as file:
+            file.seek(entry.start + start)
+            raw = np.frombuffer(file.read(size), np.uint8)
+        if len(raw) != size:
+            raise ValueError(
+                f"{entry.path} ended while tensor {name!r:.200} was read. Something "
+                f"else writes to it; load it when that is done."
+            )
+        return raw.view(DTYPES[entry.kind])
+
+
+def _header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """A file's tensors and metadata, after safetensors found that all bytes fit."""
+    regular(path)
+    try:
+        with safetensors.safe_open(str(path), framework="np") as handle:
+            metadata = handle.metadata() or {}
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = parse_json(
+                decode_text(file.read(size), "the header"), "the header"
+            )
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({str(error):.300}). It may be "
+            f"cut off; download or copy it again."
+        ) from error
+    header.pop("__metadata__", None)
+    entries = {
+        name: Entry(
+            path=path,
+            kind=str(held["dtype"]),
+            shape=tuple(held["shape"]),
+            start=8 + size + held["data_offsets"][0],
+        )
+        for name, held in header.items()
+    }
+    return entries, metadata
 
 
 def write_safetensors(
@@ -122,16 +196,6 @@ def write_safetensors(
             raise AssertionError(f"{path}: pieces do not fill their tensors")
 
 
-def _open(path: pathlib.Path):
-    try:
-        return safetensors.safe_open(str(path), framework="np")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({error}). It may be cut off; "
-            f"download or copy it again."
-        ) from error
-
-
 def placed(directory: pathlib.Path) -> list[pathlib.Path]:
     """The files that hold a directory's weights, and what names them.
 
@@ -146,35 +210,36 @@ def placed(directory: pathlib.Path) -> list[pathlib.Path]:
     return [path for path in dict.fromkeys(found) if path.is_file()]
 
 
-def _locate(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+def _locate(directory: pathlib.Path) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
+    """The single file, or the index and what it says."""
     single, index = directory / SINGLE, directory / INDEX
-    if index.is_file() and not single.is_file():
+    if single.is_file():
+        return single, {}
+    if index.is_file():
         table = read_json(index).get("weight_map")
         if not isinstance(table, dict) or not table:
-            raise ValueError(f"{index} has no `weight_map`.")
-        return {name: _inside(directory, file) for name, file in table.items()}
-    if single.is_file():
-        with _open(single) as handle:
-            return dict.fromkeys(handle.keys(), single)
+            raise ValueError(f"{index} has no `weight_map` from tensors to files.")
+        return index, {name: _inside(directory, file) for name, file in table.items()}
     found = sorted(p.name for p in directory.iterdir() if p.is_file())
     if any(name.endswith((".bin", ".pt", ".pth")) for name in found):
         raise ValueError(
-            f"{directory} holds pickled weights ({found}), which can run code when "
-            f"loaded. Convert them to safetensors first."
+            f"{directory} holds pickled weights ({found[:20]}), which can run code "
+            f"when loaded. Convert them to safetensors first."
         )
     hint = nearest(SINGLE, found)
     raise ValueError(
-        f"{directory} has neither {SINGLE} nor {INDEX}; got {found}.{hint}"
+        f"{directory} has neither {SINGLE} nor {INDEX}; got {found[:20]}.{hint}"
     )
 
 
 def _inside(directory: pathlib.Path, file: object) -> pathlib.Path:
-    if not isinstance(file, str) or pathlib.PurePath(file).name != file or "\\" in file:
+    name = file if isinstance(file, str) else ""
+    if not name or pathlib.PurePath(name).name != name or "\\" in name:
         raise ValueError(
-            f"{directory / INDEX} names {file!r}; shards must lie in the directory "
-            f"itself, without a path."
+            f"{directory / INDEX} names {file!r:.200}; shards must lie in the "
+            f"directory itself, without a path."
         )
-    path = directory / file
+    path = directory / name
     if not path.is_file():
         raise ValueError(
             f"Shard {path} is missing; {INDEX} names it. Download the checkpoint again."

@@ -21,13 +21,14 @@ from kvjax.models.shards import (
     CHUNK_BYTES,
     INDEX,
     SINGLE,
-    Shards,
+    Source,
     finite,
     write_safetensors,
 )
 
 SHARD_BYTES = 5 * 10**9
 _ALIGNMENT = 64
+_HEAD = "lm_head.weight"
 # Buffers of old checkpoints that follow from the config.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -38,7 +39,7 @@ def dotted(path: tuple[Any, ...]) -> str:
 
 
 def stream_parameters(
-    shards: Shards,
+    shards: Source,
     config: DecoderConfig,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
@@ -50,7 +51,7 @@ def stream_parameters(
     sources: dict[str, list[tuple[str, tuple[int, int]]]] = {}
     for name, weight in weights.items():
         parts = [_own(shapes[path], weight) for path in weight.paths]
-        _check_shape(name, shards.shapes[name], parts, weight)
+        _check_shape(name, shards.files[name], shards.shapes[name], parts, weight)
         start = 0
         for path, shape in zip(weight.paths, parts, strict=True):
             stop = start + (shape[-1] if weight.transpose else shape[0])
@@ -66,7 +67,7 @@ def stream_parameters(
             _read(shards, name, rows, target.T if weight.transpose else target)
         yield path, sharding.place(host, where)
         del host, target
-    if config.tie_embeddings and "lm_head.weight" in shards.shapes:
+    if config.tie_embeddings and _HEAD in shards.shapes:
         _check_tied(shards)
 
 
@@ -75,7 +76,7 @@ def _own(shape: tuple[int, ...], weight: Weight) -> tuple[int, ...]:
     return shape if weight.layer is None else shape[1:]
 
 
-def _read(shards: Shards, name: str, rows: tuple[int, int], target: np.ndarray) -> None:
+def _read(shards: Source, name: str, rows: tuple[int, int], target: np.ndarray) -> None:
     """Rows of a tensor into memory that is there, in its dtype."""
     dtype, done = target.dtype, 0
     for piece in shards.rows(name, *rows):
@@ -87,9 +88,13 @@ def _read(shards: Shards, name: str, rows: tuple[int, int], target: np.ndarray) 
         with np.errstate(over="ignore"):
             piece = piece.astype(dtype, copy=False)
         if not finite(piece):
+            wider = dtype.itemsize < 4 and dtype.name != "bfloat16"
+            remedy = (
+                "Load it as 'bfloat16' or 'float32'." if wider else "It is damaged."
+            )
             raise ValueError(
-                f"Tensor {name!r} overflows {dtype.name}; load it as 'bfloat16' or "
-                f"'float32'."
+                f"Tensor {name!r} in {shards.files[name]} overflows {dtype.name}. "
+                f"{remedy}"
             )
         target[done : done + len(piece)] = piece
         done += len(piece)
@@ -103,7 +108,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def check_names(shards: Shards, config: DecoderConfig) -> None:
+def check_names(shards: Source, config: DecoderConfig) -> None:
     """The checkpoint holds the tensors that the config implies, and no others.
 
     Raises:
@@ -112,12 +117,19 @@ def check_names(shards: Shards, config: DecoderConfig) -> None:
     weights = family(config.family).weights(config)
     missing = [name for name in weights if name not in shards.shapes]
     if missing:
+        if missing == [_HEAD]:
+            raise ValueError(
+                f"{shards.place} has no {_HEAD!r}, and config.json does not tie the "
+                f"head to the embedding. If the model's head is its embedding, set "
+                f"`tie_word_embeddings` to true in config.json; otherwise the head was "
+                f"lost: save or download the checkpoint again."
+            )
         hint = nearest(missing[0], shards.shapes)
         raise ValueError(
-            f"The checkpoint lacks {len(missing)} of {len(weights)} tensors, first "
-            f"{missing[:3]}.{hint}"
+            f"{shards.place} lacks {len(missing)} of {len(weights)} tensors that "
+            f"config.json implies, first {_shown(missing)}.{hint:.200}"
         )
-    known = {*weights, *(["lm_head.weight"] if config.tie_embeddings else [])}
+    known = {*weights, *([_HEAD] if config.tie_embeddings else [])}
     extra = [
         name
         for name in shards.shapes
@@ -125,13 +137,19 @@ def check_names(shards: Shards, config: DecoderConfig) -> None:
     ]
     if extra:
         raise ValueError(
-            f"The checkpoint holds {len(extra)} tensors that {config.family!r} lacks, "
-            f"first {sorted(extra)[:3]}. Its config.json does not describe it."
+            f"{shards.place} holds {len(extra)} tensors that {config.family!r} lacks, "
+            f"first {_shown(sorted(extra))} in {shards.files[min(extra)]}. Its "
+            f"config.json does not describe it."
         )
+
+
+def _shown(names: list[str]) -> list[str]:
+    return [name[:120] for name in names[:3]]
 
 
 def _check_shape(
     name: str,
+    file: pathlib.Path,
     got: tuple[int, ...],
     parts: list[tuple[int, ...]],
     weight: Weight,
@@ -140,13 +158,14 @@ def _check_shape(
     expected = (sum(shape[0] for shape in stored), *stored[0][1:])
     if got != expected:
         raise ValueError(
-            f"Tensor {name!r} has shape {got}; config.json implies {expected}."
+            f"Tensor {name!r} has shape {str(got):.120} in {file}; config.json implies "
+            f"{expected}."
         )
 
 
-def _check_tied(shards: Shards) -> None:
+def _check_tied(shards: Source) -> None:
     """A tied checkpoint may store its head too, if it is the embedding."""
-    names = ("model.embed_tokens.weight", "lm_head.weight")
+    names = ("model.embed_tokens.weight", _HEAD)
     shape = shards.shapes[names[0]]
     same = shards.shapes[names[1]] == shape and all(
         np.array_equal(a, b)
@@ -154,8 +173,9 @@ def _check_tied(shards: Shards) -> None:
     )
     if not same:
         raise ValueError(
-            "config.json ties the head to the embedding, but 'lm_head.weight' differs "
-            "from it. Set `tie_word_embeddings` to false."
+            f"config.json ties the head to the embedding, but {_HEAD!r} in "
+            f"{shards.files[_HEAD]} differs from it. Set `tie_word_embeddings` to "
+            f"false."
         )
 
 

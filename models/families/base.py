@@ -20,6 +20,7 @@ from kvjax.models.config import (
 )
 from kvjax.models.families.rotary import reach, read_rope, rope_settings, write_rope
 from kvjax.models.families.settings import Settings
+from kvjax.models.quantised import check_settings
 from kvjax.rope import Rope
 
 LOG = logging.getLogger("kvjax.models")
@@ -64,7 +65,6 @@ _REFUSED = (
     "num_experts",
     "num_local_experts",
     "qk_layernorm",
-    "quantization_config",
     "residual_multiplier",
     "text_config",
     "use_bidirectional_attention",
@@ -252,6 +252,7 @@ class AbstractFamily(abc.ABC):
         return out | norm("post_attention_layernorm", "mlp_norm")
 
     def _refuse(self, config: Mapping[str, Any]) -> None:
+        check_settings(config.get("quantization_config"))
         active = [
             name
             for name in _REFUSED

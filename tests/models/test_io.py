@@ -280,7 +280,7 @@ def test_index_that_promises_too_much(llama):
 
 def test_tensors_that_do_not_fit_the_config(gemma):
     change(gemma, UP, lambda x: x[:-1])
-    fails(gemma, r"up_proj.weight' has shape \(23, 16\); .*\(24, 16\)")
+    fails(gemma, r"up_proj.weight' has shape \(23, 16\) in .*; .*\(24, 16\)")
 
 
 def test_missing_and_unexpected_tensors(gemma, saved, tmp_path):
