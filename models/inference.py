@@ -44,12 +44,18 @@ from kvjax.types import (
 NONE = Compression()
 
 
+STEP = 64
+"""Tokens that widths are multiples of: see `bucket`."""
+
+
 def bucket(tokens: int) -> int:
     """Width that a sequence of `tokens` is padded to: four sizes per octave.
 
-    Bounds the number of compilations under any mix of lengths; multiples of 16.
+    Bounds the number of compilations under any mix of lengths. Multiples of `STEP`:
+    XLA on a CPU multiplies and sums narrower rows, and those of other widths, in
+    another order, so that a row would not be bit by bit what it is in a wider batch.
     """
-    step = max(16, 1 << max(0, (tokens - 1).bit_length() - 3))
+    step = max(STEP, 1 << max(0, (tokens - 1).bit_length() - 3))
     return -(-tokens // step) * step
 
 

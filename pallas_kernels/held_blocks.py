@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from kvjax.pallas_kernels import dispatch
 from kvjax.pallas_kernels.dense import visible
-from kvjax.pallas_kernels.partial import cap
+from kvjax.pallas_kernels.partial import cap, row_sum
 from kvjax.types import EMPTY, NEG_INF, pytree, static
 
 BLOCK = 1 << 26
@@ -275,7 +275,7 @@ def _block_forward(how: How, queries: Queries, keys: KeyBlock) -> tuple[Array, A
     peak = jnp.max(logits, axis=-1, keepdims=True)
     anchor = jnp.where(jnp.isneginf(peak), 0.0, peak)
     weight = jnp.exp(logits - anchor)
-    total = jnp.sum(weight, axis=-1, keepdims=True)
+    total = row_sum(weight)[..., None]
     safe = jnp.where(total > 0, total, 1.0)
     if keys.stored is None:
         out = _by_channel(weight, keys.v)

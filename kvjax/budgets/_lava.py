@@ -1,7 +1,7 @@
 """LAVa: layers get slots by the entropy of their scores, heads by the scores."""
 
 import dataclasses
-from typing import final
+from typing import ClassVar, final
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -32,6 +32,8 @@ class Lava(AbstractSharing):
     cannot take goes to others. Highest averages in place of rounding down. Only layers
     that compute the same share, see `AbstractSharing`.
     """
+
+    weighs: ClassVar[bool] = True
 
     def allot(self, scores, looks, slots, lengths, specs):
         del looks, lengths, specs

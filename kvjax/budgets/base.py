@@ -48,6 +48,9 @@ class AbstractBudget(Checked, abc.ABC):
     surveys: ClassVar[bool] = False
     """Whether layers share by what is found in all of them (see `allot`)."""
 
+    weighs: ClassVar[bool] = False
+    """Whether it makes more of scores than an order (see `AbstractRanking.ranked`)."""
+
     even: ClassVar[bool] = False
     """Whether all layers and heads get the same."""
 

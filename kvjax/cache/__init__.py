@@ -11,6 +11,8 @@ from kvjax.cache.parts import Slots as Slots
 from kvjax.cache.ragged import Ragged as Ragged
 from kvjax.cache.ranking import AbstractRanking as AbstractRanking
 from kvjax.cache.ranking import Memory as Memory
+from kvjax.cache.ranking import levelled as levelled
+from kvjax.cache.ranking import places as places
 from kvjax.cache.shared import Shared as Shared
 from kvjax.cache.state import KVCache as KVCache
 from kvjax.cache.state import LayerCache as LayerCache

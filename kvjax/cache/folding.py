@@ -1,6 +1,7 @@
 """A full tail goes into a bounded body, slot by slot: the lowest scores leave."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.merging import present
 from kvjax.cache.parts import Slots
-from kvjax.cache.ranking import Memory
+from kvjax.cache.ranking import Memory, nearly
 from kvjax.cache.tail import Tail
 from kvjax.cache.tracking import Folding, Tracking
 from kvjax.codecs import PlainArray
@@ -56,16 +57,18 @@ def fold(
     assert isinstance(keys, PlainArray) and isinstance(values, PlainArray)
     own, given = take(tail, turn), take(tracking, turn)
     both = _Both(take(body.positions, turn), own, given, spec, layer)
-    scores = _ranked(folding, both, take((keys.data, values.data), turn), rows)
+    stored = take((keys.data, values.data), turn)
+    scores = _ranked(folding, both, stored, rows)
+    near = (lambda _: 0.0) if folding.score.exact else nearly
     if folding.merge is None:
         moving = (keys.data, values.data, body.positions, tracking.body)
         fresh = (own.keys, own.values, own.positions, given.tail)
-        moved = _moved(moving, fresh, both, scores, rows, turn, turn)
+        moved = _moved(moving, fresh, both, scores, rows, near, turn, turn)
     else:
-        *small, origin = _moved(*both.places(), both, scores, rows, None, turn)
+        *small, origin = _moved(*both.places(), both, scores, rows, near, None, turn)
 
         def rewrite(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            new = _merged(folding, both, take(carry, turn), origin, scores, rows)
+            new = _merged(folding, both, take(carry, turn), origin, rows)
             new, carry = jax.lax.optimization_barrier((new, carry))
             return put(carry, new, turn)
 
@@ -95,14 +98,7 @@ def _ranked(
     """Scores of body and tail slots; anything where no row is folded."""
 
     def run() -> Array:
-        held = both.held(*body)
-        scores = folding.score.score(both.memory(), held, both.tracking.limit)
-        scores = scores.astype(jnp.float32)
-        if both.spec.window is None:
-            return scores
-        # As after the prompt: what no later query sees takes no slot from others.
-        edge = held.seen[:, None, None] - 1 - both.spec.window
-        return jnp.where(held.positions > edge, scores, -jnp.inf)
+        return both.useful(folding.score.ranked, both.held(*body))
 
     if both.tail.capacity == 1:
         return run()
@@ -118,6 +114,7 @@ def _moved(
     both: "_Both",
     every: Float[Array, "B K X"],
     rows: Bool[Array, "B"],
+    near: Callable[[Array], Array | float],
     where: Turn,
     turn: Turn,
 ) -> Any:
@@ -129,6 +126,7 @@ def _moved(
         both: body and tail.
         every: their scores.
         rows: whose tails move.
+        near: how far from a score its equals are: of these the oldest stay.
         where: place of the layer in `moving`.
         turn: place of the layer in the cache.
     """
@@ -140,16 +138,19 @@ def _moved(
     live = (both.tail.positions >= 0) & rows[:, None, None]
 
     def step(j, carry):
-        held, scores = carry
-        slot = jnp.argmin(scores, axis=-1)
-        low = jnp.take_along_axis(scores, slot[..., None], axis=-1)[..., 0]
+        held, scores, at = carry
+        low = jnp.min(scores, axis=-1)
+        low = low + near(low)
+        slot = jnp.argmax(jnp.where(scores <= low[..., None], at, EMPTY - 1), axis=-1)
         score = jnp.take(late, j, axis=-1)
         on = jnp.take(live, j, axis=-1) & (score > low)
         token = jax.tree.map(lambda x: jnp.take(x, j, axis=2), fresh)
         held = jax.tree.map(lambda x, y: put_slot(x, y, slot, on, where), held, token)
-        return held, put_slot(scores, score, slot, on)
+        place = jnp.take(both.tail.positions, j, axis=-1)
+        at = put_slot(at, place, slot, on)
+        return held, put_slot(scores, score, slot, on), at
 
-    carry = (moving, scores)
+    carry = (moving, scores, both.at)
     # What is read above is written below, which nothing but data puts in order.
     carry, fresh = jax.lax.optimization_barrier((carry, fresh))
     return _often(capacity, capacity == 1, jnp.any(rows), step, carry, turn)[0]
@@ -182,6 +183,14 @@ class _Both:
         slots = jax.tree.map(_joined, self.tracking.body, self.tracking.tail)
         return Memory(slots=slots, row=self.tracking.row)
 
+    def useful(self, of: Callable[..., Array], held: Held) -> Array:
+        """Scores, as after the prompt: what no later query sees takes no slot."""
+        scores = of(self.memory(), held, self.tracking.limit).astype(jnp.float32)
+        if self.spec.window is None:
+            return scores
+        edge = held.seen[:, None, None] - 1 - self.spec.window
+        return jnp.where(held.positions > edge, scores, -jnp.inf)
+
     def places(self) -> tuple[Any, Any]:
         """Of body and of tail all but keys and values, and the places of these."""
         b, heads, slots = self.at.shape
@@ -198,7 +207,6 @@ def _merged(
     both: _Both,
     body: tuple[Array, Array],
     origin: Int[Array, "B K S"],
-    scores: Array,
     rows: Bool[Array, "B"],
 ) -> tuple[Array, Array]:
     """Keys and values of the body, with what was dropped of `rows` in them.
@@ -208,11 +216,11 @@ def _merged(
         both: body and tail before.
         body: keys and values, before.
         origin: for each slot of the body, which of those of both it holds now.
-        scores: what ranked them.
         rows: whose tails went into the body.
     """
     assert folding.merge is not None
     held = both.held(*body)
+    scores = both.useful(folding.score.score, held)
     scores = folding.score.unprotected(both.memory(), held, scores)
     held, rows = present(held), rows[:, None, None]
     b, heads, count = held.positions.shape

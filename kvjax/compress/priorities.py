@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache import levelled
 from kvjax.compress.observe import Observed
 from kvjax.compress.plan import Eviction
 from kvjax.compress.survey import Share
@@ -26,13 +27,19 @@ def priorities_of(
 ) -> Scores:
     """Priorities of all prompt tokens; padding and dead tokens are `-inf`."""
     assert observed.memory is not None
-    scores = evict.score.score(observed.memory, held, share.counts)
+    # Units add scores up and some budgets weigh them: these want no other form.
+    compared = evict.unit.single and not evict.budget.weighs
+    of = evict.score.ranked if compared else evict.score.score
+    scores = of(observed.memory, held, share.counts)
     usable = held.live
     if held.spec.window is not None:
         edge = held.seen[:, None, None] - 1 - held.spec.window
         usable = usable & (held.positions > edge)
     scores = jnp.where(usable, scores.astype(jnp.float32), -jnp.inf)
-    return evict.unit.priorities(scores, lengths, share.counts)
+    if evict.unit.single and not evict.score.exact:
+        scores = levelled(scores)
+    how = (scores, lengths, share.counts, evict.score.protected)
+    return evict.unit.priorities(*how)
 
 
 def own_or_handed(

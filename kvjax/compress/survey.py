@@ -192,12 +192,13 @@ def _budgets(
         most = tuple(seen)
         return Share(counts=counts, held=counts, full=counts), most, most, most
     budget, unit = evict.budget, evict.unit
-    counts = budget.counts(lengths, specs, size)
-    share = Share(counts=counts, held=unit.slots(counts, lengths), full=counts)
+    counts, protected = budget.counts(lengths, specs, size), evict.score.protected
+    slots = unit.slots(counts, lengths, protected)
+    share = Share(counts=counts, held=slots, full=counts)
     if unit.reuse > 1:
         leads = jnp.arange(len(specs)) % unit.reuse == 0
         share = dataclasses.replace(share, leads=leads)
-    slots = unit.capacities(budget, tokens, specs, size)
+    slots = unit.capacities(budget, tokens, specs, size, protected)
     if budget.surveys:
         heads = specs[0].num_kv_heads
         most = tuple(heads * budget.most_of(n, tokens) for n in slots)

@@ -1,6 +1,7 @@
 """ExpectedAttention: attention that future queries are expected to pay."""
 
 import dataclasses
+import math
 from typing import Annotated, final
 
 import jax
@@ -10,8 +11,8 @@ from jaxtyping import Array, Float, Int
 from kvjax.config import sized
 from kvjax.fields import Amount, Count, Range
 from kvjax.rope import Rope
-from kvjax.scorers.base import AbstractScorer, group_mean, protect_first
-from kvjax.types import NEG_INF, pytree
+from kvjax.scorers.base import AbstractScorer, protect_first
+from kvjax.types import NEG_INF, Held, Scores, pytree
 
 
 @final
@@ -28,7 +29,8 @@ class ExpectedAttention(AbstractScorer):
 
     Source: Expected Attention (2510.00636) section 3; kvpress
     `ExpectedAttentionPress` (512, 4, True, True, 0).
-    Deviations: queries before RoPE are obtained by rotating back.
+    Deviations: queries before RoPE are obtained by rotating back; tokens that are only
+    compared are so by logarithms.
     """
 
     n_future: Annotated[int, Range(1, 2**20)] = sized(512, short=32)
@@ -52,8 +54,26 @@ class ExpectedAttention(AbstractScorer):
 
     def score(self, memory, held, counts):
         del counts
-        asked, spec = memory.row, held.spec
-        (b, kv_heads, s, d), h = held.k.shape, asked.mean.shape[1]
+        scores = jnp.exp(self._logs(memory.row, held)) + self.epsilon
+        if self.use_vnorm:
+            scores = scores * _sizes(held)
+        return protect_first(scores, held, self.n_sink)
+
+    def ranked(self, memory, held, counts):
+        """Logarithms: of a sharp head, most weights are 0 in float32."""
+        del counts
+        logs = self._logs(memory.row, held)
+        if self.epsilon > 0:
+            logs = jnp.logaddexp(logs, math.log(self.epsilon))
+        if self.use_vnorm:
+            tiny = jnp.finfo(jnp.float32).tiny  # -inf would say that it never stays
+            logs = logs + jnp.log(jnp.maximum(_sizes(held), tiny))
+        return protect_first(logs, held, self.n_sink)
+
+    def _logs(self, asked: "_Moments", held: Held) -> Scores:
+        """Logarithms of the expected weights, averaged over the query group."""
+        spec = held.spec
+        (b, kv_heads, _, d), h = held.k.shape, asked.mean.shape[1]
         counted = held.positions >= self.n_sink
         turned = mean_rotation(spec.rope, held.seen, self.n_future)
         mean = jnp.einsum("BXY,BHY->BHX", turned, asked.mean)
@@ -66,11 +86,13 @@ class ExpectedAttention(AbstractScorer):
             spread = jnp.einsum("BKSX,BKGXY,BKSY->BKGS", keys, cov, keys)
             logits = logits + 0.5 * spread * spec.scale**2
         logits = jnp.where(counted[:, :, None], logits, NEG_INF)
-        weight = jax.nn.softmax(logits, axis=-1).reshape(b, h, s)
-        scores = group_mean(weight, kv_heads) + self.epsilon
-        if self.use_vnorm:
-            scores = scores * jnp.linalg.norm(held.v.astype(jnp.float32), axis=-1)
-        return protect_first(scores, held, self.n_sink)
+        logs = jax.nn.log_softmax(logits, axis=-1)
+        return jax.nn.logsumexp(logs, axis=2) - math.log(h // kv_heads)
+
+
+def _sizes(held: Held) -> Scores:
+    """Norms of the values."""
+    return jnp.linalg.norm(held.v.astype(jnp.float32), axis=-1)
 
 
 @pytree

@@ -1,12 +1,13 @@
 """LagKV: tokens that stand out against the block that follows them."""
 
 import dataclasses
-from typing import Annotated, final
+from typing import Annotated, ClassVar, final
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kvjax.cache import levelled
 from kvjax.config import sized
 from kvjax.fields import Count, Range
 from kvjax.scorers.base import AbstractScorer, by_position, protect_first, unsorted
@@ -33,6 +34,7 @@ class LagKV(AbstractScorer):
 
     n_sink: Count = 4
     lag: Annotated[int, Range(2)] = sized(128, short=16)
+    exact: ClassVar[bool] = True
 
     @property
     def protected(self):
@@ -49,9 +51,12 @@ class LagKV(AbstractScorer):
         full = (count - self.n_sink) // self.lag  # full blocks of each head
         scores = 1.0 + recency
         if blocks >= 2:
-            both = 0.5 * (self._spread(there.k, blocks) + self._spread(there.v, blocks))
-            by_spread = jnp.argsort(both, axis=-1)
-            rank = jnp.argsort(by_spread, axis=-1).astype(jnp.float32) / self.lag
+            spreads = (self._spread(x, blocks) for x in (there.k, there.v))
+            # The mean of two weights, but for its logarithm, which is only ranked.
+            both = levelled(jnp.logaddexp(*spreads))
+            best = jnp.argsort(-both, axis=-1, stable=True)
+            rank = self.lag - 1 - jnp.argsort(best, axis=-1)
+            rank = rank.astype(jnp.float32) / self.lag
             ranked = rank.reshape(*rank.shape[:2], -1)
             stop = self.n_sink + ranked.shape[-1]
             lagged = scores.at[..., self.n_sink : stop].set(ranked)
@@ -62,7 +67,7 @@ class LagKV(AbstractScorer):
         return protect_first(unsorted(scores, order), held, self.n_sink)
 
     def _spread(self, x: Float[Array, "B K S D"], blocks: int) -> Array:
-        """`[B, K, blocks - 1, lag]` softmaxed deviations."""
+        """`[B, K, blocks - 1, lag]` logarithms of softmaxed deviations."""
         b, k, _, d = x.shape
         stop = self.n_sink + blocks * self.lag
         x = x[:, :, self.n_sink : stop].astype(jnp.float32)
@@ -71,4 +76,4 @@ class LagKV(AbstractScorer):
         high = jnp.max(x[:, :, 1:], axis=3, keepdims=True)
         scaled: Array = (x[:, :, :-1] - low) / jnp.maximum(high - low, 1e-12)
         deviation = jnp.std(scaled, axis=-1, ddof=1)
-        return jax.nn.softmax(deviation, axis=-1)
+        return jax.nn.log_softmax(deviation, axis=-1)

@@ -1,7 +1,7 @@
 """Scores that look at positions alone: random and StreamingLLM."""
 
 import dataclasses
-from typing import final
+from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ class Random(AbstractScorer):
     """
 
     seed: Seed = 0
+    exact: ClassVar[bool] = True
 
     def score(self, memory, held, counts):
         del memory, counts
@@ -56,6 +57,7 @@ class StreamingLLM(AbstractScorer):
     """
 
     n_sink: Count = 4
+    exact: ClassVar[bool] = True
 
     @property
     def protected(self):

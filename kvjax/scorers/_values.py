@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kvjax.cache import places
 from kvjax.config import sized
 from kvjax.fields import Amount, Count, Positive, Share
 from kvjax.pallas_kernels.dense import LOGITS_BUDGET
@@ -73,8 +74,8 @@ class CriticalKV(AbstractScorer):
     def score(self, memory, held, counts):
         own = dataclasses.replace(memory, slots=memory.slots.base)
         base = jnp.where(held.live, self.base.score(own, held, counts), -jnp.inf)
-        order = jnp.argsort(-base, axis=-1, stable=True)
-        rank = jnp.argsort(order, axis=-1)
+        ranked = jnp.where(held.live, self.base.ranked(own, held, counts), -jnp.inf)
+        rank = places(ranked, held)
         first = jnp.floor(counts.astype(jnp.float32) * self.first_stage + 1e-4)
         first = jnp.maximum(first.astype(jnp.int32), 1)
         chosen = (rank < first[:, None, None]) | jnp.isposinf(base)

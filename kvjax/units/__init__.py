@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import exact
 from kvjax.budgets import AbstractBudget
+from kvjax.cache import levelled
 from kvjax.fields import Checked, OneOf, Positive
 from kvjax.types import LayerSpec, Lengths, Scores
 
@@ -39,7 +40,11 @@ class AbstractUnit(Checked, abc.ABC):
 
     @abc.abstractmethod
     def priorities(
-        self, scores: Scores, lengths: Lengths, counts: Int[Array, "B"]
+        self,
+        scores: Scores,
+        lengths: Lengths,
+        counts: Int[Array, "B"],
+        protected: int = 0,
     ) -> Scores:
         """Priorities; `+inf` is kept first, `-inf` never.
 
@@ -47,20 +52,23 @@ class AbstractUnit(Checked, abc.ABC):
             scores: token scores; `+inf` protects, `-inf` forbids (and is padding).
             lengths: live tokens per row.
             counts: tokens per head that the budget allows.
+            protected: tokens that the score keeps in any case.
         """
 
     def slots(
         self,
         counts: Int[Array | np.ndarray, "... B"],
         lengths: Int[Array | np.ndarray, "B"],
+        protected: int = 0,
     ) -> Any:
         """Slots that budgets of `counts` tokens need, for rows of `lengths`.
 
         Args:
             counts: tokens per head that the budget allows, NumPy or traced.
             lengths: row lengths.
+            protected: tokens that the score keeps in any case.
         """
-        del lengths
+        del lengths, protected
         return counts
 
     def capacities(
@@ -69,6 +77,7 @@ class AbstractUnit(Checked, abc.ABC):
         longest: int,
         specs: tuple[LayerSpec, ...],
         slot_bytes: float,
+        protected: int = 0,
     ) -> tuple[int, ...]:
         """Slots per head of every layer that do for all rows of `0 .. longest` tokens.
 
@@ -77,7 +86,9 @@ class AbstractUnit(Checked, abc.ABC):
             longest: largest row length.
             specs: all layers.
             slot_bytes: bytes of one slot of one head, for budgets in bytes.
+            protected: tokens that the score keeps in any case.
         """
+        del protected
         return budget.capacities(longest, specs, slot_bytes)
 
 
@@ -88,8 +99,8 @@ class Token(AbstractUnit):
 
     single: ClassVar[bool] = True
 
-    def priorities(self, scores, lengths, counts):
-        del lengths, counts
+    def priorities(self, scores, lengths, counts, protected=0):
+        del lengths, counts, protected
         return scores
 
 
@@ -103,9 +114,10 @@ class Chunk(AbstractUnit):
         reduce: chunk score, `sum` or `mean` of its tokens' scores.
         share_heads: sum scores over KV heads, so that all heads keep the same chunks.
         whole: keep whole chunks only, `max(1, floor(chunks * keep))` of them, and
-            treat a chunk with a protected token as protected. Otherwise the budget
-            is met exactly: protected tokens first, then chunks by score, the last
-            one trimmed.
+            treat a chunk with a protected token as protected, the newest first where
+            they do not all fit: then only the protected tokens of the others stay.
+            Otherwise the budget is met exactly: protected tokens first, then chunks
+            by score, the last one trimmed.
 
     Priorities are ranks; their gradient is that of the scores of the chunks, in units
     of spread, so that the choice can be learned (`kvjax.compress.relaxed`).
@@ -119,9 +131,9 @@ class Chunk(AbstractUnit):
     share_heads: bool = False
     whole: bool = False
 
-    def priorities(self, scores, lengths, counts):
+    def priorities(self, scores, lengths, counts, protected=0):
         s = scores.shape[-1]
-        protected, forbidden = jnp.isposinf(scores), jnp.isneginf(scores)
+        sure, forbidden = jnp.isposinf(scores), jnp.isneginf(scores)
         total, held = self._chunk_scores(scores, lengths)
         rank = self._chunk_ranks(total, held, lengths)
         chunk = jnp.arange(s) // self.size
@@ -133,8 +145,12 @@ class Chunk(AbstractUnit):
             kept = self._kept(counts, lengths)
             out = jnp.take(rank, chunk, axis=-1) >= kept[:, None, None]
             priority = jnp.where(out, -jnp.inf, priority)
-        else:
-            priority = jnp.where(protected, jnp.inf, priority)
+            if self.share_heads:
+                sure = jnp.broadcast_to(sure.any(1, keepdims=True), sure.shape)
+            newer = jnp.flip(jnp.cumsum(jnp.flip(sure, -1), axis=-1), -1)
+            limit = self.slots(counts, lengths, protected)
+            sure = sure & (newer <= limit[:, None, None])
+        priority = jnp.where(sure, jnp.inf, priority)
         return jnp.where(forbidden, -jnp.inf, priority)
 
     def _chunk_scores(
@@ -156,19 +172,30 @@ class Chunk(AbstractUnit):
         return total, held
 
     def _chunk_ranks(self, total: Array, held: Array, lengths: Lengths) -> Array:
-        """0 for the best chunk of each head; ties go to the earlier chunk."""
-        start = jnp.arange(total.shape[-1]) * self.size
+        """0 for the best chunk of each head.
+
+        Ties go to the earlier chunk, among whole chunks that are protected to the
+        later one.
+        """
+        chunk = jnp.arange(total.shape[-1], dtype=jnp.int32)
+        total, later = levelled(jax.lax.stop_gradient(total)), chunk
         if self.whole:
             total = jnp.where(held, jnp.inf, total)
-        total = jnp.where(start < lengths[:, None, None], total, -jnp.inf)
-        order = jnp.argsort(-total, axis=-1, stable=True)
+            later = jnp.where(held, -chunk, chunk)
+        there = chunk * self.size < lengths[:, None, None]
+        total = jnp.where(there, total, -jnp.inf)
+        later = jnp.broadcast_to(later, total.shape)
+        order = jnp.lexsort((later, -total), axis=-1)
         return jnp.argsort(order, axis=-1)
 
-    def slots(self, counts, lengths):
+    def slots(self, counts, lengths, protected=0):
         if not self.whole:
             return counts
         xp = exact.namespace(counts, lengths)
-        return xp.minimum(self._kept(counts, lengths) * self.size, lengths)
+        whole = self._kept(counts, lengths) * self.size
+        # Chunks are rounded down, and may hold less than what is always kept.
+        whole = xp.maximum(whole, xp.minimum(counts, min(protected, exact.LONGEST)))
+        return xp.minimum(whole, lengths)
 
     def _kept(self, counts: Any, lengths: Any) -> Any:
         """Whole chunks, `floor(chunks * counts / lengths)` of them, at least 1.
@@ -182,7 +209,7 @@ class Chunk(AbstractUnit):
         more = exact.floor_product(counts, pad, rows, self.size - 1)
         return xp.maximum((counts + more) // self.size, 1)
 
-    def capacities(self, budget, longest, specs, slot_bytes):
+    def capacities(self, budget, longest, specs, slot_bytes, protected=0):
         """See `AbstractUnit.capacities`.
 
         Whole chunks rise and fall with the length. A row of `a .. b` tokens needs at
@@ -195,7 +222,8 @@ class Chunk(AbstractUnit):
             return budget.capacities(longest, specs, slot_bytes)
 
         def needed(lengths: np.ndarray) -> Any:
-            slots = self.slots(budget.counts(lengths, specs, slot_bytes), lengths)
+            counts = budget.counts(lengths, specs, slot_bytes)
+            slots = self.slots(counts, lengths, protected)
             return slots.max(axis=1)
 
         turns = budget.turns(longest, specs, slot_bytes)
@@ -208,6 +236,7 @@ class Chunk(AbstractUnit):
             pads = (self.size - 1) * most // max(start, 1)
             most = most + np.minimum(pads, self.size - 1)
             most = np.maximum(most // self.size, 1) * self.size
+            most = np.maximum(most, protected)
             most = np.minimum(most, end)
             if (most <= found).all():
                 continue

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.pallas_kernels.column_stats.args import ColumnArgs
 from kvjax.pallas_kernels.column_stats.stats import ColumnStats
 from kvjax.pallas_kernels.dense import query_chunk, visible
-from kvjax.pallas_kernels.partial import cap
+from kvjax.pallas_kernels.partial import cap, row_sum
 from kvjax.types import NEG_INF
 
 
@@ -34,7 +34,7 @@ def column_stats(args: ColumnArgs) -> ColumnStats:
         else:
             peak = jnp.max(logits, axis=-1, keepdims=True)
         weight = jnp.exp(logits - jnp.where(jnp.isneginf(peak), 0.0, peak))
-        mass = jnp.sum(weight, axis=-1)
+        mass = row_sum(weight)
         if given:
             mass = jnp.where(jnp.isneginf(peak[..., 0]), 0.0, 1.0)
         share = jnp.where(mass > 0, 1.0 / jnp.where(mass > 0, mass, 1.0), 0.0)

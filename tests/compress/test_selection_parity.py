@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kvjax
 from kvjax.budgets import AdaKV, Pyramid, Uniform
 from kvjax.compress.select import choose, choose_flat, head_counts
 from kvjax.exact import ceil_share
@@ -110,12 +111,14 @@ def chosen(priorities, counts):
     return choose(priorities, counts, WIDTH + 4)
 
 
-def kept_by(unit, scores: np.ndarray, counts: np.ndarray) -> list[list[np.ndarray]]:
+def kept_by(
+    unit, scores: np.ndarray, counts: np.ndarray, protected: int = 0
+) -> list[list[np.ndarray]]:
     """What a unit keeps of every row and head."""
-    allowed = jnp.asarray(counts, jnp.int32)
-    priorities = unit.priorities(jnp.asarray(scores), jnp.asarray(LENGTHS), allowed)
+    allowed, lengths = jnp.asarray(counts, jnp.int32), jnp.asarray(LENGTHS)
+    priorities = unit.priorities(jnp.asarray(scores), lengths, allowed, protected)
     # A whole-chunk unit bounds itself, by `-inf`; its slots are then the limit.
-    slots = unit.slots(counts, LENGTHS)
+    slots = unit.slots(counts, LENGTHS, protected)
     return positions(*chosen(priorities, jnp.asarray(slots, jnp.int32)))
 
 
@@ -145,6 +148,48 @@ def test_whole_chunks_are_those_of_kvpress(size, protect):
             )
             for mine, other in zip(ours[row], theirs, strict=True):
                 np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("size", [5, 10, 20])
+def test_whole_chunks_never_drop_what_is_protected(size):
+    """Nor where the last chunk is cut off, or chunks are rounded down below it."""
+    unit = Chunk(size=size, reduce="mean", share_heads=True, whole=True)
+    protect = 13
+    for seed, counts in enumerate([[13, 46, 14], [20, 13, 33], [31, 17, 13]]):
+        scores = random_scores(seed, protect)
+        ours = kept_by(unit, scores, np.array(counts), protect)
+        for row, n in enumerate(counts):
+            length = int(LENGTHS[row])
+            theirs = reference.chunkkv_kept(
+                scores[row, :, :length].astype(float),
+                Fraction(n, length),  # type: ignore[arg-type]
+                chunk=size,
+                protected=protect,
+            )
+            for mine, other in zip(ours[row], theirs, strict=True):
+                np.testing.assert_array_equal(mine, other)
+                assert np.isin(np.arange(length - protect, length), mine).all()
+
+
+@pytest.mark.parametrize("tokens", [300, 301])
+def test_the_window_of_chunkkv_stays(tokens):
+    """Five chunks hold the window and three or four fit: the newest, and the rest."""
+    c = kvjax.compression("chunkkv_kvpress", **{"evict.budget.keep": 0.25})
+    assert c.evict is not None and c.evict.score.protected == 64
+    lengths = jnp.asarray([tokens], jnp.int32)
+    scores = np.random.default_rng(0).normal(size=(1, 2, 320)).astype(np.float32)
+    index = np.arange(320)
+    scores = np.where(index >= tokens - 64, np.inf, scores)
+    scores = jnp.asarray(np.where(index < tokens, scores, -np.inf))
+    specs = (layer_spec(4, 2, 16),)
+    counts = c.evict.budget.counts(lengths, specs, 68.0)[0]
+    unit, protected = c.evict.unit, c.evict.score.protected
+    priorities = unit.priorities(scores, lengths, counts, protected)
+    slots = unit.slots(counts, lengths, protected)
+    most = unit.capacities(c.evict.budget, tokens, specs, 68.0, protected)
+    assert int(slots[0]) <= most[0]
+    for head in positions(*choose(priorities, slots, most[0]))[0]:
+        assert np.isin(np.arange(tokens - 64, tokens), head).all()
 
 
 def test_shared_chunks_are_the_same_where_heads_protect_different_tokens():

@@ -63,24 +63,34 @@ def chunks(length: int, size: int) -> list[np.ndarray]:
 
 
 def chunkkv_kept(
-    scores: np.ndarray, keep: float, *, chunk: int = 20
+    scores: np.ndarray, keep: float, *, chunk: int = 20, protected: int = 0
 ) -> list[np.ndarray]:
     """Sorted kept positions, the same for every KV head, in whole chunks.
 
     Source: METHODS A 1.1, kvpress `chunkkv_press.py`: scores summed over the KV heads,
     mean in the chunk (the remainder is a chunk), the top
     `max(1, int(n_chunks * keep))` chunks. A prompt shorter than one chunk
-    falls back to single tokens (not in METHODS; seen in kvpress 0.5.5).
+    falls back to single tokens (not in METHODS; seen in kvpress 0.5.5). Of chunks
+    with a score of +inf the newest come first, and where they do not all fit, the
+    others' tokens at +inf stay alone: at least `protected` fit.
     """
     kv_heads, length = scores.shape
     if length < chunk:
         return kept(scores, max(1, int(length * keep)))
     summed = scores.sum(axis=0)
     parts = chunks(length, chunk)
-    means = np.array([summed[part].mean() for part in parts])
-    best = top(means, max(1, int(len(parts) * keep)))
-    positions = np.sort(np.concatenate([parts[i] for i in best]))
-    return [positions] * kv_heads
+    means = [float(summed[part].mean()) for part in parts]
+    most = max(1, int(len(parts) * keep))
+    slots = max(most * chunk, protected)
+    sure = np.flatnonzero(np.isposinf(summed))[-slots:]
+
+    def place(i: int) -> tuple[float, int]:
+        return -means[i], -i if np.isposinf(means[i]) else i
+
+    best = sorted(range(len(parts)), key=place)[:most]
+    rest = np.concatenate([parts[i] for i in best])
+    positions = np.concatenate([sure, rest[~np.isin(rest, sure)]])[:slots]
+    return [np.sort(positions)] * kv_heads
 
 
 def chunkkv_paper_kept(
