@@ -23,6 +23,7 @@ LADDER = (
         "exact",
         "config",
         "interrupt",
+        "plaintext",
     ),
     ("pallas_kernels",),
     ("codecs", "cache", "attention"),

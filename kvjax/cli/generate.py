@@ -26,6 +26,7 @@ from kvjax.cli.base import (
     pick,
 )
 from kvjax.models.bundled import DEFAULT
+from kvjax.plaintext import MARK, check_text, decoded
 
 Stops = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")
@@ -141,11 +142,12 @@ class Generate(Command):
         if (self.prompt is None) == (self.prompt_file is None):
             raise ValueError("give either --prompt TEXT or --prompt-file FILE.")
         if self.prompt is not None:
-            return self.prompt
+            check_text(self.prompt, "--prompt")
+            return self.prompt.removeprefix(MARK)
         assert self.prompt_file is not None
         if str(self.prompt_file) == "-":
-            return sys.stdin.read()
-        return self.prompt_file.read_text(encoding="utf-8")
+            return decoded(sys.stdin.buffer.read(), "--prompt-file: standard input")
+        return decoded(self.prompt_file.read_bytes(), str(self.prompt_file))
 
     def _encode(self, tokenizer, text: str) -> list[int]:
         if self.chat:
@@ -153,14 +155,23 @@ class Generate(Command):
                 raise ValueError(
                     f"{self.model} has no chat template; leave --chat out."
                 )
-            message = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(
-                message, tokenize=False, add_generation_prompt=True
-            )
+            text = self._asked(tokenizer, text)
         ids = list(tokenizer.encode(text, add_special_tokens=not self.chat))
         if not ids:
             raise ValueError("the prompt is empty; give at least one token.")
         return ids
+
+    def _asked(self, tokenizer, text: str) -> str:
+        """`text` as a user's message, with the prompt for an answer."""
+        from kvjax.models.templates import TemplateFault, written
+
+        try:
+            return written(tokenizer, [{"role": "user", "content": text}], ask=True)
+        except TemplateFault as wrong:
+            raise ValueError(
+                f"the chat template of {self.model} refuses the prompt ({wrong}). "
+                "Leave --chat out, or mend the template."
+            ) from wrong
 
     def _stops(self, tokenizer) -> list[int]:
         found = []

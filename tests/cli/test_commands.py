@@ -9,13 +9,14 @@ import pytest
 
 from kvjax.cli import main
 from kvjax.cli.base import headline, pick, split
-from kvjax.cli.generate import Stream
+from kvjax.cli.generate import Generate, Stream
 from kvjax.cli.main import COMMANDS, dotted, overview, parse
 from kvjax.compress import compressions
 from kvjax.eval.config import bundled_evaluations
 from kvjax.eval.tasks import TASKS
 from kvjax.models.bundled import bundled_models
 from kvjax.pallas_kernels.targets import TARGETS
+from kvjax.train.data.tokenizer import build_tokenizer
 from kvjax.train.recipe import bundled_recipes
 from tests.eval.synthetic import make_run
 
@@ -167,6 +168,46 @@ def test_generate(kvjax, checkpoint, tmp_path):
     assert code == 2 and "2 tokens" in err
     code, _, err = kvjax(*words, "--chat")
     assert code == 2 and "chat template" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("a prompt".encode("utf-16"), "prompt.txt begins as UTF-16 text does"),
+        ("a prompt".encode("utf-16-le"), "prompt.txt begins as UTF-16-LE text does"),
+        (
+            "one\ncaf\xe9".encode("latin-1"),
+            "prompt.txt, line 2: byte 0xe9 is not UTF-8",
+        ),
+    ],
+)
+def test_prompt_files_that_are_not_utf_8(kvjax, tmp_path, content, says):
+    (tmp_path / "prompt.txt").write_bytes(content)
+    code, _, err = kvjax("generate", "--prompt-file", tmp_path / "prompt.txt")
+    assert code == 2 and says in err and "iconv" in err
+
+
+def test_marks_and_halves_of_pairs_in_prompts(kvjax, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    assert Generate(prompt_file=path)._text() == "one\ntwo\n"
+    assert Generate(prompt="\ufeffone")._text() == "one"
+    code, _, err = kvjax("generate", "--prompt", "a\udcff")
+    assert code == 2 and "--prompt has U+DCFF at character 1" in err
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('no users') }}", "TemplateError: no users"),
+        ("{{ 1 + 'a' }}", "TypeError"),
+    ],
+)
+def test_a_chat_template_that_refuses_the_prompt(template, says):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"refuses the prompt.*{says}"):
+        Generate(prompt="a", chat=True)._encode(tokenizer, "a")
 
 
 def test_bench(kvjax, checkpoint):
