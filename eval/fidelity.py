@@ -26,7 +26,6 @@ from kvjax.fields import Checked, Positive, Range
 from kvjax.files import read_text
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import extend, prefill
-from kvjax.plaintext import decoded
 from kvjax.types import LengthsLike, Tokens, TokensLike
 
 

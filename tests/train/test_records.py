@@ -3,16 +3,9 @@
 import numpy as np
 import pytest
 
-from kvjax.train.data.records import (
-    EMPTY,
-    REFUSED,
-    REWRITTEN,
-    UNANSWERED,
-    as_row,
-    chat,
-    plain,
-    question,
-)
+from kvjax.train.data.chats import REFUSED, REWRITTEN, chat
+from kvjax.train.data.example import EMPTY, UNANSWERED, as_row
+from kvjax.train.data.records import plain, question
 from kvjax.train.data.words import CHARACTERS, Words
 from tests.train.datasets_samples import (
     CHATML,

@@ -1,6 +1,7 @@
 """Datasets that lack what training needs: named, counted, refused."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +129,41 @@ def test_a_hub_id_goes_to_the_library(monkeypatch):
     assert records.column_names == ["body"]
     want = {"name": "en", "split": "train[:9]", "streaming": False}
     assert asked == {"path": "owner/name", **want}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_the_hub_are_told_by_their_number(monkeypatch, streaming):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"body": [*TEXTS[:5], None, ""]})
+    found: Any = table.to_iterable_dataset() if streaming else table
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+    one = mixture(Source(dataset="owner/name", text="body", streaming=streaming))
+    list(one.batches(0, 4))
+    reader = one.readers[0][1]
+    assert reader.skipped == {"empty": 2}
+    assert reader.left_out.first["empty"] in ("row 6", "row 7")
+    with pytest.raises(ValueError, match=r"owner/name'.*no column 't'; it has \['body"):
+        mixture(Source(dataset="owner/name", text="t", streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_that_fails_says_why(monkeypatch, streaming):
+    import datasets
+
+    def rows():
+        yield {"body": "a text"}
+        raise OSError("connection lost")
+
+    def load_dataset(*_, streaming: bool, **__):
+        if streaming:
+            return datasets.IterableDataset.from_generator(rows)
+        return datasets.Dataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source(dataset="owner/name", text="body", streaming=streaming)
+    with pytest.raises(ValueError, match="'owner/name', split 'train': OSError: conn"):
+        mixture(source).batch(0)
 
 
 @pytest.mark.parametrize(

@@ -9,25 +9,22 @@ import collections
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvjax.train.data.records import Example, Prepare, as_row, preparation
+from kvjax.train.data.example import Example, as_row, example
+from kvjax.train.data.left_out import LeftOut, longer
+from kvjax.train.data.prepared import Placing, kept, placed_example
+from kvjax.train.data.records import preparation
 from kvjax.train.data.rows import TokenRow
-from kvjax.train.data.sources import open_dataset
+from kvjax.train.data.sources import open_dataset, said
 from kvjax.train.data.words import Words
 from kvjax.train.recipe import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-
-LAYOUT = 1
-"""Of the examples that `Dataset.map` keeps on disk: raise it when their making changes.
-
-What is kept goes by the arguments of the call, not by the code that is called.
-"""
 
 LOG = logging.getLogger("kvjax.train")
 
@@ -43,11 +40,16 @@ class RowReader(abc.ABC):
 
     Attributes:
         name: of the dataset and its split, for messages.
-        skipped: records that were left out, by reason, as far as they were read.
+        left_out: records that were left out, as far as they were read.
     """
 
     name: str
-    skipped: collections.Counter[str]
+    left_out: LeftOut
+
+    @property
+    def skipped(self) -> collections.Counter[str]:
+        """How many records were left out, by reason."""
+        return self.left_out.counts
 
     @abc.abstractmethod
     def take(self, width: int) -> TokenRow:
@@ -77,9 +79,11 @@ def open_reader(
         ValueError: the dataset cannot be read, a column is missing, or no record can
             be used; names the source.
     """
-    records = open_dataset(source, split)
-    prepare = preparation(source, words)
     name = f"dataset {source.dataset!r}, split {split!r}"
+    prepare = functools.partial(
+        placed_example, prepare=preparation(source, words), name=name
+    )
+    records = open_dataset(source, split)
     if source.streaming:
         mixed = records.shuffle(seed=seed, buffer_size=source.buffer)  # type: ignore
         return StreamedReader(name, mixed, prepare, bool(source.text))  # type: ignore
@@ -96,20 +100,21 @@ class StoredReader(RowReader):
         self,
         name: str,
         records: "Dataset",
-        prepare: Prepare,
+        prepare: Placing,
         packed: bool,
         seed: int,
         widths: Sequence[int],
     ):
         self.name, self.packed, self.seed = name, packed, seed
-        self.examples, faults, self.lengths = _prepared(records, prepare)
-        self.skipped = collections.Counter(fault for fault in faults if fault)
+        self.examples, faults, self.lengths = kept(records, prepare)
+        self.left_out = LeftOut()
+        for number in np.flatnonzero([bool(fault) for fault in faults]):
+            self.left_out.add(faults[number], str(self.examples[int(number)]["why"]))
         usable = np.array([not fault for fault in faults], bool)
         if not packed:
             fit = self.lengths <= max(widths)
-            self.skipped[_longer(max(widths))] = int(np.sum(usable & ~fit))
+            self.left_out.add(longer(max(widths)), count=int(np.sum(usable & ~fit)))
             usable &= fit
-        self.skipped = +self.skipped  # without what there is none of
         self.ids = np.flatnonzero(usable)
         self._check(len(records), min(widths))
         self.total = int(self.lengths[self.ids].sum())
@@ -118,9 +123,9 @@ class StoredReader(RowReader):
 
     def _check(self, count: int, narrowest: int) -> None:
         if not len(self.ids):
-            raise _unusable(self.name, self.skipped, count)
+            raise self.left_out.nothing(self.name, count)
         if self.skipped:
-            LOG.warning("%s: %s", self.name, _report(self.skipped, count))
+            LOG.warning("%s: %s", self.name, self.left_out.report(count))
         if self.packed:
             return
         lengths = self.lengths[self.ids]
@@ -189,14 +194,14 @@ class StreamedReader(RowReader):
     """
 
     def __init__(
-        self, name: str, records: "IterableDataset", prepare: Prepare, packed: bool
+        self, name: str, records: "IterableDataset", prepare: Placing, packed: bool
     ):
         self.name, self.packed = name, packed
         self.records, self.prepare = records, prepare
         self.reset()
 
     def reset(self) -> None:
-        self.skipped = collections.Counter()
+        self.left_out = LeftOut()
         self.passes = 0
         self.left = np.zeros(0, np.int32)
         self.flow = self._examples()
@@ -205,23 +210,30 @@ class StreamedReader(RowReader):
         for self.passes in itertools.count():
             self.records.set_epoch(self.passes)
             count = useful = 0
-            for record in self.records:
+            for record in self._read():
                 count += 1
-                example = self.prepare(record)
-                if example["fault"]:
-                    self._miss(example["fault"])
+                made = self.prepare(record, None)
+                if made["fault"]:
+                    self._miss(made["fault"], made["why"])
                 else:
                     useful += 1
-                    yield example
+                    yield made
             if not useful:
-                raise _unusable(self.name, self.skipped, count)
+                raise self.left_out.nothing(self.name, count)
 
-    def _miss(self, why: str) -> None:
+    def _read(self) -> Iterator[Mapping[str, Any]]:
+        try:
+            yield from self.records
+        # Readers and the hub raise whatever their layers raise.
+        except Exception as wrong:
+            raise ValueError(f"{self.name}: {said(wrong)}") from wrong
+
+    def _miss(self, why: str, where: str = "") -> None:
         if self.passes:  # counted in the first pass
             return
-        self.skipped[why] += 1
+        self.left_out.add(why, where)
         if str(self.skipped.total()).strip("0") == "1":  # 1, 10, 100 ...
-            LOG.warning("%s: %s", self.name, _report(self.skipped, None))
+            LOG.warning("%s: %s", self.name, self.left_out.report(None))
 
     def take(self, width: int) -> TokenRow:
         if self.packed:
@@ -232,10 +244,10 @@ class StreamedReader(RowReader):
             self.left = tokens[width:]
             return as_row(_whole(tokens[:width]))
         began = self.passes
-        for example in self.flow:
-            if len(example["tokens"]) <= width:
-                return as_row(example)
-            self._miss(_longer(width))
+        for made in self.flow:
+            if len(made["tokens"]) <= width:
+                return as_row(made)
+            self._miss(longer(width))
             if self.passes > began + 1:
                 break
         raise ValueError(
@@ -247,54 +259,5 @@ class StreamedReader(RowReader):
         self.take(width)
 
 
-def _prepared(
-    records: "Dataset", prepare: Prepare
-) -> tuple["Dataset", list[str], np.ndarray]:
-    """Examples, what is wrong with each, and its tokens."""
-    import datasets
-
-    features = datasets.Features(
-        tokens=datasets.List(datasets.Value("int32")),
-        answers=datasets.List(datasets.Value("bool")),
-        context=datasets.Value("int32"),
-        prompt=datasets.Value("int32"),
-        fault=datasets.Value("string"),
-        length=datasets.Value("int32"),
-    )
-    examples = records.map(
-        functools.partial(_measured, prepare=prepare, layout=LAYOUT),
-        remove_columns=records.column_names,
-        features=features,
-        desc="tokenizing",
-    )
-    faults = list(examples["fault"][:])
-    examples = examples.with_format("numpy")
-    return examples, faults, np.asarray(examples["length"][:], np.int64)
-
-
-def _measured(record, prepare: Prepare, layout: int) -> dict:
-    del layout
-    example = prepare(record)
-    return {**example, "length": len(example["tokens"])}
-
-
 def _whole(tokens: np.ndarray) -> Example:
-    answers = np.ones(len(tokens), bool)
-    return Example(tokens=tokens, answers=answers, context=0, prompt=0, fault="")
-
-
-def _longer(width: int) -> str:
-    return f"longer than a row of {width} tokens"
-
-
-def _report(skipped: collections.Counter[str], count: int | None) -> str:
-    reasons = ", ".join(f"{n} {why}" for why, n in sorted(skipped.items()))
-    of = "so far" if count is None else f"of {count}"
-    return f"{skipped.total()} records {of} left out: {reasons}"
-
-
-def _unusable(name: str, skipped: collections.Counter[str], count: int) -> ValueError:
-    return ValueError(
-        f"{name} has no record that can be used, of {count}"
-        + (f": {_report(skipped, count)}." if skipped else ".")
-    )
+    return example(tokens, np.ones(len(tokens), bool), 0, 0)

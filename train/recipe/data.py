@@ -1,6 +1,7 @@
 """What a recipe says of its data."""
 
 import dataclasses
+import io
 from typing import Annotated, Any
 
 from kvjax.fields import Amount, Checked, Positive, PositiveReal, Range
@@ -16,17 +17,22 @@ class Source(Checked):
     Attributes:
         task: a synthetic task; or
         dataset: a hub id (`owner/name`), a `.jsonl`, `.json`, `.parquet` or `.txt`
-            file, a pattern of such files, or a folder of them.
+            file (of all but Parquet also `.gz`), a pattern of such files, or a folder
+            of them.
         weight: share of the rows.
-        fields: of the task; of a dataset, further arguments of
-            `datasets.load_dataset`, such as `name` or `sample_by`.
+        fields: of the task; of a dataset of the hub, further arguments of
+            `datasets.load_dataset`, such as `name`; of files `sample_by` (of text),
+            `field` (of JSON) and `data_files`.
         split: of the dataset; slices as in `train[:95%]`.
         held_out: split of the running evaluation; empty: none.
         streaming: read the dataset as it is needed, never all of it.
         buffer: records that are shuffled together while streaming.
+        encoding: of text and JSON files; empty: UTF-8.
         text: column of plain documents, packed into rows; or
         messages: column of chats; or
         context, prompt, answer: columns of a question; `context` may be empty.
+        tools: column of what a chat's assistant may call, for the chat template: a
+            list of JSON schemas, or that as text.
     """
 
     task: str = ""
@@ -37,11 +43,13 @@ class Source(Checked):
     held_out: str = ""
     streaming: bool = False
     buffer: Positive = 1000
+    encoding: str = ""
     text: str = ""
     messages: str = ""
     context: str = ""
     prompt: str = ""
     answer: str = ""
+    tools: str = ""
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,13 +77,25 @@ class Source(Checked):
         question = bool(self.context or self.prompt or self.answer)
         kinds = (bool(self.text), bool(self.messages), question)
         if sum(kinds) != 1 or (question and not (self.prompt and self.answer)):
-            given = {name: getattr(self, name) for name in COLUMNS}
+            given = {name: getattr(self, name) for name in COLUMNS if name != "tools"}
             given = {name: column for name, column in given.items() if column}
             raise ValueError(
                 f"dataset {self.dataset!r} needs the columns of one kind of record: "
                 "`text`, or `messages`, or `prompt` and `answer` (and `context`); got "
                 f"{given or 'none'}."
             )
+        if self.tools and not self.messages:
+            raise ValueError(
+                f"dataset {self.dataset!r}: `tools` is a column beside `messages`; "
+                "name that too, or leave `tools` out."
+            )
+        try:
+            io.TextIOWrapper(io.BytesIO(), encoding=self.encoding or "utf-8")
+        except (LookupError, ValueError):
+            raise ValueError(
+                f"`encoding` must be one that Python knows, such as utf-16 or latin-1; "
+                f"got {self.encoding!r}."
+            ) from None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -84,7 +104,7 @@ class Source(Checked):
         return tuple(column for column in named if column)
 
 
-COLUMNS = ("text", "messages", "context", "prompt", "answer")
+COLUMNS = ("text", "messages", "context", "prompt", "answer", "tools")
 """Fields of `Source` that name a column."""
 
 
