@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from kvjax.eval.tasks import TRAIN, Episode, Task, make_task, stream
 from kvjax.train.data.batch import TokenBatch, pack
 from kvjax.train.data.readers import RowReader, open_reader
+from kvjax.train.data.records import answer_end
 from kvjax.train.data.rows import TokenRow, row
 from kvjax.train.data.share import WHOLE, RowShare
 from kvjax.train.data.tasks import characters
@@ -63,6 +64,12 @@ class Mixture:
             if source.held_out
         }
         self._at = 0  # the step before which the readers stand
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that the answers of chats and questions are trained to end with."""
+        found = (answer_end(source, self.words) for source, _ in self.readers)
+        return tuple(dict.fromkeys(token for token in found if token is not None))
 
     def batch(self, step: int, share: RowShare | None = None) -> TokenBatch:
         """The batch of one step; its rows have one width.

@@ -12,6 +12,7 @@ from kvjax.eval.text import Tokenizer
 from kvjax.models.bundled import model_directory
 from kvjax.models.io import checkpoint_directory, load_config
 from kvjax.models.tokenizer import has_tokenizer, load_tokenizer, save_tokenizer
+from kvjax.plaintext import check_text
 from kvjax.train.data import tokenizer as characters
 from kvjax.train.recipe import TrainConfig
 
@@ -30,6 +31,9 @@ class Words:
         begin, end: tokens before and behind a document: `<bos>` where the tokenizer
             itself puts one before a text, `<eos>` where it has one.
         pad: a valid token for where there is no text.
+
+    Raises:
+        ValueError: one of these is a token that the model does not know.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int):
@@ -38,22 +42,33 @@ class Words:
         self.begin = tuple(Tokenizer(tokenizer, vocab_size).prefix)
         end = tokenizer.eos_token_id
         self.end: tuple[int, ...] = () if end is None else (end,)
-        self.pad = int(tokenizer.pad_token_id or 0)
+        pad = int(tokenizer.pad_token_id or 0)
+        self.pad = pad if pad < vocab_size else 0  # added, and the model was not
+        for token in (*self.begin, *self.end):
+            self._check(token)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32, without specials.
 
         Raises:
-            ValueError: the tokenizer has tokens that the model does not know.
+            ValueError: the tokenizer has tokens that the model does not know, or the
+                text has characters that are none.
         """
+        check_text(text, "the text")
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         found = np.asarray(tokens, np.int32)
         if found.size and found.max() >= self.vocab_size:
-            raise ValueError(
-                f"the tokenizer gives token {found.max()}, the model knows "
-                f"{self.vocab_size}. Use the tokenizer that belongs to the model."
-            )
+            self._check(int(found.max()))
         return found
+
+    def _check(self, token: int) -> None:
+        if token >= self.vocab_size:
+            piece = self.tokenizer.convert_ids_to_tokens(token)
+            raise ValueError(
+                f"the tokenizer gives token {token} ({piece!r}), the model knows "
+                f"{self.vocab_size} (`vocab_size`). Use the tokenizer that belongs to "
+                "the model."
+            )
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids; specials are dropped."""
@@ -124,15 +139,31 @@ def words_of(config: TrainConfig) -> Words:
     many tokens as there are characters: a character model saved by its weights alone.
 
     Raises:
-        ValueError: the checkpoint has no tokenizer, or one that cannot be read.
+        ValueError: the checkpoint has no tokenizer, or one that cannot be read; a model
+            of characters has fewer tokens than there are.
     """
     if config.model is not None:
+        _check_characters(config.model.vocab_size)
         return CHARACTERS
     directory = checkpoint_directory(model_directory(config.init))
     vocab_size = load_config(directory).vocab_size
     if vocab_size == CHARACTERS.vocab_size and not has_tokenizer(directory):
         return CHARACTERS
     tokenizer = load_tokenizer(directory)
-    if tokenizer.get_vocab() == characters.VOCABULARY:
-        return CHARACTERS
-    return Words(tokenizer, vocab_size)
+    if tokenizer.get_vocab() != characters.VOCABULARY:
+        return Words(tokenizer, vocab_size)
+    _check_characters(vocab_size)
+    # A template is saved again, and writes special tokens, of which `Characters`
+    # knows nothing.
+    return Words(tokenizer, vocab_size) if tokenizer.chat_template else CHARACTERS
+
+
+def _check_characters(vocab_size: int) -> None:
+    """A model of `vocab_size` tokens has one for each character."""
+    if vocab_size < CHARACTERS.vocab_size:
+        without = [t for t, i in characters.VOCABULARY.items() if i >= vocab_size]
+        raise ValueError(
+            f"the model knows {vocab_size} tokens (`vocab_size`) and reads characters, "
+            f"of which there are {CHARACTERS.vocab_size}: it has no token for "
+            f"{''.join(without)!r}. Give it `vocab_size: {CHARACTERS.vocab_size}`."
+        )

@@ -1,6 +1,8 @@
 """The model of a run: where training starts, what it adds, and what it trains."""
 
+import dataclasses
 import fnmatch
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
@@ -118,6 +120,15 @@ def _apart(teacher: Decoder, fixed: Params, config: TrainConfig) -> Params:
         for name, x in leaves_of(teacher).items()
         if name not in fixed or any(fnmatch.fnmatch(name, one) for one in silenced)
     }
+
+
+def with_ends(model: Decoder, ends: Sequence[int]) -> Decoder:
+    """`model` as one that stops at `ends`, too."""
+    known = model.config.eos_tokens
+    new = tuple(token for token in ends if token not in known)
+    if new:
+        model.config = dataclasses.replace(model.config, eos_tokens=(*known, *new))
+    return model
 
 
 def check_widths(config: TrainConfig, most: int) -> None:

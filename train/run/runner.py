@@ -1,12 +1,14 @@
 """A run as a recipe says it: model, data, compressions, optimizer, loop."""
 
 import functools
+import logging
 import pathlib
 from collections.abc import Callable
 
 import jax
 from jax.experimental import multihost_utils
 
+from kvjax.models.config import DecoderConfig
 from kvjax.models.io import save
 from kvjax.train.data import Mixture
 from kvjax.train.data.sampling import check_choices
@@ -22,11 +24,13 @@ from kvjax.train.run.logs import check_writers
 from kvjax.train.run.loop import train
 from kvjax.train.run.lora import merged
 from kvjax.train.run.mesh import check_mesh, make_mesh, share_of
-from kvjax.train.run.model import check_widths, model_shape, weights_of
+from kvjax.train.run.model import check_widths, model_shape, weights_of, with_ends
 from kvjax.train.run.params import leaves_of, params_of, with_params
 from kvjax.train.run.progress import StepProgress
 from kvjax.train.run.step import TrainState, Weights
 from kvjax.train.run.stored import writing
+
+LOG = logging.getLogger("kvjax.train")
 
 
 def run(
@@ -67,6 +71,7 @@ def run(
         words,
         WHOLE if mesh is None else share_of(mesh),
     )
+    ends = _new_ends(mixture, shape)
     # All rows of it: every process has to start from the same weights.
     sample = None if config.projection is None else mixture.batch(0, WHOLE)
     weights, params = weights_of(config, sample, mesh=mesh)
@@ -84,12 +89,30 @@ def run(
         )
         target = directory / "model"
         with writing("the model", target, directory / "checkpoints"):
-            _export(weights, state, words, target)
+            _export(weights, state, words, ends, target)
     return state
 
 
+def _new_ends(mixture: Mixture, shape: DecoderConfig) -> tuple[int, ...]:
+    """Tokens that answers are trained to end with, at which the model did not stop."""
+    new = tuple(end for end in mixture.ends if end not in shape.eos_tokens)
+    if new and processes.first():
+        names = mixture.words.tokenizer.convert_ids_to_tokens(list(new))
+        LOG.warning(
+            "answers end with %s, which is not among the model's end tokens %s; the "
+            "trained model gets it there, to stop at it",
+            ", ".join(f"{n} ({t})" for n, t in zip(names, new, strict=True)),
+            [*shape.eos_tokens],
+        )
+    return new
+
+
 def _export(
-    weights: Weights, state: TrainState, words: Words, directory: pathlib.Path
+    weights: Weights,
+    state: TrainState,
+    words: Words,
+    ends: tuple[int, ...],
+    directory: pathlib.Path,
 ) -> None:
     stored = {**weights.fixed, **state.params}
     model = exported(with_params(weights.model, stored))
@@ -98,6 +121,6 @@ def _export(
         whole = functools.partial(multihost_utils.process_allgather, tiled=True)
         model = with_params(model, jax.tree.map(whole, leaves_of(model)))
     if processes.first():
-        save(model, directory)
+        save(with_ends(model, ends), directory)
         words.save(directory, model.config.max_positions)
     processes.barrier("exported")
