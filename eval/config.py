@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from kvjax.compress.config import VISIBILITIES
 from kvjax.config import decode, override
 from kvjax.fields import Checked, Kept, OneOf, Positive, Range, Seed, Share
-from kvjax.files import read_text, yaml_mapping
+from kvjax.files import MOST_YAML, read_text, yaml_mapping
 from kvjax.messages import nearest
 
 Visibility = Annotated[str, OneOf(*VISIBILITIES)]
@@ -173,7 +173,7 @@ def load_config(
     """
     path = pathlib.Path(name)
     if path.suffix in (".yaml", ".yml"):
-        text = read_text(path)
+        text = read_text(path, MOST_YAML)
     else:
         known = bundled_evaluations()
         if str(name) not in known:

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from kvjax.messages import nearest, shown
+from kvjax.plaintext import SURROGATE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _inside(value: Any, kind: type, bounds: Range | None) -> bool:
 
 
 def _whole_characters(text: Any, where: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if SURROGATE.search(text):
         raise ValueError(
             f"{quoted(where)} holds half a character (a lone surrogate): "
             f"{shown(text)}. Write the character whole."

@@ -4,7 +4,6 @@ What cannot be what was meant is refused by name: a file that is no file, anothe
 encoding than UTF-8, a key that stands twice, aliases that unfold without an end.
 """
 
-import codecs
 import contextlib
 import errno
 import hashlib
@@ -19,20 +18,17 @@ from typing import Any
 import yaml
 
 from kvjax.messages import shown
+from kvjax.plaintext import decoded
 
-MOST_BYTES = 64 * 2**20
-"""Of a JSON or YAML file; the index of the largest checkpoint is smaller."""
+MOST_JSON = 64 * 2**20
+"""Bytes of a JSON file; the index of the largest checkpoint is smaller."""
+
+MOST_YAML = 2**20
+"""Bytes of a YAML file, which people write."""
 
 MOST_NODES = 100_000
 """Of a YAML document, aliases unfolded."""
 
-# The longer marks first: UTF-32's begins with UTF-16's.
-_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 _CHUNK = 2**20
 
 
@@ -56,7 +52,7 @@ def regular(path: str | os.PathLike[str]) -> pathlib.Path:
     return file
 
 
-def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
+def read_text(path: str | os.PathLike[str], most: int | None = None) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
@@ -64,7 +60,7 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
     """
     file = regular(path)
     size = file.stat().st_size
-    if size > most:
+    if most is not None and size > most:
         raise ValueError(
             f"{file} has {size} bytes; at most {most} are read. Is it the right file?"
         )
@@ -72,26 +68,7 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
         data = file.read_bytes()
     except OSError as wrong:
         raise ValueError(_unread(file, wrong)) from None
-    return decode_text(data, str(file))
-
-
-def decode_text(data: bytes, name: str) -> str:
-    """UTF-8 bytes as text, without a byte order mark.
-
-    Raises:
-        ValueError: another encoding, which is named as far as it can be told.
-    """
-    for mark, encoding in _MARKS.items():
-        if data.startswith(mark):
-            raise ValueError(f"{name} is {encoding}; expected UTF-8. Save it as UTF-8.")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as wrong:
-        line = data.count(b"\n", 0, wrong.start) + 1
-        raise ValueError(
-            f"{name} is not UTF-8: byte 0x{data[wrong.start]:02x} in line {line}. Save "
-            "it as UTF-8."
-        ) from None
+    return decoded(data, str(file))
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -101,7 +78,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: it cannot be read, is not JSON, has a key twice, or holds something
             else than an object; names the file.
     """
-    found = parse_json(read_text(path), str(path))
+    found = parse_json(read_text(path, MOST_JSON), str(path))
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object; got {shown(found)}.")
     return found
@@ -140,7 +117,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[Any, Any]:
         ValueError: it cannot be read, is not YAML, has a key twice, unfolds into more
             than `MOST_NODES`, or holds something else than a mapping; names the file.
     """
-    return yaml_mapping(read_text(path), str(path))
+    return yaml_mapping(read_text(path, MOST_YAML), str(path))
 
 
 def yaml_mapping(text: str, name: str) -> dict[Any, Any]:

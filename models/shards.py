@@ -16,8 +16,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from kvjax.files import decode_text, parse_json, read_json, regular
+from kvjax.files import parse_json, read_json, regular
 from kvjax.messages import nearest
+from kvjax.plaintext import decoded
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -141,9 +142,7 @@ def _header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str]]:
             metadata = handle.metadata() or {}
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = parse_json(
-                decode_text(file.read(size), "the header"), "the header"
-            )
+            header = parse_json(decoded(file.read(size), "the header"), "the header")
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{path} is not a complete safetensors file ({str(error):.300}). It may be "

@@ -12,7 +12,7 @@ from kvjax.budgets import BUDGETS, AbstractBudget
 from kvjax.codecs import CODECS, AbstractCodec
 from kvjax.compress.config import Compression
 from kvjax.config import decode, encode, override
-from kvjax.files import read_text, yaml_mapping
+from kvjax.files import MOST_YAML, read_text, yaml_mapping
 from kvjax.merges import MERGES, AbstractMerge
 from kvjax.messages import nearest
 from kvjax.prefills import PREFILLS, AbstractPrefill
@@ -73,7 +73,7 @@ def compression(name: str | pathlib.Path, /, **overrides: Any) -> Compression:
 def _read(name: str | pathlib.Path) -> str:
     path = pathlib.Path(name)
     if path.suffix in (".yaml", ".yml"):
-        return read_text(path)
+        return read_text(path, MOST_YAML)
     known = compressions()
     if str(name) not in known:
         raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvjax.config import decode, override, parse_assignments
-from kvjax.files import read_text, yaml_mapping
+from kvjax.files import MOST_YAML, read_text, yaml_mapping
 from kvjax.messages import nearest
 from kvjax.train.recipe.config import TrainConfig
 
@@ -35,7 +35,7 @@ def load_config(name: str | pathlib.Path, overrides: Sequence[str] = ()) -> Trai
     """
     path = pathlib.Path(name)
     if path.suffix in (".yaml", ".yml"):
-        text = read_text(path)
+        text = read_text(path, MOST_YAML)
     else:
         known = bundled_recipes()
         if str(name) not in known:
