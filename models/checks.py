@@ -172,6 +172,17 @@ def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> No
             f"`c` must be a kvjax.Compression; got {c!r}. Names become one by "
             'kvjax.compression("snapkv").'
         )
+    suits(config, c)
+    values = _concrete(lengths)
+    if values is None:
+        return
+    _protected(c, config.layers, values)
+    for score in c.scores:
+        score.validate(int(values.max()), config.vocab_size, config.max_positions)
+
+
+def suits(config: DecoderConfig, c: Compression) -> None:
+    """The model has what the compression asks of it."""
     for plan in c.parts:
         _plan(config, plan)
     wants = c.prefill.needs_retention or any(x.needs_retention for x in c.scores)
@@ -182,12 +193,6 @@ def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> No
             "dms or surrogate), or use another compression."
         )
     _ranges(config, c)
-    values = _concrete(lengths)
-    if values is None:
-        return
-    _protected(c, config.layers, values)
-    for score in c.scores:
-        score.validate(int(values.max()), config.vocab_size, config.max_positions)
 
 
 def _plan(config: DecoderConfig, plan: LayerPlan) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from kvjax.cli.main import main
+from kvjax.config import decode
 from kvjax.interrupt import DEFAULTS
 from kvjax.train.data import Mixture
 from kvjax.train.recipe import (
@@ -19,9 +20,10 @@ from kvjax.train.recipe import (
     TrainConfig,
     load_config,
 )
+from kvjax.train.recipe.files import as_tree
 from kvjax.train.run import run
 from kvjax.train.run.loop import train
-from kvjax.train.run.model import weights_of
+from kvjax.train.run.model import check_shape, model_shape, weights_of
 from kvjax.train.run.progress import StepProgress
 from kvjax.train.run.stored import steps_in
 from tests.train.test_checkpoints import cut, damaging, largest
@@ -183,3 +185,20 @@ def test_a_directory_that_another_run_writes_to(whole, tmp_path):
     run(recipe(), part, progress=told)
     assert len(refused) == 2 and str(part) in refused[0]
     goes_on(whole, part)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"sampling": {"choices": [{"compression": "duo"}]}}, r"g.choices\[0\].*gates"),
+        ({"sampling": {"choices": [{"compression": "dms"}]}}, r"\[0\].*evictor"),
+        ({"cached": {"choices": [{"compression": "matryoshka"}]}}, r"d.choices\[0\].*"),
+        ({"lora": {"rank": 60_000}}, "`lora.rank` is 60000.*Lower it"),
+        ({"stages": [{"steps": 1, "lengths": {4096: 1}}]}, "rows of 4096 tokens"),
+    ],
+)
+def test_what_the_model_lacks_is_said_before_it_is_loaded(changed, says, monkeypatch):
+    tree = as_tree(recipe()) | changed
+    shape = model_shape(recipe())
+    with pytest.raises(ValueError, match=says):
+        check_shape(decode(tree, TrainConfig), shape)

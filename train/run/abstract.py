@@ -16,7 +16,7 @@ from kvjax.train.data.batch import TokenBatch
 from kvjax.train.objectives.passes import ROWS
 from kvjax.train.recipe import TrainConfig
 from kvjax.train.run.mesh import everywhere, shardings
-from kvjax.train.run.model import check_widths, weights_of
+from kvjax.train.run.model import check_shape, weights_of
 from kvjax.train.run.params import Params
 from kvjax.train.run.step import TrainState, Weights, init_state
 
@@ -24,7 +24,7 @@ from kvjax.train.run.step import TrainState, Weights, init_state
 def abstract_shape(config: TrainConfig) -> DecoderConfig:
     """The shape of what a recipe trains; see `kvjax.models.bundled.shape_of`."""
     shape = config.model or shape_of(config.init)
-    check_widths(config, shape.max_positions)
+    check_shape(config, shape)
     return shape
 
 

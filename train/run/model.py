@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from kvjax.models import checks
 from kvjax.models.bundled import model_directory
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
@@ -17,6 +18,7 @@ from kvjax.models.io import checkpoint_directory, load, load_config
 from kvjax.models.projection import with_projection
 from kvjax.models.sharding import TRAINING
 from kvjax.train.data.batch import TokenBatch
+from kvjax.train.data.sampling import samples_of
 from kvjax.train.objectives import duo
 from kvjax.train.objectives.duo import GatedDecoder
 from kvjax.train.recipe import TrainConfig
@@ -131,12 +133,39 @@ def with_ends(model: Decoder, ends: Sequence[int]) -> Decoder:
     return model
 
 
-def check_widths(config: TrainConfig, most: int) -> None:
-    """Rows fit a model of `most` positions, or a `ValueError` says what to do."""
+def check_shape(config: TrainConfig, shape: DecoderConfig) -> None:
+    """The recipe can be run on a model of this shape.
+
+    Raises:
+        ValueError: rows longer than its range, a compression that asks for what the
+            model does not have, a rank above what its matrices have.
+    """
+    most = shape.max_positions
     widest = max(width for stage in config.stages for width in stage.lengths)
     if widest > most:
         raise ValueError(
             f"`stages` have rows of {widest} tokens; the model's `max_positions` is "
             f"{most}. Take shorter rows, or raise it (with a RoPE scaling that goes "
             "that far) in the model's config."
+        )
+    gates = ((1.0,) * shape.num_kv_heads,) * shape.num_layers
+    trained = dataclasses.replace(
+        shape,
+        evictor=config.evictor or shape.evictor,
+        projection=config.projection or shape.projection,
+        head_gates=shape.head_gates or (gates if config.duo else ()),
+    )
+    for where in ("sampling", "cached"):
+        choices = getattr(config, where).choices
+        for number, made in enumerate(samples_of(choices, f"{where}.choices")):
+            try:
+                for one in made:
+                    checks.suits(trained, one.compression)
+            except ValueError as wrong:
+                raise ValueError(f"{where}.choices[{number}]: {wrong}") from None
+    thin = min(shape.hidden_size, shape.num_kv_heads * shape.head_dim)
+    if config.lora is not None and config.lora.rank > thin:
+        raise ValueError(
+            f"`lora.rank` is {config.lora.rank}, and the model's thinnest matrix has "
+            f"{thin} rows or columns: no update needs more. Lower it."
         )

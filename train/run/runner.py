@@ -24,7 +24,7 @@ from kvjax.train.run.logs import check_writers
 from kvjax.train.run.loop import train
 from kvjax.train.run.lora import merged
 from kvjax.train.run.mesh import check_mesh, make_mesh, share_of
-from kvjax.train.run.model import check_widths, model_shape, weights_of, with_ends
+from kvjax.train.run.model import check_shape, model_shape, weights_of, with_ends
 from kvjax.train.run.params import leaves_of, params_of, with_params
 from kvjax.train.run.progress import StepProgress
 from kvjax.train.run.step import TrainState, Weights
@@ -59,7 +59,7 @@ def run(
     check_choices(config)
     shape = model_shape(config)
     check_mesh(config, shape, jax.device_count())
-    check_widths(config, shape.max_positions)
+    check_shape(config, shape)
     alone = config.mesh.devices == jax.process_count() == 1
     mesh = None if alone else make_mesh(config.mesh)
     words = words_of(config)
