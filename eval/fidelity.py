@@ -24,6 +24,7 @@ from kvjax.eval.text import Tokenizer
 from kvjax.eval.timing import timed
 from kvjax.fields import Checked, Positive, Range
 from kvjax.files import read_text
+from kvjax.models import checks
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import extend, prefill
 from kvjax.types import LengthsLike, Tokens, TokensLike
@@ -68,7 +69,8 @@ def fidelity(
         calls: the continuation is fed in this many calls, nearly equal.
 
     Raises:
-        ValueError: see `kvjax.prefill`; a context that leaves nothing to predict.
+        ValueError: see `kvjax.prefill`; a context that leaves nothing to predict;
+            logits that are not finite.
     """
     tokens = jnp.asarray(tokens)
     check_split(context, tokens.shape[1] - context, calls)
@@ -81,6 +83,7 @@ def fidelity(
         resident = cache.nbytes / tokens.shape[0]
     assert full is not None and compressed is not None
     nll, kl, agreement = map(np.asarray, compare(full, compressed, follow[:, 1:]))
+    checks.all_finite(model.dtype, np.isfinite(nll), " on the text")
     return Fidelity(nll=nll, kl=kl, agreement=agreement, resident_bytes=resident)
 
 
@@ -217,7 +220,8 @@ class TextGroup(AbstractGroup):
         follow = jnp.asarray(self.follow[index])
         full = self._full(reader, index, follow)
         fed = timed(lambda: feed(reader.model, cache, follow, self.text.calls))
-        columns = map(np.asarray, compare(full, fed.value, follow[:, 1:]))
+        columns = [np.asarray(x) for x in compare(full, fed.value, follow[:, 1:])]
+        checks.all_finite(reader.model.dtype, np.isfinite(columns[0]), " on the text")
         rows: Sequence[Any] = list(zip(*columns, strict=True))[: self.scored(index)]
         return Answers(
             items=tuple(

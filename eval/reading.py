@@ -11,6 +11,7 @@ import numpy as np
 from kvjax.compress.config import Compression
 from kvjax.eval.groups import AbstractGroup
 from kvjax.eval.timing import Timed, timed
+from kvjax.models import checks
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import Prompt, read_prompt
 from kvjax.models.shared_pass import SharedPass, read_shared
@@ -54,11 +55,7 @@ class PromptReader:
                 passed.run_s + looked.run_s,
                 passed.compile_s + looked.compile_s,
             )
-        if not np.isfinite(np.asarray(read.value.logits)).all():
-            raise ValueError(
-                "the model gives logits that are not finite. Its weights hold NaN or "
-                "infinity, or overflow in their dtype: load it with dtype='float32'."
-            )
+        checks.finite(self.model.dtype, read.value.logits, " behind the prompts")
         return read
 
     def _pass(

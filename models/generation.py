@@ -46,10 +46,13 @@ class _State:
     made: Int[Array, "B"]
     done: Bool[Array, "B"]
     key: Array
+    sound: Bool[Array, "B"]
 
 
-def _record(state: _State, token: Array, stops: Array) -> _State:
+def _record(state: _State, logits: Array, token: Array, stops: Array) -> _State:
     """Append one token to the rows that still run."""
+    # The largest of a row with NaN is NaN; -inf rules single tokens out.
+    sound = state.done | jnp.isfinite(jnp.max(logits, axis=-1))
     pads = jnp.take(state.tokens, state.count, axis=1)
     tokens = state.tokens.at[:, state.count].set(jnp.where(state.done, pads, token))
     stopped = jnp.any(token[:, None] == stops[None], axis=-1)
@@ -59,6 +62,7 @@ def _record(state: _State, token: Array, stops: Array) -> _State:
         count=state.count + 1,
         made=state.made + (~state.done).astype(jnp.int32),
         done=state.done | stopped,
+        sound=state.sound & sound,
     )
 
 
@@ -76,7 +80,8 @@ def _run(
 
     def go_on(carry):
         _, state = carry
-        return (state.count < limit) & ~jnp.all(state.done)
+        more = (state.count < limit) & ~jnp.all(state.done)
+        return more & jnp.all(state.sound)
 
     def body(carry):
         cache, state = carry
@@ -89,7 +94,7 @@ def _run(
         token = sampling(logits[:, 0], now)
         length = state.length + (~state.done).astype(jnp.int32)
         state = dataclasses.replace(state, length=length, key=key)
-        return cache, _record(state, token, stops)
+        return cache, _record(state, logits[:, 0], token, stops)
 
     return jax.lax.while_loop(go_on, body, (cache, state))
 
@@ -106,8 +111,9 @@ def _first(logits, length, key, stops, pad, sampling: Sampling, room: int) -> _S
         made=jnp.zeros((batch,), jnp.int32),
         done=jnp.zeros((batch,), jnp.bool_),
         key=key,
+        sound=jnp.ones((batch,), jnp.bool_),
     )
-    return _record(state, sampling(logits, now), stops)
+    return _record(state, logits, sampling(logits, now), stops)
 
 
 _static = ("graph", "sampling")
@@ -151,7 +157,9 @@ def generate(
         Tokens, lengths and the cache.
 
     Raises:
-        ValueError: see `prefill`; a generation beyond the model's range; a missing key.
+        ValueError: see `prefill`; a generation beyond the model's range; a missing key;
+            logits that are not finite. Under `jit`, where they cannot be looked at,
+            generation ends with them.
     """
     checks.count("max_new_tokens", max_new_tokens, 1)
     tokens, lengths = checks.prompt(model.config, tokens, lengths)
@@ -200,7 +208,8 @@ def generate_from(
         callback: called with `(tokens [B, n], lengths [B])` as tokens are made.
 
     Raises:
-        ValueError: a cache of another model or without the room, a missing key.
+        ValueError: a cache of another model or without the room, a missing key, logits
+            that are not finite.
     """
     checks.count("max_new_tokens", max_new_tokens, 1)
     checks.room(model.config, cache, max_new_tokens - 1)
@@ -249,6 +258,7 @@ def _loop(
     held, made = nameless(cache), 1
     ends = range(made, max_new_tokens) if callback else [max_new_tokens]
     if callback:
+        checks.all_finite(model.dtype, state.sound)
         callback(np.asarray(state.tokens[:, :1]), np.asarray(state.made))
     for end in ends:
         limit = jnp.asarray(end + 1 if callback else end, jnp.int32)
@@ -257,9 +267,12 @@ def _loop(
         )
         decode = _decode_donating if not checks.is_traced(state.length) else _decode
         if callback:
+            checks.all_finite(model.dtype, state.sound)
             made = int(state.count)
             callback(np.asarray(state.tokens[:, :made]), np.asarray(state.made))
             if bool(jnp.all(state.done)):
                 break
+    # Once, behind the loop, which a row that is not sound ends.
+    checks.all_finite(model.dtype, state.sound)
     after = dataclasses.replace(held, length=state.length, provenance=cache.provenance)
     return Generation(tokens=state.tokens, lengths=state.made, cache=after)

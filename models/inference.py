@@ -44,18 +44,21 @@ from kvjax.types import (
 NONE = Compression()
 
 
-STEP = 64
-"""Tokens that widths are multiples of: see `bucket`."""
+PROMPT = 64
+"""Tokens that widths of prompts are multiples of.
+
+XLA on a CPU multiplies and sums narrower rows, and those of other widths, in another
+order: a row would not be bit by bit what it is in a wider batch.
+"""
 
 
-def bucket(tokens: int) -> int:
+def bucket(tokens: int, least: int = 16) -> int:
     """Width that a sequence of `tokens` is padded to: four sizes per octave.
 
-    Bounds the number of compilations under any mix of lengths. Multiples of `STEP`:
-    XLA on a CPU multiplies and sums narrower rows, and those of other widths, in
-    another order, so that a row would not be bit by bit what it is in a wider batch.
+    Bounds the number of compilations under any mix of lengths; multiples of `least`, a
+    power of two.
     """
-    step = max(STEP, 1 << max(0, (tokens - 1).bit_length() - 3))
+    step = max(least, 1 << max(0, (tokens - 1).bit_length() - 3))
     return -(-tokens // step) * step
 
 
@@ -174,7 +177,7 @@ def prefill(
         checks.prefix(model.config, c, prefix, lengths)
         prefix = nameless(prefix)
     if not checks.is_traced(tokens, lengths):
-        tokens = pad_tokens(tokens, bucket(width))
+        tokens = pad_tokens(tokens, bucket(width, PROMPT))
     graph, params = nnx.split(model)
     how = (c, max_new_tokens, prefix)
     logits, cache = _prefill(graph, params, tokens, lengths, *how)
@@ -241,7 +244,7 @@ def read_prompt(
     Arguments and errors are those of `prefill`.
     """
     tokens, lengths = checks.prompt(model.config, tokens, lengths)
-    tokens = pad_tokens(tokens, bucket(tokens.shape[1]))
+    tokens = pad_tokens(tokens, bucket(tokens.shape[1], PROMPT))
     method = method_of(c)
     graph, params = nnx.split(model)
     logits, seen = _observe(graph, params, tokens, lengths, method)

@@ -14,7 +14,7 @@ from kvjax.depth import Depth, members, over, regrouped
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
-from kvjax.models.inference import Prompt, bucket, method_of, pad_tokens
+from kvjax.models.inference import PROMPT, Prompt, bucket, method_of, pad_tokens
 from kvjax.models.reading import last_logits
 from kvjax.prefills import AbstractPrefill
 from kvjax.types import (
@@ -137,7 +137,7 @@ def read_shared(
     `2 K D`.
     """
     tokens, lengths = checks.prompt(model.config, tokens, lengths)
-    tokens = pad_tokens(tokens, bucket(tokens.shape[1]))
+    tokens = pad_tokens(tokens, bucket(tokens.shape[1], PROMPT))
     graph, params = nnx.split(model)
     logits, inputs, sums = _read(graph, params, tokens, lengths, prefill, mass)
     return SharedPass(

@@ -37,7 +37,9 @@ def _simulate(graph, params, tokens, lengths, prompt_lengths, c: Compression):
     model = nnx.merge(graph, params)
     positions = padded_positions(lengths, tokens.shape[1])
     attention = simulated(model, prompt_lengths, tokens, c)
-    return model.logits(model(tokens, positions, attention, trained=True))
+    logits = model.logits(model(tokens, positions, attention, trained=True))
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    return logits, jnp.isfinite(peak) | (positions < 0)
 
 
 def simulated(
@@ -122,7 +124,7 @@ def simulate(
         `[B, T, V]` float32; anything behind a row's length.
 
     Raises:
-        ValueError: see `prefill`.
+        ValueError: see `prefill`; logits that are not finite, unless they are traced.
 
     Cost: twice the attention of a plain pass; temporaries linear in `T`. A schedule
     that evicts while decoding scans the tokens behind the point, layer by layer.
@@ -132,4 +134,6 @@ def simulate(
     points = checks.prompt_lengths(points, lengths)
     checks.compression(model.config, c, points)
     graph, params = nnx.split(model)
-    return _simulate(graph, params, tokens, lengths, points, c)
+    logits, sound = _simulate(graph, params, tokens, lengths, points, c)
+    checks.all_finite(model.dtype, sound)
+    return logits

@@ -3,8 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
 
 import kvjax
+from kvjax.eval.fidelity import fidelity
+from kvjax.models import Decoder
 from kvjax.models.sampling import Sampling
 from tests.small import LENGTHS, batch, small_model
 
@@ -78,3 +82,40 @@ def test_temperature_shapes_the_distribution():
         got = draws(Sampling(temperature=temperature), logits)
         share = np.bincount(got, minlength=3) / got.size
         np.testing.assert_allclose(share, want, atol=0.03)  # 4 standard errors
+
+
+def copied(dtype: str) -> Decoder:
+    """A small model whose weights may be changed."""
+    graph, params = nnx.split(small_model(dtype))
+    return nnx.merge(graph, jax.tree.map(jnp.copy, params))
+
+
+@pytest.mark.parametrize("run", ["generate", "stream", "simulate", "fidelity"])
+def test_logits_that_overflow_are_an_error(run):
+    """It names the dtype and the way out; a stream shows no token of them."""
+    model, shown = copied("float16"), []
+    for weight in (model.layers.mlp.up.kernel, model.layers.mlp.down.kernel):
+        weight[...] = weight[...] * 10_000
+    with pytest.raises(ValueError, match=r"float16.*dtype='bfloat16'"):
+        if run == "simulate":
+            kvjax.simulate(model, PROMPT, LENGTHS, LENGTHS - 20)
+        elif run == "fidelity":
+            fidelity(model, jnp.asarray(PROMPT[:, :40]), 30, kvjax.Compression())
+        else:
+            callback = (lambda *now: shown.append(now)) if run == "stream" else None
+            kvjax.generate(model, PROMPT, LENGTHS, max_new_tokens=8, callback=callback)
+    assert not shown
+
+
+def test_logits_that_overflow_while_decoding_are_an_error():
+    """Found in the loop, which ends there, and looked at once behind it."""
+    model, fed = copied("float32"), 7
+    model.embedding[...] = model.embedding[...].at[fed].set(jnp.nan)
+    prompt = np.where(PROMPT == fed, fed + 1, PROMPT)
+    logits, cache = kvjax.prefill(model, prompt, LENGTHS, max_new_tokens=24)
+    first = np.full(logits.shape, -np.inf, np.float32)  # tokens may be ruled out
+    first[[0, 1, 2], [fed + 2, fed + 2, fed]] = 0.0
+    with pytest.raises(ValueError, match="row 2 of 3.*float32"):
+        kvjax.generate_from(model, cache, jnp.asarray(first), max_new_tokens=2)
+    out = kvjax.generate_from(model, cache, jnp.asarray(first), max_new_tokens=1)
+    np.testing.assert_array_equal(out.tokens[:, 0], first.argmax(-1))
