@@ -5,7 +5,6 @@ import dataclasses
 import fcntl
 import os
 import pathlib
-import re
 import secrets
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from kvjax.models import sharding
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.families import family, read_config
+from kvjax.models.hub import checkpoint_directory as checkpoint_directory
 from kvjax.models.quantised import unquantised
 from kvjax.models.shards import INDEX, Shards, placed
 from kvjax.models.stored_generation import FILE as GENERATION
@@ -31,12 +31,10 @@ from kvjax.models.tokenizer import load_tokenizer, save_tokenizer
 from kvjax.models.weights import check_names, dotted, stream_parameters, write_weights
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG = "config.json"
 SAVE = "kvjax_save"
 """Number of a save, in `config.json` and in the metadata of its weights."""
 STAGING = ".saving-"
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def load(
@@ -225,32 +223,6 @@ def _dtype(dtype: Any) -> np.dtype:
             f"{nearest(name, _DTYPES)}"
         )
     return kind
-
-
-def checkpoint_directory(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
-    """The directory of a checkpoint, fetched from the hub where it is an id.
-
-    Raises:
-        ValueError: neither a directory nor an id, or it could not be fetched.
-    """
-    path = pathlib.Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    name = os.fspath(path_or_hub_id)
-    if path.exists() or not _HUB_ID.fullmatch(name):
-        raise ValueError(
-            f"{name!r} is neither a directory nor a hub id of the form 'owner/name'."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return pathlib.Path(snapshot_download(name, allow_patterns=_PATTERNS))
-    # Network, authorisation and name errors share no base class across versions.
-    except Exception as error:
-        raise ValueError(
-            f"{name!r} is not a local directory and could not be fetched from the hub: "
-            f"{error}"
-        ) from error
 
 
 def _storable(config: DecoderConfig, dtype: str) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""Where a checkpoint is: a directory, or fetched from the Hugging Face hub.
+
+Of a repository, only what will be loaded is fetched. Many hold the weights twice (a
+`consolidated.safetensors`, an `original/`) or the checkpoints of their training.
+"""
+
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+from kvjax.models.shards import INDEX, SINGLE, read_json
+
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_CONFIG = "config.json"
+# Patterns of the hub are of whole paths, and `*` goes into folders.
+_FOLDERS = ["*/*"]
+_SMALL = (
+    _CONFIG,
+    "generation_config.json",
+    ADAPTER_CONFIG,
+    INDEX,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def checkpoint_directory(
+    path_or_hub_id: str | os.PathLike[str], revision: str | None = None
+) -> pathlib.Path:
+    """The directory of a checkpoint, fetched from the hub where it is an id.
+
+    Args:
+        path_or_hub_id: directory, or `owner/name`.
+        revision: branch, tag or commit on the hub; None: its main branch.
+
+    Raises:
+        ValueError: neither a directory nor an id, or it could not be fetched.
+    """
+    path = pathlib.Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    name = os.fspath(path_or_hub_id)
+    if path.exists() or not _HUB_ID.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is neither a directory nor a hub id of the form 'owner/name'."
+        )
+    try:
+        return _fetched(name, revision)
+    # Network, authorisation and name errors share no base class across versions.
+    except Exception as error:
+        raise ValueError(
+            f"{name!r} is not a local directory and could not be fetched from the hub: "
+            f"{str(error):.1000}"
+        ) from error
+
+
+def _fetched(name: str, revision: str | None) -> pathlib.Path:
+    """Small files first; they say which large ones will be loaded."""
+    folder = _snapshot(name, revision, _SMALL)
+    if _COMMIT.fullmatch(folder.name):
+        revision = folder.name  # the branch may move on between two downloads
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    if adapter and not (folder / _CONFIG).is_file():
+        return _snapshot(name, revision, (ADAPTER_CONFIG, ADAPTER))
+    # Named with a file that is there: the hub warns about patterns that match nothing.
+    wanted = (_CONFIG, SINGLE, *([ADAPTER] if adapter else []))
+    folder = _snapshot(name, revision, wanted)
+    if (folder / SINGLE).is_file() or (folder / ADAPTER).is_file():
+        return folder
+    if (folder / INDEX).is_file():
+        return _snapshot(name, revision, (_CONFIG, *_shards(folder)))
+    if (folder / _CONFIG).is_file():
+        _say_what_there_is(name, revision)
+    return folder
+
+
+def _snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
+    from huggingface_hub import snapshot_download
+
+    found = snapshot_download(
+        name,
+        revision=revision,
+        allow_patterns=list(patterns),
+        ignore_patterns=_FOLDERS,
+    )
+    return pathlib.Path(found)
+
+
+def _shards(folder: pathlib.Path) -> list[str]:
+    """The files that an index names, but for names that its reader will refuse."""
+    table = read_json(folder / INDEX).get("weight_map")
+    files = table.values() if isinstance(table, dict) else ()
+    return sorted({f for f in files if isinstance(f, str) and not set(f) & set("*?[")})
+
+
+def _say_what_there_is(name: str, revision: str | None) -> None:
+    """Raise with the files of a repository that has no weights to load."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        found = list_repo_files(name, revision=revision)
+    except Exception:  # offline: whoever reads the directory says what it lacks
+        return
+    large = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+    weights = [file for file in found if file.endswith(large)]
+    raise ValueError(
+        f"it has neither {SINGLE} nor {INDEX}; its weights are {weights[:10]}. Convert "
+        f"them to safetensors first."
+    )
