@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 from kvjax.files import read_json, write_json
 from kvjax.messages import nearest
 from kvjax.models import sharding
+from kvjax.models.adapters import base_directory, opened, tokenizer_directory
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.families import family, read_config
 from kvjax.models.hub import checkpoint_directory as checkpoint_directory
-from kvjax.models.quantised import unquantised
-from kvjax.models.shards import INDEX, Shards, placed
+from kvjax.models.shards import INDEX, SAVE, placed
 from kvjax.models.stored_generation import FILE as GENERATION
 from kvjax.models.stored_generation import generation_settings, with_generation
 from kvjax.models.tokenizer import load_tokenizer, save_tokenizer
@@ -32,8 +32,6 @@ from kvjax.models.weights import check_names, dotted, stream_parameters, write_w
 
 _DTYPES = ("bfloat16", "float16", "float32")
 CONFIG = "config.json"
-SAVE = "kvjax_save"
-"""Number of a save, in `config.json` and in the metadata of its weights."""
 STAGING = ".saving-"
 
 
@@ -49,7 +47,8 @@ def load(
 
     Args:
         path_or_hub_id: directory with `config.json`, `*.safetensors` and a tokenizer,
-            or the id of one on the Hugging Face hub (`owner/name`).
+            or the id of one on the Hugging Face hub (`owner/name`). A LoRA adapter of
+            PEFT is merged into the base model that it names.
         dtype: of the parameters: `bfloat16`, `float16` or `float32`.
         mesh: devices to place parameters on; None is the default device.
         rules: logical axes to mesh axes, see `models.sharding`.
@@ -65,12 +64,10 @@ def load(
     kind = _dtype(dtype)
     directory = checkpoint_directory(path_or_hub_id)
     config = load_config(directory)
-    shards = Shards(directory)
-    check_save(directory, shards)
-    source = unquantised(shards, read_json(directory / CONFIG))
+    source = opened(directory)
     check_names(source, config)  # before anything is built that follows the config
     # Tokenizer first: it is quick, and its absence should not cost a long load.
-    words = load_tokenizer(directory) if tokenizer else None
+    words = load_tokenizer(tokenizer_directory(directory)) if tokenizer else None
     if mesh is not None:
         mesh = sharding.automatic(mesh)
         sharding.check_heads(config.num_heads, config.num_kv_heads, mesh, rules)
@@ -90,7 +87,7 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
         ValueError: a file that cannot be read, or a setting that is missing, of
             another type, out of range or not supported; names file and setting.
     """
-    folder = pathlib.Path(directory)
+    folder = base_directory(pathlib.Path(directory))
     path = folder / CONFIG
     raw = read_json(path)
     try:
@@ -192,23 +189,6 @@ def _on_disk(path: pathlib.Path) -> None:
     if path.is_file():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-
-
-def check_save(directory: pathlib.Path, shards: Shards) -> None:
-    """Weights and config are of one save; those of others carry no number.
-
-    Raises:
-        ValueError: a save was killed between its files.
-    """
-    number = read_json(directory / CONFIG).get(SAVE)
-    for path in dict.fromkeys(shards.files.values()):
-        other = shards.metadata[path].get(SAVE)
-        if other is not None and other != number:
-            raise ValueError(
-                f"{path} and {directory / CONFIG} are of two saves: one was killed "
-                "while it replaced the other. Save the model there again (`kvjax "
-                "convert --overwrite`, or the command of the run that wrote it)."
-            )
 
 
 def _dtype(dtype: Any) -> np.dtype:

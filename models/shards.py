@@ -22,6 +22,8 @@ from kvjax.plaintext import decoded
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SAVE = "kvjax_save"
+"""Number of a save, in `config.json` and in the metadata of its weights."""
 CHUNK_BYTES = 4 * 2**20
 
 DTYPES = {
@@ -193,6 +195,22 @@ def write_safetensors(
                 file.write(np.ascontiguousarray(piece).view(np.uint8).data)
         if file.tell() != 8 + len(text) + end:
             raise AssertionError(f"{path}: pieces do not fill their tensors")
+
+
+def check_save(shards: Shards, config: Mapping[str, Any]) -> None:
+    """Weights and `config.json` are of one save; those of others carry no number.
+
+    Raises:
+        ValueError: a save was killed between its files.
+    """
+    for path in dict.fromkeys(shards.files.values()):
+        number = shards.metadata[path].get(SAVE)
+        if number is not None and number != config.get(SAVE):
+            raise ValueError(
+                f"{path} and the config.json beside it are of two saves: one was "
+                "killed while it replaced the other. Save the model there again "
+                "(`kvjax convert --overwrite`, or the command of the run behind it)."
+            )
 
 
 def placed(directory: pathlib.Path) -> list[pathlib.Path]:

@@ -10,7 +10,7 @@ from kvjax.models import weights as weights_module
 from tests.models.samples import sample
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def saved(tmp_path_factory) -> pathlib.Path:
     """A small Llama in one file, and one in shards."""
     folder = tmp_path_factory.mktemp("saved")

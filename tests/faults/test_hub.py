@@ -99,7 +99,8 @@ def test_shards_that_the_index_names(many, monkeypatch, tmp_path):
 
 
 def test_both_are_there(one, many, monkeypatch, tmp_path):
-    shutil.copy(one / SINGLE, many / SINGLE)
+    for file in (SINGLE, "config.json"):
+        shutil.copy(one / file, many / file)
     hub = published(many, monkeypatch, tmp_path)
     load("owner/name", tokenizer=False)
     assert hub.fetched == SMALL | {INDEX, SINGLE}

@@ -62,7 +62,7 @@ def mutant(raw: bytes, rng: np.random.Generator) -> bytes:
 def test_any_damage_gives_a_model_or_names_the_file(one):
     raw, rng = (one / SINGLE).read_bytes(), np.random.default_rng(0)
     loaded = refused = 0
-    for number in range(200):
+    for number in range(120):
         (one / SINGLE).write_bytes(mutant(raw, rng))
         try:
             model, _ = load(one, "float32", tokenizer=False)
@@ -73,7 +73,7 @@ def test_any_damage_gives_a_model_or_names_the_file(one):
         else:
             assert isinstance(model, Decoder)
             loaded += 1
-    assert refused > 100 and loaded > 10
+    assert refused > 60 and loaded > 5
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 
 from kvjax.eval.tasks import TRAIN, Task, stream
 from kvjax.eval.text import Tokenizer
+from kvjax.models.adapters import tokenizer_directory
 from kvjax.models.bundled import model_directory
 from kvjax.models.io import checkpoint_directory, load_config
 from kvjax.models.tokenizer import has_tokenizer, load_tokenizer, save_tokenizer
@@ -145,8 +146,8 @@ def words_of(config: TrainConfig) -> Words:
     if config.model is not None:
         _check_characters(config.model.vocab_size)
         return CHARACTERS
-    directory = checkpoint_directory(model_directory(config.init))
-    vocab_size = load_config(directory).vocab_size
+    found = checkpoint_directory(model_directory(config.init))
+    vocab_size, directory = load_config(found).vocab_size, tokenizer_directory(found)
     if vocab_size == CHARACTERS.vocab_size and not has_tokenizer(directory):
         return CHARACTERS
     tokenizer = load_tokenizer(directory)
