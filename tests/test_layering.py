@@ -24,6 +24,8 @@ LADDER = (
         "config",
         "interrupt",
         "plaintext",
+        "places",
+        "inputs",
     ),
     ("pallas_kernels",),
     ("codecs", "cache", "attention"),

@@ -48,7 +48,7 @@ def fill(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
     def opened(self: pathlib.Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         file = plain(self, mode, *args, **kwargs)
-        return Half(file) if self.name == name and mode != "r" else file
+        return Half(file) if self.name == name and "r" not in mode else file
 
     monkeypatch.setattr(pathlib.Path, "open", opened)
 

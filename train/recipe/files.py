@@ -12,6 +12,9 @@ from kvjax.files import MOST_YAML, read_text, yaml_mapping
 from kvjax.messages import nearest
 from kvjax.train.recipe.config import TrainConfig
 
+INPUTS = "inputs"
+"""Key of a run's `recipe.yaml` under which it keeps digests of what it reads."""
+
 
 def _folder() -> importlib.resources.abc.Traversable:
     return importlib.resources.files("kvjax") / "configs" / "train"
@@ -46,9 +49,21 @@ def load_config(name: str | pathlib.Path, overrides: Sequence[str] = ()) -> Trai
         text = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     tree = yaml_mapping(text, f"recipe {str(name)!r}")
     try:
-        return decode(override(tree, parse_assignments(overrides)), TrainConfig)
+        return decode_recipe(tree, overrides)
     except ValueError as wrong:
         raise ValueError(f"recipe {str(name)!r}: {wrong}") from None
+
+
+def decode_recipe(
+    tree: Mapping[Any, Any], overrides: Sequence[str] = ()
+) -> TrainConfig:
+    """`tree` as a recipe, without what a run keeps beside it in `recipe.yaml`.
+
+    Raises:
+        ValueError: see `load_config`.
+    """
+    fields = {key: value for key, value in tree.items() if key != INPUTS}
+    return decode(override(fields, parse_assignments(overrides)), TrainConfig)
 
 
 def as_tree(config: TrainConfig) -> Any:

@@ -9,9 +9,10 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+from kvjax.files import decode_text, parse_json, write_text
+from kvjax.messages import shown
 from kvjax.train.recipe import LogConfig, TrainConfig
 from kvjax.train.run import processes
-from kvjax.train.run.directory import replace_text
 from kvjax.train.run.stored import unwritten, writing
 
 GROUPS = ("held_out", "cached")
@@ -171,16 +172,41 @@ def opened(directory: pathlib.Path, config: TrainConfig, first: int) -> Iterator
             writer.close()
 
 
+def check_log(directory: pathlib.Path) -> None:
+    """The log of a run that goes on can be read, or a `ValueError` names the line."""
+    if processes.first():
+        _lines(directory / "log.jsonl")
+
+
 def _drop_after(path: pathlib.Path, step: int, checkpoints: pathlib.Path) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            event = json.loads(line)
-        except ValueError:  # the line that a killed process was writing
-            continue
-        if line.endswith("\n") and event["step"] <= step:
-            kept.append(line)
+    kept = [line for found, line in _lines(path) if found <= step]
     with writing("the log", path, checkpoints):
-        replace_text(path, "".join(kept))
+        write_text(path, "".join(kept))
+
+
+def _lines(path: pathlib.Path) -> list[tuple[int, str]]:
+    """The lines of a log and their steps, without what a killed process left.
+
+    Raises:
+        ValueError: a line is not what a run writes.
+    """
+    if not path.exists():
+        return []
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        where = f"line {number} of {path}"
+        try:
+            text = decode_text(line, where)
+            event = parse_json(text, where)
+            step = event.get("step") if isinstance(event, dict) else None
+            if not isinstance(step, int) or isinstance(step, bool):
+                raise ValueError(f"{where} is no event of a step: {shown(event)}.")
+        except ValueError as wrong:
+            raise ValueError(
+                f"{wrong} The log is damaged: remove the line, or move the file away; "
+                "the run goes on without it."
+            ) from None
+        found.append((step, f"{text}\n"))
+    return found

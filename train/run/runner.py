@@ -19,8 +19,9 @@ from kvjax.train.held_out.cached import CachedEvaluation
 from kvjax.train.objectives.duo import exported
 from kvjax.train.recipe import TrainConfig
 from kvjax.train.run import processes
-from kvjax.train.run.directory import claimed
-from kvjax.train.run.logs import check_writers
+from kvjax.train.run.directory import Claim, claimed
+from kvjax.train.run.exported import begin_export, end_export
+from kvjax.train.run.logs import check_log, check_writers
 from kvjax.train.run.loop import train
 from kvjax.train.run.lora import merged
 from kvjax.train.run.mesh import check_mesh, make_mesh, share_of
@@ -50,8 +51,9 @@ def run(
         progress: told of each step.
 
     Raises:
-        ValueError: a directory of another recipe or of another run that still goes
-            on; see `kvjax.train.run.loop.train`.
+        ValueError: a directory that is not this run's, see
+            `kvjax.train.run.directory.claimed`, or whose log is damaged; see
+            `kvjax.train.run.loop.train`.
         OSError: a checkpoint, a line of the log or the model cannot be written; the
             checkpoints that are complete are named.
     """
@@ -60,6 +62,17 @@ def run(
     shape = model_shape(config)
     check_mesh(config, shape, jax.device_count())
     check_shape(config, shape)
+    with claimed(directory, config) as claim:
+        check_log(directory)
+        return _claimed(config, claim, progress)
+
+
+def _claimed(
+    config: TrainConfig,
+    claim: Claim,
+    progress: Callable[[StepProgress], None] | None,
+) -> TrainState:
+    """`run`, in a directory that no other run writes to."""
     alone = config.mesh.devices == jax.process_count() == 1
     mesh = None if alone else make_mesh(config.mesh)
     words = words_of(config)
@@ -76,20 +89,20 @@ def run(
     sample = None if config.projection is None else mixture.batch(0, WHOLE)
     weights, params = weights_of(config, sample, mesh=mesh)
     cached = CachedEvaluation(config, weights.model.config, words, mixture.held_out)
-    with claimed(directory, config):
-        state = train(
-            weights,
-            params,
-            config,
-            mixture.batches,
-            directory=directory,
-            held_out=functools.partial(held_out_batches, config, mixture),
-            cached=cached,
-            progress=progress,
-        )
-        target = directory / "model"
-        with writing("the model", target, directory / "checkpoints"):
-            _export(weights, state, words, ends, target)
+    claim.begin()
+    state = train(
+        weights,
+        params,
+        config,
+        mixture.batches,
+        directory=claim.directory,
+        held_out=functools.partial(held_out_batches, config, mixture),
+        cached=cached,
+        progress=progress,
+    )
+    target = claim.directory / "model"
+    with writing("the model", target, claim.directory / "checkpoints"):
+        _export(weights, state, words, ends, target)
     return state
 
 
@@ -121,6 +134,8 @@ def _export(
         whole = functools.partial(multihost_utils.process_allgather, tiled=True)
         model = with_params(model, jax.tree.map(whole, leaves_of(model)))
     if processes.first():
+        begin_export(directory.parent)
         save(with_ends(model, ends), directory)
         words.save(directory, model.config.max_positions)
+        end_export(directory.parent)
     processes.barrier("exported")

@@ -1,7 +1,6 @@
 """What a checkpoint is: names, sums over bits, metadata; what is said of a failure."""
 
 import contextlib
-import errno
 import functools
 import json
 import pathlib
@@ -16,10 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, UInt32
 from orbax.checkpoint import v1 as ocp
 
+from kvjax.files import is_full
+
 STEP = re.compile(r"step_(\d+)")
 DIGESTS = "digests"
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:
@@ -110,12 +109,6 @@ def cause(wrong: BaseException) -> Exception:
 def short(why: Exception) -> str:
     """One line of an error."""
     return f"{type(why).__name__}: {why}".splitlines()[0][:200]
-
-
-def is_full(why: Exception) -> bool:
-    """Whether that came of a full disk; some libraries say so in words alone."""
-    code = why.errno if isinstance(why, OSError) else None
-    return code in FULL or "No space left" in str(why)
 
 
 def unwritten(

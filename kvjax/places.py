@@ -1,0 +1,105 @@
+"""Directories that are written to: whether they can be, and who writes there."""
+
+import contextlib
+import os
+import pathlib
+import stat
+from collections.abc import Iterator
+
+import filelock
+
+from kvjax.messages import shown
+
+LOCK = ".lock"
+ELSEWHERE = "Give another directory with --out."
+
+
+def check_place(directory: pathlib.Path) -> None:
+    """`directory` can be written to, or can be made. Nothing is made or changed.
+
+    Raises:
+        ValueError: a file is there or above it, a link leads nowhere, a name is too
+            long, or nothing may be written there.
+    """
+    path = directory.absolute()
+    for one in (path, *path.parents):
+        try:
+            mode = one.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            if one.is_symlink():
+                why = f"{shown(str(one))} is a link to nowhere"
+                raise _no_place(directory, why) from None
+            continue
+        except (OSError, ValueError) as wrong:  # ValueError: a name with NUL in it
+            code = wrong.errno if isinstance(wrong, OSError) else None
+            why = os.strerror(code) if code else str(wrong)
+            raise _no_place(directory, why) from None
+        if not stat.S_ISDIR(mode):
+            raise _no_place(directory, f"{shown(str(one))} is a file")
+        if not os.access(one, os.W_OK | os.X_OK):
+            raise _no_place(directory, f"nothing may be written to {shown(str(one))}")
+        _check_names(directory, path.relative_to(one), one)
+        return
+
+
+def _check_names(
+    directory: pathlib.Path, new: pathlib.Path, above: pathlib.Path
+) -> None:
+    """The names that are to be made below `above` are not too long for its disk."""
+    most = os.pathconf(above, "PC_NAME_MAX")
+    for name in new.parts:
+        if len(os.fsencode(name)) > most:
+            raise _no_place(directory, f"a name has more than {most} bytes")
+        if name == "..":
+            raise _no_place(directory, "`..` is below a directory that is not there")
+
+
+def _no_place(directory: pathlib.Path, why: str) -> ValueError:
+    return ValueError(
+        f"{shown(str(directory))} cannot be written to as a directory: {why}. "
+        f"{ELSEWHERE}"
+    )
+
+
+@contextlib.contextmanager
+def held(directory: pathlib.Path) -> Iterator[bool]:
+    """Whether this process alone writes to `directory` while inside.
+
+    The directory is made; what was made is removed again if nothing has been put there.
+    The end of a process lets go of it, too, a kill included.
+
+    Raises:
+        OSError: it cannot be made or written to.
+    """
+    made = [one for one in (directory, *directory.parents) if not one.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(directory / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        if made and [path.name for path in directory.iterdir()] == [LOCK]:
+            (directory / LOCK).unlink()
+        lock.release()
+        with contextlib.suppress(OSError):  # the first that is not empty
+            for one in made:
+                one.rmdir()
+
+
+def busy(directory: pathlib.Path) -> ValueError:
+    """Another process holds the directory."""
+    return ValueError(
+        f"another run is writing to {directory}. Wait for it or stop it, or give "
+        "another directory with --out."
+    )
+
+
+def clear_left(*directories: pathlib.Path) -> None:
+    """Remove what killed writers left; of directories that this process holds."""
+    for directory in directories:
+        for path in directory.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
