@@ -7,6 +7,7 @@ agreement is counted against them.
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +17,16 @@ from kvjax.cache import KVCache
 from kvjax.compress.observe import wants_mass
 from kvjax.eval.config import EvalConfig
 from kvjax.eval.groups import AbstractGroup
+from kvjax.eval.inputs import inputs_of
 from kvjax.eval.methods import NONE, Method
 from kvjax.eval.plan import Cell, EvalPlan, plan
 from kvjax.eval.reading import PromptReader
 from kvjax.eval.record import averages, describe, header, provenance
-from kvjax.eval.results import RunWriter, open_run
+from kvjax.eval.results import RunWriter, check_directory, open_run, read_header
 from kvjax.eval.timing import timed
+from kvjax.inputs import checkpoint_files, of_stamps
 from kvjax.models.decoder import Decoder
+from kvjax.places import busy, held
 
 MAP_TOKENS = 8192
 """Longest prompt whose kept positions are written: a map lists all of them."""
@@ -69,6 +73,7 @@ def run(
     config: EvalConfig,
     run_dir: str | os.PathLike[str],
     *,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: Callback | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate, cell by cell, into a run directory.
@@ -79,7 +84,9 @@ def run(
         model: what is evaluated.
         tokenizer: a Hugging Face tokenizer.
         config: what is run. `config.model` is a label here.
-        run_dir: see `kvjax.eval.results`.
+        run_dir: see `kvjax.eval.results`. No other process writes to it meanwhile.
+        checkpoint: directory that the model and its tokenizer are from; its weights
+            are not looked at again while their files stay as they are.
         progress: called after each cell; what it raises ends the run.
 
     Returns:
@@ -87,14 +94,24 @@ def run(
 
     Raises:
         ValueError: anything wrong with any cell, before the first compute; a
-            directory of another run.
+            directory of another run, or one whose inputs have changed since; another
+            process that writes to it.
         OSError: a result cannot be written; finished cells are kept.
     """
+    path = pathlib.Path(run_dir)
+    check_directory(path, config)
     made = plan(model.config, tokenizer, config)
-    runner = _Runner(model, made, open_run(run_dir, header(model, config)), progress)
-    for group in made.groups:
-        for method in made.methods:
-            runner.method(group, method)
+    files = {} if checkpoint is None else checkpoint_files(config.model, checkpoint)
+    with held(path) as mine:
+        if not mine:
+            raise busy(path)
+        old = read_header(path) if (path / "run.json").exists() else {}
+        inputs = inputs_of(made, files, old.get("inputs", {}))
+        about = header(model, config, inputs, of_stamps(files), old)
+        runner = _Runner(model, made, open_run(path, about), progress)
+        for group in made.groups:
+            for method in made.methods:
+                runner.method(group, method)
     return runner.rows
 
 

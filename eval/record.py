@@ -5,8 +5,9 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +15,24 @@ import numpy as np
 from flax import nnx
 
 from kvjax.eval.config import EvalConfig
+from kvjax.eval.header import SCHEMA
 from kvjax.eval.plan import Cell
-from kvjax.eval.results import SCHEMA
+from kvjax.inputs import Inputs, untouched
 from kvjax.models import checks
 from kvjax.models.decoder import Decoder
+
+PIECE = 2**26
+"""Bytes of weights that are on the host at a time."""
+
+SAMPLED = 16
+"""Length of a fingerprint that looked at samples of the weights alone."""
+
+OF_SAMPLES = (
+    "run.json is of an earlier version: samples of the weights are compared, contents "
+    "of files are not. From the next call on all of them are."
+)
+
+LOG = logging.getLogger("kvjax.eval")
 
 
 def describe(cell: Cell, config: EvalConfig) -> dict[str, Any]:
@@ -76,28 +91,89 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def header(model: Decoder, config: EvalConfig) -> dict[str, Any]:
-    """What `run.json` says."""
-    return {
+def header(
+    model: Decoder,
+    config: EvalConfig,
+    inputs: Inputs,
+    checkpoint: Mapping[str, str],
+    old: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `run.json` says.
+
+    Args:
+        model: what is evaluated.
+        config: what is run.
+        inputs: digests of what it reads.
+        checkpoint: sizes and times of the model's files; none where it has none.
+        old: `run.json` of an earlier call. If the files are those that it saw, so are
+            the weights; else they are all looked at.
+    """
+    about = {
         "schema": SCHEMA,
         **versions(),
         "device": jax.devices()[0].device_kind,
         "date": now(),
         "model": config.model,
         "dtype": model.dtype.name,
-        "model_fingerprint": fingerprint(model),
+        "model_fingerprint": _fingerprint(model, checkpoint, old or {}),
         "config": dataclasses.asdict(config),
+        "inputs": inputs,
+        "checkpoint": dict(checkpoint),
     }
+    if old and len(str(old.get("model_fingerprint"))) == SAMPLED:
+        LOG.warning(OF_SAMPLES)
+        about["sampled_fingerprint"] = sampled_fingerprint(model)
+    return about
+
+
+def _fingerprint(
+    model: Decoder, checkpoint: Mapping[str, str], old: Mapping[str, Any]
+) -> str:
+    known = str(old.get("model_fingerprint"))
+    shape = checks.fingerprint(model.config)
+    same = old.get("dtype") == model.dtype.name and known.startswith(f"{shape}-")
+    if same and untouched(old.get("checkpoint", {}), checkpoint):
+        return known
+    return fingerprint(model)
 
 
 def fingerprint(model: Decoder) -> str:
-    """Digest of a model: its configuration, and samples of every weight."""
+    """Digests of a model's configuration, and of all values of all its weights."""
+    digest = hashlib.sha256()
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        array = leaf.get_value()
+        digest.update(f"{path}{array.shape}{array.dtype}".encode())
+        for piece in _pieces(array):
+            digest.update(piece.reshape(-1).view(np.uint8))
+    return f"{checks.fingerprint(model.config)}-{digest.hexdigest()[:32]}"
+
+
+def _pieces(x: jax.Array) -> Iterator[np.ndarray]:
+    """The values in their order; no more than `PIECE` bytes are copied at once."""
+    if x.nbytes <= PIECE or _on_host(x):
+        yield np.ascontiguousarray(x)
+    elif len(x) == 1:
+        yield from _pieces(x[0])
+    else:
+        rows = max(1, len(x) * PIECE // x.nbytes)
+        for first in range(0, len(x), rows):
+            size = min(rows, len(x) - first)
+            yield from _pieces(jax.lax.dynamic_slice_in_dim(x, first, size))
+
+
+def _on_host(x: jax.Array) -> bool:
+    """Whether NumPy sees the values where they are."""
+    return [device.platform for device in x.devices()] == ["cpu"]
+
+
+def sampled_fingerprint(model: Decoder) -> str:
+    """As version 0.1.0 had it: a configuration, and samples of every weight."""
     digest = hashlib.sha256(checks.fingerprint(model.config).encode())
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         flat = leaf.get_value().reshape(-1)
         some = np.asarray(flat[:: max(1, flat.size // 1024)])
         digest.update(f"{path}{flat.shape}{flat.dtype}".encode() + some.tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:SAMPLED]
 
 
 def versions() -> dict[str, str]:

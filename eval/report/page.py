@@ -175,7 +175,8 @@ def _map(entry: Mapping[str, Any]) -> str:
 
 def provenance(run: LoadedRun) -> str:
     """Where the numbers come from, and what they do not say."""
-    about = {key: value for key, value in run.about.items() if key != "config"}
+    long = ("config", "inputs", "checkpoint")
+    about = {key: value for key, value in run.about.items() if key not in long}
     seeds = sorted({row["seed"] for row in run.rows if row.get("seed") is not None})
     if seeds:
         about["seeds"] = ", ".join(map(str, seeds))

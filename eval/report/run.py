@@ -1,11 +1,11 @@
 """A run directory as the report sees it, and what its figures group by."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kvjax.eval.report.maps import read_map
 from kvjax.eval.report.numbers import mean_known
 from kvjax.eval.results import load_rows, read_header
 
@@ -48,22 +48,8 @@ def load_run(directory: str | pathlib.Path) -> LoadedRun:
             f"{path} holds no finished cell (rows/*.parquet). Run the same evaluation "
             "into it again: it goes on where it stopped."
         )
-    maps = tuple(_map(file) for file in sorted((path / "maps").glob("*.json")))
+    maps = tuple(read_map(file) for file in sorted((path / "maps").glob("*.json")))
     return LoadedRun(path=path, about=about, rows=tuple(rows), maps=maps)
-
-
-def _map(file: pathlib.Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as wrong:
-        raise ValueError(
-            f"{file} is cut off or not JSON ({wrong}). Delete it; the report does "
-            "without."
-        ) from None
-    lacking = {"text", "compression", "task", "kept"} - set(found)
-    if lacking:
-        raise ValueError(f"{file} lacks {sorted(lacking)}: not of this version.")
-    return found
 
 
 def methods(rows: Iterable[CellRow]) -> list[str]:

@@ -13,6 +13,8 @@ from kvjax.eval.report.needle import needle_figure
 from kvjax.eval.report.run import CellRow, LoadedRun, group, load_run, methods
 from kvjax.eval.report.style import look, png, svg
 from kvjax.eval.report.token_map import pieces_of, token_map
+from kvjax.files import write_bytes, write_text
+from kvjax.places import check_place
 
 MOST_MAPS = 8
 LONGEST_MAP = 4096
@@ -35,8 +37,9 @@ def write_report(
     Raises:
         ValueError: the directory is not one of an evaluation, or is damaged.
     """
+    folder = pathlib.Path(directory) / "report" if out is None else pathlib.Path(out)
     run = load_run(directory)
-    folder = pathlib.Path(out) if out is not None else run.path / "report"
+    check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sections = [
         ("score", "Score against bytes", _scores(run, folder)),
@@ -48,7 +51,7 @@ def write_report(
         ("provenance", "Where the numbers come from", page.provenance(run)),
     ]
     target = folder / "report.html"
-    target.write_text(page.page(run, sections), encoding="utf-8")
+    write_text(target, page.page(run, sections))
     return target
 
 
@@ -70,7 +73,7 @@ def _figures(figures: Named, folder: pathlib.Path, kind: str = "") -> str:
     images = []
     for name, figure in figures:
         name = re.sub(r"[^\w.-]+", "_", name)
-        (folder / f"{name}.png").write_bytes(png(figure))
+        write_bytes(folder / f"{name}.png", png(figure))
         images.append(svg(figure, name, page.escape(name.replace("_", " "))))
     return page.plots(images, kind)
 
@@ -150,7 +153,7 @@ def _tokens(run: LoadedRun, folder: pathlib.Path) -> str:
         )
         title = f"{entry['compression']}, {entry['task']}"
         figure = token_map(entry, pieces_of(entry), title=title.replace("$", r"\$"))
-        (folder / f"{name}.png").write_bytes(png(figure))
+        write_bytes(folder / f"{name}.png", png(figure))
     return page.token_section(maps)
 
 

@@ -30,7 +30,7 @@ from kvjax.config import parse_assignments
 from kvjax.eval.config import NEEDLE, TaskEntry, bundled_evaluations, load_config
 from kvjax.eval.tasks import TASKS
 from kvjax.interrupt import noted_interrupt
-from kvjax.models.bundled import DEFAULT
+from kvjax.models.bundled import DEFAULT, model_directory
 
 CONFIGS = (
     f"A bundled evaluation ({', '.join(bundled_evaluations())}) or a YAML file; the "
@@ -155,9 +155,14 @@ def evaluate(
     """Run an evaluation with a progress bar; its rows, and how many were there."""
     from kvjax.eval.harness import run
     from kvjax.eval.methods import methods
+    from kvjax.eval.results import check_directory
 
-    methods(config)  # a misspelt name should not cost loading a model
-    model, tokenizer = load_model(config.model or DEFAULT, dtype, ui)
+    # Neither a misspelt name nor a directory of something else costs loading a model.
+    methods(config)
+    check_directory(out, config)
+    name = config.model or DEFAULT
+    model, tokenizer = load_model(name, dtype, ui)
+    checkpoint = pathlib.Path(model_directory(name)).expanduser()
     columns = (
         "[progress.description]{task.description}",
         BarColumn(),
@@ -178,6 +183,13 @@ def evaluate(
                 raise KeyboardInterrupt
 
         with noted_interrupt(signal.SIGINT) as interrupted:
-            rows = run(model, tokenizer, config, out, progress=tell)
+            rows = run(
+                model,
+                tokenizer,
+                config,
+                out,
+                checkpoint=checkpoint if checkpoint.is_dir() else None,
+                progress=tell,
+            )
         bar.update(task, description="done")
     return rows, resumed

@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 
-from kvjax.eval import harness, reading, results
+from kvjax.eval import harness, reading
 from kvjax.eval.results import load_rows, open_run
 from tests.eval import tiny
 
@@ -150,7 +150,7 @@ def test_a_full_disk_keeps_what_is_finished(whole, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
-    monkeypatch.setattr(results.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left.*Finished cells are kept") as info:
         harness.run(*fields)
     assert info.value.errno == errno.ENOSPC

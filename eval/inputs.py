@@ -1,0 +1,69 @@
+"""What an evaluation reads beside its configuration, by digests: see `kvjax.inputs`."""
+
+import hashlib
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from kvjax import inputs
+from kvjax.compress.presets import canonical, compression
+from kvjax.eval.config import TEXT
+from kvjax.eval.fidelity import TextGroup
+from kvjax.eval.groups import QuestionGroup
+from kvjax.eval.methods import NONE, RANDOM
+from kvjax.eval.plan import EvalPlan
+from kvjax.inputs import Inputs
+
+_WORDS = re.compile(r".*(token|vocab|merges|spiece|sentencepiece).*|.*\.model")
+"""Names of a tokenizer's files."""
+
+
+def inputs_of(
+    made: EvalPlan, checkpoint: dict[str, pathlib.Path], known: Inputs
+) -> Inputs:
+    """Digests of compressions, texts, the tokenizer, and of all that is asked.
+
+    A compression counts by what it means: comments in its file do not. Prompts are
+    compared as tokens, so that another tokenizer is seen where it has no files.
+
+    Args:
+        made: the evaluation.
+        checkpoint: files of the model by name; none where it has no directory.
+        known: what an earlier call found; files that it stamped are not read again.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    found: Inputs = {}
+    for name in dict.fromkeys((NONE, RANDOM, *made.config.compressions)):
+        meaning = canonical(compression(name))
+        found[f"compression {name!r}"] = inputs.of_text(name, meaning)
+    for entry in made.config.tasks:
+        if entry.name == TEXT:
+            label, path = f"task {entry.title!r}", str(entry.fields["path"])
+            before = known.get(label, {})
+            found[label] = inputs.of_files({path: pathlib.Path(path)}, before)
+    words = {
+        name: file for name, file in checkpoint.items() if _WORDS.fullmatch(file.name)
+    }
+    if words:
+        label = f"tokenizer of {made.config.model!r}"
+        found[label] = inputs.of_files(words, known.get(label, {}))
+    what = "what is asked (another tokenizer, or another version of kvjax)"
+    return found | {"prompts": {what: _asked(made)}}
+
+
+def _asked(made: EvalPlan) -> str:
+    total = hashlib.sha256()
+    for group in made.groups:
+        rows: list[Any] = [*group.prompts]
+        if isinstance(group, QuestionGroup):
+            rows += [*group.questions, *(item.answer.encode() for item in group.items)]
+        if isinstance(group, TextGroup):
+            rows += [*group.follow]
+        for row in rows:
+            data = row if isinstance(row, bytes) else np.asarray(row, "<i4").tobytes()
+            total.update(f"{len(data)} ".encode() + data)
+    return total.hexdigest()

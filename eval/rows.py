@@ -1,0 +1,117 @@
+"""Rows and items of an evaluation as Parquet files, read strictly."""
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kvjax.messages import shown
+
+_word, _real, _whole = pa.string(), pa.float64(), pa.int64()
+
+ROWS = pa.schema(
+    [
+        pa.field("cell", _word, nullable=False),
+        ("model", _word),
+        ("task", _word),
+        ("length", _whole),
+        ("depth", _real),
+        ("compression", _word),
+        ("overrides", _word),
+        ("keep", _real),
+        ("visibility", _word),
+        ("items", _whole),
+        ("score", _real),
+        ("score_se", _real),
+        ("agreement", _real),
+        ("agreement_se", _real),
+        ("resident_bytes", _real),
+        ("full_bytes", _real),
+        ("prefill_ms", _real),
+        ("compress_ms", _real),
+        ("ms_per_token", _real),
+        ("compile_s", _real),
+        ("seed", _whole),
+        ("batch", _whole),
+        ("nll", _real),
+        ("kl", _real),
+        ("schema", _whole),
+        ("versions", _word),
+        ("device", _word),
+        ("date", _word),
+    ]
+)
+"""One cell. `depth` is null but for the needle, `keep` for methods without a budget,
+`score` for fidelity tasks, `nll` and `kl` for all others."""
+
+ITEMS = pa.schema(
+    [
+        ("item", _whole),
+        ("reply", _word),
+        ("answer", _word),
+        ("score", _real),
+        ("agrees", _real),
+        ("nll", _real),
+        ("kl", _real),
+    ]
+)
+"""One item of a cell. `agrees` is 0 or 1, or for fidelity tasks a share of tokens."""
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet file that an evaluation wrote.
+
+    Raises:
+        ValueError: it is damaged, or holds something else; names the file.
+    """
+    remedy = "Delete it and run the same evaluation again: only this cell is anew."
+    try:
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        rows = table.to_pylist()
+    # Whatever Arrow's readers make of damaged bytes, and Python of such text.
+    except (pa.ArrowException, OSError, ValueError, TypeError, MemoryError) as wrong:
+        said = (str(wrong).splitlines() or [type(wrong).__name__])[0][:200]
+        raise ValueError(f"{path} cannot be read ({said}). {remedy}") from None
+    schema = ITEMS if path.parent.name == "items" else ROWS
+    if not table.schema.equals(schema) or (schema is ROWS and len(rows) != 1):
+        raise ValueError(
+            f"{path} does not hold what an evaluation writes: {len(rows)} rows of "
+            f"{shown(table.column_names)}. {remedy}"
+        )
+    for name, holds in _COLUMNS.items() if schema is ROWS else ():
+        if not holds(rows[0][name]):
+            raise ValueError(
+                f"{path}: {name!r} is {shown(rows[0][name])}, which no evaluation "
+                f"writes. {remedy}"
+            )
+    return rows
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _size(value: Any) -> bool:
+    return value is None or 0 < value < 2**63
+
+
+def _share(value: Any) -> bool:
+    return value is None or 0 <= value <= 1
+
+
+_COLUMNS: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("task", "compression", "visibility"), _text),
+    **dict.fromkeys(("length", "resident_bytes", "full_bytes"), _size),
+    **dict.fromkeys(("keep", "depth"), _share),
+}
+"""What the values of a row have to be, as far as anything depends on it."""
+
+
+def parquet_bytes(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+    """A Parquet file whose pages have checksums."""
+    buffer = pa.BufferOutputStream()
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    pq.write_table(table, buffer, write_page_checksum=True)
+    return buffer.getvalue().to_pybytes()
