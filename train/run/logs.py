@@ -9,8 +9,9 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from kvjax.files import decode_text, parse_json, write_text
+from kvjax.files import parse_json, write_text
 from kvjax.messages import shown
+from kvjax.plaintext import decoded
 from kvjax.train.recipe import LogConfig, TrainConfig
 from kvjax.train.run import processes
 from kvjax.train.run.stored import unwritten, writing
@@ -198,7 +199,7 @@ def _lines(path: pathlib.Path) -> list[tuple[int, str]]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         where = f"line {number} of {path}"
         try:
-            text = decode_text(line, where)
+            text = decoded(line, where)
             event = parse_json(text, where)
             step = event.get("step") if isinstance(event, dict) else None
             if not isinstance(step, int) or isinstance(step, bool):

@@ -84,10 +84,10 @@ def _claimed(
         words,
         WHOLE if mesh is None else share_of(mesh),
     )
-    ends = _new_ends(mixture, shape)
     # All rows of it: every process has to start from the same weights.
     sample = None if config.projection is None else mixture.batch(0, WHOLE)
     weights, params = weights_of(config, sample, mesh=mesh)
+    ends = _new_ends(mixture, weights.model.config)
     cached = CachedEvaluation(config, weights.model.config, words, mixture.held_out)
     claim.begin()
     state = train(
