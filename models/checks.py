@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from kvjax.codecs import PlainArray
 from kvjax.compress.config import Compression
 from kvjax.compress.plan import LayerPlan
 from kvjax.compress.presets import canonical
+from kvjax.fields import Range, fit
 from kvjax.models.config import DecoderConfig
 
 
@@ -29,9 +30,7 @@ def _concrete(x: jax.Array) -> np.ndarray | None:
 
 def count(name: str, value: int, least: int = 0) -> None:
     """`value` is an integer of at least `least`."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ValueError(f"`{name}` must be an integer >= {least}; got {value!r}.")
+    fit(value, Annotated[int, Range(least, 2**31 - 1)], name)
 
 
 def _token_array(config: DecoderConfig, tokens) -> jax.Array:

@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import KVCache
 from kvjax.compress.config import Compression
+from kvjax.fields import fit
+from kvjax.messages import shown
 from kvjax.models import checks
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import NONE, nameless, prefill, step
@@ -165,6 +167,7 @@ def generate(
     tokens, lengths = checks.prompt(model.config, tokens, lengths)
     checks.generation(model.config, lengths, max_new_tokens)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    stop_tokens = _stops(stop_tokens)
     key = _key(sampling, key)
     logits, cache = prefill(model, tokens, lengths, c, max_new_tokens=max_new_tokens)
     return _loop(
@@ -214,6 +217,7 @@ def generate_from(
     checks.count("max_new_tokens", max_new_tokens, 1)
     checks.room(model.config, cache, max_new_tokens - 1)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    stop_tokens = _stops(stop_tokens)
     key = _key(sampling, key)
     return _loop(
         model,
@@ -228,13 +232,33 @@ def generate_from(
     )
 
 
+def _stops(tokens: Sequence[int]) -> tuple[int, ...]:
+    found = tokens.tolist() if isinstance(tokens, np.ndarray) else tokens
+    if isinstance(found, tuple | list):
+        return fit(tuple(found), tuple[int, ...], "stop_tokens")
+    raise ValueError(
+        f"`stop_tokens` must be a list of token ids; got {shown(tokens)}. One token is "
+        "`[token]`."
+    )
+
+
 def _key(sampling: Sampling, key: Array | None) -> Array:
     if key is None and not sampling.greedy:
         raise ValueError(
             f"temperature={sampling.temperature} draws tokens and needs a random key; "
             "pass key=jax.random.key(0), or temperature=0."
         )
-    return jax.random.key(0) if key is None else key
+    if key is None:
+        return jax.random.key(0)
+    typed = isinstance(key, jax.Array) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+    )
+    if not typed:
+        raise ValueError(
+            f"`key` must be a random key of JAX; got {shown(key)}. Pass "
+            "key=jax.random.key(0)."
+        )
+    return key
 
 
 def _loop(

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.fields import Amount, Checked, Fraction, Positive
+from kvjax.fields import Amount, Fraction, Positive, fit, hints_of
 from kvjax.types import NEG_INF
+
+COLDEST = 1e-6
+"""The lowest temperature by which logits are divided."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling(Checked):
+class Sampling:
     """How the next token is drawn.
 
     Attributes:
@@ -24,6 +27,16 @@ class Sampling(Checked):
     temperature: Amount = 0.0
     top_k: Positive | None = None
     top_p: Fraction | None = None
+
+    def __post_init__(self):
+        for name, hint in hints_of(type(self)).items():
+            # By the names that callers know, and hashable: programs go by them.
+            object.__setattr__(self, name, fit(getattr(self, name), hint, name))
+        if 0 < self.temperature < COLDEST:
+            raise ValueError(
+                f"`temperature` must be 0 or at least {COLDEST}, below which nothing "
+                f"is left to draw; got {self.temperature}. Use 0."
+            )
 
     @property
     def greedy(self) -> bool:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,6 +16,8 @@ from kvjax.compress import compression, compressions
 from kvjax.compress.config import Compression
 from kvjax.compress.presets import describe
 from kvjax.config import parse_assignments
+from kvjax.fields import Range, fit, hints_of
+from kvjax.messages import shown
 from kvjax.models.bundled import bundled_models, model_directory
 
 
@@ -38,8 +41,12 @@ Model = Annotated[str, tyro.conf.arg(metavar="DIR|ID", help=MODELS)]
 Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], tyro.conf.arg()]
 Text = Annotated[str | None, optional("TEXT")]
 Names = Annotated[str | None, optional("A,B,C")]
-Count = Annotated[int | None, optional("N")]
-Fraction = Annotated[float | None, optional("FRACTION")]
+MOST = 2**31 - 1
+"""Of what is counted."""
+Count = Annotated[int | None, Range(1, MOST), optional("N")]
+Items = Annotated[int | None, Range(1, 10**6), optional("N")]
+Seed = Annotated[int | None, Range(0, 2**32 - 1), optional("N")]
+Fraction = Annotated[float | None, Range(above=0, most=1), optional("FRACTION")]
 File = Annotated[pathlib.Path | None, optional("FILE")]
 Folder = Annotated[pathlib.Path | None, optional("DIR")]
 OptionalModel = Annotated[str | None, optional("DIR|ID", MODELS)]
@@ -66,6 +73,13 @@ class Command(abc.ABC):
     presets: ClassVar[bool] = True
     output: Output
 
+    def check(self) -> None:
+        """Options are what their annotations say, or a `ValueError` names one."""
+        for name, hint in hints_of(type(self)).items():
+            inner, *_ = typing.get_args(hint) or (hint,)
+            if Literal not in (typing.get_origin(hint), typing.get_origin(inner)):
+                fit(getattr(self, name), hint, option(name))
+
     @abc.abstractmethod
     def run(self, ui: "UI") -> Mapping[str, Any]:
         """Do it; the result is what `--json` prints."""
@@ -83,6 +97,11 @@ class Command(abc.ABC):
             lines = [f"  {n:{wide}}  {headline(n)}" for n in compressions()]
             parts.append("compressions:\n" + "\n".join(lines))
         return "\n\n".join(parts)
+
+
+def option(name: str) -> str:
+    """A field as the command line has it."""
+    return "--" + name.replace("_", "-")
 
 
 def headline(name: str) -> str:
@@ -113,6 +132,8 @@ def load_model(name: str, dtype: str, ui: UI) -> tuple[Any, Any]:
     from kvjax.models.io import load
 
     compile_cache()
+    if name.startswith("~") and os.path.expanduser(name) == name:
+        raise ValueError(f"--model {shown(name)}: no such home directory.")
     path = model_directory(name)
     if dtype == "auto":
         # Small enough to be held twice as large, and several times faster on a CPU.
@@ -132,7 +153,9 @@ def compile_cache() -> None:
         return
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     own = os.environ.get("KVJAX_CACHE_DIR") or os.path.join(base, "kvjax")
-    folder = pathlib.Path(own).expanduser() / "jax"
+    folder = pathlib.Path(os.path.expanduser(own)) / "jax"
+    if not folder.is_absolute() and own.startswith("~"):  # nobody has this home
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -149,7 +172,7 @@ def split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def numbers(option: str, text: str, kind: type) -> tuple[Any, ...]:
+def numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
     """`0.5,0.25` as numbers.
 
     Raises:
@@ -159,5 +182,5 @@ def numbers(option: str, text: str, kind: type) -> tuple[Any, ...]:
         return tuple(kind(part) for part in split(text))
     except ValueError:
         raise ValueError(
-            f"{option} needs numbers with commas between; got {text!r}."
+            f"{name} needs numbers with commas between; got {shown(text)}."
         ) from None

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from kvjax.cli.base import (
+    MOST,
     UI,
     Assignments,
     Command,
@@ -26,7 +27,11 @@ from kvjax.cli.base import (
     split,
 )
 from kvjax.cli.tables import print_table
+from kvjax.fields import Range
 from kvjax.models.bundled import DEFAULT
+
+MOST_TOKENS = 2**28
+"""Of all prompts together."""
 
 
 @final
@@ -49,13 +54,13 @@ class Bench(Command):
     """Fraction kept by those that have a budget; the preset's own if left out."""
     set: Assignments = ()
     """Set a field of every compression, as in --set evict.score.window=16."""
-    length: int = 1024
+    length: Annotated[int, Range(1, MOST)] = 1024
     """Prompt tokens (drawn at random)."""
-    batch: int = 1
+    batch: Annotated[int, Range(1, 2**16)] = 1
     """Prompts at a time."""
-    new_tokens: int = 32
+    new_tokens: Annotated[int, Range(2, MOST)] = 32
     """Tokens to decode per measurement."""
-    repeats: int = 3
+    repeats: Annotated[int, Range(1, 10**6)] = 3
     """Measurements; their median counts. Compilation is left out."""
     dtype: Dtype = "auto"
     """Of the parameters; auto is float32 for a bundled model, else bfloat16."""
@@ -65,15 +70,13 @@ class Bench(Command):
         """See `Command.run`."""
         import jax
 
-        least = {"length": 1, "batch": 1, "new_tokens": 2, "repeats": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(
-                    f"{option} must be at least {bound}; got {getattr(self, name)}."
-                )
         chosen = {name: self._pick(name) for name in split(self.compression)}
+        if not chosen:
+            raise ValueError(
+                "--compression names none. Give some of the list in --help."
+            )
         model, _ = load_model(self.model, self.dtype, ui)
+        self._check_room(model.config.max_positions)
         rows = []
         with Progress(console=ui.err, disable=not ui.bars, transient=True) as bar:
             task = bar.add_task("", total=len(chosen))
@@ -88,7 +91,20 @@ class Bench(Command):
 
     def _pick(self, name: str):
         c = pick(name, None, self.set)
-        return c.with_keep(self.keep) if self.keep and c.has_budget else c
+        return c if self.keep is None or not c.has_budget else c.with_keep(self.keep)
+
+    def _check_room(self, most: int) -> None:
+        """Before memory is taken for prompts of that size."""
+        if self.length + self.new_tokens > most:
+            raise ValueError(
+                f"--length {self.length} and --new-tokens {self.new_tokens} are "
+                f"{self.length + self.new_tokens} tokens; the model's range is {most}."
+            )
+        if self.batch * self.length > MOST_TOKENS:
+            raise ValueError(
+                f"--batch {self.batch} times --length {self.length} are more than "
+                f"{MOST_TOKENS} tokens. Lower one of them."
+            )
 
     def _measure(self, model, c) -> dict[str, Any]:
         import jax

@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from kvjax.cli.base import UI, Command, Flag, Output, load_model
+from kvjax.places import check_place
 
 
 @final
@@ -37,6 +38,7 @@ class Convert(Command):
         """See `Command.run`."""
         from kvjax.models.io import save
 
+        check_place(self.out)
         if self.out.is_dir() and any(self.out.iterdir()) and not self.overwrite:
             raise ValueError(
                 f"{self.out} is not empty. Give another directory, or --overwrite."

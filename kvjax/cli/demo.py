@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 
 from rich.console import Console
 
-from kvjax.cli.base import UI, Command, Count, Output
+from kvjax.cli.base import UI, Command, Items, Output
 from kvjax.cli.evaluate import evaluate
 from kvjax.cli.tables import print_gains, print_scores
 from kvjax.eval.config import load_config
@@ -35,7 +35,7 @@ class Demo(Command):
         "which has learned what to give up."
     )
 
-    items: Count = None
+    items: Items = None
     """Questions per task and compression; more are slower and more certain."""
     out: pathlib.Path = pathlib.Path("results/demo")
     """Run directory; delete it to measure again."""
@@ -45,7 +45,9 @@ class Demo(Command):
         """See `Command.run`."""
         from kvjax.eval.report import write_report
 
-        start = time.perf_counter()
+        start, out = time.perf_counter(), self.out
+        if not out.name or out.name == "..":  # what is beside `.`?
+            out = out.resolve()
         config = load_config("demo")
         if self.items is not None:
             tasks = tuple(
@@ -64,7 +66,7 @@ class Demo(Command):
         }
         trained = {}
         for name, other in others.items():
-            beside = self.out.with_name(f"{self.out.name}-{name}")
+            beside = out.with_name(f"{out.name}-{name}")
             trained[name], again = evaluate(other, beside, "auto", ui)
             resumed += again
         with ui.status("drawing the report"):

@@ -1,6 +1,7 @@
 """`kvjax eval`."""
 
 import dataclasses
+import os
 import pathlib
 import signal
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,13 @@ from kvjax.cli.base import (
     UI,
     Assignments,
     Command,
-    Count,
     Dtype,
     Folder,
+    Items,
     Names,
     OptionalModel,
     Output,
+    Seed,
     load_model,
     numbers,
     optional,
@@ -30,6 +32,7 @@ from kvjax.config import parse_assignments
 from kvjax.eval.config import NEEDLE, TaskEntry, bundled_evaluations, load_config
 from kvjax.eval.tasks import TASKS
 from kvjax.interrupt import noted_interrupt
+from kvjax.messages import shown
 from kvjax.models.bundled import DEFAULT, model_directory
 
 CONFIGS = (
@@ -67,9 +70,9 @@ class Eval(Command):
     tasks: Annotated[str | None, optional("A,B,C", TASK_NAMES)] = None
     lengths: Names = None
     """Tokens of prompt and reply: 512,1024."""
-    items: Count = None
+    items: Items = None
     """Questions per cell."""
-    seed: Count = None
+    seed: Seed = None
     """Of the questions."""
     visibility: Names = None
     """query_agnostic (compress before the question is known), query_aware, or both."""
@@ -115,12 +118,7 @@ class Eval(Command):
         merged["overrides"] = {k: dict(v) for k, v in config.overrides.items()}
         merged["defaults"] = dict(config.defaults)
         for path, value in flat.items():
-            head, _, rest = path.partition(".")
-            name = ""
-            if head == "overrides":
-                name, _, rest = rest.partition(".")
-            place = merged[head].setdefault(name, {}) if name else merged[head]
-            place[rest] = value
+            _merge(merged, path, value)
         return dataclasses.replace(config, **merged)
 
     def _options(self) -> dict[str, Any]:
@@ -144,6 +142,22 @@ def _is_flat(path: str) -> bool:
     return path.partition(".")[0] in ("overrides", "everywhere", "defaults")
 
 
+def _merge(merged: dict[str, Any], path: str, value: Any) -> None:
+    """Set what a flat path leads to: one field, or a mapping of them."""
+    head, _, rest = path.partition(".")
+    place = merged[head]
+    if head == "overrides" and rest:
+        name, _, rest = rest.partition(".")
+        place = place.setdefault(name, {})
+    if rest:
+        place[rest] = value
+    elif not isinstance(value, Mapping):
+        raise ValueError(f"--set {path} must be a mapping; got {shown(value)}.")
+    else:
+        place.clear()
+        place.update(value)
+
+
 def _tasks(config, names: str) -> tuple[Any, ...]:
     known = {entry.title: entry for entry in config.tasks}
     return tuple(known.get(name) or TaskEntry(name=name) for name in split(names))
@@ -162,7 +176,7 @@ def evaluate(
     check_directory(out, config)
     name = config.model or DEFAULT
     model, tokenizer = load_model(name, dtype, ui)
-    checkpoint = pathlib.Path(model_directory(name)).expanduser()
+    checkpoint = pathlib.Path(os.path.expanduser(model_directory(name)))
     columns = (
         "[progress.description]{task.description}",
         BarColumn(),

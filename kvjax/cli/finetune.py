@@ -28,6 +28,7 @@ from kvjax.cli.base import (
     optional,
 )
 from kvjax.cli.tables import print_dry_run
+from kvjax.fields import Range
 from kvjax.pallas_kernels.targets import TARGETS
 from kvjax.train.recipe import bundled_recipes, load_config
 
@@ -65,7 +66,7 @@ class Finetune(Command):
     dry_run: Flag = False
     """Only compile, for DEVICE; print memory and operations."""
     device: Annotated[str | None, optional("TEXT", DEVICES)] = None
-    chips: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    chips: Annotated[int, Range(1, 2**16), tyro.conf.arg(metavar="N")] = 1
     """With --dry-run: chips of the slice."""
     output: Output = Output()
 

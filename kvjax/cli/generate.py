@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from kvjax.cli.base import (
+    MOST,
     UI,
     Assignments,
     Command,
@@ -25,7 +26,11 @@ from kvjax.cli.base import (
     load_model,
     pick,
 )
+from kvjax.fields import Range
+from kvjax.messages import shown
+from kvjax.models import checks
 from kvjax.models.bundled import DEFAULT
+from kvjax.models.sampling import Sampling
 from kvjax.plaintext import MARK, check_text, decoded
 
 Stops = Annotated[
@@ -60,17 +65,17 @@ class Generate(Command):
     """Fraction of the prompt's cache to keep; the preset's own if left out."""
     set: Assignments = ()
     """Set a field of the compression: --set evict.score.window=16."""
-    max_new_tokens: int = 64
+    max_new_tokens: Annotated[int, Range(1, MOST)] = 64
     """Tokens to make at most."""
     stop: Stops = ()
     """A text of one token that ends the reply, as the model's own end tokens do."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Range(0)] = 0.0
     """0 takes the likeliest token; above it, tokens are drawn."""
     top_k: Count = None
     """Draw from this many likeliest tokens only."""
     top_p: Fraction = None
     """Draw from the likeliest tokens up to this probability only."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Of the drawing."""
     dtype: Dtype = "auto"
     """Of the parameters; auto is float32 for a bundled model, else bfloat16."""
@@ -79,6 +84,9 @@ class Generate(Command):
     def run(self, ui: UI) -> Mapping[str, Any]:
         """See `Command.run`."""
         text = self._text()
+        if not text:
+            raise ValueError("the prompt is empty; give at least one token.")
+        Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         c = pick(self.compression, self.keep, self.set)
         model, tokenizer = load_model(self.model, self.dtype, ui)
         ids = self._encode(tokenizer, text)
@@ -117,6 +125,9 @@ class Generate(Command):
 
         start = time.perf_counter()
         tokens = jnp.asarray([ids], jnp.int32)
+        # Before the cache gets room for that many.
+        tokens, lengths = checks.prompt(model.config, tokens, None)
+        checks.generation(model.config, lengths, self.max_new_tokens)
         with ui.status(f"reading {len(ids)} tokens"):
             logits, cache = prefill(
                 model, tokens, None, c, max_new_tokens=self.max_new_tokens
@@ -147,7 +158,11 @@ class Generate(Command):
         assert self.prompt_file is not None
         if str(self.prompt_file) == "-":
             return decoded(sys.stdin.buffer.read(), "--prompt-file: standard input")
-        return decoded(self.prompt_file.read_bytes(), str(self.prompt_file))
+        name = shown(str(self.prompt_file))
+        try:
+            return decoded(self.prompt_file.read_bytes(), name)
+        except OSError as wrong:
+            raise ValueError(f"Cannot read {name}: {wrong.strerror}.") from None
 
     def _encode(self, tokenizer, text: str) -> list[int]:
         if self.chat:
@@ -179,8 +194,8 @@ class Generate(Command):
             ids = tokenizer.encode(text, add_special_tokens=False)
             if len(ids) != 1:
                 raise ValueError(
-                    f"--stop {text!r} is {len(ids)} tokens of this model; each stop "
-                    "must be one."
+                    f"--stop {shown(text)} is {len(ids)} tokens of this model; each "
+                    "stop must be one."
                 )
             found += ids
         return found

@@ -1,7 +1,6 @@
 """Parses the command line, runs one command, turns errors into exit codes."""
 
 import contextlib
-import difflib
 import importlib.metadata
 import json
 import os
@@ -9,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import TextIO
 
 import tyro
 from rich.console import Console
@@ -21,6 +21,7 @@ from kvjax.cli.evaluate import Eval
 from kvjax.cli.finetune import Finetune
 from kvjax.cli.generate import Generate
 from kvjax.cli.report import Report
+from kvjax.messages import nearest, shown
 
 COMMANDS: Mapping[str, type[Command]] = MappingProxyType(
     {
@@ -56,7 +57,30 @@ def overview() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `kvjax` with these arguments; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        _forget(sys.stdout, sys.stderr)
+        return CLOSED
+    except OSError as wrong:
+        _forget(sys.stdout)
+        _complain(f"the output could not be written: {wrong.strerror}.")
+        return WRONG
+    return code
+
+
+def _forget(*streams: TextIO | None) -> None:
+    """Nothing more is written there: Python would complain when it ends."""
+    for stream in streams:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore
+
+
+def _main(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview(), file=sys.stdout if words else sys.stderr)
         return 0 if words else WRONG
@@ -65,9 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = words
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        _complain(f"unknown command {name!r}; expected one of {[*COMMANDS]}.{hint}")
+        hint = nearest(name, COMMANDS)
+        _complain(
+            f"unknown command {shown(name)}; expected one of {[*COMMANDS]}.{hint}"
+        )
         return WRONG
     try:
         command = parse(name, rest)
@@ -84,15 +109,17 @@ def parse(name: str, words: Sequence[str]) -> Command:
 
     Raises:
         SystemExit: help was asked for, or an option is wrong; tyro has said what.
-        ValueError: see `dotted`.
+        ValueError: see `dotted` and `Command.check`.
     """
-    return tyro.cli(
+    command = tyro.cli(
         COMMANDS[name],
         prog=f"kvjax {name}",
         description=COMMANDS[name].description(),
         args=dotted(name, words),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
     )
+    command.check()
+    return command
 
 
 def dotted(name: str, words: Sequence[str]) -> list[str]:
@@ -129,20 +156,19 @@ def execute(command: Command) -> int:
             print(json.dumps(result, allow_nan=False))
         else:
             command.show(result, Console())
-        sys.stdout.flush()
     except KeyboardInterrupt:
         _complain("interrupted. What is finished is kept; the same command goes on.")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED
-    except (ValueError, OSError) as wrong:
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, MemoryError) as wrong:
         if command.output.debug:
             traceback.print_exc()
-        _complain(str(wrong))
+        _complain(str(wrong) or "there is not enough memory for that.")
         return WRONG
     return 0
 
 
 def _complain(text: str) -> None:
-    print(f"kvjax: {text}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # nobody listens
+        print(f"kvjax: {text}", file=sys.stderr)

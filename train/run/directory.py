@@ -71,6 +71,19 @@ class Claim:
             write_text(path, text)
 
 
+def check_directory(directory: pathlib.Path) -> None:
+    """A run may be written to `directory`, whatever its recipe.
+
+    Raises:
+        ValueError: it cannot be written to, or is that of an evaluation.
+    """
+    check_place(directory)
+    if (directory / "run.json").exists():
+        raise ValueError(
+            f"{directory} is the directory of an evaluation (run.json). {ELSEWHERE}."
+        )
+
+
 @contextlib.contextmanager
 def claimed(directory: pathlib.Path, config: TrainConfig) -> Iterator[Claim]:
     """While inside, no other run writes to `directory`; nothing is computed before.
@@ -86,11 +99,7 @@ def claimed(directory: pathlib.Path, config: TrainConfig) -> Iterator[Claim]:
             the first field or file that differs is named.
         OSError: it cannot be made.
     """
-    check_place(directory)
-    if (directory / "run.json").exists():
-        raise ValueError(
-            f"{directory} is the directory of an evaluation (run.json). {ELSEWHERE}."
-        )
+    check_directory(directory)
     resumes = bool(steps_in(directory / "checkpoints"))
     check_model(directory, resumes)
     old = _earlier(directory / "recipe.yaml", config) if resumes else {}

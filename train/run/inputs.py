@@ -1,6 +1,7 @@
 """What a run reads beside its recipe, by digests: see `kvjax.inputs`."""
 
 import glob
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -67,7 +68,7 @@ def _named(source: Source) -> Iterator[tuple[str, pathlib.Path]]:
 
 def _local(name: str) -> list[pathlib.Path]:
     """The files that a path, a pattern or a folder leads to; none for a hub id."""
-    path = pathlib.Path(name).expanduser()
+    path = pathlib.Path(os.path.expanduser(name))
     if path.is_dir():
         found = [one for one in path.rglob("*") if one.name.endswith((*BUILDERS,))]
     elif glob.has_magic(name):

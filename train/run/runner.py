@@ -19,7 +19,7 @@ from kvjax.train.held_out.cached import CachedEvaluation
 from kvjax.train.objectives.duo import exported
 from kvjax.train.recipe import TrainConfig
 from kvjax.train.run import processes
-from kvjax.train.run.directory import Claim, claimed
+from kvjax.train.run.directory import Claim, check_directory, claimed
 from kvjax.train.run.exported import begin_export, end_export
 from kvjax.train.run.logs import check_log, check_writers
 from kvjax.train.run.loop import train
@@ -57,6 +57,7 @@ def run(
         OSError: a checkpoint, a line of the log or the model cannot be written; the
             checkpoints that are complete are named.
     """
+    check_directory(directory)
     check_writers(config.log)
     check_choices(config)
     shape = model_shape(config)
