@@ -60,7 +60,9 @@ def _texts(value: Any) -> bool:
 
 def _digests(value: Any) -> bool:
     entries = value.values() if isinstance(value, dict) else [None]
-    return all(_texts(one) and all(one.values()) for one in entries)
+    return all(
+        isinstance(one, dict) and _texts(one) and all(one.values()) for one in entries
+    )
 
 
 def _configuration(value: Any) -> bool:
