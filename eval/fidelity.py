@@ -27,6 +27,7 @@ from kvjax.files import read_text
 from kvjax.models import checks
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import extend, prefill
+from kvjax.narrow import narrow
 from kvjax.types import LengthsLike, Tokens, TokensLike
 
 
@@ -53,6 +54,7 @@ class Fidelity:
         return np.exp(self.nll)
 
 
+@narrow
 def fidelity(
     model: Decoder, tokens: Tokens, context: int, c: Compression, *, calls: int = 1
 ) -> Fidelity:

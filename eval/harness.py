@@ -26,6 +26,7 @@ from kvjax.eval.results import RunWriter, check_directory, open_run, read_header
 from kvjax.eval.timing import timed
 from kvjax.inputs import checkpoint_files, of_stamps
 from kvjax.models.decoder import Decoder
+from kvjax.narrow import narrow
 from kvjax.places import busy, held
 
 MAP_TOKENS = 8192
@@ -67,6 +68,7 @@ class _Tally:
     maps: dict[int, list[list[list[int]]]] = dataclasses.field(default_factory=dict)
 
 
+@narrow
 def run(
     model: Decoder,
     tokenizer: Any,

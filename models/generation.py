@@ -19,6 +19,7 @@ from kvjax.models import checks
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import NONE, nameless, prefill, step
 from kvjax.models.sampling import Sampling
+from kvjax.narrow import narrow
 from kvjax.types import EMPTY, LengthsLike, TokensLike, pytree
 
 Callback = Callable[[np.ndarray, np.ndarray], None]
@@ -126,6 +127,7 @@ _decode_donating = jax.jit(
 )
 
 
+@narrow
 def generate(
     model: Decoder,
     tokens: TokensLike,
@@ -183,6 +185,7 @@ def generate(
     )
 
 
+@narrow
 def generate_from(
     model: Decoder,
     cache: KVCache,

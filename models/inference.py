@@ -29,6 +29,7 @@ from kvjax.models.reading import (
     seen_before,
     with_prefix,
 )
+from kvjax.narrow import narrow
 from kvjax.types import (
     LayerInputs,
     Lengths,
@@ -137,6 +138,7 @@ def _extend(graph, params, cache, tokens, positions):
     return step(nnx.merge(graph, params), cache, tokens, positions)
 
 
+@narrow
 def prefill(
     model: Decoder,
     tokens: TokensLike,
@@ -211,6 +213,7 @@ class Prompt:
     config: DecoderConfig = static()
     method: Compression = static()
 
+    @narrow
     def compress(self, c: Compression, *, max_new_tokens: int = 64) -> KVCache:
         """The cache that `prefill` with `c` gives; only the budget may differ."""
         if method_of(c) != self.method:
@@ -233,6 +236,7 @@ def method_of(c: Compression) -> Compression:
     return c.with_keep(1.0) if c.has_budget else c
 
 
+@narrow
 def read_prompt(
     model: Decoder,
     tokens: TokensLike,
@@ -261,6 +265,7 @@ def settled(cache: KVCache) -> KVCache:
     return cache if checks.is_traced(cache.length) else cache.settled()
 
 
+@narrow
 def extend(
     model: Decoder,
     cache: KVCache,

@@ -29,12 +29,14 @@ from kvjax.models.stored_generation import FILE as GENERATION
 from kvjax.models.stored_generation import generation_settings, with_generation
 from kvjax.models.tokenizer import load_tokenizer, save_tokenizer
 from kvjax.models.weights import check_names, dotted, stream_parameters, write_weights
+from kvjax.narrow import narrow
 
 _DTYPES = ("bfloat16", "float16", "float32")
 CONFIG = "config.json"
 STAGING = ".saving-"
 
 
+@narrow
 def load(
     path_or_hub_id: str | os.PathLike[str],
     dtype: Any = "bfloat16",
@@ -97,6 +99,7 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
     return with_generation(config, folder)
 
 
+@narrow
 def save(
     model: Decoder, directory: str | os.PathLike[str], tokenizer: Any = None
 ) -> None:

@@ -16,6 +16,7 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.inference import PROMPT, Prompt, bucket, method_of, pad_tokens
 from kvjax.models.reading import last_logits
+from kvjax.narrow import narrow
 from kvjax.prefills import AbstractPrefill
 from kvjax.types import (
     LayerInputs,
@@ -50,6 +51,7 @@ class SharedPass:
     config: DecoderConfig = static()
     prefill: AbstractPrefill = static()
 
+    @narrow
     def prompt(self, c: Compression) -> Prompt:
         """What `read_prompt` with `c` gives, up to the order of summation.
 
@@ -113,6 +115,7 @@ def _read(graph, params, tokens, lengths, prefill: AbstractPrefill, mass: bool):
     return last_logits(model, seen.hidden, lengths), inputs, sums
 
 
+@narrow
 def read_shared(
     model: Decoder,
     tokens: TokensLike,

@@ -20,6 +20,7 @@ from kvjax.models import checks
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.inference import NONE
 from kvjax.models.reading import observe_prompt
+from kvjax.narrow import narrow
 from kvjax.types import (
     LayerInputs,
     Lengths,
@@ -99,6 +100,7 @@ def _of_probe(plan: LayerPlan, seen: Observed) -> Float[Array, "turns B K S"]:
     return seen.memory.slots
 
 
+@narrow
 def simulate(
     model: Decoder,
     tokens: TokensLike,

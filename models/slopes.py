@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from kvjax.attention import self_attention
 from kvjax.models import checks
 from kvjax.models.decoder import Attending, Decoder
+from kvjax.narrow import narrow
 from kvjax.pallas_kernels.held import Earlier
 from kvjax.turns import take
 from kvjax.types import EMPTY, LayerInputs, LengthsLike, TokensLike, padded_positions
@@ -44,6 +45,7 @@ def _slopes(graph, params, tokens, lengths, prompt_lengths):
     return back(jnp.ones_like(value))[0]
 
 
+@narrow
 def gate_slopes(
     model: Decoder,
     tokens: TokensLike,

@@ -46,26 +46,31 @@ def softmax_partial(
     logits: Float[Array, "*lead T S"],
     mask: Bool[Array, "*lead_m T_m S"],
     values: Float[Array, "*lead_v S D"],
+    in_pieces: bool = False,
 ) -> Partial:
     """Softmax over `S` where `mask`, times `values`; rows that see nothing give 0.
 
     `values` must be finite (0 times NaN is NaN): callers clear masked slots first.
     """
-    return softmax_weights(logits, mask, values)[0]
+    return softmax_weights(logits, mask, values, in_pieces)[0]
 
 
 def softmax_weights(
     logits: Float[Array, "*lead T S"],
     mask: Bool[Array, "*lead_m T_m S"],
     values: Float[Array, "*lead_v S D"],
+    in_pieces: bool = True,
 ) -> tuple[Partial, Array, Array]:
-    """`softmax_partial` with its weights: `softmax = weight * share[..., None]`."""
+    """`softmax_partial` with its weights: `softmax = weight * share[..., None]`.
+
+    Weights are summed as by `row_sum`, if `in_pieces`.
+    """
     logits = jnp.where(mask, logits.astype(jnp.float32), NEG_INF)
     # The peak only keeps exp in range; without a gradient nothing is lost.
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     anchor = jnp.where(jnp.isneginf(peak), 0.0, peak)
     weight = jnp.exp(logits - anchor)
-    total = row_sum(weight)
+    total = row_sum(weight) if in_pieces else jnp.sum(weight, axis=-1)
     safe = jnp.where(total > 0, total, 1.0)
     out = jnp.matmul(
         weight.astype(values.dtype), values, preferred_element_type=jnp.float32
@@ -80,7 +85,8 @@ def row_sum(x: Float[Array, "*lead S"]) -> Float[Array, "*lead"]:
 
     XLA on a CPU chooses the order of a sum by its length and by what it is fused with:
     a row would not be what it is in a wider batch. Pairs of pieces leave no choice.
-    Holds for multiples of `PIECE`.
+    Holds for multiples of `PIECE`, as widths of prompts are; the number of operations
+    grows with the logarithm of their number.
     """
     if x.shape[-1] % PIECE:
         return jnp.sum(x, axis=-1)

@@ -40,6 +40,7 @@ def attend_block(
     *,
     scale: float,
     softcap: float | None = None,
+    in_pieces: bool = False,
 ) -> Partial:
     """Partial attention over one block of slots.
 
@@ -50,6 +51,7 @@ def attend_block(
         mask: `[B, K, T, S]`, see `slot_mask`.
         scale: factor on `q . k`.
         softcap: logit soft cap, or None.
+        in_pieces: sum weights as `row_sum` does.
 
     Returns:
         `Partial(out [B, H, T, C], lse [B, H, T])` in float32.
@@ -62,7 +64,8 @@ def attend_block(
     logits = slot_logits(q, keys, scale=scale, softcap=softcap)
     mask = jnp.broadcast_to(mask[:, :, None], logits.shape)
     rows = (b, kv_heads, h // kv_heads * t, s)
-    part = softmax_partial(logits.reshape(rows), mask.reshape(rows), values)
+    weighed = (logits.reshape(rows), mask.reshape(rows), values)
+    part = softmax_partial(*weighed, in_pieces=in_pieces)
     return Partial(part.out.reshape(b, h, t, -1), part.lse.reshape(b, h, t))
 
 

@@ -26,6 +26,7 @@ LADDER = (
         "plaintext",
         "places",
         "inputs",
+        "narrow",
     ),
     ("pallas_kernels",),
     ("codecs", "cache", "attention"),

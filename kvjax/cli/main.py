@@ -22,6 +22,7 @@ from kvjax.cli.finetune import Finetune
 from kvjax.cli.generate import Generate
 from kvjax.cli.report import Report
 from kvjax.messages import nearest, shown
+from kvjax.narrow import narrow
 
 COMMANDS: Mapping[str, type[Command]] = MappingProxyType(
     {
@@ -140,6 +141,7 @@ def dotted(name: str, words: Sequence[str]) -> list[str]:
     return out
 
 
+@narrow
 def execute(command: Command) -> int:
     """Run a parsed command; returns the exit code."""
     # Nobody here needs PyTorch: keep the tokenizers' library from saying so.

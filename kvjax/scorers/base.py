@@ -203,7 +203,8 @@ def received(
     def some(q: Array, positions: Array, *elsewhere: Array) -> tuple[Partial, Any]:
         q = jnp.moveaxis(q, 2, 1)
         mask = slot_mask(positions, held.positions, spec.window)
-        part = attend_block(q, held.k, held.v[..., :1], mask, **how)
+        block = (q, held.k, held.v[..., :1], mask)
+        part = attend_block(*block, in_pieces=True, **how)
         lse = part.lse
         for other in elsewhere:
             lse = jnp.logaddexp(lse, jnp.moveaxis(other, 2, 1))

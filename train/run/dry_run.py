@@ -23,6 +23,7 @@ import jax
 
 from kvjax.config import decode
 from kvjax.messages import nearest
+from kvjax.narrow import narrow
 from kvjax.pallas_kernels.compile import versions
 from kvjax.pallas_kernels.measured import one_line
 from kvjax.pallas_kernels.targets import TARGETS, Target
@@ -113,6 +114,7 @@ def interpreter(target: Target) -> str:
     return sys.executable
 
 
+@narrow
 def dry_run(
     config: TrainConfig,
     device: str,

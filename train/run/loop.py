@@ -12,6 +12,7 @@ import optax
 from kvjax.compress.config import Compression
 from kvjax.interrupt import DEFAULTS, noted_interrupt
 from kvjax.models.decoder import Decoder
+from kvjax.narrow import narrow
 from kvjax.train.data.batch import TokenBatch
 from kvjax.train.data.sampling import Sampler
 from kvjax.train.data.share import WHOLE
@@ -32,6 +33,7 @@ from kvjax.train.run.stored import not_finite, path_of
 STOPPING = "stopping at the end of this step; once more to lose it"
 
 
+@narrow
 def train(
     weights: Weights,
     params: Params,

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from kvjax.models.config import DecoderConfig
 from kvjax.models.io import save
+from kvjax.narrow import narrow
 from kvjax.train.data import Mixture
 from kvjax.train.data.sampling import check_choices
 from kvjax.train.data.share import WHOLE
@@ -34,6 +35,7 @@ from kvjax.train.run.stored import writing
 LOG = logging.getLogger("kvjax.train")
 
 
+@narrow
 def run(
     config: TrainConfig,
     directory: pathlib.Path,

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from kvjax.models.decoder import Decoder
+from kvjax.narrow import narrow
 from kvjax.train.data.batch import TokenBatch
 from kvjax.train.objectives.losses import next_token, token_scores
 from kvjax.train.objectives.objective import Objective
@@ -30,6 +31,7 @@ class TrainState:
     opt_state: Any
 
 
+@narrow
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainState:
@@ -112,6 +114,7 @@ def make_step(
         teacher = weights.guided(fixed, guide)
         return objective(weights.joined(params, fixed), batch, teacher)
 
+    @narrow
     def step(state: TrainState, batch: TokenBatch, arrays: tuple[Params, Params]):
         grad = jax.value_and_grad(loss, has_aux=True)
         with weights.traced():
@@ -140,6 +143,7 @@ def make_eval(
     where = None if weights.mesh is None else everywhere(weights.mesh)
 
     @functools.partial(jax.jit, out_shardings=where)
+    @narrow
     def evaluate(params: Params, fixed: Params, batch: TokenBatch):
         with weights.traced():
             model = weights.joined(params, fixed)
