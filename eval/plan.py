@@ -18,6 +18,9 @@ from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.inference import bucket
 
+MOST_CHARACTERS = 64
+"""Of a token, for what cannot fit a model whatever its tokenizer."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -83,6 +86,7 @@ def plan(model: DecoderConfig, tokenizer: Any, config: EvalConfig) -> EvalPlan:
     """
     tokenizer = Tokenizer(tokenizer, model.vocab_size)
     chosen = methods(config)
+    _check_lengths(model, config)
     groups: list[AbstractGroup] = []
     for entry in config.tasks:
         if entry.name == TEXT:
@@ -99,6 +103,18 @@ def plan(model: DecoderConfig, tokenizer: Any, config: EvalConfig) -> EvalPlan:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"two cells have one name: {twice}. Give tasks other labels.")
     return made
+
+
+def _check_lengths(model: DecoderConfig, config: EvalConfig) -> None:
+    """Before texts are made of that length; a token has some characters."""
+    most = MOST_CHARACTERS * model.max_positions
+    for entry in config.tasks:
+        for length in entry.lengths or config.lengths:
+            if length > most:
+                raise ValueError(
+                    f"task {entry.title!r} at length {length}: the model's range is "
+                    f"{model.max_positions} positions. Lower `lengths`."
+                )
 
 
 def _text_group(

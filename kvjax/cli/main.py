@@ -2,11 +2,12 @@
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TextIO
 
@@ -112,15 +113,44 @@ def parse(name: str, words: Sequence[str]) -> Command:
         SystemExit: help was asked for, or an option is wrong; tyro has said what.
         ValueError: see `dotted` and `Command.check`.
     """
-    command = tyro.cli(
-        COMMANDS[name],
-        prog=f"kvjax {name}",
-        description=COMMANDS[name].description(),
-        args=dotted(name, words),
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-    )
+    with _cut():
+        command = tyro.cli(
+            COMMANDS[name],
+            prog=f"kvjax {name}",
+            description=COMMANDS[name].description(),
+            args=dotted(name, words),
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        )
     command.check()
     return command
+
+
+@contextlib.contextmanager
+def _cut() -> Iterator[None]:
+    """What tyro says of mistakes, cut: it repeats all words, however long they are."""
+    said = _Said(sys.stderr is not None and sys.stderr.isatty())
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    finally:
+        if text := said.getvalue():
+            print(shortened(text), end="", file=sys.stderr)
+
+
+class _Said(io.StringIO):
+    """Text for a terminal, or not."""
+
+    def __init__(self, terminal: bool):
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+def shortened(text: str) -> str:
+    """The beginning and the end of a long message."""
+    return text if len(text) <= 3000 else f"{text[:2000]} ... {text[-900:]}"
 
 
 def dotted(name: str, words: Sequence[str]) -> list[str]:
@@ -173,4 +203,4 @@ def execute(command: Command) -> int:
 
 def _complain(text: str) -> None:
     with contextlib.suppress(BrokenPipeError):  # nobody listens
-        print(f"kvjax: {text}", file=sys.stderr)
+        print(f"kvjax: {shortened(text)}", file=sys.stderr)
