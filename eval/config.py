@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.resources
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from kvjax.compress.config import VISIBILITIES
 from kvjax.config import decode, override
 from kvjax.fields import Checked, Kept, OneOf, Positive, Range, Seed, Share
 from kvjax.files import MOST_YAML, read_text, yaml_mapping
-from kvjax.messages import nearest
+from kvjax.messages import nearest, shown
 
 Visibility = Annotated[str, OneOf(*VISIBILITIES)]
 Items = Annotated[int, Range(1, 10**6)]
@@ -108,8 +109,24 @@ class EvalConfig(Checked):
                     f"`{name}` lists something twice: {keys}. Remove it, or give "
                     "tasks a `label` each."
                 )
+        self._check_plain()
         self._check_ranges()
         self._check_paths()
+
+    def _check_plain(self):
+        """`run.json` can hold it, and is equal to itself."""
+        free = {f"tasks.{n}.fields": one.fields for n, one in enumerate(self.tasks)}
+        for name in ("defaults", "everywhere", "overrides"):
+            free[name] = getattr(self, name)
+        for name, value in free.items():
+            try:
+                json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+            except (TypeError, ValueError) as wrong:
+                raise ValueError(
+                    f"`{name}` must hold finite numbers, texts, true, false, lists and "
+                    f"mappings ({wrong}); got {shown(value)}. A date is a text in "
+                    "quotes."
+                ) from None
 
     def _check_ranges(self):
         for entry in self.tasks:

@@ -169,17 +169,24 @@ def _scalar(value: Any, kind: Any, where: str, bounds: Range | None) -> Any:
         return value
     hint = f" {bounds.hint}" if bounds and bounds.hint else ""
     name = _NAMES[kind]
-    if isinstance(value, float) and kind is float and not math.isfinite(value):
+    if kind is float and _is_number(value, float) and not _is_finite(value):
         name = "a finite number"
+    wide = _wide(value) if kind is int else ""
     raise ValueError(
-        f"{quoted(where)} must be {name}{bounds or _wide(value)}; got "
-        f"{shown(value)}.{hint}"
+        f"{quoted(where)} must be {name}{bounds or wide}; got {shown(value)}.{hint}"
     )
 
 
 def _is_number(value: Any, kind: type) -> bool:
     wanted = numbers.Integral if kind is int else numbers.Real
     return isinstance(value, wanted) and not isinstance(value, bool | np.bool_)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _wide(value: Any) -> str:
@@ -189,11 +196,7 @@ def _wide(value: Any) -> str:
 
 def _inside(value: Any, kind: type, bounds: Range | None) -> bool:
     if kind is float:
-        try:
-            value = float(value)
-        except OverflowError:
-            return False
-        return math.isfinite(value) and (bounds is None or bounds.holds(value))
+        return _is_finite(value) and (bounds is None or bounds.holds(float(value)))
     own = bounds is not None and None not in (bounds.least, bounds.most)
     return (own or _INT32.holds(value)) and (bounds is None or bounds.holds(value))
 

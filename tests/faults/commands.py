@@ -36,7 +36,7 @@ PATHS = (
 """Assignments that are hardly ever right."""
 
 SCALARS: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 1.5, 10**30, -(10**30), 1e308, float("nan")),
+    *(None, True, False, 0, -1, 1.5, 10**30, 10**400, 1e308, float("nan")),
     *(float("inf"), "", "x", "é", "1", "nan", "a" * 3000, [], {}, [[]], {"a": None}),
     *([1, "x", None], {"type": "x"}, {"type": None}, {1: 2}, {None: 1}, b"bytes"),
 )
