@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from typing import Annotated, Any
 
 import numpy as np
@@ -185,6 +186,11 @@ class DecoderConfig(Checked):
                 f"`head_gates` needs {self.num_layers} rows (layers) of "
                 f"{self.num_kv_heads} numbers (KV heads); got rows of {shape}."
             )
+
+    @property
+    def generation_settings(self) -> dict[str, Any]:
+        """`generation`, as a mapping."""
+        return json.loads(self.generation or "{}")
 
     @functools.cached_property
     def layers(self) -> tuple[LayerSpec, ...]:

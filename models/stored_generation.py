@@ -6,6 +6,7 @@ Every field survives from `load` to `save`; those that are not ours as they were
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from kvjax.fields import Amount, Count, Fraction
@@ -55,10 +56,10 @@ def generation_settings(config: DecoderConfig) -> dict[str, Any]:
         "pad_token_id": config.pad_token,
     }
     given = {name: value for name, value in tokens.items() if value is not None}
-    return json.loads(config.generation or "{}") | given
+    return config.generation_settings | given
 
 
-def sampling_of(given: dict[str, Any]) -> tuple[Sampling, dict[str, Any]]:
+def sampling_of(given: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
     """How a `generation_config.json` has replies drawn, and what of it is not ours.
 
     Raises:

@@ -24,6 +24,7 @@ from kvjax.cli.base import (
     Output,
     Text,
     load_model,
+    optional,
     pick,
 )
 from kvjax.fields import Range
@@ -31,7 +32,12 @@ from kvjax.messages import shown
 from kvjax.models import checks
 from kvjax.models.bundled import DEFAULT
 from kvjax.models.sampling import Sampling
+from kvjax.models.stored_generation import sampling_of
 from kvjax.plaintext import MARK, check_text, decoded
+
+Temperature = Annotated[float | None, Range(0), optional("NUMBER")]
+MOST_BYTES = 64 * 2**20
+"""Of a prompt's file."""
 
 Stops = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")
@@ -69,8 +75,9 @@ class Generate(Command):
     """Tokens to make at most."""
     stop: Stops = ()
     """A text of one token that ends the reply, as the model's own end tokens do."""
-    temperature: Annotated[float, Range(0)] = 0.0
-    """0 takes the likeliest token; above it, tokens are drawn."""
+    temperature: Temperature = None
+    """0 takes the likeliest token; above it, tokens are drawn. Left out, this and the
+    next two are as the checkpoint's generation_config.json has them, if it has any."""
     top_k: Count = None
     """Draw from this many likeliest tokens only."""
     top_p: Fraction = None
@@ -86,7 +93,7 @@ class Generate(Command):
         text = self._text()
         if not text:
             raise ValueError("the prompt is empty; give at least one token.")
-        Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        self._sampling({})
         c = pick(self.compression, self.keep, self.set)
         model, tokenizer = load_model(self.model, self.dtype, ui)
         ids = self._encode(tokenizer, text)
@@ -139,15 +146,34 @@ class Generate(Command):
             cache,
             logits,
             max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
+            **dataclasses.asdict(self._sampling(model.config.generation_settings, ui)),
             stop_tokens=stops,
             key=jax.random.key(self.seed),
             callback=printer,
         )
         printer.close()
         return out, (middle - start, time.perf_counter() - middle), cache.nbytes
+
+    def _sampling(self, given: Mapping[str, Any], ui: UI | None = None) -> Sampling:
+        """How tokens are drawn: as the command line says, and else the checkpoint."""
+        own = {
+            name: value
+            for name in ("temperature", "top_k", "top_p")
+            if (value := getattr(self, name)) is not None
+        }
+        found, others = sampling_of(given)
+        made = dataclasses.replace(found, **own)
+        if ui is not None and not found.greedy and made.temperature:
+            said = ", ".join(
+                f"{n} {v}" for n, v in dataclasses.asdict(made).items() if v
+            )
+            ui.err.print(
+                f"drawn with {said} (generation_config.json; --temperature 0 takes the "
+                "likeliest token)"
+            )
+        if ui is not None and others:
+            ui.err.print(f"generation_config.json: {shown(others)} is not applied")
+        return made
 
     def _text(self) -> str:
         if (self.prompt is None) == (self.prompt_file is None):
@@ -158,11 +184,15 @@ class Generate(Command):
         assert self.prompt_file is not None
         if str(self.prompt_file) == "-":
             return decoded(sys.stdin.buffer.read(), "--prompt-file: standard input")
-        name = shown(str(self.prompt_file))
+        name = str(self.prompt_file)[:300]
         try:
-            return decoded(self.prompt_file.read_bytes(), name)
+            with self.prompt_file.open("rb") as file:  # a pipe, perhaps
+                data = file.read(MOST_BYTES + 1)
         except OSError as wrong:
             raise ValueError(f"Cannot read {name}: {wrong.strerror}.") from None
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"{name} has more than {MOST_BYTES} bytes; no prompt has.")
+        return decoded(data, name)
 
     def _encode(self, tokenizer, text: str) -> list[int]:
         if self.chat:

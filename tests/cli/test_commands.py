@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 
@@ -14,7 +15,7 @@ from kvjax.cli.main import COMMANDS, dotted, overview, parse
 from kvjax.compress import compressions
 from kvjax.eval.config import bundled_evaluations
 from kvjax.eval.tasks import TASKS
-from kvjax.models.bundled import bundled_models
+from kvjax.models.bundled import DEFAULT, bundled_models, model_directory
 from kvjax.pallas_kernels.targets import TARGETS
 from kvjax.train.data.tokenizer import build_tokenizer
 from kvjax.train.recipe import bundled_recipes
@@ -193,7 +194,7 @@ def test_marks_and_halves_of_pairs_in_prompts(kvjax, tmp_path):
     assert Generate(prompt_file=path)._text() == "one\ntwo\n"
     assert Generate(prompt="\ufeffone")._text() == "one"
     code, _, err = kvjax("generate", "--prompt", "a\udcff")
-    assert code == 2 and "--prompt has U+DCFF at character 1" in err
+    assert code == 2 and "--prompt" in err and "half" in err
 
 
 @pytest.mark.parametrize(
@@ -278,3 +279,16 @@ def test_json_survives_a_chatty_library(kvjax, monkeypatch):
     monkeypatch.setattr(COMMANDS["report"], "run", run)
     code, out, err = kvjax("report", "x", "--json")
     assert code == 0 and json.loads(out) == {"ok": True} and "loading" in err
+
+
+def test_replies_are_drawn_as_the_checkpoint_says(kvjax, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_directory(DEFAULT), folder)
+    given = {"do_sample": True, "temperature": 0.7, "top_k": 5, "typical_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(given))
+    ask = ("generate", "--model", folder, "--prompt", "[KQ=ab3d] [", "--json")
+    code, _, err = kvjax(*ask, "--max-new-tokens", 2)
+    assert code == 0 and "temperature 0.7, top_k 5" in err
+    assert "'typical_p': 0.9} is not applied" in err
+    code, _, err = kvjax(*ask, "--max-new-tokens", 2, "--temperature", 0)
+    assert code == 0 and "temperature" not in err

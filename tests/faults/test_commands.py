@@ -14,7 +14,7 @@ from kvjax.places import check_place
 from kvjax.train.data.sampling import check_choices
 from kvjax.train.run.directory import check_directory
 from kvjax.train.run.logs import check_writers
-from kvjax.train.run.model import check_widths, model_shape
+from kvjax.train.run.model import check_shape, model_shape
 from tests.eval import tiny
 from tests.eval.synthetic import make_run
 from tests.faults.commands import (
@@ -50,7 +50,7 @@ def _train(config, directory, *, progress):
     check_directory(directory)
     check_writers(config.log)
     check_choices(config)
-    check_widths(config, model_shape(config).max_positions)
+    check_shape(config, model_shape(config))
     _stop()
 
 

@@ -1,5 +1,7 @@
 """What `generate` is told of drawing: anything wrong is named before any compute."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,10 +29,11 @@ def _no_compute(monkeypatch):
     monkeypatch.setattr(generation, "prefill", compute)
 
 
-def refused(name: str, model, **options) -> None:
+def refused(name: str, model, **changed: Any) -> None:
     tokens = np.ones((1, 4), np.int32)
+    options: dict[str, Any] = {"max_new_tokens": 8} | changed
     with pytest.raises(ValueError, match=f"`{name}") as said:
-        kvjax.generate(model, tokens, **{"max_new_tokens": 8} | options)
+        kvjax.generate(model, tokens, **options)
     assert len(str(said.value)) < 300
 
 
@@ -83,4 +86,4 @@ def test_values_of_other_types_that_are_meant():
     logits = jnp.asarray([[0.0, 9.0, 1.0]])
     drawn = jax.jit(made)(logits, jax.random.key(0))
     assert drawn.tolist() == [1]
-    assert generation._stops(np.asarray([1, 2])) == (1, 2)
+    assert generation._stops(np.asarray([1, 2])) == (1, 2)  # type: ignore[arg-type]
