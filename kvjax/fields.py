@@ -3,8 +3,8 @@
     window: Annotated[int, Range(1)] = 64
 
 `Checked` holds constructors to it, `kvjax.config.decode` what files say, and
-`kvjax.models.families` what a `config.json` says. A number is finite, an integer fits
-into 32 bits, and no boolean is a number, whether or not there is a `Range`.
+`kvjax.models.families` what a `config.json` says. Without any `Range`, too, a number is
+at most 1e15, an integer fits into 32 bits, and no boolean is a number.
 """
 
 import contextlib
@@ -112,6 +112,8 @@ _NAMES = {
     str: "a text",
     bool: "true or false",
 }
+_LARGEST = 1e15
+"""Of numbers: what is computed with their squares stays finite in float32."""
 _INT32 = Range(-(2**31), 2**31 - 1)
 
 
@@ -169,11 +171,10 @@ def _scalar(value: Any, kind: Any, where: str, bounds: Range | None) -> Any:
         return value
     hint = f" {bounds.hint}" if bounds and bounds.hint else ""
     name = _NAMES[kind]
-    if kind is float and _is_number(value, float) and not _is_finite(value):
+    if kind is float and _is_number(value, float) and not math.isfinite(_single(value)):
         name = "a finite number"
-    wide = _wide(value) if kind is int else ""
     raise ValueError(
-        f"{quoted(where)} must be {name}{bounds or wide}; got {shown(value)}.{hint}"
+        f"{quoted(where)} must be {name}{bounds or _wide(kind, value)}; got {shown(value)}.{hint}"
     )
 
 
@@ -182,21 +183,29 @@ def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, wanted) and not isinstance(value, bool | np.bool_)
 
 
-def _is_finite(value: Any) -> bool:
+def _single(value: Any) -> float:
+    """A number as float32 has it, which is what is computed with; `inf` beyond it."""
     try:
-        return math.isfinite(value)
+        with np.errstate(over="ignore", under="ignore"):
+            return float(np.float32(value))
     except OverflowError:  # an integer that no float holds
-        return False
+        return math.inf
 
 
-def _wide(value: Any) -> str:
-    """What an integer is wrong in where no range says it."""
-    return " of 32 bits" if isinstance(value, int) and value else ""
+def _wide(kind: type, value: Any) -> str:
+    """What a number is wrong in where no range says it."""
+    if not _is_number(value, float) or not value:
+        return ""
+    return {int: " of 32 bits", float: f" of at most {_LARGEST:g}"}.get(kind, "")
 
 
 def _inside(value: Any, kind: type, bounds: Range | None) -> bool:
     if kind is float:
-        return _is_finite(value) and (bounds is None or bounds.holds(float(value)))
+        single = _single(value)
+        if not abs(single) <= _LARGEST:
+            return False
+        # Both: what is above 0 may be 0 in float32.
+        return bounds is None or bounds.holds(value) and bounds.holds(single)
     own = bounds is not None and None not in (bounds.least, bounds.most)
     return (own or _INT32.holds(value)) and (bounds is None or bounds.holds(value))
 

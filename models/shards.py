@@ -251,7 +251,8 @@ def _locate(directory: pathlib.Path) -> tuple[pathlib.Path, dict[str, pathlib.Pa
 
 def _inside(directory: pathlib.Path, file: object) -> pathlib.Path:
     name = file if isinstance(file, str) else ""
-    if not name or pathlib.PurePath(name).name != name or "\\" in name:
+    plain = pathlib.PurePath(name).name == name and "\\" not in name
+    if not plain or not 0 < len(name) < 256:
         raise ValueError(
             f"{directory / INDEX} names {file!r:.200}; shards must lie in the "
             f"directory itself, without a path."

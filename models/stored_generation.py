@@ -5,6 +5,7 @@ Every field survives from `load` to `save`; those that are not ours as they were
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +32,7 @@ def with_generation(config: DecoderConfig, folder: pathlib.Path) -> DecoderConfi
         ValueError: it cannot be read, or a field is of another type or out of range.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return config
     try:
         raw = read_json(path)

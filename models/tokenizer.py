@@ -36,7 +36,7 @@ def load_tokenizer(directory: pathlib.Path) -> Any:
     # The reader below raises whatever its Rust and Python layers raise.
     except Exception as error:
         raise ValueError(
-            f"Cannot read the tokenizer in {directory} ({found}): {error}"
+            f"Cannot read the tokenizer in {directory} ({found}): {str(error):.500}"
         ) from error
 
 
