@@ -174,7 +174,8 @@ def _scalar(value: Any, kind: Any, where: str, bounds: Range | None) -> Any:
     if kind is float and _is_number(value, float) and not math.isfinite(_single(value)):
         name = "a finite number"
     raise ValueError(
-        f"{quoted(where)} must be {name}{bounds or _wide(kind, value)}; got {shown(value)}.{hint}"
+        f"{quoted(where)} must be {name}{bounds or _wide(kind, value)}; got "
+        f"{shown(value)}.{hint}"
     )
 
 
