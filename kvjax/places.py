@@ -82,9 +82,12 @@ def held(directory: pathlib.Path) -> Iterator[bool]:
     try:
         yield True
     finally:
-        if made and [path.name for path in directory.iterdir()] == [LOCK]:
-            (directory / LOCK).unlink()
-        lock.release()
+        try:
+            with contextlib.suppress(OSError):
+                if made and [path.name for path in directory.iterdir()] == [LOCK]:
+                    (directory / LOCK).unlink()
+        finally:
+            lock.release()
         with contextlib.suppress(OSError):  # the first that is not empty
             for one in made:
                 one.rmdir()

@@ -8,9 +8,15 @@ import sys
 
 import pytest
 
+from kvjax.models.io import load
+from kvjax.train.data.words import words_of
 from kvjax.train.run import run
+from kvjax.train.run.exported import check_model
+from kvjax.train.run.model import weights_of
+from kvjax.train.run.runner import _export
 from kvjax.train.run.stored import steps_in
-from tests.train.tiny_run import RECIPES
+from tests.faults.killing import Killed, calls, killed_at
+from tests.train.tiny_run import RECIPES, recipe
 from tests.train.whole_run import goes_on
 
 
@@ -50,6 +56,57 @@ def test_killed_in_the_midst_of_an_update(name, tmp_path, repo):
     assert steps_in(killed / "checkpoints") == [3]
     goes_on(whole, killed, config)
     assert drawn_in(killed) == drawn
+
+
+@pytest.fixture(scope="module")
+def export(whole):
+    """Writes the finished model of the whole run into a directory, `model` in it."""
+    config = recipe()
+    weights, _ = weights_of(config)
+    words = words_of(config)
+    return lambda path: _export(weights, whole[0], words, path / "model")
+
+
+def files(path: pathlib.Path) -> dict[str, bytes]:
+    found = [one for one in (path / "model").iterdir() if one.is_file()]
+    return {one.name: one.read_bytes() for one in found}
+
+
+def killed_export(export, path: pathlib.Path, call: int) -> None:
+    """Of a model that is there, from a certain call on; then it is written again."""
+    export(path)
+    before = files(path)
+    with pytest.raises(Killed), killed_at(call, path):
+        export(path)
+    check_model(path, resumes=True)
+    export(path)
+    check_model(path, resumes=True)
+    left = files(path)
+    assert {name: left[name] for name in before} == before
+    load(path / "model", "float32")
+
+
+@pytest.mark.parametrize("part", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_killed_while_the_model_is_written(export, tmp_path, part):
+    export(tmp_path)
+    total = calls(tmp_path, lambda: export(tmp_path))
+    killed_export(export, tmp_path, round(part * (total - 1)))
+
+
+@pytest.mark.slow
+def test_killed_anywhere_while_the_model_is_written(export, tmp_path):
+    export(tmp_path)
+    for call in range(calls(tmp_path, lambda: export(tmp_path))):
+        killed_export(export, tmp_path, call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [3, 10, 20, 35, 50, 65, 80])
+def test_killed_at_some_call(call, whole, tmp_path, repo):
+    """To the file system below the run's directory, whoever makes it."""
+    path = tmp_path / "run"
+    kill(path, f"call:{call}", "plain", repo)
+    goes_on(whole, path)
 
 
 def drawn_in(directory: pathlib.Path) -> list[str]:

@@ -5,10 +5,11 @@
 RECIPE: a name of `RECIPES`; `plain` unless it is given. FAULT: `rename:N` kills the
 process when all of the checkpoint of step N is written but its name, `write:N` while it
 is written, `remove` while an old checkpoint goes, `step:N` behind step N, when no save
-is under way.
+is under way, `call:N` at the N-th call to the file system below the directory.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -107,9 +108,19 @@ def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def break_at(fault: str) -> None:
-    """Kill this process at a point of a save."""
+def break_at(fault: str, where: pathlib.Path) -> None:
+    """Kill this process at a point of a save, or at a call to the file system."""
     kind, _, step = fault.partition(":")
+    if kind == "call":
+        left = itertools.count(int(step), -1)
+
+        def count(event: str, args: tuple[Any, ...]) -> None:
+            named = event in ("open", "os.rename", "os.mkdir", "os.remove")
+            if named and str(args[0]).startswith(str(where)) and next(left) == 0:
+                die()
+
+        sys.addaudithook(count)
+        return
     if kind == "remove":
         whole = shutil.rmtree
 
@@ -141,7 +152,7 @@ if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     where, fault = pathlib.Path(sys.argv[1]), sys.argv[2]
     name = sys.argv[3] if len(sys.argv) > 3 else "plain"
-    break_at(fault)
+    break_at(fault, where)
 
     def told(progress: StepProgress) -> None:
         if fault == f"step:{progress.step}":
