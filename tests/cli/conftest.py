@@ -4,6 +4,8 @@ import pathlib
 
 import pytest
 
+from kvjax.cli import main
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> pathlib.Path:
@@ -35,3 +37,15 @@ def checkpoint(tmp_path_factory) -> pathlib.Path:
     model = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     kvjax.save(model, path, build_tokenizer())
     return path
+
+
+@pytest.fixture
+def kvjax(capsys):
+    """Run a command in this process: `(exit code, stdout, stderr)`."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 
-from kvjax.cli import main
 from kvjax.cli.base import headline, pick, split
 from kvjax.cli.generate import Generate, Stream
 from kvjax.cli.main import COMMANDS, dotted, overview, parse
@@ -20,18 +19,6 @@ from kvjax.pallas_kernels.targets import TARGETS
 from kvjax.train.data.tokenizer import build_tokenizer
 from kvjax.train.recipe import bundled_recipes
 from tests.eval.synthetic import make_run
-
-
-@pytest.fixture
-def kvjax(capsys):
-    """Run a command in this process: `(exit code, stdout, stderr)`."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def test_overview(kvjax):
@@ -81,39 +68,6 @@ def test_examples_of_the_help_are_valid(line):
     given = vars(parse(name, words))
     for c in split(given.get("compression") or ""):
         pick(c, None, given["compression_set" if name == "eval" else "set"])
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["evla"], "Did you mean 'eval'"),
-        (["eval", "--compression", "snapvk"], "Did you mean 'snapkv'"),
-        (["eval", "--config", "dmeo"], "Did you mean 'demo'"),
-        (["eval", "--keep", "half"], "--keep needs numbers"),
-        (["eval", "--keep", "2"], "fraction kept"),
-        (["eval", "--set", "item=3"], "items"),
-        (["eval", "--set", "items"], "dotted.path=value"),
-        (["eval", "--config", "nowhere.yaml"], "no file at"),
-        (["eval", "--compression.evict.score.window"], "needs a value"),
-        (["generate"], "--prompt"),
-        (["generate", "--prompt", "a", "--set", "evcit.x=1"], "no field"),
-        (["generate", "--prompt-file", "nowhere.txt"], "nowhere.txt"),
-        (["generate", "--prompt", "a", "--keep", "0.5"], "no token budget"),
-        (["generate", "--prompt", "a", "--model", "nowhere"], "nowhere"),
-        (["bench", "--repeats", "0"], "--repeats"),
-        (["bench", "--compression", "nothing"], "Unknown compression"),
-        (["report", "nowhere"], "not a directory"),
-        (["convert", "nowhere", "out"], "nowhere"),
-    ],
-)
-def test_mistakes_are_one_message(kvjax, tmp_path, monkeypatch, words, says):
-    monkeypatch.chdir(tmp_path)
-    if words[0] == "eval":
-        words = [*words, "--model", "nowhere"]
-    code, out, err = kvjax(*words)
-    assert code == 2 and not out
-    assert says in err and "Traceback" not in err
-    assert not list(tmp_path.iterdir())
 
 
 def test_debug_shows_where(kvjax):
