@@ -59,14 +59,15 @@ def _texts(value: Any) -> bool:
 
 
 def _digests(value: Any) -> bool:
-    entries = value.values() if isinstance(value, dict) else [None]
-    return all(
-        isinstance(one, dict) and _texts(one) and all(one.values()) for one in entries
+    return isinstance(value, dict) and all(
+        _texts(one) and all(one.values()) for one in value.values()
     )
 
 
 def _configuration(value: Any) -> bool:
-    tasks = value.get("tasks", []) if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return False
+    tasks = value.get("tasks", [])
     return isinstance(tasks, list) and all(
         isinstance(one, str)
         or isinstance(one, dict)

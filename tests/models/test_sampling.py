@@ -16,6 +16,9 @@ NUMBERS = [float("nan"), float("inf"), -1, True, "1", None, [1], 1j, 10**400]
 WHOLE = [0, -1, 1.5, float("nan"), True, "5", 10**30, 10**5000, [3]]
 
 
+_few: dict[str, Any] = {"max_new_tokens": 8}
+
+
 @pytest.fixture(scope="module")
 def model():
     return sample("llama")
@@ -29,11 +32,10 @@ def _no_compute(monkeypatch):
     monkeypatch.setattr(generation, "prefill", compute)
 
 
-def refused(name: str, model, **changed: Any) -> None:
+def refused(name: str, model, **options: Any) -> None:
     tokens = np.ones((1, 4), np.int32)
-    options: dict[str, Any] = {"max_new_tokens": 8} | changed
     with pytest.raises(ValueError, match=f"`{name}") as said:
-        kvjax.generate(model, tokens, **options)
+        kvjax.generate(model, tokens, **_few | options)
     assert len(str(said.value)) < 300
 
 
@@ -86,4 +88,5 @@ def test_values_of_other_types_that_are_meant():
     logits = jnp.asarray([[0.0, 9.0, 1.0]])
     drawn = jax.jit(made)(logits, jax.random.key(0))
     assert drawn.tolist() == [1]
-    assert generation._stops(np.asarray([1, 2])) == (1, 2)  # type: ignore[arg-type]
+    given: Any = np.asarray([1, 2])
+    assert generation._stops(given) == (1, 2)

@@ -65,8 +65,11 @@ def files_of(model: pathlib.Path) -> dict[str, pathlib.Path]:
 def _marked(mark: pathlib.Path) -> tuple[bool, Mapping[str, str]]:
     tree = read_json(mark)
     whole, files = tree.get(WHOLE), tree.get(FILES)
-    named = isinstance(files, dict) and all(isinstance(d, str) for d in files.values())
-    if not isinstance(whole, bool) or not isinstance(files, dict) or not named:
+    if (
+        not isinstance(whole, bool)
+        or not isinstance(files, dict)
+        or not all(isinstance(digest, str) for digest in files.values())
+    ):
         raise ValueError(
             f"{mark} is not what a run writes: {shown(tree)}. Move {mark.parent}/model "
             "away and remove it; the run writes both again."
