@@ -24,8 +24,8 @@ from kvjax.eval.text import Tokenizer
 from kvjax.eval.timing import timed
 from kvjax.fields import Checked, Positive, Range
 from kvjax.files import read_text
-from kvjax.models import checks
 from kvjax.models.decoder import Decoder
+from kvjax.models.finite import check_rows
 from kvjax.models.inference import extend, prefill
 from kvjax.narrow import narrow
 from kvjax.types import LengthsLike, Tokens, TokensLike
@@ -85,7 +85,7 @@ def fidelity(
         resident = cache.nbytes / tokens.shape[0]
     assert full is not None and compressed is not None
     nll, kl, agreement = map(np.asarray, compare(full, compressed, follow[:, 1:]))
-    checks.all_finite(model.dtype, np.isfinite(nll), " on the text")
+    check_rows(model.dtype, np.isfinite(nll), " on the text")
     return Fidelity(nll=nll, kl=kl, agreement=agreement, resident_bytes=resident)
 
 
@@ -223,7 +223,7 @@ class TextGroup(AbstractGroup):
         full = self._full(reader, index, follow)
         fed = timed(lambda: feed(reader.model, cache, follow, self.text.calls))
         columns = [np.asarray(x) for x in compare(full, fed.value, follow[:, 1:])]
-        checks.all_finite(reader.model.dtype, np.isfinite(columns[0]), " on the text")
+        check_rows(reader.model.dtype, np.isfinite(columns[0]), " on the text")
         rows: Sequence[Any] = list(zip(*columns, strict=True))[: self.scored(index)]
         return Answers(
             items=tuple(

@@ -11,8 +11,8 @@ import numpy as np
 from kvjax.compress.config import Compression
 from kvjax.eval.groups import AbstractGroup
 from kvjax.eval.timing import Timed, timed
-from kvjax.models import checks
 from kvjax.models.decoder import Decoder
+from kvjax.models.finite import check_logits
 from kvjax.models.inference import Prompt, read_prompt
 from kvjax.models.shared_pass import SharedPass, read_shared
 from kvjax.prefills import AbstractPrefill
@@ -55,7 +55,7 @@ class PromptReader:
                 passed.run_s + looked.run_s,
                 passed.compile_s + looked.compile_s,
             )
-        checks.finite(self.model.dtype, read.value.logits, " behind the prompts")
+        check_logits(self.model.dtype, read.value.logits, " behind the prompts")
         return read
 
     def _pass(

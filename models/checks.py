@@ -110,41 +110,6 @@ def prompt_lengths(inner, lengths: jax.Array) -> jax.Array:
     return inner.astype(jnp.int32)
 
 
-def finite(dtype: Any, logits: jax.Array | np.ndarray, where: str = "") -> None:
-    """No row of logits has NaN or infinity, other than tokens ruled out by `-inf`.
-
-    Args:
-        dtype: of the model.
-        logits: `[..., V]`; not looked at where they are traced.
-        where: which ones, for the message.
-
-    Raises:
-        ValueError: they are not, so that no token can be chosen by them.
-    """
-    if not is_traced(logits):
-        all_finite(dtype, jnp.isfinite(jnp.max(logits, axis=-1)), where)
-
-
-def all_finite(dtype: Any, rows: jax.Array | np.ndarray, where: str = "") -> None:
-    """`finite`, of rows of which that is known."""
-    if is_traced(rows) or (values := np.asarray(rows)).all():
-        return
-    first = int(np.argmin(values.reshape(len(values), -1).all(axis=1)))
-    dtype = jnp.dtype(dtype).name
-    raise ValueError(
-        f"the model's logits{where} are not finite (row {first} of {len(values)}): no "
-        f"token can be chosen by them. It computes in {dtype}"
-        + (
-            ", whose largest number is 65504. Load it with dtype='bfloat16' or "
-            "'float32'."
-            if dtype == "float16"
-            else ". Its weights may hold NaN or overflow, as those of a diverged run "
-            "do, or be meant for another dtype: load it with dtype='bfloat16' or "
-            "'float32'."
-        )
-    )
-
-
 def generation(
     config: DecoderConfig, lengths: jax.Array, new_tokens: int | np.ndarray
 ) -> None:

@@ -17,6 +17,7 @@ from kvjax.fields import fit
 from kvjax.messages import shown
 from kvjax.models import checks
 from kvjax.models.decoder import Decoder
+from kvjax.models.finite import check_rows
 from kvjax.models.inference import NONE, nameless, prefill, step
 from kvjax.models.sampling import Sampling
 from kvjax.narrow import narrow
@@ -285,7 +286,7 @@ def _loop(
     held, made = nameless(cache), 1
     ends = range(made, max_new_tokens) if callback else [max_new_tokens]
     if callback:
-        checks.all_finite(model.dtype, state.sound)
+        check_rows(model.dtype, state.sound)
         callback(np.asarray(state.tokens[:, :1]), np.asarray(state.made))
     for end in ends:
         limit = jnp.asarray(end + 1 if callback else end, jnp.int32)
@@ -294,12 +295,12 @@ def _loop(
         )
         decode = _decode_donating if not checks.is_traced(state.length) else _decode
         if callback:
-            checks.all_finite(model.dtype, state.sound)
+            check_rows(model.dtype, state.sound)
             made = int(state.count)
             callback(np.asarray(state.tokens[:, :made]), np.asarray(state.made))
             if bool(jnp.all(state.done)):
                 break
     # Once, behind the loop, which a row that is not sound ends.
-    checks.all_finite(model.dtype, state.sound)
+    check_rows(model.dtype, state.sound)
     after = dataclasses.replace(held, length=state.length, provenance=cache.provenance)
     return Generation(tokens=state.tokens, lengths=state.made, cache=after)

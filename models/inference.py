@@ -46,18 +46,13 @@ NONE = Compression()
 
 
 PROMPT = 64
-"""Tokens that widths of prompts are multiples of.
-
-XLA on a CPU multiplies and sums narrower rows, and those of other widths, in another
-order: a row would not be bit by bit what it is in a wider batch.
-"""
+"""Widths of prompts are multiples of it (docs/architecture.md, "The state")."""
 
 
 def bucket(tokens: int, least: int = 16) -> int:
-    """Width that a sequence of `tokens` is padded to: four sizes per octave.
+    """Width that `tokens` are padded to: four sizes per octave, multiples of `least`.
 
-    Bounds the number of compilations under any mix of lengths; multiples of `least`, a
-    power of two.
+    Bounds the number of compilations under any mix of lengths.
     """
     step = max(least, 1 << max(0, (tokens - 1).bit_length() - 3))
     return -(-tokens // step) * step

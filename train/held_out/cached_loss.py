@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 from kvjax.compress.config import Compression
 from kvjax.eval.fidelity import feeding
 from kvjax.eval.tasks import HELD_OUT, stream
-from kvjax.models import checks
 from kvjax.models.decoder import Decoder
+from kvjax.models.finite import check_rows
 from kvjax.models.inference import prefill
 from kvjax.models.padding import pad_rows
 from kvjax.train.data.readers import RowReader
@@ -126,7 +126,7 @@ def loss(model: Decoder, rows: CutRows, c: Compression) -> float:
     In nats, over the tokens that count, by their weights.
     """
     total = sum(_cost(model, part, c) for part in rows.groups())
-    checks.all_finite(model.dtype, np.isfinite([float(total)]), " on held-out rows")
+    check_rows(model.dtype, np.isfinite([float(total)]), " on held-out rows")
     return float(total) / float(rows.weights.sum())
 
 
