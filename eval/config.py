@@ -195,15 +195,15 @@ def load_config(
         known = bundled_evaluations()
         if str(name) not in known:
             raise ValueError(
-                f"Unknown evaluation {str(name)!r}; expected one of {known} or a path "
-                f"to a .yaml file.{nearest(str(name), known)}"
+                f"Unknown evaluation {shown(str(name))}; expected one of {known} or a "
+                f"path to a .yaml file.{nearest(str(name), known)}"
             )
         text = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    tree = yaml_mapping(text, f"evaluation {str(name)!r}")
+    tree = yaml_mapping(text, f"evaluation {shown(str(name))}")
     try:
         return decode_config(override(tree, overrides or {}))
     except ValueError as wrong:
-        raise ValueError(f"evaluation {str(name)!r}: {wrong}") from None
+        raise ValueError(f"evaluation {shown(str(name))}: {wrong}") from None
 
 
 def _task(entry: Any) -> Any:

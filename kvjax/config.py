@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvjax.fields import fit, hints_of, inner, known_fields, quoted, refuse
+from kvjax.fields import fit, hints_of, inner, quoted, refuse
 from kvjax.files import parse_yaml
 from kvjax.messages import nearest, shown
 
@@ -43,7 +43,7 @@ def decode[C](
                 f"{quoted(where or kind.__name__)} must be a mapping of the fields of "
                 f"{kind.__name__}; got {shown(tree)}."
             )
-        known_fields(kind, tree, where)
+        _check_names(kind, tree, where)
         hints = hints_of(kind)
         fields = {
             name: fit(value, hints[name], inner(where, name), build)
@@ -57,6 +57,26 @@ def decode[C](
             ) from None
 
     return fit(tree, cls, where, build)
+
+
+def _check_names(cls: type, tree: Mapping[Any, Any], where: str) -> None:
+    """Every key is a field of the dataclass, and none that has no default is missing.
+
+    Raises:
+        ValueError: names the nearest field.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    at = f"{quoted(where)}: " if where else ""
+    for key in tree:
+        if key not in fields:
+            raise ValueError(
+                f"{at}{cls.__name__} has no field {shown(key)}; it has "
+                f"{sorted(fields)}.{nearest(str(key), fields)}"
+            )
+    for name, field in fields.items():
+        free = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if name not in tree and not free:
+            raise ValueError(f"{at}{cls.__name__} needs the field {name!r}.")
 
 
 def _component(

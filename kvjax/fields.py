@@ -289,23 +289,3 @@ class Checked:
             fitted = fit(value, hint, f"{cls.__name__}.{name}")
             if fitted is not value:
                 object.__setattr__(self, name, fitted)
-
-
-def known_fields(cls: type, tree: Mapping[Any, Any], where: str) -> None:
-    """Every key is a field of the dataclass, and none that has no default is missing.
-
-    Raises:
-        ValueError: names the nearest field.
-    """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    at = f"{quoted(where)}: " if where else ""
-    for key in tree:
-        if key not in fields:
-            raise ValueError(
-                f"{at}{cls.__name__} has no field {shown(key)}; it has "
-                f"{sorted(fields)}.{nearest(str(key), fields)}"
-            )
-    for name, field in fields.items():
-        free = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
-        if name not in tree and not free:
-            raise ValueError(f"{at}{cls.__name__} needs the field {name!r}.")

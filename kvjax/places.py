@@ -1,4 +1,4 @@
-"""Directories that are written to: whether they can be, and who writes there."""
+"""Paths that are given: what is there, whether it can be written, and who does."""
 
 import contextlib
 import os
@@ -12,6 +12,11 @@ from kvjax.messages import shown
 
 LOCK = ".lock"
 ELSEWHERE = "Give another directory with --out."
+
+
+def expanded(name: str | os.PathLike[str]) -> pathlib.Path:
+    """A path that somebody gave, `~` as their home; never raises."""
+    return pathlib.Path(os.path.expanduser(name))
 
 
 def check_place(directory: pathlib.Path) -> None:

@@ -1,13 +1,14 @@
 """The models that come with the package, by name, and shapes of others."""
 
 import importlib.resources
-import pathlib
+import os
 
 from kvjax.files import yaml_mapping
-from kvjax.messages import nearest
+from kvjax.messages import nearest, shown
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families import read_config
 from kvjax.models.io import load_config
+from kvjax.places import expanded
 
 DEFAULT = "kvjax-tiny"
 
@@ -25,7 +26,7 @@ def bundled_models() -> tuple[str, ...]:
 
 def model_directory(name: str) -> str:
     """Path of a bundled model, or `name` as it is."""
-    if name not in bundled_models() or pathlib.Path(name).is_dir():
+    if name not in bundled_models() or os.path.isdir(name):
         return name
     return str(_folder("model") / name)
 
@@ -45,13 +46,13 @@ def shape_of(name: str) -> DecoderConfig:
     Raises:
         ValueError: it is none of these.
     """
-    directory = pathlib.Path(model_directory(name)).expanduser()
-    if directory.is_dir():
+    directory = expanded(model_directory(name))
+    if os.path.isdir(directory):
         return load_config(directory)
     if name not in shapes():
         raise ValueError(
-            f"the shape of {name!r} is not known here; expected a directory with a "
-            f"config.json or one of {[*bundled_models(), *shapes()]}."
+            f"the shape of {shown(name)} is not known here; expected a directory with "
+            f"a config.json or one of {[*bundled_models(), *shapes()]}."
             f"{nearest(name, shapes())}"
         )
     file = _folder("shape") / f"{name.replace('/', '--')}.yaml"

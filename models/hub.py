@@ -9,7 +9,9 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from kvjax.messages import shown
 from kvjax.models.shards import INDEX, SINGLE, read_json
+from kvjax.places import expanded
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -47,13 +49,14 @@ def checkpoint_directory(
     Raises:
         ValueError: neither a directory nor an id, or it could not be fetched.
     """
-    path = pathlib.Path(path_or_hub_id).expanduser()
-    if path.is_dir():
+    path = expanded(path_or_hub_id)
+    if os.path.isdir(path):
         return path
     name = os.fspath(path_or_hub_id)
-    if path.exists() or not _HUB_ID.fullmatch(name):
+    if os.path.lexists(path) or not _HUB_ID.fullmatch(name):
         raise ValueError(
-            f"{name!r} is neither a directory nor a hub id of the form 'owner/name'."
+            f"{shown(name)} is neither a directory nor a hub id of the form "
+            "'owner/name'."
         )
     try:
         return _fetched(name, revision)

@@ -8,7 +8,12 @@ import sys
 
 import pytest
 
+import kvjax
+from kvjax.models.bundled import shape_of
 from kvjax.places import busy, check_place, clear_left, held
+from kvjax.train.data.sources import open_dataset
+from kvjax.train.recipe import Source
+from kvjax.train.recipe import load_config as load_recipe
 
 PLACES = {
     "file": "is a file",
@@ -93,3 +98,18 @@ def test_what_was_made_for_nothing_goes_again(tmp_path):
     with held(tmp_path / "own"):
         pass
     assert (tmp_path / "own").is_dir()
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/x", "a\0b", "x" * 5000, "a/" * 3000])
+def test_names_that_no_disk_holds(name, tmp_path):
+    calls = [
+        lambda: kvjax.load(name),
+        lambda: shape_of(name),
+        lambda: kvjax.compression(f"{name}.yaml"),
+        lambda: load_recipe(f"{name}.yaml"),
+        lambda: open_dataset(Source(dataset=f"{name}.jsonl", text="text"), "train"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError) as said:
+            call()
+        assert len(str(said.value)) < 1500

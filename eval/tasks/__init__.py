@@ -16,7 +16,7 @@ from kvjax.eval.tasks.chain import Chain as Chain
 from kvjax.eval.tasks.fact import Fact as Fact
 from kvjax.eval.tasks.induction import Induction as Induction
 from kvjax.eval.tasks.recall import Recall as Recall
-from kvjax.messages import nearest
+from kvjax.messages import nearest, shown
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
     {
@@ -37,14 +37,14 @@ def make_task(name: str, **fields) -> Task:
     """
     if name not in TASKS:
         raise ValueError(
-            f"Unknown task {name!r}; expected one of {list(TASKS)}."
+            f"Unknown task {shown(name)}; expected one of {list(TASKS)}."
             f"{nearest(name, TASKS)}"
         )
     known = TASKS[name].__dataclass_fields__
     for field in fields:
         if field not in known:
             raise ValueError(
-                f"Task {name!r} has no field {field!r}; expected one of {list(known)}."
-                f"{nearest(field, known)}"
+                f"Task {name!r} has no field {shown(field)}; expected one of "
+                f"{list(known)}.{nearest(field, known)}"
             )
     return TASKS[name](**fields)

@@ -19,6 +19,7 @@ from kvjax.config import parse_assignments
 from kvjax.fields import Range, fit, hints_of
 from kvjax.messages import shown
 from kvjax.models.bundled import bundled_models, model_directory
+from kvjax.places import expanded
 
 
 def optional(metavar: str, text: str | None = None) -> Any:
@@ -153,7 +154,7 @@ def compile_cache() -> None:
         return
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     own = os.environ.get("KVJAX_CACHE_DIR") or os.path.join(base, "kvjax")
-    folder = pathlib.Path(os.path.expanduser(own)) / "jax"
+    folder = expanded(own) / "jax"
     if not folder.is_absolute() and own.startswith("~"):  # nobody has this home
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))

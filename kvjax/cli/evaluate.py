@@ -1,7 +1,6 @@
 """`kvjax eval`."""
 
 import dataclasses
-import os
 import pathlib
 import signal
 from collections.abc import Mapping, Sequence
@@ -34,6 +33,7 @@ from kvjax.eval.tasks import TASKS
 from kvjax.interrupt import noted_interrupt
 from kvjax.messages import shown
 from kvjax.models.bundled import DEFAULT, model_directory
+from kvjax.places import expanded
 
 CONFIGS = (
     f"A bundled evaluation ({', '.join(bundled_evaluations())}) or a YAML file; the "
@@ -176,7 +176,7 @@ def evaluate(
     check_directory(out, config)
     name = config.model or DEFAULT
     model, tokenizer = load_model(name, dtype, ui)
-    checkpoint = pathlib.Path(os.path.expanduser(model_directory(name)))
+    checkpoint = expanded(model_directory(name))
     columns = (
         "[progress.description]{task.description}",
         BarColumn(),

@@ -14,7 +14,7 @@ from kvjax.compress.config import Compression
 from kvjax.config import decode, encode, override
 from kvjax.files import MOST_YAML, read_text, yaml_mapping
 from kvjax.merges import MERGES, AbstractMerge
-from kvjax.messages import nearest
+from kvjax.messages import nearest, shown
 from kvjax.prefills import PREFILLS, AbstractPrefill
 from kvjax.reads import READS, AbstractRead
 from kvjax.schedules import SCHEDULES, AbstractSchedule
@@ -63,11 +63,11 @@ def compression(name: str | pathlib.Path, /, **overrides: Any) -> Compression:
         >>> compression("snapkv", **{"evict.budget.slots": 128}).evict.budget.slots
         128
     """
-    tree = yaml_mapping(_read(name), f"compression {str(name)!r}")
+    tree = yaml_mapping(_read(name), f"compression {shown(str(name))}")
     try:
         return decode(override(tree, overrides), Compression, COMPONENTS)
     except ValueError as wrong:
-        raise ValueError(f"compression {str(name)!r}: {wrong}") from None
+        raise ValueError(f"compression {shown(str(name))}: {wrong}") from None
 
 
 def _read(name: str | pathlib.Path) -> str:
@@ -77,8 +77,8 @@ def _read(name: str | pathlib.Path) -> str:
     known = compressions()
     if str(name) not in known:
         raise ValueError(
-            f"Unknown compression {str(name)!r}; expected one of {list(known)} or a "
-            f"path to a .yaml file.{nearest(str(name), known)}"
+            f"Unknown compression {shown(str(name))}; expected one of {list(known)} or "
+            f"a path to a .yaml file.{nearest(str(name), known)}"
         )
     return (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
 

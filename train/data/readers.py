@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvjax.messages import shown
 from kvjax.train.data.example import Example, as_row, example
 from kvjax.train.data.left_out import LeftOut, longer
 from kvjax.train.data.prepared import Placing, kept, placed_example
@@ -79,7 +80,7 @@ def open_reader(
         ValueError: the dataset cannot be read, a column is missing, or no record can
             be used; names the source.
     """
-    name = f"dataset {source.dataset!r}, split {split!r}"
+    name = f"dataset {shown(source.dataset)}, split {split!r}"
     prepare = functools.partial(
         placed_example, prepare=preparation(source, words), name=name
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kvjax.messages import shown
 from kvjax.plaintext import MARK
 from kvjax.train.data.chats import chat, turn_end
 from kvjax.train.data.example import (
@@ -36,8 +37,8 @@ def preparation(source: Source, words: Words) -> Prepare:
         return functools.partial(question, columns=columns, words=words)
     if not getattr(words.tokenizer, "chat_template", None):
         raise ValueError(
-            f"dataset {source.dataset!r} holds chats, and the tokenizer has no chat "
-            "template. Start from a chat model, or use `prompt` and `answer`."
+            f"dataset {shown(source.dataset)} holds chats, and the tokenizer has no "
+            "chat template. Start from a chat model, or use `prompt` and `answer`."
         )
     return functools.partial(
         chat, column=source.messages, words=words, tools=source.tools

@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvjax.messages import nearest
+from kvjax.messages import nearest, shown
+from kvjax.places import expanded
 from kvjax.train.data.files import (
     PLACE,
     RECORD,
@@ -43,14 +44,14 @@ def open_dataset(source: Source, split: str) -> "Dataset | IterableDataset":
     try:
         kind, files = _files(source)
     except ValueError as wrong:
-        raise ValueError(f"dataset {source.dataset!r}: {wrong}") from None
+        raise ValueError(f"dataset {shown(source.dataset)}: {wrong}") from None
     try:
         if files:
             return _local(source, split, kind, files)
         return _hub(source, split)
     except Exception as wrong:  # readers and the hub raise whatever their layers raise
         raise ValueError(
-            f"dataset {source.dataset!r}, split {split!r}: {said(wrong)}"
+            f"dataset {shown(source.dataset)}, split {split!r}: {said(wrong)}"
         ) from wrong
 
 
@@ -154,12 +155,12 @@ def _stamped(file: str) -> tuple[str, int, int]:
 def _files(source: Source) -> tuple[str, dict[str, list[str]]]:
     """Kind and files of a local dataset, by split; none for a hub id."""
     name = source.dataset
-    path = pathlib.Path(name).expanduser()
-    if path.is_dir():
+    path = expanded(name)
+    if os.path.isdir(path):
         found = [p for p in sorted(path.rglob("*")) if _kind(p)]
     elif glob.has_magic(name):
         found = _matching(str(path))
-    elif _kind(path) or path.exists():
+    elif _kind(path) or os.path.lexists(path):
         found = [path]
     else:
         return "", {}
@@ -199,9 +200,9 @@ def _named(files: str | Sequence[str]) -> list[pathlib.Path]:
 def _checked(splits: Mapping[str, Sequence[pathlib.Path]]) -> str:
     """The one kind of files that there are."""
     found = [path for files in splits.values() for path in files]
-    missing = [str(path) for path in found if not path.is_file()]
+    missing = [str(path) for path in found if not os.path.isfile(path)]
     if not found or missing:
-        which = f" ({', '.join(missing[:3])})" if missing else ""
+        which = f" ({', '.join(map(shown, missing[:3]))})" if missing else ""
         raise ValueError(
             f"no such file{which}. Expected a hub id, or files that end in "
             f"{', '.join(BUILDERS)}."

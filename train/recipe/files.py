@@ -9,7 +9,7 @@ from typing import Any
 
 from kvjax.config import decode, override, parse_assignments
 from kvjax.files import MOST_YAML, read_text, yaml_mapping
-from kvjax.messages import nearest
+from kvjax.messages import nearest, shown
 from kvjax.train.recipe.config import TrainConfig
 
 INPUTS = "inputs"
@@ -43,15 +43,15 @@ def load_config(name: str | pathlib.Path, overrides: Sequence[str] = ()) -> Trai
         known = bundled_recipes()
         if str(name) not in known:
             raise ValueError(
-                f"Unknown recipe {str(name)!r}; expected one of {known} or a path to a "
-                f".yaml file.{nearest(str(name), known)}"
+                f"Unknown recipe {shown(str(name))}; expected one of {known} or a path "
+                f"to a .yaml file.{nearest(str(name), known)}"
             )
         text = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    tree = yaml_mapping(text, f"recipe {str(name)!r}")
+    tree = yaml_mapping(text, f"recipe {shown(str(name))}")
     try:
         return decode_recipe(tree, overrides)
     except ValueError as wrong:
-        raise ValueError(f"recipe {str(name)!r}: {wrong}") from None
+        raise ValueError(f"recipe {shown(str(name))}: {wrong}") from None
 
 
 def decode_recipe(

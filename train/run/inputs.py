@@ -12,6 +12,7 @@ from kvjax.inputs import Inputs
 from kvjax.messages import shown
 from kvjax.models.bundled import model_directory
 from kvjax.models.io import checkpoint_directory
+from kvjax.places import expanded
 from kvjax.train.data.sources import BUILDERS
 from kvjax.train.recipe import Source, TrainConfig
 
@@ -68,14 +69,14 @@ def _named(source: Source) -> Iterator[tuple[str, pathlib.Path]]:
 
 def _local(name: str) -> list[pathlib.Path]:
     """The files that a path, a pattern or a folder leads to; none for a hub id."""
-    path = pathlib.Path(os.path.expanduser(name))
-    if path.is_dir():
+    path = expanded(name)
+    if os.path.isdir(path):
         found = [one for one in path.rglob("*") if one.name.endswith((*BUILDERS,))]
     elif glob.has_magic(name):
         found = map(pathlib.Path, glob.glob(str(path), recursive=True))
     else:
         found = [path]
-    return sorted(one for one in found if one.is_file())
+    return sorted(one for one in found if os.path.isfile(one))
 
 
 def _texts(tree: Any) -> list[str]:
