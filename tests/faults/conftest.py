@@ -1,13 +1,18 @@
-"""Small checkpoints to damage."""
+"""Small checkpoints to damage, and bounds of time and memory for every test."""
 
 import pathlib
+import resource
 import shutil
+import signal
+from collections.abc import Iterator
 
 import pytest
 
 from kvjax.models import save
 from kvjax.models import weights as weights_module
 from tests.models.samples import sample
+
+FAST, SLOW, MEMORY = 60, 900, 4 * 2**30
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +34,27 @@ def one(saved, tmp_path) -> pathlib.Path:
 @pytest.fixture
 def many(saved, tmp_path) -> pathlib.Path:
     return shutil.copytree(saved / "many", tmp_path / "many")
+
+
+@pytest.fixture(autouse=True)
+def bounded(request) -> Iterator[None]:
+    """Nothing here waits for ever, or takes more than 4 GB: each test is cut off."""
+
+    seconds = SLOW if request.node.get_closest_marker("slow") else FAST
+
+    def late(*_: object) -> None:
+        raise AssertionError(f"this took more than {seconds} s")
+
+    old = signal.signal(signal.SIGALRM, late)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = pathlib.Path("/proc/self/statm")
+    if pages.is_file():
+        size = int(pages.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, hard))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

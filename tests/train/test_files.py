@@ -198,7 +198,7 @@ def test_a_file_that_changed_is_read_again(tmp_path):
         ({"sample_by": "line"}, r"'sample_by'; of json files it may have \['data_fil"),
         ({"features": 1}, "`fields` has 'features'"),
         ({"data_files": "gone/*.jsonl"}, "nothing matches 'gone/.*.jsonl'"),
-        ({"data_files": "gone.jsonl"}, r"no such file \(gone.jsonl\)"),
+        ({"data_files": "gone.jsonl"}, r"no such file \('gone.jsonl'\)"),
     ],
 )
 def test_fields_that_files_do_not_have(texts, fields, message):
