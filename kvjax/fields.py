@@ -233,8 +233,9 @@ def _fit_one_of(
 
 def _fit_tuple(value: Any, kinds: Sequence[Any], where: str, build: Build) -> tuple:
     if not isinstance(value, list | tuple):
+        one = shown(value) if isinstance(value, str | int | float) else "..."
         raise ValueError(
-            f"{quoted(where)} must be a list; got {shown(value)}. Write [..., ...]."
+            f"{quoted(where)} must be a list; got {shown(value)}. Write [{one}]."
         )
     if kinds[-1] is ...:
         kinds = [kinds[0]] * len(value)

@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import pathlib
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -125,10 +125,9 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _alone(folder) as staging:
-            number = secrets.token_hex(8)
-            write_json(staging / CONFIG, {**settings, SAVE: number})
             write_json(staging / GENERATION, generation_settings(model.config))
-            write_weights(model, staging, {SAVE: number})
+            number = write_weights(model, staging, json.dumps(settings))
+            write_json(staging / CONFIG, {**settings, SAVE: number})
             if tokenizer is not None:
                 save_tokenizer(tokenizer, staging)
             _move(staging, folder)

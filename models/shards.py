@@ -24,6 +24,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SAVE = "kvjax_save"
 """Number of a save, in `config.json` and in the metadata of its weights."""
+_UNMARKED = 16 * "?"
 CHUNK_BYTES = 4 * 2**20
 
 DTYPES = {
@@ -167,17 +168,17 @@ def write_safetensors(
     path: pathlib.Path,
     tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     pieces,
-    metadata: Mapping[str, str],
+    total: Any,
 ) -> None:
-    """One safetensors file, written piece by piece.
+    """One safetensors file, written piece by piece; see `mark` for its number.
 
     Args:
         path: the file.
         tensors: name to shape and dtype, in file order.
         pieces: `name -> Iterator[np.ndarray]`, the tensor's rows in order.
-        metadata: texts for the header.
+        total: a hash that is told all bytes.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", SAVE: _UNMARKED}}
     end = 0
     for name, (shape, dtype) in tensors.items():
         begin, end = end, end + int(np.prod(shape)) * dtype.itemsize
@@ -192,9 +193,20 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in tensors:
             for piece in pieces(name):
-                file.write(np.ascontiguousarray(piece).view(np.uint8).data)
+                data = np.ascontiguousarray(piece).view(np.uint8).data
+                total.update(data)
+                file.write(data)
         if file.tell() != 8 + len(text) + end:
             raise AssertionError(f"{path}: pieces do not fill their tensors")
+
+
+def mark(path: pathlib.Path, number: str) -> None:
+    """Put the number of its save, of 16 characters, into a file's header."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        at = 8 + file.read(size).index(_UNMARKED.encode())
+        file.seek(at)
+        file.write(number.encode())
 
 
 def check_save(shards: Shards, config: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Weights between checkpoint tensors and decoder parameters, one at a time."""
 
+import hashlib
 import json
 import pathlib
 import re
@@ -23,6 +24,7 @@ from kvjax.models.shards import (
     SINGLE,
     Source,
     finite,
+    mark,
     write_safetensors,
 )
 
@@ -179,13 +181,14 @@ def _check_tied(shards: Source) -> None:
         )
 
 
-def write_weights(
-    model: Decoder, folder: pathlib.Path, metadata: Mapping[str, str]
-) -> None:
+def write_weights(model: Decoder, folder: pathlib.Path, of: str) -> str:
     """The model's weights as one safetensors file, or shards and their index.
 
-    `metadata` goes into the header of each.
+    Returns:
+        The number of the save, which is in the header of each: a digest of the weights
+        and of the text `of`, so that one model is always saved as the same bytes.
     """
+    total = hashlib.sha256(of.encode())
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     arrays = {dotted(path): leaf.get_value() for path, leaf in flat}
     weights = family(model.config.family).weights(model.config)
@@ -214,13 +217,17 @@ def write_weights(
             SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         )
         some = {n: tensors[n] for n in names}
-        write_safetensors(folder / file, some, pieces, metadata)
+        write_safetensors(folder / file, some, pieces, total)
         table |= dict.fromkeys(names, file)
     if count > 1:
-        total = sum(_size(*tensor) for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": table}
+        size = sum(_size(*tensor) for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": table}
         text = json.dumps(index, indent=2) + "\n"
         (folder / INDEX).write_text(text, encoding="utf-8")
+    number = total.hexdigest()[:16]
+    for file in dict.fromkeys(table.values()):
+        mark(folder / file, number)
+    return number
 
 
 def _group(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> list[list[str]]:

@@ -112,8 +112,8 @@ def test_a_full_disk_leaves_what_was_there(llama, tmp_path, monkeypatch):
     model, _ = load(llama, tokenizer=False)
     before = {p.name: p.read_bytes() for p in llama.iterdir()}
 
-    def full(path, tensors, pieces, metadata):
-        del tensors, pieces, metadata
+    def full(path, tensors, pieces, total):
+        del tensors, pieces, total
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -184,6 +184,22 @@ def test_a_save_removes_what_saves_wrote_and_nothing_else(llama):
     found = {path.name for path in llama.iterdir() if "saf" in path.name}
     assert found == {"model.safetensors", "model-of-mine.safetensors"}
     assert not (llama / ".saving-killed").exists()
+
+
+def test_one_model_is_saved_as_the_same_bytes(llama, tmp_path):
+    model, _ = load(llama, "float32", tokenizer=False)
+    for folder in ("a", "b"):
+        save(model, tmp_path / folder)
+    a, b = (
+        {p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()}
+        for folder in ("a", "b")
+    )
+    assert a == b
+    model.embedding[...] += 1
+    save(model, tmp_path / "b")
+    number = [json.loads((tmp_path / x / "config.json").read_text()) for x in "ab"]
+    assert number[0].pop("kvjax_save") != number[1].pop("kvjax_save")
+    assert number[0] == number[1]
 
 
 def test_weights_and_config_of_two_saves(llama, gemma):

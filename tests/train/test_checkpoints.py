@@ -196,5 +196,5 @@ def test_leaves_that_are_not_finite_are_named(state):
     "fields", [{"newest": 0}, {"best": -1}, {"metric": "answer_los"}]
 )
 def test_wrong_settings(fields):
-    with pytest.raises(ValueError, match="keep"):
+    with pytest.raises(ValueError, match="KeepConfig"):
         functools.partial(KeepConfig, **fields)()

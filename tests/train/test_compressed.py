@@ -137,7 +137,7 @@ def test_recipes_that_contradict_themselves():
             evictor=Evictor(),
             sampling=sampling,
         )
-    with pytest.raises(ValueError, match="above 1"):
+    with pytest.raises(ValueError, match="must be a number > 1"):
         DMSConfig(ratio=1.0)
 
 

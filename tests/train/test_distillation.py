@@ -253,5 +253,5 @@ def test_a_run_with_low_rank_updates_follows_its_own_weights(tmp_path):
 @pytest.mark.parametrize("field", ["hidden_layers", "tokens"])
 def test_unknown_words_are_named(field):
     fields: dict[str, Any] = {field: "al"}
-    with pytest.raises(ValueError, match=f"`objective.{field}` must be one of"):
+    with pytest.raises(ValueError, match=f"ObjectiveConfig.{field}` must be one of"):
         ObjectiveConfig(**fields)

@@ -170,9 +170,11 @@ def test_unknown_keys_name_the_nearest(repo):
         load_config(repo / RECIPE, ["optimizer.learning_rat=1.0"])
     with pytest.raises(ValueError, match="'num_layers'"):
         load_config(repo / RECIPE, ["model.num_layer=2"])
-    with pytest.raises(ValueError, match="Stage.lengths: expected float; got None"):
+    with pytest.raises(
+        ValueError, match="`stages.0.lengths.64` must be a number >= 0; got None"
+    ):
         load_config(repo / RECIPE, ["stages.0.lengths={64: }"])
-    with pytest.raises(ValueError, match="trainable: .*several values; got 'norm'"):
+    with pytest.raises(ValueError, match="`trainable` must be a list; got 'norm'"):
         load_config(repo / RECIPE, ["trainable=norm"])
     with pytest.raises(ValueError, match="dotted.path=value"):
         load_config(repo / RECIPE, ["seed"])

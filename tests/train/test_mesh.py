@@ -232,7 +232,7 @@ def test_a_bad_mesh_stops_before_anything_is_made(tmp_path):
     with pytest.raises(ValueError, match="Their product must be at most"):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match=r"`mesh.fsdp` must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="fsdp` must be an integer >= 1; got 0"):
         MeshConfig(fsdp=0)
 
 

@@ -44,7 +44,7 @@ def test_bits_are_read_from_a_recipe():
     text = "{compression: kivi_2bit, bits: [4, 2], fields: {store.residual: 0}}"
     assert decode(yaml.safe_load(text), CompressionChoice) == CODES
     for wrong in ("4", "[four]", "[2.5]", "['4']"):
-        with pytest.raises(ValueError, match="CompressionChoice.bits: "):
+        with pytest.raises(ValueError, match="`bits"):
             decode(
                 yaml.safe_load(f"{{compression: int8, bits: {wrong}}}"),
                 CompressionChoice,
@@ -128,7 +128,7 @@ def test_choices_without_bits_draw_what_they_did():
         ),
         (
             CompressionChoice(compression="kivi_2bit", bits=(4, 3)),
-            "must be 1, 2, 4 or 8; got 3",
+            r"must be one of \[1, 2, 4, 8\]; got 3",
         ),
         (CompressionChoice(compression="int8", bits=(1,)), "`symmetric` needs a bit"),
         (

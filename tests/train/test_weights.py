@@ -137,7 +137,7 @@ def test_bfloat16_passes_keep_float32_weights():
     weights, params = weights_of(config)
     assert {x.dtype.name for x in params.values()} == {"float32"}
     assert weights.joined(params, weights.fixed).dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match="`compute` must be one of"):
+    with pytest.raises(ValueError, match="compute` must be one of"):
         recipe(compute="float16")
 
 
