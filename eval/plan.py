@@ -16,7 +16,7 @@ from kvjax.eval.text import Tokenizer
 from kvjax.messages import nearest
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
-from kvjax.models.inference import bucket
+from kvjax.models.padding import bucket
 
 MOST_CHARACTERS = 64
 """Of a token, for what cannot fit a model whatever its tokenizer."""

@@ -21,6 +21,7 @@ from kvjax.compress.survey import Layout, plans_of
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
+from kvjax.models.padding import PROMPT, bucket, pad_tokens
 from kvjax.models.reading import (
     attend_prompt,
     in_front,
@@ -43,24 +44,6 @@ from kvjax.types import (
 )
 
 NONE = Compression()
-
-
-PROMPT = 64
-"""Widths of prompts are multiples of it (docs/architecture.md, "The state")."""
-
-
-def bucket(tokens: int, least: int = 16) -> int:
-    """Width that `tokens` are padded to: four sizes per octave, multiples of `least`.
-
-    Bounds the number of compilations under any mix of lengths.
-    """
-    step = max(least, 1 << max(0, (tokens - 1).bit_length() - 3))
-    return -(-tokens // step) * step
-
-
-def pad_tokens(tokens: Tokens, width: int) -> Int[Array, "B W"]:
-    """Right-pad with token 0."""
-    return jnp.pad(tokens, [(0, 0), (0, width - tokens.shape[1])])
 
 
 def step(
@@ -89,7 +72,7 @@ def step(
     return logits, dataclasses.replace(cache, groups=seen.state)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "c", "room"))
+@functools.partial(jax.jit, static_argnames=("graph", "c", "room", "longest"))
 def _prefill(
     graph,
     params,
@@ -97,17 +80,19 @@ def _prefill(
     lengths,
     c: Compression,
     room: int,
+    longest: int,
     prefix: KVCache | None = None,
 ):
     model = nnx.merge(graph, params)
     specs, width = model.config.layers, tokens.shape[1]
     before = seen_before(prefix)
     if c.surveys:  # all layers first
-        logits, seen = observe_prompt(model, tokens, lengths, c, prefix)
-        loops = loops_of(specs, plans_of(c, specs, width))
-        cache = build_cache(seen, loops, specs, lengths, c, room, before)
+        logits, seen = observe_prompt(model, tokens, lengths, c, prefix, longest)
+        loops = loops_of(specs, plans_of(c, specs, longest))
+        cache = build_cache(seen, loops, specs, lengths, c, room, before, longest)
         return logits, with_prefix(prefix, cache)
-    building = Building.of(c, specs, lengths, width, room, model.dtype, before)
+    how = (width, room, model.dtype, before, longest)
+    building = Building.of(c, specs, lengths, *how)
     groups = in_front(prefix, len(lengths), building.loops)
 
     def attend(inputs: LayerInputs, state: Any):
@@ -175,19 +160,22 @@ def prefill(
         prefix = nameless(prefix)
     if not checks.is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width, PROMPT))
+        width = bucket(width)
     graph, params = nnx.split(model)
-    how = (c, max_new_tokens, prefix)
+    how = (c, max_new_tokens, width, prefix)
     logits, cache = _prefill(graph, params, tokens, lengths, *how)
     about = checks.provenance(model.config, c)
     return logits, settled(dataclasses.replace(cache, provenance=about))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "c"))
-def _observe(graph, params, tokens, lengths, c: Compression):
-    return observe_prompt(nnx.merge(graph, params), tokens, lengths, c)
+@functools.partial(jax.jit, static_argnames=("graph", "c", "longest"))
+def _observe(graph, params, tokens, lengths, c: Compression, longest: int):
+    model = nnx.merge(graph, params)
+    return observe_prompt(model, tokens, lengths, c, longest=longest)
 
 
-_build = jax.jit(build_cache, static_argnames=("loops", "specs", "c", "room"))
+_static = ("loops", "specs", "c", "room", "longest")
+_build = jax.jit(build_cache, static_argnames=_static)
 
 
 @pytree
@@ -200,6 +188,7 @@ class Prompt:
         seen: what the pass left; keys and values of all tokens included.
         config: of the model.
         method: the compression whose scores were computed, its budget aside.
+        longest: no row has more tokens.
     """
 
     logits: Float[Array, "B V"]
@@ -207,6 +196,7 @@ class Prompt:
     seen: tuple[Observed, ...]
     config: DecoderConfig = static()
     method: Compression = static()
+    longest: int = static()
 
     @narrow
     def compress(self, c: Compression, *, max_new_tokens: int = 64) -> KVCache:
@@ -218,10 +208,10 @@ class Prompt:
             )
         checks.compression(self.config, c, self.lengths)
         checks.count("max_new_tokens", max_new_tokens)
-        tokens = self.seen[0].k.shape[-2]
-        specs = self.config.layers
-        loops = loops_of(specs, plans_of(self.method, specs, tokens))
-        cache = _build(self.seen, loops, specs, self.lengths, c, max_new_tokens)
+        specs, longest = self.config.layers, self.longest
+        loops = loops_of(specs, plans_of(self.method, specs, longest))
+        how = (self.lengths, c, max_new_tokens)
+        cache = _build(self.seen, loops, specs, *how, longest=longest)
         about = checks.provenance(self.config, c)
         return settled(dataclasses.replace(cache, provenance=about))
 
@@ -243,12 +233,17 @@ def read_prompt(
     Arguments and errors are those of `prefill`.
     """
     tokens, lengths = checks.prompt(model.config, tokens, lengths)
-    tokens = pad_tokens(tokens, bucket(tokens.shape[1], PROMPT))
-    method = method_of(c)
+    width, method = tokens.shape[1], method_of(c)
+    tokens, longest = pad_tokens(tokens, bucket(width, PROMPT)), bucket(width)
     graph, params = nnx.split(model)
-    logits, seen = _observe(graph, params, tokens, lengths, method)
+    logits, seen = _observe(graph, params, tokens, lengths, method, longest)
     return Prompt(
-        logits=logits, lengths=lengths, seen=seen, config=model.config, method=method
+        logits=logits,
+        lengths=lengths,
+        seen=seen,
+        config=model.config,
+        method=method,
+        longest=longest,
     )
 
 

@@ -1,9 +1,30 @@
-"""Rows of several lengths as one array."""
+"""Rows of several lengths as one array, and the widths that arrays have."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
+
+from kvjax.types import Tokens
+
+PROMPT = 64
+"""Widths of prompts are multiples of it (docs/architecture.md, "The state")."""
+
+
+def bucket(tokens: int, least: int = 16) -> int:
+    """Width that `tokens` are padded to: four sizes per octave, multiples of `least`.
+
+    Bounds the number of compilations under any mix of lengths.
+    """
+    step = max(least, 1 << max(0, (tokens - 1).bit_length() - 3))
+    return -(-tokens // step) * step
+
+
+def pad_tokens(tokens: Tokens, width: int) -> Int[Array, "B W"]:
+    """Right-pad with token 0."""
+    return jnp.pad(tokens, [(0, 0), (0, width - tokens.shape[1])])
 
 
 def pad_rows(

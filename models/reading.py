@@ -85,14 +85,16 @@ def observe_prompt(
     lengths: Lengths,
     c: Compression,
     prefix: KVCache | None = None,
+    longest: int | None = None,
 ) -> tuple[Float[Array, "B V"], tuple[Observed, ...]]:
     """The pass over a prompt: logits of each row's last token, and what it leaves.
 
     What is left serves every budget of `c` (`Compression.with_keep`). Of layers that
-    any budget treats alike it is together, with a first axis for them.
+    any budget treats alike it is together, with a first axis for them. No row has more
+    than `longest` tokens; None: than there are.
     """
     specs, width = model.config.layers, tokens.shape[1]
-    plans = plans_of(c, specs, width)
+    plans = plans_of(c, specs, longest or width)
     loops = loops_of(specs, plans)
     groups, before = in_front(prefix, len(lengths), loops), seen_before(prefix)
 

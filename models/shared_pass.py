@@ -14,7 +14,8 @@ from kvjax.depth import Depth, members, over, regrouped
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
-from kvjax.models.inference import PROMPT, Prompt, bucket, method_of, pad_tokens
+from kvjax.models.inference import Prompt, method_of
+from kvjax.models.padding import PROMPT, bucket, pad_tokens
 from kvjax.models.reading import last_logits
 from kvjax.narrow import narrow
 from kvjax.prefills import AbstractPrefill
@@ -42,6 +43,7 @@ class SharedPass:
         mass: `[B, H, S]` attention each key received, likewise, or None.
         config: of the model.
         prefill: how it was read.
+        longest: no row has more tokens.
     """
 
     logits: Float[Array, "B V"]
@@ -50,6 +52,7 @@ class SharedPass:
     mass: tuple[Float[Array, "B H S"] | None, ...]
     config: DecoderConfig = static()
     prefill: AbstractPrefill = static()
+    longest: int = static()
 
     @narrow
     def prompt(self, c: Compression) -> Prompt:
@@ -79,15 +82,23 @@ class SharedPass:
         return Prompt(
             logits=self.logits,
             lengths=self.lengths,
-            seen=_look(self.inputs, self.mass, self.lengths, self.config, method),
+            seen=_look(
+                self.inputs,
+                self.mass,
+                self.lengths,
+                self.config,
+                method,
+                self.longest,
+            ),
             config=self.config,
             method=method,
+            longest=self.longest,
         )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "c"))
-def _look(inputs, mass, lengths, config: DecoderConfig, c: Compression):
-    plans = plans_of(c, config.layers, inputs[0].k.shape[-2])
+@functools.partial(jax.jit, static_argnames=("config", "c", "longest"))
+def _look(inputs, mass, lengths, config: DecoderConfig, c: Compression, longest: int):
+    plans = plans_of(c, config.layers, longest)
     loops = loops_of(config.layers, plans)
     groups = members(loops)
 
@@ -140,7 +151,8 @@ def read_shared(
     `2 K D`.
     """
     tokens, lengths = checks.prompt(model.config, tokens, lengths)
-    tokens = pad_tokens(tokens, bucket(tokens.shape[1], PROMPT))
+    width = tokens.shape[1]
+    tokens = pad_tokens(tokens, bucket(width, PROMPT))
     graph, params = nnx.split(model)
     logits, inputs, sums = _read(graph, params, tokens, lengths, prefill, mass)
     return SharedPass(
@@ -150,4 +162,5 @@ def read_shared(
         mass=sums,
         config=model.config,
         prefill=prefill,
+        longest=bucket(width),
     )

@@ -54,12 +54,16 @@ class Building:
         room: int,
         dtype: jnp.dtype,
         before: Int[Array, ""] | int = 0,
+        longest: int | None = None,
     ) -> Self:
-        """The same, with what each layer gets by the lengths of the rows."""
+        """The same, with what each layer gets by the lengths of the rows.
+
+        What it can hold is enough for rows of `longest` tokens; None: of `tokens`.
+        """
         return cls(
             c=c,
             specs=specs,
-            found=survey(c, specs, lengths, tokens, dtype),
+            found=survey(c, specs, lengths, longest or tokens, dtype),
             lengths=lengths,
             tokens=tokens,
             room=room,
@@ -178,6 +182,7 @@ def build_cache(
     c: Compression,
     room: int,
     before: Int[Array, ""] | int = 0,
+    longest: int | None = None,
 ) -> KVCache:
     """The cache after a prompt, compressed, of what the pass over it left.
 
@@ -189,9 +194,10 @@ def build_cache(
         c: what is done.
         room: later tokens that must fit.
         before: tokens of a prefix, which the cache does not hold.
+        longest: see `Building.of`.
     """
     dtype, tokens = seen[0].k.dtype, seen[0].k.shape[-2]
-    building = Building.of(c, specs, lengths, tokens, room, dtype, before)
+    building = Building.of(c, specs, lengths, tokens, room, dtype, before, longest)
     building = building.surveyed(loops, seen)
     layouts, groups = building.found.layouts, members(building.loops)
 

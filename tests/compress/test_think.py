@@ -13,7 +13,6 @@ import kvjax
 from kvjax.cache import Slots
 from kvjax.codecs import ThinK, ThinkArray
 from kvjax.models import Decoder
-from kvjax.models.inference import PROMPT, bucket
 from kvjax.rope import Rope
 from tests.compress.samples import Sample, compressed, draw, layer_spec
 from tests.reference import think
@@ -155,8 +154,7 @@ def test_two_forms_agree_under_eviction():
     first, cache = kvjax.prefill(MODEL, prompt, LENGTHS, c)
     (part,) = cache.layers[0].parts
     assert isinstance(part, Slots) and isinstance(part.keys, ThinkArray)
-    width = bucket(int(LENGTHS.max()), PROMPT)
-    assert part.keys.data.shape == (ROWS, 2, width // 2, HEAD_DIM // 2)
+    assert part.keys.data.shape == (ROWS, 2, LENGTHS.max() // 2, HEAD_DIM // 2)
     real, _ = kvjax.extend(MODEL, cache, later, LATER)
     logits = kvjax.simulate(MODEL, whole, total, LENGTHS, c)
     for row, n in enumerate(LENGTHS):
