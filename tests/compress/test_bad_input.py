@@ -176,10 +176,10 @@ def test_extensions():
 
 def test_sampling():
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"temperature": -1.0}, "must be >= 0"),
+        ({"temperature": -1.0}, "must be a number >= 0"),
         ({"temperature": 1.0}, "needs a random key"),
-        ({"top_k": 0}, "at least 1"),
-        ({"top_p": 0.0}, "must be in \\(0, 1\\]"),
+        ({"top_k": 0}, "`top_k` must be an integer"),
+        ({"top_p": 0.0}, "must be a number in \\(0, 1\\]"),
         ({"max_new_tokens": 0}, "integer >= 1"),
     ]
     for wrong, says in cases:

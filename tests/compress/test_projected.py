@@ -172,7 +172,7 @@ def test_what_does_not_fit():
     bare = Decoder(dataclasses.replace(MODEL.config, projection=None), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="this model has none. Train one"):
         kvjax.prefill(bare, prompt, LENGTHS, both(0.5))
-    with pytest.raises(ValueError, match="must be in \\(0, 1\\]"):
+    with pytest.raises(ValueError, match="must be a number in \\(0, 1\\]"):
         both(0.0)
     with pytest.raises(ValueError, match="takes no later blocks"):
         both(0.5, **{"store.residual": 32})

@@ -302,11 +302,11 @@ def test_a_prefix_is_seen_and_not_counted(sliding):
 @pytest.mark.parametrize(
     ("kind", "fields", "says"),
     [
-        (AdaKVGlobal, {"safeguard": 1.5}, "`safeguard` must be in"),
-        (AdaKVGlobal, {"most": 0.5}, "`most` is what a head gets"),
-        (Cake, {"tau1": 0.0}, "`tau1` is a temperature"),
-        (Cake, {"window": 1}, "`window` must be an integer >= 2"),
-        (Lava, {"most": float("inf")}, "at least 1; got inf"),
+        (AdaKVGlobal, {"safeguard": 1.5}, "safeguard` must be a number in"),
+        (AdaKVGlobal, {"most": 0.5}, "most` must be a number >= 1"),
+        (Cake, {"tau1": 0.0}, "tau1` must be a number > 0"),
+        (Cake, {"window": 1}, "window` must be an integer >= 2"),
+        (Lava, {"most": float("inf")}, "must be a finite number >= 1; got inf"),
     ],
 )
 def test_wrong_fields(kind, fields, says):

@@ -209,8 +209,8 @@ def test_the_loss_has_a_slope_by_the_keys():
 def test_what_does_not_fit():
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"keep": 0.0}, "keep = 1 - ratio"),
-        ({"keep": 1.5}, "must be in \\(0, 1\\]"),
-        ({"window": 0}, "`window` must be an integer >= 1"),
+        ({"keep": 1.5}, "must be a number in \\(0, 1\\]"),
+        ({"window": 0}, "window` must be an integer >= 1"),
     ]
     for fields, says in wrong:
         with pytest.raises(ValueError, match=says):

@@ -130,7 +130,7 @@ def test_config_is_hashable_and_builds_layers_once():
         ({"num_kv_heads": 3}, "must divide"),
         ({"num_layers": 0}, "num_layers"),
         ({"windows": (8,)}, "per layer"),
-        ({"windows": (0, 0, 0)}, "at least 1"),
+        ({"windows": (0, 0, 0)}, "windows.0` must be an integer >= 1"),
         ({"activation": "gelo"}, "Did you mean 'gelu'"),
         ({"rope": Rope(head_dim=8)}, "head_dim"),
     ],
