@@ -87,7 +87,10 @@ class ExpectedAttention(AbstractScorer):
             logits = logits + 0.5 * spread * spec.scale**2
         logits = jnp.where(counted[:, :, None], logits, NEG_INF)
         logs = jax.nn.log_softmax(logits, axis=-1)
-        return jax.nn.logsumexp(logs, axis=2) - math.log(h // kv_heads)
+        # Not of -inf alone, whose slope is no number.
+        logs = jnp.where(counted[:, :, None], logs, 0.0)
+        logs = jax.nn.logsumexp(logs, axis=2) - math.log(h // kv_heads)
+        return jnp.where(counted, logs, NEG_INF)
 
 
 def _sizes(held: Held) -> Scores:

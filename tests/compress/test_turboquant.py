@@ -287,7 +287,7 @@ def test_what_does_not_fit():
     with pytest.raises(ValueError, match="got of=Plain. Use a codec with bits"):
         Hadamard(of=Plain())
     with pytest.raises(
-        ValueError, match="seed` must be an integer in \\[0, 4294967295\\]"
+        ValueError, match="seed` must be an integer in"
     ):
         turned(4, seed=-1)
     with pytest.raises(ValueError, match="must be one of"):
