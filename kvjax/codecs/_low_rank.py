@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
 from kvjax.fields import Fraction
+from kvjax.pallas_kernels.partial import PIECE
 from kvjax.turns import cut, take
 from kvjax.types import pytree, static
 
@@ -102,6 +103,8 @@ class LowRank(AbstractCodec):
         plain = rope.unrotate(x, jnp.maximum(positions, 0)) if self.rotated else x
         b, k, s, d = x.shape
         rows = jnp.moveaxis(plain, 1, 2).reshape(b, s, k * d).astype(jnp.float32)
+        # Products of whole pieces: XLA on a CPU orders the sums of others otherwise.
+        rows = jnp.pad(rows, [(0, 0), (0, -s % PIECE), (0, 0)])
         gram = jnp.einsum("BSX,BSY->BXY", rows, rows)
         values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(gram))
         values, vectors = values[:, ::-1], vectors[:, :, ::-1]
@@ -112,7 +115,7 @@ class LowRank(AbstractCodec):
         if self.energy == 1.0:  # float sums end early on tiny tails
             needed = jnp.ones_like(needed)
         basis = jnp.where(needed[:, None, :], vectors, 0)[:, :, :rank]
-        coefficients = jnp.einsum("BSX,BXR->BSR", rows, basis).astype(x.dtype)
+        coefficients = jnp.einsum("BSX,BXR->BSR", rows, basis)[:, :s].astype(x.dtype)
         basis = jnp.moveaxis(basis.reshape(b, k, d, rank), 3, 2)
         return LowRankArray(
             coefficients=coefficients, basis=basis.astype(x.dtype), rotated=self.rotated

@@ -286,9 +286,7 @@ def test_signs_are_those_of_the_seed():
 def test_what_does_not_fit():
     with pytest.raises(ValueError, match="got of=Plain. Use a codec with bits"):
         Hadamard(of=Plain())
-    with pytest.raises(
-        ValueError, match="seed` must be an integer in"
-    ):
+    with pytest.raises(ValueError, match="seed` must be an integer in"):
         turned(4, seed=-1)
     with pytest.raises(ValueError, match="must be one of"):
         LloydMax(bits=5)
