@@ -85,9 +85,11 @@ Count = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Fraction = Annotated[float, Range(above=0, most=1)]
 Share = Annotated[float, Range(0, 1)]
+Factor = Annotated[float, Range(1e-3, 1e6)]
 PositiveReal = Annotated[float, Range(above=0)]
 Amount = Annotated[float, Range(0)]
 Bytes = Annotated[int, Range(1, 2**60)]
+Window = Annotated[int, Range(1, 2**16)]
 Kernel = Annotated[int, Range(1, 1023)]
 Token = Annotated[
     int,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.fields import Checked, OneOf, Positive, PositiveReal, Range
+from kvjax.fields import Checked, Factor, OneOf, Positive, Range, Window
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _TRAINED = ("dynamic", "llama3", "yarn", "longrope")
@@ -49,20 +49,20 @@ class Rope(Checked):
     sequence of `reach` tokens (`longrope`: of any length on the same side).
     """
 
-    head_dim: Positive
-    theta: PositiveReal = 10_000.0
+    head_dim: Window
+    theta: Annotated[float, Range(1e-3, 1e12)] = 10_000.0
     rotary_dim: Positive | None = None
     kind: Annotated[str, OneOf(*KINDS)] = "default"
-    factor: PositiveReal = 1.0
-    low_freq_factor: PositiveReal = 1.0
-    high_freq_factor: PositiveReal = 4.0
-    beta_fast: PositiveReal = 32.0
-    beta_slow: PositiveReal = 1.0
+    factor: Factor = 1.0
+    low_freq_factor: Factor = 1.0
+    high_freq_factor: Factor = 4.0
+    beta_fast: Factor = 32.0
+    beta_slow: Factor = 1.0
     original_max_positions: Context | None = None
     reach: Context | None = None
-    short_factor: tuple[PositiveReal, ...] = ()
-    long_factor: tuple[PositiveReal, ...] = ()
-    attention_factor: PositiveReal | None = None
+    short_factor: tuple[Factor, ...] = ()
+    long_factor: tuple[Factor, ...] = ()
+    attention_factor: Factor | None = None
     truncate: bool = True
 
     def __post_init__(self):

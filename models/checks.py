@@ -15,6 +15,7 @@ from kvjax.compress.config import Compression
 from kvjax.compress.plan import LayerPlan
 from kvjax.compress.presets import canonical
 from kvjax.fields import Range, fit
+from kvjax.messages import shown
 from kvjax.models.config import DecoderConfig
 
 
@@ -23,7 +24,7 @@ def is_traced(*values: Any) -> bool:
     return any(isinstance(value, Tracer) for value in values)
 
 
-def _concrete(x: jax.Array) -> np.ndarray | None:
+def _concrete(x: Any) -> np.ndarray | None:
     """The values, unless they are traced."""
     return None if is_traced(x) else np.asarray(x)
 
@@ -33,38 +34,72 @@ def count(name: str, value: int, least: int = 0) -> None:
     fit(value, Annotated[int, Range(least, 2**31 - 1)], name)
 
 
+def model(found: Any) -> DecoderConfig:
+    """The configuration of what was given as a model."""
+    config = getattr(found, "config", None)
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(
+            f"`model` must be a kvjax Decoder; got {shown(found)}. `kvjax.load` makes "
+            "one of a directory or a hub id."
+        )
+    return config
+
+
+def _whole(name: str, values: Any, wanted: str) -> np.ndarray | jax.Array:
+    """Integers as they came, before anything cuts them to 32 bits."""
+    if is_traced(values):
+        found, kind = values, jnp.issubdtype(values.dtype, jnp.integer)
+    else:
+        try:
+            found = np.asarray(values)
+            kind = np.issubdtype(found.dtype, np.integer)
+        except (TypeError, ValueError, OverflowError):  # ragged lists, and others
+            found, kind = values, False
+    if not kind:
+        what = getattr(found, "dtype", None)
+        raise ValueError(
+            f"`{name}` must be integers of {wanted}; got "
+            f"{shown(values) if what is None else f'{what} {found.shape}'}."
+        )
+    return found
+
+
 def _token_array(config: DecoderConfig, tokens) -> jax.Array:
-    tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    found = _whole("tokens", tokens, "shape [B, T]")
+    if found.ndim != 2:
         raise ValueError(
-            f"`tokens` must be integers of shape [B, T]; got {tokens.dtype} "
-            f"{tokens.shape}. A single prompt is `tokens[None]`."
+            f"`tokens` must be integers of shape [B, T]; got {found.dtype} "
+            f"{found.shape}. A single prompt is `tokens[None]`."
         )
-    if 0 in tokens.shape:
+    if 0 in found.shape:
         raise ValueError(
-            f"`tokens` must hold at least one row and one token; got {tokens.shape}."
+            f"`tokens` must hold at least one row and one token; got {found.shape}."
         )
-    values = _concrete(tokens)
+    values = _concrete(found)
     if values is not None and (values.min() < 0 or values.max() >= config.vocab_size):
         raise ValueError(
             f"`tokens` must be in [0, {config.vocab_size}), the model's vocabulary; "
-            f"got {int(values.min())} .. {int(values.max())}. Pad with any valid id."
+            f"got {int(values.min())} .. {int(values.max())}. Encode with the model's "
+            "own tokenizer, and pad with any id of it."
         )
-    return tokens.astype(jnp.int32)
+    return _narrowed(tokens, found)
+
+
+def _narrowed(given: Any, found: np.ndarray | jax.Array) -> jax.Array:
+    """As int32, where the caller put it."""
+    return jnp.asarray(given if isinstance(given, jax.Array) else found, jnp.int32)
 
 
 def _row_lengths(tokens: jax.Array, lengths, least: int) -> jax.Array:
     if lengths is None:
         return jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-    lengths = jnp.asarray(lengths)
-    if lengths.shape != tokens.shape[:1] or not jnp.issubdtype(
-        lengths.dtype, jnp.integer
-    ):
+    wanted = f"shape [B] = [{tokens.shape[0]}]"
+    found = _whole("lengths", lengths, wanted)
+    if found.shape != tokens.shape[:1]:
         raise ValueError(
-            f"`lengths` must be integers of shape [B] = [{tokens.shape[0]}]; got "
-            f"{lengths.dtype} {lengths.shape}."
+            f"`lengths` must be integers of {wanted}; got {found.dtype} {found.shape}."
         )
-    values = _concrete(lengths)
+    values = _concrete(found)
     if values is not None and (values.min() < least or values.max() > tokens.shape[1]):
         row = int(np.argmax((values < least) | (values > tokens.shape[1])))
         raise ValueError(
@@ -72,7 +107,7 @@ def _row_lengths(tokens: jax.Array, lengths, least: int) -> jax.Array:
             f"{int(values[row])}. "
             + ("Leave empty prompts out of the batch." if values[row] < least else "")
         )
-    return lengths.astype(jnp.int32)
+    return _narrowed(lengths, found)
 
 
 def prompt(config: DecoderConfig, tokens, lengths) -> tuple[jax.Array, jax.Array]:
@@ -92,13 +127,14 @@ def prompt(config: DecoderConfig, tokens, lengths) -> tuple[jax.Array, jax.Array
 
 def prompt_lengths(inner, lengths: jax.Array) -> jax.Array:
     """Compression points, as int32: at least 1 and inside each row."""
-    inner = jnp.asarray(inner)
-    if inner.shape != lengths.shape or not jnp.issubdtype(inner.dtype, jnp.integer):
+    wanted = f"shape {lengths.shape}"
+    found = _whole("prompt_lengths", inner, wanted)
+    if found.shape != lengths.shape:
         raise ValueError(
-            f"`prompt_lengths` must be integers of shape {lengths.shape}; got "
-            f"{inner.dtype} {inner.shape}."
+            f"`prompt_lengths` must be integers of {wanted}; got {found.dtype} "
+            f"{found.shape}."
         )
-    values, rows = _concrete(inner), _concrete(lengths)
+    values, rows = _concrete(found), _concrete(lengths)
     if values is not None and (values.min() < 1):
         raise ValueError(f"`prompt_lengths` must be at least 1; got {values.min()}.")
     if values is not None and rows is not None and (values > rows).any():
@@ -107,7 +143,7 @@ def prompt_lengths(inner, lengths: jax.Array) -> jax.Array:
             f"`prompt_lengths` must not be above `lengths`; row {row} has "
             f"{int(values[row])} of {int(rows[row])}."
         )
-    return inner.astype(jnp.int32)
+    return _narrowed(inner, found)
 
 
 def generation(
@@ -132,6 +168,7 @@ def extension(
     config: DecoderConfig, cache: KVCache, tokens, lengths
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens and lengths that extend a cache, as int32."""
+    _is_cache("cache", cache)
     tokens = _token_array(config, tokens)
     if tokens.shape[0] != cache.length.shape[0]:
         raise ValueError(
@@ -144,8 +181,28 @@ def extension(
     return tokens, lengths
 
 
+def _is_cache(name: str, found: Any) -> None:
+    if not isinstance(found, KVCache):
+        raise ValueError(
+            f"`{name}` must be a KVCache that kvjax.prefill made; got {shown(found)}."
+        )
+
+
+def last_logits(config: DecoderConfig, cache: KVCache, logits: Any) -> None:
+    """Logits of each row's last token, of this model and this cache."""
+    wanted = (len(cache.length), config.vocab_size)
+    shape = getattr(logits, "shape", None)
+    if shape != wanted or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(
+            f"`logits` must be numbers of shape [B, V] = {list(wanted)}, as "
+            "kvjax.prefill gives them; got "
+            f"{shown(logits) if shape is None else shape}."
+        )
+
+
 def room(config: DecoderConfig, cache: KVCache, new_tokens: int | np.ndarray) -> None:
     """The cache is this model's and takes `new_tokens` more, of each row or of all."""
+    _is_cache("cache", cache)
     if cache.provenance is not None and cache.provenance.model != fingerprint(config):
         raise ValueError(
             "the cache was made by another model. Prefill again with this one."
@@ -224,10 +281,7 @@ def prefix(
             f"{names} reads the prompt again, and would not see a `prefix` in front of "
             "it. Put the prefix into the prompts, or use another score."
         )
-    if not isinstance(cache, KVCache):
-        raise ValueError(
-            f"`prefix` must be a KVCache that kvjax.prefill made; got {cache!r}."
-        )
+    _is_cache("prefix", cache)
     if len(cache.length) != 1:
         raise ValueError(
             f"`prefix` must be a cache of one row, which all rows share; got one of "

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -167,11 +167,12 @@ def generate(
             generation ends with them.
     """
     checks.count("max_new_tokens", max_new_tokens, 1)
-    tokens, lengths = checks.prompt(model.config, tokens, lengths)
+    tokens, lengths = checks.prompt(checks.model(model), tokens, lengths)
     checks.generation(model.config, lengths, max_new_tokens)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     stop_tokens = _stops(stop_tokens)
     key = _key(sampling, key)
+    _callable(callback)
     logits, cache = prefill(model, tokens, lengths, c, max_new_tokens=max_new_tokens)
     return _loop(
         model,
@@ -219,7 +220,9 @@ def generate_from(
             that are not finite.
     """
     checks.count("max_new_tokens", max_new_tokens, 1)
-    checks.room(model.config, cache, max_new_tokens - 1)
+    checks.room(checks.model(model), cache, max_new_tokens - 1)
+    checks.last_logits(model.config, cache, logits)
+    _callable(callback)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     stop_tokens = _stops(stop_tokens)
     key = _key(sampling, key)
@@ -234,6 +237,14 @@ def generate_from(
         callback,
         donate=False,
     )
+
+
+def _callable(callback: Any) -> None:
+    if callback is not None and not callable(callback):
+        raise ValueError(
+            "`callback` must be a function of tokens and lengths; got "
+            f"{shown(callback)}."
+        )
 
 
 def _stops(tokens: Sequence[int]) -> tuple[int, ...]:
@@ -255,7 +266,10 @@ def _key(sampling: Sampling, key: Array | None) -> Array:
     if key is None:
         return jax.random.key(0)
     typed = isinstance(key, jax.Array) and (
-        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        and key.shape == ()
+        or key.dtype == jnp.uint32
+        and key.shape == jax.random.key_data(jax.random.key(0)).shape
     )
     if not typed:
         raise ValueError(

@@ -151,9 +151,11 @@ def prefill(
             of another model, of several rows, or compressed, or in front of a prompt
             that is read again.
     """
-    tokens, lengths = checks.prompt(model.config, tokens, lengths)
+    tokens, lengths = checks.prompt(checks.model(model), tokens, lengths)
     checks.compression(model.config, c, lengths)
     checks.count("max_new_tokens", max_new_tokens)
+    # No row ever has more tokens, so no room is for more.
+    max_new_tokens = min(max_new_tokens, model.config.max_positions)
     width = tokens.shape[1]
     if prefix is not None:
         checks.prefix(model.config, c, prefix, lengths)
@@ -208,6 +210,7 @@ class Prompt:
             )
         checks.compression(self.config, c, self.lengths)
         checks.count("max_new_tokens", max_new_tokens)
+        max_new_tokens = min(max_new_tokens, self.config.max_positions)
         specs, longest = self.config.layers, self.longest
         loops = loops_of(specs, plans_of(self.method, specs, longest))
         how = (self.lengths, c, max_new_tokens)
@@ -232,7 +235,7 @@ def read_prompt(
 
     Arguments and errors are those of `prefill`.
     """
-    tokens, lengths = checks.prompt(model.config, tokens, lengths)
+    tokens, lengths = checks.prompt(checks.model(model), tokens, lengths)
     width, method = tokens.shape[1], method_of(c)
     tokens, longest = pad_tokens(tokens, bucket(width, PROMPT)), bucket(width)
     graph, params = nnx.split(model)
@@ -278,7 +281,7 @@ def extend(
             model, more tokens than fit. Under `jit`, where that cannot be seen, rows
             that overflow give NaN.
     """
-    tokens, lengths = checks.extension(model.config, cache, tokens, lengths)
+    tokens, lengths = checks.extension(checks.model(model), cache, tokens, lengths)
     width = tokens.shape[1]
     if width > 1 and not checks.is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width))

@@ -61,5 +61,7 @@ def _nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
     ordered = jnp.sort(logits, axis=-1)[..., ::-1]
     weight = jax.nn.softmax(ordered, axis=-1)
     inside = jnp.cumsum(weight, axis=-1) - weight < top_p
+    # Whatever is asked: a denormal `top_p` is 0 on some devices.
+    inside = inside.at[..., 0].set(True)
     edge = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= edge, logits, NEG_INF)

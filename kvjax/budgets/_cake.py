@@ -41,7 +41,7 @@ class Cake(AbstractSharing):
     down. Only layers that compute the same share, see `AbstractSharing`.
     """
 
-    window: Annotated[int, Range(2)] = sized(32, short=8, recent=True)
+    window: Annotated[int, Range(2, 2**16)] = sized(32, short=8, recent=True)
     tau1: PositiveReal = 1.0
     tau2: PositiveReal = 1.0
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from typing import Self
+from typing import Annotated, Self
 
 from kvjax.budgets import AbstractBudget, Uniform
 from kvjax.codecs import AbstractCodec, Plain
 from kvjax.config import sized
-from kvjax.fields import Checked, Count
+from kvjax.fields import Checked, Range
 from kvjax.merges import AbstractMerge
 from kvjax.reads import AbstractRead, All
 from kvjax.schedules import AbstractSchedule, AfterPrefill
@@ -101,7 +101,7 @@ class Storage(Checked):
 
     keys: AbstractCodec = Plain()
     values: AbstractCodec = Plain()
-    residual: Count = sized(0, short=32)
+    residual: Annotated[int, Range(0, 2**16)] = sized(0, short=32)
 
     def __post_init__(self):
         super().__post_init__()

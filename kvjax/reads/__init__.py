@@ -70,7 +70,7 @@ class Quest(AbstractRead):
     full page are always read.
     """
 
-    page: Annotated[int, Range(1, 2**20)] = 16
+    page: Annotated[int, Range(1, 2**16)] = 16
     keep: Fraction | None = 0.25
     slots: Positive | None = sized(None, short=24)
 

@@ -36,7 +36,7 @@ class Cake(AbstractWindow):
     the mean.
     """
 
-    window: Annotated[int, Range(2)] = sized(32, short=8, recent=True)
+    window: Annotated[int, Range(2, 2**16)] = sized(32, short=8, recent=True)
     gamma: Amount = 200.0
     kernel: Kernel = 5
 

@@ -33,7 +33,7 @@ class LagKV(AbstractScorer):
     """
 
     n_sink: Count = 4
-    lag: Annotated[int, Range(2)] = sized(128, short=16)
+    lag: Annotated[int, Range(2, 2**16)] = sized(128, short=16)
     exact: ClassVar[bool] = True
 
     @property

@@ -1,12 +1,13 @@
 """Prompts that are told again, chunk by chunk, behind themselves."""
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from kvjax.config import sized
-from kvjax.fields import Count, Positive, Token
+from kvjax.fields import Range, Token, Window
 from kvjax.scorers.base import AbstractProbe
 from kvjax.types import EMPTY, Lengths, Tokens, pytree
 
@@ -42,8 +43,8 @@ class AbstractReplay(AbstractProbe):
             context exactly.`, say; empty: the prompt simply begins again.
     """
 
-    chunk: Positive = sized(2048, short=32)
-    overlap: Count = 8
+    chunk: Window = sized(2048, short=32)
+    overlap: Annotated[int, Range(0, 2**16)] = 8
     ask: tuple[Token, ...] = ()
 
     def validate(self, longest, vocab_size, max_positions):

@@ -27,12 +27,12 @@ LOW_RANK = {"type": "low_rank", "keep": 0.5}
         (
             "snapkv",
             {"evict.score.window": "wide"},
-            "score.window` must be an integer >= 1",
+            "score.window` must be an integer",
         ),
         (
             "snapkv",
             {"evict.score.window": 0},
-            "score.window` must be an integer >= 1",
+            "score.window` must be an integer",
         ),
         ("snapkv", {"evict.budget.keep": 0.0}, "must be a number in \\(0, 1\\]"),
         ("snapkv", {"evict.budget.keep": 1.01}, "keep = 1 - ratio"),
