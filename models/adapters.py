@@ -4,6 +4,7 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`, with tenso
 as `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
 """
 
+import dataclasses
 import math
 import pathlib
 import re
@@ -12,15 +13,19 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from kvjax.fields import Positive
 from kvjax.files import read_json
 from kvjax.messages import nearest
+from kvjax.models.families.settings import Settings
 from kvjax.models.hub import ADAPTER, ADAPTER_CONFIG, checkpoint_directory
 from kvjax.models.quantised import unquantised
 from kvjax.models.shards import INDEX, SINGLE, Shards, Source, check_save, finite
 from kvjax.models.tokenizer import has_tokenizer
 
 _UPDATE = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-_ENDLESS = re.compile(r"\)[*+?{]|[*+}][^)]*[*+{][^)]*[*+{]|.{300}", re.DOTALL)
+_REPEATED_GROUP, _QUANTIFIERS, _LONGEST = re.compile(r"\)[*+?{]"), "*+?{", 300
+# Flags, which are read by their type.
+_FLAGS = ("use_rslora", "use_dora", "lora_bias")
 _REMEDY = (
     "Merge it with PEFT (`merge_and_unload`, then `save_pretrained`) and load what it "
     "has saved."
@@ -50,7 +55,8 @@ def base_directory(directory: pathlib.Path) -> pathlib.Path:
         return directory
     path = directory / ADAPTER_CONFIG
     settings = read_json(path)
-    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    name = settings.get("base_model_name_or_path")
+    revision = _typed(Settings(settings), "revision", str, path, None)
     remedy = f"Set `base_model_name_or_path` in {path} to its directory or hub id."
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"{path} names no base model; got {name!r:.80}. {remedy}")
@@ -108,29 +114,26 @@ class Merged:
         self.base, self.place = base, base.place
         self.files, self.shapes = base.files, base.shapes
         self.updates = _updates(directory)
-        settings = read_json(directory / ADAPTER_CONFIG)
-        where = directory / ADAPTER_CONFIG
-        _check_plain(settings, where)
+        self.settings = _read(directory / ADAPTER_CONFIG)
         pairs: dict[str, dict[str, str]] = {}
         for name in self.updates.shapes:
             found = _UPDATE.fullmatch(name)
             if found is None:
                 _refuse(f"tensor {name[:160]!r}", self.updates.place)
-            pairs.setdefault(found[1], {})[found[2]] = name
+            pair = pairs.setdefault(found[1], {})
+            if pair.setdefault(found[2], name) != name:
+                raise ValueError(
+                    f"{self.updates.place} has {pair[found[2]][:160]!r} and "
+                    f"{name[:160]!r}, which are the same matrix. Remove one of them."
+                )
         if not pairs:
             raise ValueError(f"{self.updates.place} holds no tensors.")
         self.pairs = {
-            f"{module}.weight": self._checked(module, pair, settings, where)
+            f"{module}.weight": self._checked(module, pair)
             for module, pair in pairs.items()
         }
 
-    def _checked(
-        self,
-        module: str,
-        pair: Mapping[str, str],
-        settings: Mapping[str, Any],
-        where: pathlib.Path,
-    ) -> tuple[str, str, float]:
+    def _checked(self, module: str, pair: Mapping[str, str]) -> tuple[str, str, float]:
         """Names of A and B, and the scale, of one matrix that has both."""
         place, target = self.updates.place, f"{module}.weight"
         if target not in self.shapes:
@@ -143,16 +146,16 @@ class Merged:
                 f"{place} has {next(iter(pair.values()))[:160]!r} and not its other "
                 f"half; expected lora_A and lora_B. It is incomplete; save it again."
             )
-        rank = _rank(module, settings, where)
+        rank = self.settings.rank(module)
         got = [self.updates.shapes[pair[side]] for side in "AB"]
         shape = self.shapes[target]
         if len(shape) != 2 or got != [(rank, shape[1]), (shape[0], rank)]:
             raise ValueError(
                 f"{place} has lora_A and lora_B of {str(got):.120} for "
                 f"{target[:160]!r} of {str(shape):.80}; expected [(r, in), "
-                f"(out, r)] with r = {rank} by {where.name}."
+                f"(out, r)] with r = {rank} by {ADAPTER_CONFIG}."
             )
-        return pair["A"], pair["B"], _scale(module, rank, settings, where)
+        return pair["A"], pair["B"], self.settings.scale(module)
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
         """Rows `start:stop` of a tensor, some at a time."""
@@ -162,12 +165,22 @@ class Merged:
         *names, scale = self.pairs[name]
         a, b = (self._whole(part) for part in names)
         for piece in self.base.rows(name, start, stop):
-            update = b[start : start + len(piece)] @ a
-            yield piece.astype(np.float32) + np.float32(scale) * update
+            held = piece.astype(np.float32)
+            with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+                update = b[start : start + len(piece)] @ a
+                made = held + np.float32(scale) * update
+            if not finite(made) and finite(held):
+                raise ValueError(
+                    f"Merging {self.updates.place} into {name[:160]!r} overflows: "
+                    f"{names[0][:160]!r} times its other half and {scale:g} is beyond "
+                    f"float32. The adapter is damaged or its training diverged."
+                )
+            yield made
             start += len(piece)
 
     def _whole(self, name: str) -> np.ndarray:
-        found = self.updates.whole(name).astype(np.float32)
+        with np.errstate(over="ignore"):  # looked for below
+            found = self.updates.whole(name).astype(np.float32)
         if not finite(found):
             raise ValueError(
                 f"Tensor {name!r:.200} in {self.updates.place} holds NaN or Inf. The "
@@ -201,6 +214,52 @@ def _refuse(what: str, where: pathlib.Path) -> NoReturn:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Lora:
+    """What `adapter_config.json` says of its updates."""
+
+    r: int
+    alpha: float
+    ranks: Mapping[re.Pattern[str], int]
+    alphas: Mapping[re.Pattern[str], float]
+    root: bool
+    """Whether updates are divided by the root of their rank (rsLoRA)."""
+
+    def rank(self, module: str) -> int:
+        return _own(self.ranks, module, self.r)
+
+    def scale(self, module: str) -> float:
+        rank, alpha = self.rank(module), _own(self.alphas, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.root else rank)
+
+
+def _read(where: pathlib.Path) -> _Lora:
+    raw = read_json(where)
+    settings = Settings(raw, {"r": 8, "lora_alpha": 8})
+    _check_plain(raw, where)
+    for name in ("use_dora", "lora_bias"):
+        if _typed(settings, name, bool, where, False):
+            _refuse(f"`{name}`", where)
+    ranks = _typed(settings, "rank_pattern", dict[str, Positive], where, {})
+    alphas = _typed(settings, "alpha_pattern", dict[str, float], where, {})
+    return _Lora(
+        r=_typed(settings, "r", Positive, where),
+        alpha=_typed(settings, "lora_alpha", float, where),
+        ranks={_pattern(p, "rank_pattern", where): v for p, v in ranks.items()},
+        alphas={_pattern(p, "alpha_pattern", where): v for p, v in alphas.items()},
+        root=_typed(settings, "use_rslora", bool, where, False),
+    )
+
+
+def _typed(
+    settings: Settings, name: str, hint: Any, where: pathlib.Path, *default: Any
+) -> Any:
+    try:
+        return settings.get(name, hint, *default)
+    except ValueError as wrong:
+        raise ValueError(f"{where}: {str(wrong):.600}") from None
+
+
 def _check_plain(settings: Mapping[str, Any], where: pathlib.Path) -> None:
     kind = settings.get("peft_type")
     if kind != "LORA":
@@ -209,54 +268,31 @@ def _check_plain(settings: Mapping[str, Any], where: pathlib.Path) -> None:
         )
     others = [name for name in settings if name.startswith("use_")]
     for name in (*_OTHER, *others):
-        if settings.get(name) and name != "use_rslora":
-            _refuse(f"`{name}` ({str(settings[name]):.80})", where)
+        if settings.get(name) and name not in _FLAGS:
+            _refuse(f"`{name[:80]}` ({str(settings[name]):.80})", where)
     if settings.get("bias", "none") not in ("none", None):
         _refuse(f"`bias` {settings['bias']!r:.40}", where)
     start = settings.get("init_lora_weights")
-    if start not in _STARTS:
+    if not any(type(start) is type(one) and start == one for one in _STARTS):
         _refuse(f"`init_lora_weights` {start!r:.40}, which changes the base,", where)
 
 
-def _pattern(name: str, module: str, settings: Mapping[str, Any], where: pathlib.Path):
-    """A module's own entry of `rank_pattern` or `alpha_pattern`, as PEFT finds it."""
-    table = settings.get(name) or {}
-    if not isinstance(table, Mapping):
-        raise ValueError(f"`{name}` in {where} must be a mapping; got {table!r:.80}.")
-    for pattern, value in table.items():
-        if _ENDLESS.search(pattern):
-            raise ValueError(
-                f"`{name}` in {where} has {pattern!r:.80}; repeated groups may take "
-                "for ever and are not read. Name the modules one by one."
-            )
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise ValueError(
-                f"`{name}` in {where} has {pattern!r:.80}, which is no regular "
-                f"expression: {error}."
-            ) from None
-    return None
-
-
-def _rank(module: str, settings: Mapping[str, Any], where: pathlib.Path) -> int:
-    rank = _pattern("rank_pattern", module, settings, where)
-    rank = settings.get("r", 8) if rank is None else rank
-    if type(rank) is not int or rank < 1:
+def _pattern(pattern: str, name: str, where: pathlib.Path) -> re.Pattern[str]:
+    """A key of `rank_pattern` or `alpha_pattern` as PEFT matches it."""
+    said = f"`{name}` in {where} has {pattern!r:.80}"
+    # Python looks for a match by trying: what may repeat in many ways takes for ever.
+    quantifiers = sum(pattern.count(one) for one in _QUANTIFIERS)
+    if quantifiers > 2 or len(pattern) > _LONGEST or _REPEATED_GROUP.search(pattern):
         raise ValueError(
-            f"`r` in {where} must be a positive integer; got {rank!r:.80}."
+            f"{said}; at most {_LONGEST} characters with two of {_QUANTIFIERS!r} and "
+            "no repeated group are read. Name the modules one by one."
         )
-    return rank
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{said}, which is no regular expression: {error}.") from None
 
 
-def _scale(
-    module: str, rank: int, settings: Mapping[str, Any], where: pathlib.Path
-) -> float:
-    alpha = _pattern("alpha_pattern", module, settings, where)
-    alpha = settings.get("lora_alpha", 8) if alpha is None else alpha
-    if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
-        raise ValueError(
-            f"`lora_alpha` in {where} must be a finite number; got {alpha!r:.80}."
-        )
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+def _own[T](table: Mapping[re.Pattern[str], T], module: str, default: T) -> T:
+    """A module's own entry: the first whose pattern fits, as in PEFT."""
+    return next((value for key, value in table.items() if key.match(module)), default)
