@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from kvjax.messages import shown
 from kvjax.models.shards import DTYPES, Shards, Source, finite
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -148,11 +149,11 @@ def _block(settings: Mapping[str, Any]) -> tuple[int, int]:
     found += [weights.get("block_structure") for weights in _groups(settings)]
     given = next((block for block in found if block is not None), _BLOCK)
     if isinstance(given, list | tuple) and len(given) == 2:
-        if all(type(size) is int and size > 0 for size in given):
+        if all(type(size) is int and 0 < size < 2**31 for size in given):
             return given[0], given[1]
     raise ValueError(
-        f"`quantization_config` needs its block as two positive integers; got "
-        f"{str(given):.80}."
+        f"`quantization_config` needs its block as two positive integers of 32 bits; "
+        f"got {shown(given)}."
     )
 
 
@@ -259,5 +260,5 @@ class Dequantised:
         rows = np.arange(first, first + count)
         if scale.shape == (shape[0], 1):
             return scale[rows]
-        tall, wide = self.block
+        tall, wide = self.block[0], min(self.block[1], shape[1])
         return np.repeat(scale[rows // tall], wide, axis=1)[:, : shape[1]]

@@ -10,6 +10,8 @@ import pytest
 
 from kvjax.models import load
 from kvjax.models.families import read_config
+from kvjax.models.quantised import unquantised
+from kvjax.models.shards import Shards
 from tests.faults.files import NAMES, SINGLE, UP, configure, fails, parts, rewrite
 from tests.models.samples import sample
 
@@ -112,6 +114,7 @@ def expected(
     return out
 
 
+BLOCK = "weight_block_size"
 FINE = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 COMPRESSED = {
     "quant_method": "compressed-tensors",
@@ -186,6 +189,27 @@ def test_fp8_that_cannot_be_read(one, edit, match):
 
     rewrite(one, change)
     fails(one, match)
+
+
+@pytest.mark.parametrize(
+    "block", [[12, 10**30], [10**5000, 4], [True, 4], [12, 4.0], [12], "12", {}]
+)
+def test_blocks_that_are_none(one, block):
+    rewrite(one, lambda held: in_fp8(held, (12, 10**6), "_scale_inv"))
+    configure(one, quantization_config=FINE)
+    raw = json.loads((one / "config.json").read_text())
+    with pytest.raises(ValueError, match="block as two positive integers") as said:
+        unquantised(Shards(one), raw | {"quantization_config": {**FINE, BLOCK: block}})
+    assert len(str(said.value)) < 500
+
+
+def test_a_block_wider_than_its_matrix(one):
+    """It costs what the matrix is wide."""
+    rewrite(one, lambda held: in_fp8(held, (12, 10**6), "_scale_inv"))
+    configure(one, quantization_config=FINE | {BLOCK: [12, 2**31 - 1]})
+    model, _ = load(one, "float32", tokenizer=False)
+    wanted = expected(one, UP, "_scale_inv", (12, 10**6))
+    np.testing.assert_array_equal(np.asarray(model.layers.mlp.up.kernel[1]), wanted.T)
 
 
 def test_fp8_as_a_mere_cast_and_a_config_without_fp8(one):
