@@ -4,6 +4,8 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from kvjax.models.tokenizer import encoded
+
 
 class Tokenizer:
     """A Hugging Face tokenizer as the harness uses it.
@@ -16,12 +18,12 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         bos: Any = tokenizer.bos_token_id
-        begins = bos is not None and list(tokenizer.encode("a"))[:1] == [bos]
+        begins = bos is not None and encoded(tokenizer, "a")[:1] == [bos]
         self.prefix: list[int] = [bos] if begins else []  # type: ignore[list-item]
 
     def encode(self, text: str) -> list[int]:
         """Tokens without specials."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return encoded(self._tokenizer, text, add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without specials."""

@@ -1,9 +1,12 @@
 """Tokenizers of a checkpoint directory, without torch and without remote code."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from kvjax.files import read_json, read_text
+from kvjax.messages import shown
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -25,7 +28,7 @@ def load_tokenizer(directory: pathlib.Path) -> Any:
             f"{directory} has no tokenizer (none of {list(_FILES)}). Pass "
             f"`tokenizer=False` to load the weights alone."
         )
-    try:
+    with _named(f"Cannot read the tokenizer in {directory} ({found})"):
         if "tokenizer.json" in found and "tokenizer_config.json" not in found:
             return _bare(directory)
         from transformers import AutoTokenizer
@@ -33,11 +36,45 @@ def load_tokenizer(directory: pathlib.Path) -> Any:
         return AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
-    # The reader below raises whatever its Rust and Python layers raise.
-    except Exception as error:
-        raise ValueError(
-            f"Cannot read the tokenizer in {directory} ({found}): {str(error):.500}"
-        ) from error
+
+
+def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Token ids of a text; `options` as `encode` of the tokenizer takes them.
+
+    Raises:
+        ValueError: the tokenizer fails, or gives what is no id of its vocabulary.
+    """
+    place = getattr(tokenizer, "name_or_path", None)
+    which = f"The tokenizer in {shown(place)}" if place else "The tokenizer"
+    with _named(f"{which} cannot encode {shown(text)}"):
+        found = list(tokenizer.encode(text, **options))
+        size = len(tokenizer)
+    for one in found:
+        if not 0 <= one < size and not _is_token(tokenizer, one):
+            raise ValueError(
+                f"{which} gives token {one} for {shown(text)}, which is no id of its "
+                f"{size} tokens. Mend its files, or take those of the model."
+            )
+    return found
+
+
+def _is_token(tokenizer: Any, one: int) -> bool:
+    """Of an id above the size of a vocabulary, which may have holes: it has a name."""
+    inside = 0 <= one < 2**31  # as the model takes them
+    return inside and tokenizer.convert_ids_to_tokens(one) is not None
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """While inside, what the Rust and Python layers of a tokenizer raise is worded."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of Rust is no `Exception`, and its class cannot be imported.
+        panic = type(error).__name__ == "PanicException"
+        if not panic and not isinstance(error, Exception):
+            raise
+        raise ValueError(f"{what}: {str(error):.500}") from error
 
 
 def _bare(directory: pathlib.Path) -> Any:

@@ -33,6 +33,7 @@ from kvjax.models import checks
 from kvjax.models.bundled import DEFAULT
 from kvjax.models.sampling import Sampling
 from kvjax.models.stored_generation import sampling_of
+from kvjax.models.tokenizer import encoded
 from kvjax.plaintext import MARK, check_text, decoded
 
 Temperature = Annotated[float | None, Range(0), optional("NUMBER")]
@@ -201,7 +202,7 @@ class Generate(Command):
                     f"{self.model} has no chat template; leave --chat out."
                 )
             text = self._asked(tokenizer, text)
-        ids = list(tokenizer.encode(text, add_special_tokens=not self.chat))
+        ids = encoded(tokenizer, text, add_special_tokens=not self.chat)
         if not ids:
             raise ValueError("the prompt is empty; give at least one token.")
         return ids
@@ -221,7 +222,7 @@ class Generate(Command):
     def _stops(self, tokenizer) -> list[int]:
         found = []
         for text in self.stop:
-            ids = tokenizer.encode(text, add_special_tokens=False)
+            ids = encoded(tokenizer, text, add_special_tokens=False)
             if len(ids) != 1:
                 raise ValueError(
                     f"--stop {shown(text)} is {len(ids)} tokens of this model; each "

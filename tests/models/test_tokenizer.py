@@ -1,8 +1,14 @@
 """Tokenizers travel with their checkpoint."""
 
+import json
+
 import pytest
 
+from kvjax.cli.generate import Generate
+from kvjax.eval.text import Tokenizer as Characters
 from kvjax.models import load, save
+from kvjax.models.tokenizer import encoded, load_tokenizer
+from kvjax.train.data.words import Words
 
 from .samples import sample
 
@@ -64,3 +70,89 @@ def test_unreadable_and_missing_tokenizers(directory):
     with pytest.raises(ValueError, match="no tokenizer.*tokenizer=False"):
         load(directory)
     assert load(directory, tokenizer=False)[1] is None
+
+
+def faulty(directory, edit):
+    """The directory's tokenizer behind an edit of its `tokenizer.json`."""
+    path = directory / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    edit(raw)
+    path.write_text(json.dumps(raw))
+    return load_tokenizer(directory)
+
+
+def no_unknown(raw):
+    raw["model"] |= {"unk_token": "[UNK]"}
+
+
+def unnamed_special(raw):
+    raw["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
+
+
+def large_ids(raw):
+    raw["model"]["vocab"]["dog"] = 2**31 + 5
+
+
+def stray_ids(raw):
+    raw["post_processor"] = {"type": "RobertaProcessing", "sep": ["</s>", 2]}
+    raw["post_processor"] |= {"cls": ["<s>", 77], "trim_offsets": True}
+    raw["post_processor"] |= {"add_prefix_space": False}
+
+
+@pytest.mark.parametrize(
+    ("edit", "text", "match"),
+    [
+        (no_unknown, "dog", r"cannot encode 'dog': .*\[UNK\]"),
+        (unnamed_special, "the", "cannot encode 'the': index out of bounds"),
+        (large_ids, "dog", "gives token 2147483653 for 'dog', which is no id"),
+        (stray_ids, "the", "gives token 77 for 'the', which is no id of its 9 tokens"),
+        (dict, "\ud800", "cannot encode '.ud800': TextEncodeInput"),
+        (no_unknown, "dog" * 9000, "cannot encode 'dogdog"),
+    ],
+)
+def test_what_fails_while_encoding_names_the_tokenizer(directory, edit, text, match):
+    found = faulty(directory, edit)
+    with pytest.raises(ValueError, match=match) as said:
+        encoded(found, text)
+    assert str(directory) in str(said.value) and len(str(said.value)) < 1500
+
+
+def test_all_who_encode_are_told(directory):
+    found = faulty(directory, no_unknown)
+    calls = (
+        lambda: Characters(found, 9),
+        lambda: Words(found, 9),
+        lambda: Generate(prompt="a")._encode(found, "dog"),
+        lambda: Generate(prompt="a", stop=("dog",))._stops(found),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"{directory.name}' cannot encode"):
+            call()
+
+
+def test_a_vocabulary_with_holes(directory):
+    def edit(raw):
+        raw["model"]["vocab"]["dog"] = 500
+
+    assert encoded(faulty(directory, edit), "the dog") == [6, 500]
+
+
+def test_a_panic_while_loading(directory):
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    with pytest.raises(ValueError, match="Cannot read the tokenizer in"):
+        faulty(directory, lambda raw: raw.update(normalizer=charsmap))
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_passes(kind):
+    class Interrupted:
+        def encode(self, text):
+            raise kind
+
+    with pytest.raises(kind):
+        encoded(Interrupted(), "a")

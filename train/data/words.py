@@ -12,7 +12,12 @@ from kvjax.eval.text import Tokenizer
 from kvjax.models.adapters import tokenizer_directory
 from kvjax.models.bundled import model_directory
 from kvjax.models.io import checkpoint_directory, load_config
-from kvjax.models.tokenizer import has_tokenizer, load_tokenizer, save_tokenizer
+from kvjax.models.tokenizer import (
+    encoded,
+    has_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
 from kvjax.plaintext import check_text
 from kvjax.train.data import tokenizer as characters
 from kvjax.train.recipe import TrainConfig
@@ -56,7 +61,7 @@ class Words:
                 text has characters that are none.
         """
         check_text(text, "the text")
-        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        tokens = encoded(self.tokenizer, text, add_special_tokens=False)
         found = np.asarray(tokens, np.int32)
         if found.size and found.max() >= self.vocab_size:
             self._check(int(found.max()))
