@@ -49,6 +49,11 @@ def checkpoint_directory(
     Raises:
         ValueError: neither a directory nor an id, or it could not be fetched.
     """
+    if not isinstance(path_or_hub_id, str | os.PathLike):
+        raise ValueError(
+            "A checkpoint is a directory or a hub id of the form 'owner/name'; got "
+            f"{shown(path_or_hub_id)}."
+        )
     path = expanded(path_or_hub_id)
     if os.path.isdir(path):
         return path

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from kvjax.files import read_json, write_json
-from kvjax.messages import nearest
+from kvjax.messages import nearest, shown
 from kvjax.models import sharding
 from kvjax.models.adapters import base_directory, opened, tokenizer_directory
 from kvjax.models.config import DecoderConfig
@@ -27,7 +27,7 @@ from kvjax.models.hub import checkpoint_directory as checkpoint_directory
 from kvjax.models.shards import INDEX, SAVE, placed
 from kvjax.models.stored_generation import FILE as GENERATION
 from kvjax.models.stored_generation import generation_settings, with_generation
-from kvjax.models.tokenizer import load_tokenizer, save_tokenizer
+from kvjax.models.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer
 from kvjax.models.weights import check_names, dotted, stream_parameters, write_weights
 from kvjax.narrow import narrow
 
@@ -89,7 +89,7 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
         ValueError: a file that cannot be read, or a setting that is missing, of
             another type, out of range or not supported; names file and setting.
     """
-    folder = base_directory(pathlib.Path(directory))
+    folder = base_directory(_path(directory))
     path = folder / CONFIG
     raw = read_json(path)
     try:
@@ -113,11 +113,12 @@ def save(
     killed saves have left.
 
     Raises:
-        ValueError: `directory` is a file, the family cannot store this config, or
-            another save is writing there.
+        ValueError: `directory` is a file, `tokenizer` is none, the family cannot store
+            this config, or another save is writing there.
         OSError: it cannot be written.
     """
-    folder = pathlib.Path(directory)
+    folder = _path(directory)
+    check_tokenizer(tokenizer)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a directory to save into.")
     settings = _storable(model.config, jnp.dtype(model.dtype).name)
@@ -193,6 +194,12 @@ def _on_disk(path: pathlib.Path) -> None:
             os.fsync(file.fileno())
 
 
+def _path(directory: Any) -> pathlib.Path:
+    if not isinstance(directory, str | os.PathLike):
+        raise ValueError(f"Expected the path of a directory; got {shown(directory)}.")
+    return pathlib.Path(directory)
+
+
 def _dtype(dtype: Any) -> np.dtype:
     try:
         kind = jnp.dtype(dtype)
@@ -216,6 +223,6 @@ def _storable(config: DecoderConfig, dtype: str) -> dict[str, Any]:
         if field.compare and getattr(config, field.name) != getattr(again, field.name)
     ]
     if lost:
-        shown = {name: getattr(config, name) for name in lost}
-        raise ValueError(f"{config.family!r} checkpoints cannot store {shown}.")
+        values = {name: getattr(config, name) for name in lost}
+        raise ValueError(f"{config.family!r} checkpoints cannot store {values}.")
     return settings

@@ -97,6 +97,21 @@ def _bare(directory: pathlib.Path) -> Any:
     return tokenizer
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """A tokenizer that can be saved, or None.
+
+    Raises:
+        ValueError: another object.
+    """
+    if tokenizer is not None and not callable(
+        getattr(tokenizer, "save_pretrained", None)
+    ):
+        raise ValueError(
+            "`tokenizer` must be a tokenizer, as `kvjax.load` returns it, or None; "
+            f"got {shown(tokenizer)}."
+        )
+
+
 def save_tokenizer(tokenizer: Any, directory: pathlib.Path) -> None:
     """The tokenizer's files."""
     tokenizer.save_pretrained(str(directory))

@@ -63,6 +63,11 @@ def compression(name: str | pathlib.Path, /, **overrides: Any) -> Compression:
         >>> compression("snapkv", **{"evict.budget.slots": 128}).evict.budget.slots
         128
     """
+    if not isinstance(name, str | pathlib.PurePath):
+        raise ValueError(
+            "A compression is the name of a preset or a path to a .yaml file; got "
+            f"{shown(name)}."
+        )
     tree = yaml_mapping(_read(name), f"compression {shown(str(name))}")
     try:
         return decode(override(tree, overrides), Compression, COMPONENTS)

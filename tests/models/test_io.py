@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from kvjax.compress.presets import compression
 from kvjax.models import load, save
 from kvjax.models import weights as weights_module
 from kvjax.models.io import load_config
@@ -332,3 +333,23 @@ def test_hub_ids(saved, monkeypatch):
     assert not [p for _, some in calls for p in some if "*" in p or ".bin" in p]
     with pytest.raises(ValueError, match="owner/missing.*could not be fetched.*404"):
         load("owner/missing")
+
+
+@pytest.mark.parametrize("given", [None, b"x", 3, ["owner/name"], object()])
+def test_arguments_of_other_types(given, tmp_path):
+    with pytest.raises(ValueError, match="a directory or a hub id of the form.* got "):
+        load(given)
+    with pytest.raises(ValueError, match="path of a directory; got "):
+        load_config(given)
+    with pytest.raises(ValueError, match="path of a directory; got "):
+        save(sample("llama"), given)
+    with pytest.raises(ValueError, match="preset or a path to a .yaml file; got "):
+        compression(given)
+
+
+def test_what_is_no_tokenizer_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="`tokenizer` must be .*; got 'tok'"):
+        save(sample("llama"), tmp_path / "new", "tok")
+    with pytest.raises(ValueError, match="`tokenizer` must be .*; got <class"):
+        save(sample("llama"), tmp_path / "new", dict)
+    assert not (tmp_path / "new").exists()
