@@ -161,12 +161,16 @@ class AbstractFamily(abc.ABC):
         theta = config.get("rope_theta", PositiveReal, self.theta)
         settings = rope_settings(config)
         rope = read_rope(settings, config, head_dim=head_dim, theta=theta)
-        if rope.width != head_dim and not self.partial_rotary:
+        self.check_rotated(rope)
+        return {"rope": rope} | self.read_reach(rope, settings, config)
+
+    def check_rotated(self, rope: Rope) -> None:
+        """All channels are rotated, where the family stores nothing else."""
+        if rope.width != rope.head_dim and not self.partial_rotary:
             raise ValueError(
                 f"{self.model_type!r} rotates all channels; got partial rotation of "
-                f"{rope.width} in head_dim={head_dim}."
+                f"{rope.width} in head_dim={rope.head_dim}."
             )
-        return {"rope": rope} | self.read_reach(rope, settings, config)
 
     def read_reach(
         self, rope: Rope, settings: Settings, config: Settings

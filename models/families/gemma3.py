@@ -2,9 +2,9 @@
 
 import math
 from types import MappingProxyType
-from typing import Any, final
+from typing import Annotated, Any, final
 
-from kvjax.fields import Positive, PositiveReal
+from kvjax.fields import Positive, PositiveReal, Range
 from kvjax.models.config import DecoderConfig, Layers
 from kvjax.models.families.base import ACTIVATION_NAMES, AbstractFamily, read_activation
 from kvjax.models.families.rotary import read_rope, rope_settings
@@ -16,6 +16,9 @@ from kvjax.models.families.windows import (
     read_layer_types,
     write_layer_types,
 )
+from kvjax.rope import Rope
+
+_Scalar = Annotated[float, Range(1e-3, 1e6)]
 
 
 @final
@@ -52,7 +55,7 @@ class Gemma3(AbstractFamily):
         every = config.get("sliding_window_pattern", Positive, 6)
         rule = [FULL if (index + 1) % every == 0 else SLIDING for index in layers]
         window = config.get("sliding_window", Positive, None)
-        scalar = config.get("query_pre_attn_scalar", PositiveReal)
+        scalar = config.get("query_pre_attn_scalar", _Scalar)
         return {
             "activation": read_activation(
                 config, "hidden_activation", "gelu_pytorch_tanh"
@@ -77,24 +80,23 @@ class Gemma3(AbstractFamily):
         theta = config.get("rope_theta", PositiveReal, self.theta)
         near = config.get("rope_local_base_freq", PositiveReal, self.local_theta)
         rope = read_rope(wide, config, head_dim=head_dim, theta=theta)
-        found = {
-            "rope": rope,
-            "local_rope": read_rope(local, config, head_dim=head_dim, theta=near),
-        }
+        local_rope = read_rope(local, config, head_dim=head_dim, theta=near)
+        _check_local(local_rope)
+        for one in (rope, local_rope):
+            self.check_rotated(one)
+        found = {"rope": rope, "local_rope": local_rope}
         return found | self.read_reach(rope, wide, config)
 
     def write_extras(self, config: DecoderConfig) -> dict[str, Any]:
         """Inverse of `extras` and `read_ropes`."""
         local = config.local_rope or config.rope
-        if local.kind != "default":
-            raise ValueError(
-                f"'gemma3_text' has no RoPE scaling on sliding layers; got {local}."
-            )
+        _check_local(local)
         scale = config.attention_scale or config.head_dim**-0.5
         scalar, types = scale**-2, write_layer_types(config)
+        whole = max(round(scalar), 1)
         return {
             "hidden_activation": ACTIVATION_NAMES[config.activation],
-            "query_pre_attn_scalar": round(scalar) if _whole(scalar) else scalar,
+            "query_pre_attn_scalar": whole if whole**-0.5 == scale else scalar,
             "final_logit_softcapping": config.final_softcap,
             "attention_bias": config.qkv_bias,
             "rope_local_base_freq": local.theta,
@@ -104,5 +106,10 @@ class Gemma3(AbstractFamily):
         }
 
 
-def _whole(value: float) -> bool:
-    return abs(value - round(value)) < 1e-6
+def _check_local(rope: Rope) -> None:
+    if rope.kind != "default":
+        raise ValueError(
+            "'gemma3_text' has no RoPE scaling on sliding layers, whose base alone is "
+            f"stored (`rope_local_base_freq`); got {rope.kind!r} (`{SLIDING}`). Take "
+            "it out there."
+        )

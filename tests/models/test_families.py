@@ -110,6 +110,37 @@ def test_rope_spellings(settings, rope):
     assert read_config(LLAMA | settings).rope == rope
 
 
+@pytest.mark.parametrize(
+    "scalar", [1e-3, 1 / 3, 0.9999995, 3.0000001, 168, 256.0, 999_999.5, 1e6]
+)
+def test_gemma_scales_are_stored_as_they_are(scalar):
+    config = read_config(GEMMA | {"query_pre_attn_scalar": scalar})
+    again = read_config(FAMILIES["gemma3_text"].write(config, "float32"))
+    assert again.attention_scale == config.attention_scale == scalar**-0.5
+
+
+@pytest.mark.parametrize("scalar", [1e-20, 0, -1, 9e-4, 2e6, "256"])
+def test_gemma_scales_out_of_range(scalar):
+    with pytest.raises(
+        ValueError, match=r"`query_pre_attn_scalar` .* \[0.001, 1000000"
+    ):
+        read_config(GEMMA | {"query_pre_attn_scalar": scalar})
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "match"),
+    [
+        ("sliding_attention", {"factor": 8.0}, "no RoPE scaling on sliding layers"),
+        ("sliding_attention", {"partial_rotary_factor": 0.5}, "partial rotation of 2"),
+        ("full_attention", {"partial_rotary_factor": 0.5}, "partial rotation of 2"),
+    ],
+)
+def test_gemma_ropes_that_cannot_be_stored(kind, extra, match):
+    rope = {"rope_type": "linear" if "factor" in extra else "default"} | extra
+    with pytest.raises(ValueError, match=match):
+        read_config(GEMMA | {"rope_parameters": {kind: rope}})
+
+
 def test_gemma_rope_spellings_agree():
     old = {
         "rope_theta": 1e6,
