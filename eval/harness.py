@@ -25,6 +25,7 @@ from kvjax.eval.record import averages, describe, header, provenance
 from kvjax.eval.results import RunWriter, check_directory, open_run, read_header
 from kvjax.eval.timing import timed
 from kvjax.inputs import checkpoint_files, of_stamps
+from kvjax.models.adapters import base_directory, tokenizer_directory
 from kvjax.models.decoder import Decoder
 from kvjax.narrow import narrow
 from kvjax.places import busy, held
@@ -103,18 +104,35 @@ def run(
     path = pathlib.Path(run_dir)
     check_directory(path, config)
     made = plan(model.config, tokenizer, config)
-    files = {} if checkpoint is None else checkpoint_files(config.model, checkpoint)
+    files, words = _files(config.model, checkpoint)
     with held(path) as mine:
         if not mine:
             raise busy(path)
         old = read_header(path) if (path / "run.json").exists() else {}
-        inputs = inputs_of(made, files, old.get("inputs", {}))
+        inputs = inputs_of(made, words, old.get("inputs", {}))
         about = header(model, config, inputs, of_stamps(files), old)
         runner = _Runner(model, made, open_run(path, about), progress)
         for group in made.groups:
             for method in made.methods:
                 runner.method(group, method)
     return runner.rows
+
+
+def _files(
+    name: str, checkpoint: str | os.PathLike[str] | None
+) -> tuple[dict[str, pathlib.Path], dict[str, pathlib.Path]]:
+    """Files of a checkpoint, by name: all of them, and those beside its tokenizer.
+
+    All are those of the base model, too, where the checkpoint is an adapter.
+    """
+    if checkpoint is None:
+        return {}, {}
+    own = pathlib.Path(checkpoint)
+    base, words = base_directory(own), tokenizer_directory(own)
+    files = checkpoint_files(name, own)
+    if base != own:
+        files |= checkpoint_files(f"base of {name}", base)
+    return files, {one: file for one, file in files.items() if file.parent == words}
 
 
 class _Runner:

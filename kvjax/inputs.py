@@ -114,11 +114,15 @@ _DO = "Give another directory with --out, or put back what was there."
 SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """Of the files of a checkpoint."""
 
+TEMPLATES = "additional_chat_templates"
+"""Folder of a checkpoint's chat templates beside its first."""
+
 
 def checkpoint_files(
     name: str, directory: str | os.PathLike[str]
 ) -> dict[str, pathlib.Path]:
-    """The files of a checkpoint, by `name/FILE`."""
-    found = sorted(pathlib.Path(directory).iterdir())
+    """The files of a checkpoint, by `name/FILE`, its further templates among them."""
+    folder = pathlib.Path(directory)
+    found = sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")])
     files = [one for one in found if one.suffix in SUFFIXES and one.is_file()]
-    return {f"{name}/{one.name}": one for one in files}
+    return {f"{name}/{one.relative_to(folder)}": one for one in files}

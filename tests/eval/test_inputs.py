@@ -198,6 +198,26 @@ def test_weights_are_looked_at_once_per_checkpoint(files, model, monkeypatch):
     assert len(looked) == 3
 
 
+def test_weights_under_an_adapter_are_looked_at(files, model, monkeypatch):
+    monkeypatch.setattr("kvjax.inputs.YOUNG_NS", -(10**18))
+    looked = []
+    monkeypatch.setattr(record, "fingerprint", lambda m: looked.append(m) or "1-2")
+    monkeypatch.setattr(record.checks, "fingerprint", lambda config: "1")
+    (files / "model").rename(files / "base")
+    (files / "model").mkdir()
+    about = json.dumps({"base_model_name_or_path": "../base"})
+    (files / "model" / "adapter_config.json").write_text(about)
+    run(files, model)
+    run(files, model)
+    assert len(looked) == 1
+    (files / "base" / "model.safetensors").write_bytes(b"other weights")
+    run(files, model)
+    assert len(looked) == 2
+    changes(files / "base" / "tokenizer.json", "<unk>", "<odd>")
+    with pytest.raises(ValueError, match="base of .*tokenizer.json has changed"):
+        run(files, model)
+
+
 def test_a_directory_left_by_a_killed_beginning(files, model):
     (files / "run").mkdir()
     (files / "run" / ".lock").touch()

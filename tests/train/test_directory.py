@@ -1,5 +1,7 @@
 """The directory of a run: what is refused there before anything is computed."""
 
+import gzip
+import json
 import os
 import pathlib
 import shutil
@@ -141,7 +143,22 @@ def given(kind: str, tmp_path: pathlib.Path) -> tuple[TrainConfig, pathlib.Path]
         return recipe(sampling=choices), yaml_file
     if kind == "cached":
         return recipe(cached=CachedConfig(choices=(choice(yaml_file),))), yaml_file
+    if kind in ("packed", "packed folder"):
+        (data / "c.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+        name = data if kind == "packed folder" else data / "c.jsonl.gz"
+        return recipe(data=DataConfig(sources=(dataset(name),))), data / "c.jsonl.gz"
     shutil.copytree(model_directory("kvjax-tiny"), tmp_path / "init")
+    if kind == "base":
+        (tmp_path / "adapter").mkdir()
+        about = json.dumps({"base_model_name_or_path": str(tmp_path / "init")})
+        (tmp_path / "adapter" / "adapter_config.json").write_text(about)
+        config = recipe(model=None, init=str(tmp_path / "adapter"))
+        return config, tmp_path / "init" / "model.safetensors"
+    if kind == "template":
+        file = tmp_path / "init" / "additional_chat_templates" / "tools.jinja"
+        file.parent.mkdir()
+        file.write_text("one")
+        return recipe(model=None, init=str(tmp_path / "init")), file
     named = {"weights": "model.safetensors", "tokenizer": "tokenizer.json"}
     fields = {"model": None, "init": str(tmp_path / "init")}
     return recipe(**fields), tmp_path / "init" / named[kind]
@@ -150,7 +167,10 @@ def given(kind: str, tmp_path: pathlib.Path) -> tuple[TrainConfig, pathlib.Path]
 KINDS = ("file", "pattern", "folder", "data_files", "streamed", "stage", "sampling")
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "cached", "weights", "tokenizer"])
+OTHERS = ("cached", "weights", "tokenizer", "base", "template")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS, "packed", "packed folder"])
 def test_an_input_that_changes_is_named(kind, tmp_path):
     config, file = given(kind, tmp_path)
     run, before, times = tmp_path / "run", file.read_bytes(), file.stat()
@@ -162,7 +182,10 @@ def test_an_input_that_changes_is_named(kind, tmp_path):
         changed = before[:middle] + bytes([before[middle] ^ 1]) + before[middle + 1 :]
     file.write_bytes(changed)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    refuses(run, config, f"{file} has changed since", " then, ", " now)")
+    shown = "base of " if kind == "base" else str(file)
+    refuses(
+        run, config, f"{shown}", f"{file.name} has changed since", " then, ", " now)"
+    )
     file.write_bytes(before)
     begin(run, config)
     assert load_config(run / "recipe.yaml") == config
@@ -175,6 +198,9 @@ def test_files_that_come_and_go(tmp_path):
     (file.parent / "c.jsonl").write_text("{}")
     refuses(run, config, "c.jsonl is new since")
     (file.parent / "c.jsonl").unlink()
+    (file.parent / "c.jsonl.gz").write_bytes(b"")
+    refuses(run, config, "c.jsonl.gz is new since")
+    (file.parent / "c.jsonl.gz").unlink()
     file.unlink()
     refuses(run, config, "b.jsonl has gone since")
 

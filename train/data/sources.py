@@ -157,10 +157,10 @@ def _files(source: Source) -> tuple[str, dict[str, list[str]]]:
     name = source.dataset
     path = expanded(name)
     if os.path.isdir(path):
-        found = [p for p in sorted(path.rglob("*")) if _kind(p)]
+        found = [p for p in sorted(path.rglob("*")) if reader_of(p)]
     elif glob.has_magic(name):
         found = _matching(str(path))
-    elif _kind(path) or os.path.lexists(path):
+    elif reader_of(path) or os.path.lexists(path):
         found = [path]
     else:
         return "", {}
@@ -175,7 +175,7 @@ def _files(source: Source) -> tuple[str, dict[str, list[str]]]:
     return kind, {split: [str(p) for p in files] for split, files in splits.items()}
 
 
-def _kind(path: pathlib.Path) -> str | None:
+def reader_of(path: pathlib.Path) -> str | None:
     """What reads a file, by its name."""
     packed = path.suffix == ".gz"
     kind = BUILDERS.get(pathlib.Path(path.stem).suffix if packed else path.suffix)
@@ -207,7 +207,7 @@ def _checked(splits: Mapping[str, Sequence[pathlib.Path]]) -> str:
             f"no such file{which}. Expected a hub id, or files that end in "
             f"{', '.join(BUILDERS)}."
         )
-    kinds = {_kind(path) for path in found}
+    kinds = {reader_of(path) for path in found}
     if None in kinds or len(kinds) > 1:
         suffixes = sorted({"".join(path.suffixes[-2:]) for path in found})
         raise ValueError(

@@ -10,10 +10,11 @@ from kvjax import inputs
 from kvjax.compress.presets import canonical, compression
 from kvjax.inputs import Inputs
 from kvjax.messages import shown
+from kvjax.models.adapters import base_directory
 from kvjax.models.bundled import model_directory
 from kvjax.models.io import checkpoint_directory
 from kvjax.places import expanded
-from kvjax.train.data.sources import BUILDERS
+from kvjax.train.data.sources import reader_of
 from kvjax.train.recipe import Source, TrainConfig
 
 
@@ -47,6 +48,11 @@ def inputs_of(config: TrainConfig, known: Inputs) -> Inputs:
         directory = checkpoint_directory(model_directory(config.init))
         files = inputs.checkpoint_files(config.init, directory)
         found[label] = inputs.of_files(files, known.get(label, {}))
+        base = base_directory(directory)
+        if base != directory:  # a label of its own: earlier versions did not look
+            label = f"base of {label}"
+            files = inputs.checkpoint_files(f"base of {config.init}", base)
+            found[label] = inputs.of_files(files, known.get(label, {}))
     return found
 
 
@@ -71,7 +77,7 @@ def _local(name: str) -> list[pathlib.Path]:
     """The files that a path, a pattern or a folder leads to; none for a hub id."""
     path = expanded(name)
     if os.path.isdir(path):
-        found = [one for one in path.rglob("*") if one.name.endswith((*BUILDERS,))]
+        found = [one for one in path.rglob("*") if reader_of(one)]
     elif glob.has_magic(name):
         found = map(pathlib.Path, glob.glob(str(path), recursive=True))
     else:
