@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.resources
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 from kvjax.compress.config import VISIBILITIES
 from kvjax.config import decode, override
 from kvjax.fields import Checked, Kept, OneOf, Positive, Range, Seed, Share
-from kvjax.files import MOST_YAML, read_text, yaml_mapping
+from kvjax.files import MOST_YAML, check_plain, read_text, yaml_mapping
 from kvjax.messages import nearest, shown
 
 Visibility = Annotated[str, OneOf(*VISIBILITIES)]
@@ -119,14 +118,7 @@ class EvalConfig(Checked):
         for name in ("defaults", "everywhere", "overrides"):
             free[name] = getattr(self, name)
         for name, value in free.items():
-            try:
-                json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-            except (TypeError, ValueError) as wrong:
-                raise ValueError(
-                    f"`{name}` must hold finite numbers, texts, true, false, lists and "
-                    f"mappings ({wrong}); got {shown(value)}. A date is a text in "
-                    "quotes."
-                ) from None
+            check_plain(name, value)
 
     def _check_ranges(self):
         for entry in self.tasks:

@@ -101,6 +101,21 @@ def parse_json(text: str, name: str) -> Any:
     return found
 
 
+def check_plain(name: str, value: Any) -> None:
+    """A file can hold `value`, which is of the field `name`, and reads it as equal.
+
+    Raises:
+        ValueError: it holds a NaN, a date or something else that is no JSON.
+    """
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as wrong:
+        raise ValueError(
+            f"`{name}` must hold finite numbers, texts, true, false, lists and "
+            f"mappings ({wrong}); got {shown(value)}. A date is a text in quotes."
+        ) from None
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:

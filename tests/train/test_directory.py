@@ -246,6 +246,12 @@ def test_a_file_that_is_young_is_read_again(tmp_path):
     assert inputs.of_files({"file": file}, known) != known
 
 
+def test_a_run_that_reads_nothing_goes_on(tmp_path, caplog):
+    begin(tmp_path / "run", recipe())
+    begin(tmp_path / "run", recipe())
+    assert not caplog.text
+
+
 def test_a_run_of_an_earlier_version_goes_on(tmp_path, caplog):
     config, file = given("file", tmp_path)
     run = tmp_path / "run"

@@ -1,5 +1,6 @@
 """Datasets that lack what training needs: named, counted, refused."""
 
+import errno
 import logging
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 
 from kvjax.train.data import sources
 from kvjax.train.data.tokenizer import EOS, decode
-from kvjax.train.recipe import Source, Stage
+from kvjax.train.recipe import DataConfig, Source, Stage
+from kvjax.train.run.inputs import inputs_of
 from tests.train.datasets_samples import TEXTS, mixture, same, write_jsonl
+from tests.train.tiny_run import recipe
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -98,6 +101,38 @@ def test_files_that_are_not_there_or_not_readable(tmp_path, texts, name, message
         mixture(Source(dataset=str(tmp_path / name), text="text"))
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("texts", {"data_files": 3}, "`data_files` must be .*got 3"),
+        ("texts", {"data_files": [None]}, "`data_files` must be"),
+        ("texts", {"data_files": {"train": None}}, "`data_files` must be"),
+        ("owner/name", {"data_files": {1: "x"}}, "`data_files` must be"),
+        ("texts", {"field": [None]}, "`field` must be a key"),
+        ("x" * 5000, {}, "Dataset|hub|name"),
+        ("*" * 300 + "/" + "x" * 300, {}, "no such file"),
+    ],
+)
+def test_names_that_lead_to_no_file(texts, name, fields, message):
+    source = Source(dataset=texts if name == "texts" else name, text="t", fields=fields)
+    with pytest.raises(ValueError, match=message) as said:
+        sources.open_dataset(source, "train")
+    assert f"dataset '{source.dataset[:9]}" in str(said.value)
+    assert len(str(said.value)) < 1500
+
+
+def test_a_disk_that_refuses_a_name(monkeypatch):
+    def refuses(*_, **__):
+        raise OSError(errno.ENAMETOOLONG, "File name too long")
+
+    monkeypatch.setattr("glob.glob", refuses)
+    source = Source(dataset="a*", text="t")
+    with pytest.raises(ValueError, match=r"dataset 'a\*': .*too long"):
+        sources.open_dataset(source, "train")
+    with pytest.raises(ValueError, match=r"dataset 'a\*': .*too long"):
+        inputs_of(recipe(data=DataConfig(sources=(source,))), {})
+
+
 def test_parquet_folders_and_patterns(tmp_path):
     import datasets
 
@@ -175,6 +210,7 @@ def test_a_hub_that_fails_says_why(monkeypatch, streaming):
         ({"dataset": "x/y"}, "columns of one kind of record.*got none"),
         ({"dataset": "x/y", "text": "t", "messages": "m"}, "got {'text': 't', 'mess"),
         ({"dataset": "x/y", "prompt": "p"}, "`prompt` and `answer`.*'prompt': 'p'"),
+        ({"task": "fact", "fields": {"x": float("nan")}}, "`fields` .*finite numbers"),
         (
             {"dataset": "x/y", "text": "t", "buffer": 0},
             "buffer` must be an integer",

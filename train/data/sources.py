@@ -43,8 +43,9 @@ def open_dataset(source: Source, split: str) -> "Dataset | IterableDataset":
     """
     try:
         kind, files = _files(source)
-    except ValueError as wrong:
-        raise ValueError(f"dataset {shown(source.dataset)}: {wrong}") from None
+    except (ValueError, OSError) as wrong:  # OSError: a name that no disk takes
+        why = wrong.strerror if isinstance(wrong, OSError) else wrong
+        raise ValueError(f"dataset {shown(source.dataset)}: {why}") from None
     try:
         if files:
             return _local(source, split, kind, files)
@@ -154,7 +155,7 @@ def _stamped(file: str) -> tuple[str, int, int]:
 
 def _files(source: Source) -> tuple[str, dict[str, list[str]]]:
     """Kind and files of a local dataset, by split; none for a hub id."""
-    name = source.dataset
+    name, splits = source.dataset, data_files(source.fields)
     path = expanded(name)
     if os.path.isdir(path):
         found = [p for p in sorted(path.rglob("*")) if reader_of(p)]
@@ -164,15 +165,34 @@ def _files(source: Source) -> tuple[str, dict[str, list[str]]]:
         found = [path]
     else:
         return "", {}
-    given = source.fields.get("data_files")
-    if given is None:
-        splits = {"train": found}
-    else:
-        named = given if isinstance(given, Mapping) else {"train": given}
-        splits = {split: _named(files) for split, files in named.items()}
-    kind = _checked(splits)
+    parts = {split: _named(files) for split, files in splits.items()}
+    parts = parts if "data_files" in source.fields else {"train": found}
+    kind = _checked(parts)
     _check_fields(source.fields, kind)
-    return kind, {split: [str(p) for p in files] for split, files in splits.items()}
+    return kind, {split: [str(p) for p in files] for split, files in parts.items()}
+
+
+def data_files(fields: Mapping[str, Any]) -> dict[str, list[str]]:
+    """`data_files` of a source, by split; empty where there are none.
+
+    Raises:
+        ValueError: it is neither a name, nor names, nor those by split.
+    """
+    if "data_files" not in fields:
+        return {}
+    given = fields["data_files"]
+    by_split = given if isinstance(given, Mapping) else {"train": given}
+    made = {}
+    for split, names in by_split.items():
+        found = [names] if isinstance(names, str) else names
+        texts = isinstance(found, list | tuple) and [isinstance(f, str) for f in found]
+        if not isinstance(split, str) or not texts or not all(texts):
+            raise ValueError(
+                "`data_files` must be a file or a pattern, a list of them, or a "
+                f"mapping from splits to those; got {shown(given)}."
+            )
+        made[split] = [*found]
+    return made
 
 
 def reader_of(path: pathlib.Path) -> str | None:
@@ -186,13 +206,15 @@ def _matching(pattern: str) -> list[pathlib.Path]:
     return [pathlib.Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
 
 
-def _named(files: str | Sequence[str]) -> list[pathlib.Path]:
+def _named(files: Sequence[str]) -> list[pathlib.Path]:
     """Files and patterns of `data_files`."""
     found: list[pathlib.Path] = []
-    for one in [files] if isinstance(files, str) else files:
+    for one in files:
         matching = _matching(one) if glob.has_magic(one) else [pathlib.Path(one)]
         if not matching:
-            raise ValueError(f"no such file: nothing matches {one!r} in `data_files`.")
+            raise ValueError(
+                f"no such file: nothing matches {shown(one)} in `data_files`."
+            )
         found += matching
     return found
 
@@ -227,4 +249,7 @@ def _check_fields(fields: Mapping[str, Any], kind: str) -> None:
             )
     by = fields.get("sample_by", SAMPLED[0])
     if by not in SAMPLED:
-        raise ValueError(f"`sample_by` must be one of {[*SAMPLED]}; got {by!r}.")
+        raise ValueError(f"`sample_by` must be one of {[*SAMPLED]}; got {shown(by)}.")
+    key = fields.get("field", "")
+    if not isinstance(key, str):
+        raise ValueError(f"`field` must be a key of the JSON file; got {shown(key)}.")

@@ -5,6 +5,7 @@ import io
 from typing import Annotated, Any
 
 from kvjax.fields import Amount, Checked, Positive, PositiveReal, Range
+from kvjax.files import check_plain
 from kvjax.messages import shown
 
 MOST_ROWS = 2**16
@@ -54,6 +55,7 @@ class Source(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        check_plain("fields", self.fields)
         if bool(self.task) == bool(self.dataset):
             raise ValueError(
                 "a source needs either `task` or `dataset`; got "
@@ -81,13 +83,13 @@ class Source(Checked):
             given = {name: getattr(self, name) for name in COLUMNS if name != "tools"}
             given = {name: column for name, column in given.items() if column}
             raise ValueError(
-                f"dataset {self.dataset!r} needs the columns of one kind of record: "
+                f"dataset {shown(self.dataset)} needs the columns of one kind of record: "
                 "`text`, or `messages`, or `prompt` and `answer` (and `context`); got "
                 f"{given or 'none'}."
             )
         if self.tools and not self.messages:
             raise ValueError(
-                f"dataset {self.dataset!r}: `tools` is a column beside `messages`; "
+                f"dataset {shown(self.dataset)}: `tools` is a column beside `messages`; "
                 "name that too, or leave `tools` out."
             )
         try:

@@ -136,13 +136,13 @@ def _earlier(path: pathlib.Path, config: TrainConfig) -> Inputs:
         )
     try:
         tree = read_yaml(path)
-        inputs = tree.pop(INPUTS, {})
+        kept, inputs = INPUTS in tree, tree.pop(INPUTS, {})
         _check_inputs(inputs)
         old = decode_recipe(tree)
     except ValueError as wrong:
         raise ValueError(f"{path} cannot be read: {wrong} {ELSEWHERE}.") from None
     _check_recipe(path, old, config)
-    if not inputs:
+    if not kept:
         LOG.warning("%s has no digests of what the run reads: not compared", path)
     return inputs
 

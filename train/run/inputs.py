@@ -69,7 +69,13 @@ def _named(source: Source) -> Iterator[tuple[str, pathlib.Path]]:
     given = [source.dataset, *_texts(source.fields.get("data_files"))]
     given += _texts(source.fields.get("data_dir"))
     for name in given:
-        for file in _local(name):
+        try:
+            found = _local(name)
+        except OSError as wrong:  # a name that no disk takes
+            raise ValueError(
+                f"dataset {shown(source.dataset)}: {shown(name)}: {wrong.strerror}."
+            ) from None
+        for file in found:
             yield str(file), file
 
 
