@@ -83,14 +83,14 @@ class Source(Checked):
             given = {name: getattr(self, name) for name in COLUMNS if name != "tools"}
             given = {name: column for name, column in given.items() if column}
             raise ValueError(
-                f"dataset {shown(self.dataset)} needs the columns of one kind of record: "
-                "`text`, or `messages`, or `prompt` and `answer` (and `context`); got "
+                f"dataset {shown(self.dataset)} needs the columns of one kind of "
+                "record: `text`, or `messages`, or `prompt` and `answer` (and `context`); got "
                 f"{given or 'none'}."
             )
         if self.tools and not self.messages:
             raise ValueError(
-                f"dataset {shown(self.dataset)}: `tools` is a column beside `messages`; "
-                "name that too, or leave `tools` out."
+                f"dataset {shown(self.dataset)}: `tools` is a column beside "
+                "`messages`; name that too, or leave `tools` out."
             )
         try:
             io.TextIOWrapper(io.BytesIO(), encoding=self.encoding or "utf-8")
