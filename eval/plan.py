@@ -1,6 +1,7 @@
 """Everything an evaluation will run, checked before the first compute."""
 
 import dataclasses
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,10 +14,13 @@ from kvjax.eval.groups import AbstractGroup, QuestionGroup
 from kvjax.eval.methods import Method, methods
 from kvjax.eval.tasks import TASKS, Item, Task, make_task
 from kvjax.eval.text import Tokenizer
-from kvjax.messages import nearest
+from kvjax.messages import nearest, shown
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.padding import bucket
+
+MOST_BYTES = 200
+"""Of the name of a cell; files get it, with an ending."""
 
 MOST_CHARACTERS = 64
 """Of a token, for what cannot fit a model whatever its tokenizer."""
@@ -86,6 +90,7 @@ def plan(model: DecoderConfig, tokenizer: Any, config: EvalConfig) -> EvalPlan:
     """
     tokenizer = Tokenizer(tokenizer, model.vocab_size)
     chosen = methods(config)
+    _check_apart(config)
     _check_lengths(model, config)
     groups: list[AbstractGroup] = []
     for entry in config.tasks:
@@ -98,11 +103,47 @@ def plan(model: DecoderConfig, tokenizer: Any, config: EvalConfig) -> EvalPlan:
         _check_range(model, group)
         for method in chosen:
             _check_budgets(model, group, method, config)
-    names = [cell.name for cell in made.all_cells()]
-    if len(set(names)) != len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"two cells have one name: {twice}. Give tasks other labels.")
+    _check_names(made)
     return made
+
+
+def _check_apart(config: EvalConfig) -> None:
+    """Values that cells are named by differ as they are printed."""
+    needle = any(entry.name == NEEDLE for entry in config.tasks)
+    lists: dict[str, Sequence[Any]] = {"keeps": config.keeps, "lengths": config.lengths}
+    lists["depths"] = config.depths if needle else ()
+    for number, entry in enumerate(config.tasks):
+        lists[f"tasks.{number}.lengths"] = entry.lengths
+        lists[f"tasks.{number}.visibility"] = entry.visibility
+    for field, values in lists.items():
+        seen: dict[str | int, Any] = {}
+        for value in values:
+            text = value if isinstance(value, str | int) else f"{value:g}"
+            if text in seen:
+                raise ValueError(
+                    f"`{field}` lists {seen[text]} and {value}, and names of rows have "
+                    f"both as {text}. Leave one of them out."
+                )
+            seen[text] = value
+
+
+def _check_names(made: EvalPlan) -> None:
+    """Files can have the names of the cells, and each has its own."""
+    seen: set[str] = set()
+    for cell in made.all_cells():
+        name, title, method = cell.name, cell.group.title, cell.method.name
+        what = "is of two cells" if name in seen else ""
+        if any(unicodedata.category(one) == "Cc" for one in name):
+            what = "holds a control character"
+        if (size := len(name.encode())) > MOST_BYTES:
+            what = f"has {size} bytes, more than {MOST_BYTES}"
+        if what:
+            raise ValueError(
+                f"the name of a row {what}: {shown(name)}. It is made of the `label` "
+                f"of task {shown(title)} and of compression {shown(method)}: give the "
+                "task a shorter or other `label`, or rename the compression's file."
+            )
+        seen.add(name)
 
 
 def _check_lengths(model: DecoderConfig, config: EvalConfig) -> None:

@@ -133,6 +133,31 @@ WRONG = {
     "none overridden": ({"overrides": {"none": {"store.residual": 0}}}, "not evalua"),
     "text without a file": ({"tasks": [{"name": "text", "path": "gone.txt"}]}, "gone"),
     "text without a path": ({"tasks": ["text"]}, "path"),
+    "a label that is too long": (
+        {"tasks": [{"name": "recall", "label": "a" * 250}]},
+        "`label`",
+    ),
+    "a label of control characters": (
+        {"tasks": [{"name": "recall", "label": "a\0b"}]},
+        "control character.*`label`",
+    ),
+    "labels that make one name": (
+        {"tasks": [{"name": "recall", "label": x} for x in ("a/b", "a_b")]},
+        "of two cells.*`label`",
+    ),
+    "keeps that print alike": (
+        {"keeps": [0.5, 0.50000001]},
+        "`keeps` lists 0.5 and 0.50000001",
+    ),
+    "a length twice": ({"lengths": [96, 96]}, "`lengths` lists 96 and 96"),
+    "a task's length twice": (
+        {"tasks": [{"name": "recall", "lengths": [96, 96]}]},
+        r"`tasks\.0\.lengths` lists",
+    ),
+    "depths that print alike": (
+        {"tasks": ["niah"], "depths": [0.5, 0.50000001]},
+        "`depths` lists",
+    ),
     "text with a length": (
         {"tasks": [{"name": "text", "path": "x", "lengths": [8]}]},
         "`context`",
@@ -156,6 +181,17 @@ def test_wrong_evaluations_are_refused_before_anything(case, tmp_path, monkeypat
     with pytest.raises(ValueError, match=message):
         harness.run(tiny.model(), tiny.tokenizer(), tiny.config(**fields), run)
     assert not run.exists()
+
+
+def test_a_compression_file_with_a_long_name(tmp_path):
+    path = tmp_path / ("c" * 230 + ".yaml")
+    path.write_text("evict: {score: knorm, budget: {type: uniform, keep: 0.5}}")
+    config = tiny.config(compressions=[str(path)], items=1)
+    with pytest.raises(
+        ValueError, match="bytes, more than 200.*rename the compression's file"
+    ):
+        harness.run(tiny.model(), tiny.tokenizer(), config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_characters_without_a_token_are_named():

@@ -8,7 +8,6 @@ from kvjax.fields import Amount, Checked, Positive, PositiveReal, Range
 from kvjax.files import check_plain
 from kvjax.messages import shown
 
-MOST_ROWS = 2**16
 Width = Annotated[int, Range(2, 2**24, hint="It is a row's tokens, one to predict.")]
 
 
@@ -84,8 +83,8 @@ class Source(Checked):
             given = {name: column for name, column in given.items() if column}
             raise ValueError(
                 f"dataset {shown(self.dataset)} needs the columns of one kind of "
-                "record: `text`, or `messages`, or `prompt` and `answer` (and `context`); got "
-                f"{given or 'none'}."
+                "record: `text`, or `messages`, or `prompt` and `answer` (and "
+                f"`context`); got {given or 'none'}."
             )
         if self.tools and not self.messages:
             raise ValueError(
@@ -133,13 +132,6 @@ class Stage(Checked):
             raise ValueError(
                 "`lengths` must map at least one row width to a weight above 0, as in "
                 f"{{256: 1}}; got {shown(self.lengths)}."
-            )
-        rows = self.rows(min(self.lengths))
-        if rows > MOST_ROWS:
-            raise ValueError(
-                f"`tokens_per_step` of {self.tokens_per_step} is {rows} rows of "
-                f"{min(self.lengths)} tokens; at most {MOST_ROWS} are made. Lower it, "
-                "or train on longer rows."
             )
 
     def rows(self, width: int) -> int:
