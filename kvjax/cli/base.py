@@ -128,6 +128,12 @@ class UI:
             yield
 
 
+CLOSED_OUTPUT = (
+    "standard output is closed, and the result goes nowhere else. Send it to a file, a "
+    "pipe or a terminal."
+)
+
+
 def load_model(name: str, dtype: str, ui: UI) -> tuple[Any, Any]:
     """Model and tokenizer, with compiled programs cached on disk."""
     from kvjax.models.io import load

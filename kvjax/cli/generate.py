@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from kvjax.cli.base import (
+    CLOSED_OUTPUT,
     MOST,
     UI,
     Assignments,
@@ -91,6 +92,8 @@ class Generate(Command):
 
     def run(self, ui: UI) -> Mapping[str, Any]:
         """See `Command.run`."""
+        if sys.stdout is None:
+            raise ValueError(CLOSED_OUTPUT)
         text = self._text()
         if not text:
             raise ValueError("the prompt is empty; give at least one token.")
@@ -184,6 +187,11 @@ class Generate(Command):
             return self.prompt.removeprefix(MARK)
         assert self.prompt_file is not None
         if str(self.prompt_file) == "-":
+            if sys.stdin is None:
+                raise ValueError(
+                    "--prompt-file -: standard input is closed. Pipe the prompt in, or "
+                    "name a file."
+                )
             return decoded(sys.stdin.buffer.read(), "--prompt-file: standard input")
         name = str(self.prompt_file)[:300]
         try:

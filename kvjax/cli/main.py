@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import TextIO
 import tyro
 from rich.console import Console
 
-from kvjax.cli.base import UI, Command
+from kvjax.cli.base import CLOSED_OUTPUT, UI, Command
 from kvjax.cli.bench import Bench
 from kvjax.cli.convert import Convert
 from kvjax.cli.demo import Demo
@@ -38,6 +39,10 @@ COMMANDS: Mapping[str, type[Command]] = MappingProxyType(
 )
 
 WRONG, INTERRUPTED, CLOSED = 2, 130, 141
+
+_FULL = r"RESOURCE_EXHAUSTED|[Oo]ut of memory"
+_NO_BACKEND = r"(Unable to initialize|Unknown) backend|No visible .* devices?"
+"""In what JAX says where there is no memory or no device."""
 
 
 def overview() -> str:
@@ -180,6 +185,8 @@ def execute(command: Command) -> int:
     bars = command.output.progress or (err.is_terminal and not command.output.json)
     ui = UI(err=err, json=command.output.json, bars=bars)
     try:
+        if command.output.json and sys.stdout is None:
+            raise ValueError(f"--json: {CLOSED_OUTPUT}")
         with contextlib.ExitStack() as stack:
             if command.output.json:  # a library that prints must not spoil the JSON
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -193,12 +200,44 @@ def execute(command: Command) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, MemoryError) as wrong:
+    except (ValueError, OSError, MemoryError, RuntimeError) as wrong:
+        said = explained(wrong)
+        if said is None:
+            raise
         if command.output.debug:
             traceback.print_exc()
-        _complain(str(wrong) or "there is not enough memory for that.")
+        _complain(said)
         return WRONG
     return 0
+
+
+def explained(wrong: Exception) -> str | None:
+    """What to say of an exception; None of a fault of this package.
+
+    JAX raises RuntimeError where a device or its memory is missing.
+    """
+    text = str(wrong)
+    line = text.strip().partition("\n")[0][:300]
+    if isinstance(wrong, MemoryError) or (
+        isinstance(wrong, RuntimeError) and re.search(_FULL, text)
+    ):
+        return (
+            f"there is not enough memory for that{f' ({line})' if line else ''}. Lower "
+            "the sizes: shorter prompts (--length, `lengths`), a smaller batch, "
+            "smaller windows or `residual`."
+        )
+    if isinstance(wrong, RuntimeError):
+        if not re.search(_NO_BACKEND, text):
+            return None
+        given = os.environ.get("JAX_PLATFORMS")
+        unset = (
+            f"Leave JAX_PLATFORMS (here {shown(given)}) unset, or i" if given else "I"
+        )
+        return (
+            f"JAX finds no device to run on ({line}). {unset}nstall JAX for the device "
+            "that is meant."
+        )
+    return text
 
 
 def _complain(text: str) -> None:

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from jax.errors import JaxRuntimeError
 
+from kvjax.cli.main import main
 from tests.eval.synthetic import make_run
 
 HUGE = "1" + "0" * 30
@@ -150,6 +152,53 @@ def test_outputs_that_nobody_reads(repo, kind, words, code):
     assert done.returncode == code
     lines = done.stderr.strip().splitlines()
     assert len(lines) <= 1 and "Traceback" not in done.stderr
+
+
+def test_streams_that_are_closed(kvjax, monkeypatch, capsys):
+    monkeypatch.setattr("kvjax.cli.generate.load_model", None)
+    monkeypatch.setattr("sys.stdin", None)
+    code, out, err = kvjax("generate", "--prompt-file", "-")
+    assert code == 2 and not out and "standard input is closed" in err
+    monkeypatch.setattr("sys.stdout", None)
+    for words in (["generate", "--prompt", "a"], ["generate", "--prompt=a", "--json"]):
+        assert main(words) == 2
+        assert "standard output is closed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (
+            RuntimeError("Unable to initialize backend 'no': x"),
+            "JAX_PLATFORMS (here 'no')",
+        ),
+        (
+            JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes."),
+            "Lower the sizes",
+        ),
+        (JaxRuntimeError("INTERNAL: out of memory\n" + "x" * 999), "Lower the sizes"),
+        (MemoryError(), "Lower the sizes"),
+        (MemoryError("Unable to allocate 9 GiB"), "allocate 9 GiB"),
+    ],
+)
+def test_devices_and_memory_that_are_missing(kvjax, monkeypatch, wrong, says):
+    def fails(*_):
+        raise wrong
+
+    monkeypatch.setenv("JAX_PLATFORMS", "no")
+    monkeypatch.setattr("kvjax.cli.bench.load_model", fails)
+    code, out, err = kvjax("bench")
+    assert code == 2 and not out and says in err
+    assert len(err.splitlines()) == 1 and len(err) < 700
+
+
+def test_a_fault_of_this_package_is_no_message(kvjax, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("kvjax.cli.bench.load_model", fails)
+    with pytest.raises(RuntimeError, match="a fault"):
+        kvjax("bench")
 
 
 def test_nobody_has_a_home(monkeypatch):
