@@ -241,5 +241,7 @@ def explained(wrong: Exception) -> str | None:
 
 
 def _complain(text: str) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody listens
-        print(f"kvjax: {shortened(text)}", file=sys.stderr)
+    try:
+        print(f"kvjax: {shortened(text)}", file=sys.stderr, flush=True)
+    except BrokenPipeError:  # nobody listens
+        _forget(sys.stderr)
