@@ -22,6 +22,8 @@ import numpy as np
 from kvjax.messages import nearest, shown
 from kvjax.plaintext import SURROGATE
 
+Real = int | float
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -33,13 +35,13 @@ class Range:
         hint: what to do, for messages.
     """
 
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
+    least: Real | None = None
+    most: Real | None = None
+    above: Real | None = None
+    below: Real | None = None
     hint: str = ""
 
-    def holds(self, value: float) -> bool:
+    def holds(self, value: Real) -> bool:
         """Whether the number is inside."""
         return (
             (self.least is None or value >= self.least)

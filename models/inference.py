@@ -80,7 +80,7 @@ def _prefill(
     lengths,
     c: Compression,
     room: int,
-    longest: int,
+    longest: int | None,
     prefix: KVCache | None = None,
 ):
     model = nnx.merge(graph, params)
@@ -88,7 +88,7 @@ def _prefill(
     before = seen_before(prefix)
     if c.surveys:  # all layers first
         logits, seen = observe_prompt(model, tokens, lengths, c, prefix, longest)
-        loops = loops_of(specs, plans_of(c, specs, longest))
+        loops = loops_of(specs, plans_of(c, specs, longest or width))
         cache = build_cache(seen, loops, specs, lengths, c, room, before, longest)
         return logits, with_prefix(prefix, cache)
     how = (width, room, model.dtype, before, longest)

@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -47,6 +47,7 @@ _EXPONENT = {  # all ones in the exponent: Inf or NaN
 }
 
 
+@runtime_checkable
 class Source(Protocol):
     """Tensors by name, as `Shards` has them or made from what it has."""
 

@@ -7,14 +7,22 @@ rebuilds a pytree through its own with whatever stands in for the leaves (None, 
 `ShapeDtypeStruct`s), and that is no mistake.
 """
 
+import os
 import warnings
 from collections.abc import Callable
 
+import pytest
 from beartype import beartype
 from beartype.roar import (
     BeartypeDecorHintPep585DeprecationWarning,
     BeartypeDecorHintPep673Exception,
 )
+
+wrong_types = pytest.mark.skipif(
+    os.environ.get("KVJAX_TYPECHECK", "0") != "0",
+    reason="the type checker refuses the call before kvjax can",
+)
+"""Of tests that give what annotations exclude."""
 
 
 def checked[F: Callable[..., object]](function: F) -> F:

@@ -18,6 +18,7 @@ from kvjax.models import weights as weights_module
 from kvjax.models.io import load_config
 from kvjax.models.sampling import Sampling
 from kvjax.models.stored_generation import sampling_of
+from tests.typecheck import wrong_types
 
 from .samples import CONFIGS, sample
 
@@ -335,6 +336,7 @@ def test_hub_ids(saved, monkeypatch):
         load("owner/missing")
 
 
+@wrong_types
 @pytest.mark.parametrize("given", [None, b"x", 3, ["owner/name"], object()])
 def test_arguments_of_other_types(given, tmp_path):
     with pytest.raises(ValueError, match="a directory or a hub id of the form.* got "):

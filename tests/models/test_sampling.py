@@ -11,6 +11,9 @@ import kvjax
 from kvjax.models import generation
 from kvjax.models.sampling import Sampling
 from tests.models.samples import sample
+from tests.typecheck import wrong_types
+
+pytestmark = wrong_types
 
 NUMBERS = [float("nan"), float("inf"), -1, True, "1", None, [1], 1j, 10**400]
 WHOLE = [0, -1, 1.5, float("nan"), True, "5", 10**30, 10**5000, [3]]
