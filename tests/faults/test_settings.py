@@ -21,7 +21,7 @@ from kvjax.train.data.tokenizer import build_tokenizer
 from tests.faults.mutants import as_json, changed, damaged
 from tests.models.samples import CONFIGS, sample
 
-FAST, ALL = 100, 1500
+FAST, ALL = 60, 1500
 SCALINGS = {
     "llama": {
         "rope_type": "llama3",
