@@ -194,6 +194,7 @@ def test_a_directory_that_another_run_writes_to(whole, tmp_path):
         ({"sampling": {"choices": [{"compression": "dms"}]}}, r"\[0\].*evictor"),
         ({"cached": {"choices": [{"compression": "matryoshka"}]}}, r"d.choices\[0\].*"),
         ({"lora": {"rank": 60_000}}, "`lora.rank` is 60000.*Lower it"),
+        ({"lora": {"rank": 9, "modules": ["q", "k"]}}, "matrix 'k' has 8 rows"),
         ({"stages": [{"steps": 1, "lengths": {4096: 1}}]}, "rows of 4096 tokens"),
     ],
 )
@@ -202,3 +203,16 @@ def test_what_the_model_lacks_is_said_before_it_is_loaded(changed, says, monkeyp
     shape = model_shape(recipe())
     with pytest.raises(ValueError, match=says):
         check_shape(decode(tree, TrainConfig), shape)
+
+
+def test_ranks_are_those_of_the_matrices_that_are_named():
+    tree = as_tree(recipe()) | {"lora": {"rank": 9, "modules": ["q", "gate"]}}
+    check_shape(decode(tree, TrainConfig), model_shape(recipe()))
+
+
+def test_steps_of_more_rows_than_can_be_made():
+    with pytest.raises(ValueError, match="is 4194304 rows of 64 tokens.*Lower it"):
+        Stage(steps=1, lengths={64: 1.0, 4096: 1.0}, tokens_per_step=2**28)
+    assert (
+        Stage(steps=1, lengths={4096: 1.0}, tokens_per_step=2**28).rows(4096) == 2**16
+    )

@@ -8,6 +8,9 @@ from kvjax.fields import Amount, Checked, Positive, PositiveReal, Range
 from kvjax.files import check_plain
 from kvjax.messages import shown
 
+MOST_ROWS = 2**16
+"""Of a step."""
+
 Width = Annotated[int, Range(2, 2**24, hint="It is a row's tokens, one to predict.")]
 
 
@@ -132,6 +135,13 @@ class Stage(Checked):
             raise ValueError(
                 "`lengths` must map at least one row width to a weight above 0, as in "
                 f"{{256: 1}}; got {shown(self.lengths)}."
+            )
+        rows = self.rows(min(self.lengths))
+        if rows > MOST_ROWS:
+            raise ValueError(
+                f"`tokens_per_step` of {self.tokens_per_step} is {rows} rows of "
+                f"{min(self.lengths)} tokens; at most {MOST_ROWS} are made. Lower it, "
+                "or train on longer rows."
             )
 
     def rows(self, width: int) -> int:

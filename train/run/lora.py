@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from kvjax.messages import nearest
 from kvjax.models.blocks import Linear
+from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.train.recipe import LoRAConfig
 
@@ -61,6 +62,27 @@ def with_lora(model: Decoder, config: LoRAConfig, *, seed: int = 0) -> Decoder:
         owner = made.layers.attention if name in ATTENTION else made.layers.mlp
         setattr(owner, name, LoRALinear(getattr(owner, name), config, rngs))
     return made
+
+
+def check_rank(config: LoRAConfig, shape: DecoderConfig) -> None:
+    """No update has more columns than the matrix that it is beside.
+
+    Raises:
+        ValueError: names the thinnest of the matrices.
+    """
+    heads = dict.fromkeys("qo", shape.num_heads) | dict.fromkeys(
+        "kv", shape.num_kv_heads
+    )
+    other = {name: count * shape.head_dim for name, count in heads.items()}
+    other |= dict.fromkeys(MLP, shape.intermediate_size)
+    for name in config.modules:
+        thin = min(shape.hidden_size, other.get(name, shape.hidden_size))
+        if config.rank > thin:
+            raise ValueError(
+                f"`lora.rank` is {config.rank}, and the matrix {name!r} has {thin} "
+                "rows or columns: no update of it needs more. Lower it, or leave the "
+                "matrix out of `lora.modules`."
+            )
 
 
 def merged(model: Decoder) -> Decoder:

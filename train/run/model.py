@@ -14,7 +14,8 @@ from kvjax.models.bundled import model_directory
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.evictor import SILENCED, with_evictor
-from kvjax.models.io import checkpoint_directory, load, load_config
+from kvjax.models.hub import checkpoint_directory
+from kvjax.models.io import load, load_config
 from kvjax.models.projection import with_projection
 from kvjax.models.sharding import TRAINING
 from kvjax.train.data.batch import TokenBatch
@@ -163,9 +164,5 @@ def check_shape(config: TrainConfig, shape: DecoderConfig) -> None:
                     checks.suits(trained, one.compression)
             except ValueError as wrong:
                 raise ValueError(f"{where}.choices[{number}]: {wrong}") from None
-    thin = min(shape.hidden_size, shape.num_kv_heads * shape.head_dim)
-    if config.lora is not None and config.lora.rank > thin:
-        raise ValueError(
-            f"`lora.rank` is {config.lora.rank}, and the model's thinnest matrix has "
-            f"{thin} rows or columns: no update needs more. Lower it."
-        )
+    if config.lora is not None:
+        lora.check_rank(config.lora, shape)
