@@ -19,15 +19,11 @@ import pyarrow as pa
 
 from kvjax import inputs
 from kvjax.eval.config import EvalConfig
-from kvjax.eval.header import RECORD
-from kvjax.eval.header import SCHEMA as SCHEMA
-from kvjax.eval.header import read_header as read_header
-from kvjax.eval.rows import ITEMS as ITEMS
-from kvjax.eval.rows import ROWS as ROWS
-from kvjax.eval.rows import parquet_bytes, read_rows
+from kvjax.eval.header import RECORD, read_header
+from kvjax.eval.rows import ITEMS, ROWS, parquet_bytes, read_rows
 from kvjax.files import is_full, write_bytes
 from kvjax.messages import shown
-from kvjax.places import LOCK, check_place, clear_left
+from kvjax.places import check_place, clear_left
 
 _COMPARED = ("schema", "model_fingerprint", "config")
 _NOTED = ("model_fingerprint", "inputs", "checkpoint")
@@ -101,7 +97,7 @@ def check_directory(
 
 def _ours(name: str) -> bool:
     """Whether a file is there before `run.json` is."""
-    return name == LOCK or fnmatch.fnmatch(name, f".{RECORD}.*.tmp")
+    return fnmatch.fnmatch(name, f".{RECORD}.*.tmp")
 
 
 def open_run(directory: str | os.PathLike[str], header: Mapping[str, Any]) -> RunWriter:

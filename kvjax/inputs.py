@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from kvjax.files import digest, regular
+from kvjax.places import ELSEWHERE
 
 Inputs = dict[str, dict[str, str]]
 
@@ -108,7 +109,7 @@ def check_same(old: Inputs, new: Inputs) -> None:
                 )
 
 
-_DO = "Give another directory with --out, or put back what was there."
+_DO = f"{ELSEWHERE}, or put back what was there."
 
 
 SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")

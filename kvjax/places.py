@@ -1,17 +1,15 @@
 """Paths that are given: what is there, whether it can be written, and who does."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import stat
 from collections.abc import Iterator
 
-import filelock
-
 from kvjax.messages import shown
 
-LOCK = ".lock"
-ELSEWHERE = "Give another directory with --out."
+ELSEWHERE = "Give another directory with --out"
 
 
 def expanded(name: str | os.PathLike[str]) -> pathlib.Path:
@@ -62,7 +60,7 @@ def _check_names(
 def _no_place(directory: pathlib.Path, why: str) -> ValueError:
     return ValueError(
         f"{shown(str(directory))} cannot be written to as a directory: {why}. "
-        f"{ELSEWHERE}"
+        f"{ELSEWHERE}."
     )
 
 
@@ -71,28 +69,24 @@ def held(directory: pathlib.Path) -> Iterator[bool]:
     """Whether this process alone writes to `directory` while inside.
 
     The directory is made; what was made is removed again if nothing has been put there.
-    The end of a process lets go of it, too, a kill included.
+    The directory itself is locked, by the kernel, which lets go of it at the end of a
+    process, a kill included: there is no file of the lock.
 
     Raises:
         OSError: it cannot be made or written to.
     """
     made = [one for one in (directory, *directory.parents) if not one.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(directory / LOCK)
+    handle = os.open(directory, os.O_RDONLY)
     try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        yield False
-        return
-    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
         yield True
     finally:
-        try:
-            with contextlib.suppress(OSError):
-                if made and [path.name for path in directory.iterdir()] == [LOCK]:
-                    (directory / LOCK).unlink()
-        finally:
-            lock.release()
+        os.close(handle)
         with contextlib.suppress(OSError):  # the first that is not empty
             for one in made:
                 one.rmdir()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -23,16 +22,16 @@ from kvjax.models.adapters import base_directory, opened, tokenizer_directory
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.families import family, read_config
-from kvjax.models.hub import checkpoint_directory as checkpoint_directory
-from kvjax.models.shards import INDEX, SAVE, placed
+from kvjax.models.hub import checkpoint_directory
+from kvjax.models.shards import CONFIG, INDEX, SAVE, placed
 from kvjax.models.stored_generation import FILE as GENERATION
 from kvjax.models.stored_generation import generation_settings, with_generation
 from kvjax.models.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer
 from kvjax.models.weights import check_names, dotted, stream_parameters, write_weights
 from kvjax.narrow import narrow
+from kvjax.places import held
 
 _DTYPES = ("bfloat16", "float16", "float32")
-CONFIG = "config.json"
 STAGING = ".saving-"
 
 
@@ -123,7 +122,6 @@ def save(
         raise ValueError(f"{folder} is a file; expected a directory to save into.")
     settings = _storable(model.config, jnp.dtype(model.dtype).name)
     created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         with _alone(folder) as staging:
             write_json(staging / GENERATION, generation_settings(model.config))
@@ -141,16 +139,12 @@ def save(
 @contextlib.contextmanager
 def _alone(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder inside of `folder` for the files of the only save there."""
-    # Locked by the kernel, which lets go of a killed process's: no file stays behind.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with held(folder) as mine:
+        if not mine:
             raise ValueError(
                 f"another process is saving to {folder}. Wait for it, or save "
                 "elsewhere."
-            ) from None
+            )
         for left in folder.glob(f"{STAGING}*"):
             shutil.rmtree(left, ignore_errors=True)
         staging = pathlib.Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
@@ -158,8 +152,6 @@ def _alone(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    finally:
-        os.close(handle)
 
 
 def _move(staging: pathlib.Path, folder: pathlib.Path) -> None:

@@ -132,22 +132,23 @@ def found(**more):
 def test_what_is_missing_is_named_with_the_remedy(monkeypatch, tmp_path):
     python = tool("device_python")
     monkeypatch.setattr(python, "WHEELS", tmp_path)
-    there = found(missing=[["filelock", "No module named 'filelock'"]])
-    del there["versions"]["filelock"]
+    there = found(missing=[["safetensors", "No module named 'safetensors'"]])
+    del there["versions"]["safetensors"]
     there["versions"]["flax"] = "0.10.2"
     monkeypatch.setattr(python, "look", lambda *_: there)
     with pytest.raises(ValueError) as told:
         python.chosen("python3", False)
     text = str(told.value)
-    assert "filelock is not installed" in text and "flax is 0.10.2" in text
-    assert "pip install 'filelock>=" in text and "make device-pack" in text
+    assert "safetensors is not installed" in text and "flax is 0.10.2" in text
+    assert "pip install '" in text and "'safetensors>=" in text
+    assert "make device-pack" in text
 
 
 def test_what_is_carried_is_used(monkeypatch, tmp_path):
     python = tool("device_python")
-    (tmp_path / "filelock-1-py3-none-any.whl").touch()
+    (tmp_path / "safetensors-1-py3-none-any.whl").touch()
     monkeypatch.setattr(python, "WHEELS", tmp_path)
-    bare = found(missing=[["filelock", "No module named 'filelock'"]])
+    bare = found(missing=[["safetensors", "No module named 'safetensors'"]])
     monkeypatch.setattr(
         python, "look", lambda _, __, site=None: found() if site else bare
     )

@@ -28,7 +28,6 @@ NEEDED = {
     "yaml": "pyyaml",
     "safetensors": "safetensors",
     "rich": "rich",
-    "filelock": "filelock",
     "jinja2": "jinja2",
 }
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from kvjax.eval import harness, record
+from kvjax.eval.header import read_header
 from kvjax.eval.record import fingerprint, sampled_fingerprint
-from kvjax.eval.results import read_header
 from kvjax.places import held
 from kvjax.train.data.tokenizer import save_tokenizer
 from tests.eval import tiny
@@ -220,9 +220,8 @@ def test_weights_under_an_adapter_are_looked_at(files, model, monkeypatch):
 
 def test_a_directory_left_by_a_killed_beginning(files, model):
     (files / "run").mkdir()
-    (files / "run" / ".lock").touch()
     (files / "run" / ".run.json.1.tmp").touch()
     run(files, model)
     assert {p.name for p in (files / "run").iterdir()} == {
-        *("run.json", "rows", "items", "maps", ".lock")
+        *("run.json", "rows", "items", "maps")
     }

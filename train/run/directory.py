@@ -13,7 +13,7 @@ import yaml
 from kvjax.files import read_yaml, write_text
 from kvjax.inputs import Inputs, check_same
 from kvjax.messages import shown
-from kvjax.places import busy, check_place, clear_left, held
+from kvjax.places import ELSEWHERE, busy, check_place, clear_left, held
 from kvjax.train.recipe import TrainConfig, as_tree
 from kvjax.train.recipe.files import INPUTS, decode_recipe
 from kvjax.train.run import processes
@@ -36,7 +36,6 @@ FREE = (
 """Fields that may change while a run goes on: none changes a weight, rounding aside."""
 
 LOG = logging.getLogger("kvjax.train")
-ELSEWHERE = "Give another directory with --out"
 
 
 @dataclasses.dataclass(frozen=True)
