@@ -17,12 +17,13 @@ from kvjax.cache import KVCache
 from kvjax.compress.observe import wants_mass
 from kvjax.eval.config import EvalConfig
 from kvjax.eval.groups import AbstractGroup
+from kvjax.eval.header import RECORD, read_header
 from kvjax.eval.inputs import inputs_of
 from kvjax.eval.methods import NONE, Method
 from kvjax.eval.plan import Cell, EvalPlan, plan
 from kvjax.eval.reading import PromptReader
 from kvjax.eval.record import averages, describe, header, provenance
-from kvjax.eval.results import RunWriter, check_directory, open_run, read_header
+from kvjax.eval.results import RunWriter, check_directory, open_run
 from kvjax.eval.timing import timed
 from kvjax.inputs import checkpoint_files, of_stamps
 from kvjax.models.adapters import base_directory, tokenizer_directory
@@ -108,7 +109,7 @@ def run(
     with held(path) as mine:
         if not mine:
             raise busy(path)
-        old = read_header(path) if (path / "run.json").exists() else {}
+        old = read_header(path) if (path / RECORD).exists() else {}
         inputs = inputs_of(made, words, old.get("inputs", {}))
         about = header(model, config, inputs, of_stamps(files), old)
         runner = _Runner(model, made, open_run(path, about), progress)

@@ -36,7 +36,7 @@ def decode[C](
     def build(tree: Any, kind: Any, where: str) -> Any:
         if kind in known:
             return build(*_component(tree, kind, known[kind], where), where)
-        if not hasattr(kind, "__dataclass_fields__"):
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             return refuse(tree, kind, where)
         if not isinstance(tree, Mapping):
             raise ValueError(

@@ -15,14 +15,14 @@ import numbers
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
 from kvjax.messages import nearest, shown
-from kvjax.plaintext import SURROGATE
+from kvjax.plaintext import check_text
 
-Real = int | float
+Number = int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Range:
         hint: what to do, for messages.
     """
 
-    least: Real | None = None
-    most: Real | None = None
-    above: Real | None = None
-    below: Real | None = None
+    least: Number | None = None
+    most: Number | None = None
+    above: Number | None = None
+    below: Number | None = None
     hint: str = ""
 
-    def holds(self, value: Real) -> bool:
+    def holds(self, value: Number) -> bool:
         """Whether the number is inside."""
         return (
             (self.least is None or value >= self.least)
@@ -91,7 +91,7 @@ Factor = Annotated[float, Range(1e-3, 1e6)]
 PositiveReal = Annotated[float, Range(above=0)]
 Amount = Annotated[float, Range(0)]
 Bytes = Annotated[int, Range(1, 2**60)]
-Window = Annotated[int, Range(1, 2**16)]
+Size = Annotated[int, Range(1, 2**16)]
 Kernel = Annotated[int, Range(1, 1023)]
 Token = Annotated[
     int,
@@ -144,11 +144,11 @@ def fit(value: Any, hint: Any, where: str, build: Build = refuse) -> Any:
 def _fit(value: Any, hint: Any, where: str, build: Build, bounds: Range | None) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        if (
-            known := next((m for m in args[1:] if isinstance(m, OneOf)), None)
-        ) is not None:
-            return known.pick(value, where)
-        bounds = next((m for m in args[1:] if isinstance(m, Range)), bounds)
+        for rule in args[1:]:
+            if isinstance(rule, OneOf):
+                return rule.pick(value, where)
+            if isinstance(rule, Range):
+                bounds = rule
         return _fit(value, args[0], where, build, bounds)
     if origin in (typing.Union, types.UnionType):
         return _fit_one_of(value, args, where, build, bounds)
@@ -171,7 +171,7 @@ def _scalar(value: Any, kind: Any, where: str, bounds: Range | None) -> Any:
             return kind(value)
     elif isinstance(value, kind):
         if kind is str:
-            _whole_characters(value, where)
+            check_text(value, quoted(where))
         return value
     hint = f" {bounds.hint}" if bounds and bounds.hint else ""
     name = _NAMES[kind]
@@ -213,14 +213,6 @@ def _inside(value: Any, kind: type, bounds: Range | None) -> bool:
         return bounds is None or bounds.holds(value) and bounds.holds(single)
     own = bounds is not None and None not in (bounds.least, bounds.most)
     return (own or _INT32.holds(value)) and (bounds is None or bounds.holds(value))
-
-
-def _whole_characters(text: Any, where: str) -> None:
-    if SURROGATE.search(text):
-        raise ValueError(
-            f"{quoted(where)} holds half a character (a lone surrogate): "
-            f"{shown(text)}. Write the character whole."
-        )
 
 
 def _fit_one_of(
@@ -287,10 +279,13 @@ class Checked:
     A `__post_init__` of a subclass calls this one first.
     """
 
+    named: ClassVar[bool] = True
+    """Whether messages name the class; not where callers give its fields themselves."""
+
     def __post_init__(self) -> None:
         cls = type(self)
         for name, hint in hints_of(cls).items():
             value = getattr(self, name)
-            fitted = fit(value, hint, f"{cls.__name__}.{name}")
+            fitted = fit(value, hint, inner(cls.__name__ if self.named else "", name))
             if fitted is not value:
                 object.__setattr__(self, name, fitted)

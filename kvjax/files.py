@@ -29,8 +29,6 @@ MOST_YAML = 2**20
 MOST_NODES = 100_000
 """Of a YAML document, aliases unfolded."""
 
-_CHUNK = 2**20
-
 
 def regular(path: str | os.PathLike[str]) -> pathlib.Path:
     """`path`, if an ordinary file is there; links are followed.
@@ -217,16 +215,10 @@ def _size(node: yaml.Node, known: dict[int, int | None]) -> int:
     return size
 
 
-def digest(*paths: pathlib.Path) -> str:
-    """SHA-256 of the contents of files, in their order."""
-    total = hashlib.sha256()
-    for path in paths:
-        one = hashlib.sha256()
-        with regular(path).open("rb") as file:
-            while piece := file.read(_CHUNK):
-                one.update(piece)
-        total.update(one.digest())
-    return total.hexdigest()
+def digest(path: pathlib.Path) -> str:
+    """SHA-256 of what a file holds."""
+    with regular(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

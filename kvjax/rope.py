@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.fields import Checked, Factor, OneOf, Positive, Range, Window
+from kvjax.fields import Checked, Factor, OneOf, Positive, Range, Size
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _TRAINED = ("dynamic", "llama3", "yarn", "longrope")
@@ -49,7 +49,7 @@ class Rope(Checked):
     sequence of `reach` tokens (`longrope`: of any length on the same side).
     """
 
-    head_dim: Window
+    head_dim: Size
     theta: Annotated[float, Range(1e-3, 1e12)] = 10_000.0
     rotary_dim: Positive | None = None
     kind: Annotated[str, OneOf(*KINDS)] = "default"

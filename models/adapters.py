@@ -19,7 +19,15 @@ from kvjax.messages import nearest
 from kvjax.models.families.settings import Settings
 from kvjax.models.hub import ADAPTER, ADAPTER_CONFIG, checkpoint_directory
 from kvjax.models.quantised import unquantised
-from kvjax.models.shards import INDEX, SINGLE, Shards, Source, check_save, finite
+from kvjax.models.shards import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    Shards,
+    Source,
+    check_save,
+    finite,
+)
 from kvjax.models.tokenizer import has_tokenizer
 
 _UPDATE = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -82,7 +90,7 @@ def tokenizer_directory(directory: pathlib.Path) -> pathlib.Path:
 def opened(directory: pathlib.Path) -> Source:
     """The tensors of a checkpoint or, merged, of an adapter and its base model."""
     folder = base_directory(directory)
-    shards, config = Shards(folder), read_json(folder / "config.json")
+    shards, config = Shards(folder), read_json(folder / CONFIG)
     check_save(shards, config)
     base = unquantised(shards, config)
     return Merged(base, directory) if _is_adapter(directory) else base

@@ -9,18 +9,18 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from kvjax.files import read_json
 from kvjax.messages import shown
-from kvjax.models.shards import INDEX, SINGLE, read_json
+from kvjax.models.shards import CONFIG, INDEX, SINGLE
 from kvjax.places import expanded
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_CONFIG = "config.json"
 # Patterns of the hub are of whole paths, and `*` goes into folders.
 _FOLDERS = ["*/*"]
 _SMALL = (
-    _CONFIG,
+    CONFIG,
     "generation_config.json",
     ADAPTER_CONFIG,
     INDEX,
@@ -79,16 +79,16 @@ def _fetched(name: str, revision: str | None) -> pathlib.Path:
     if _COMMIT.fullmatch(folder.name):
         revision = folder.name  # the branch may move on between two downloads
     adapter = (folder / ADAPTER_CONFIG).is_file()
-    if adapter and not (folder / _CONFIG).is_file():
+    if adapter and not (folder / CONFIG).is_file():
         return _snapshot(name, revision, (ADAPTER_CONFIG, ADAPTER))
     # Named with a file that is there: the hub warns about patterns that match nothing.
-    wanted = (_CONFIG, SINGLE, *([ADAPTER] if adapter else []))
+    wanted = (CONFIG, SINGLE, *([ADAPTER] if adapter else []))
     folder = _snapshot(name, revision, wanted)
     if (folder / SINGLE).is_file() or (folder / ADAPTER).is_file():
         return folder
     if (folder / INDEX).is_file():
-        return _snapshot(name, revision, (_CONFIG, *_shards(folder)))
-    if (folder / _CONFIG).is_file():
+        return _snapshot(name, revision, (CONFIG, *_shards(folder)))
+    if (folder / CONFIG).is_file():
         _say_what_there_is(name, revision)
     return folder
 

@@ -1,12 +1,13 @@
 """From logits to a token: greedy, temperature, top-k, top-p."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.fields import Amount, Fraction, Positive, fit, hints_of
+from kvjax.fields import Amount, Checked, Fraction, Positive
 from kvjax.types import NEG_INF
 
 COLDEST = 1e-6
@@ -14,7 +15,7 @@ COLDEST = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Checked):
     """How the next token is drawn.
 
     Attributes:
@@ -28,10 +29,10 @@ class Sampling:
     top_k: Positive | None = None
     top_p: Fraction | None = None
 
+    named: ClassVar[bool] = False
+
     def __post_init__(self):
-        for name, hint in hints_of(type(self)).items():
-            # By the names that callers know, and hashable: programs go by them.
-            object.__setattr__(self, name, fit(getattr(self, name), hint, name))
+        super().__post_init__()
         if 0 < self.temperature < COLDEST:
             raise ValueError(
                 f"`temperature` must be 0 or at least {COLDEST}, below which nothing "

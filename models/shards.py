@@ -20,6 +20,7 @@ from kvjax.files import parse_json, read_json, regular
 from kvjax.messages import nearest
 from kvjax.plaintext import decoded
 
+CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SAVE = "kvjax_save"

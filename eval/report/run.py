@@ -5,9 +5,10 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kvjax.eval.header import read_header
 from kvjax.eval.report.maps import read_map
 from kvjax.eval.report.numbers import mean_known
-from kvjax.eval.results import load_rows, read_header
+from kvjax.eval.results import load_rows
 
 CellRow = Mapping[str, Any]
 

@@ -10,7 +10,7 @@ import numpy as np
 from kvjax import exact
 from kvjax.budgets.base import AbstractBudget, same_in_all
 from kvjax.config import sized
-from kvjax.fields import Range, Window
+from kvjax.fields import Range, Size
 
 
 @final
@@ -41,7 +41,7 @@ class Pyramid(AbstractBudget):
     """
 
     beta: Annotated[float, Range(1)] = sized(20.0, short=2.0)
-    window: Window = sized(64, short=8, recent=True)
+    window: Size = sized(64, short=8, recent=True)
 
     def by_layer(self, mean, lengths, specs):
         layers = len(specs)

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, final
+from typing import IO, Annotated, Any, ClassVar, final
 
 import numpy as np
 import tyro
@@ -35,7 +35,7 @@ from kvjax.models.bundled import DEFAULT
 from kvjax.models.sampling import Sampling
 from kvjax.models.stored_generation import sampling_of
 from kvjax.models.tokenizer import encoded
-from kvjax.plaintext import MARK, check_text, decoded
+from kvjax.plaintext import MARK, decoded
 
 Temperature = Annotated[float | None, Range(0), optional("NUMBER")]
 MOST_BYTES = 64 * 2**20
@@ -183,7 +183,6 @@ class Generate(Command):
         if (self.prompt is None) == (self.prompt_file is None):
             raise ValueError("give either --prompt TEXT or --prompt-file FILE.")
         if self.prompt is not None:
-            check_text(self.prompt, "--prompt")
             return self.prompt.removeprefix(MARK)
         assert self.prompt_file is not None
         if str(self.prompt_file) == "-":
@@ -192,16 +191,13 @@ class Generate(Command):
                     "--prompt-file -: standard input is closed. Pipe the prompt in, or "
                     "name a file."
                 )
-            return decoded(sys.stdin.buffer.read(), "--prompt-file: standard input")
+            return _prompt(sys.stdin.buffer, "--prompt-file: standard input")
         name = str(self.prompt_file)[:300]
         try:
-            with self.prompt_file.open("rb") as file:  # a pipe, perhaps
-                data = file.read(MOST_BYTES + 1)
+            with self.prompt_file.open("rb") as file:
+                return _prompt(file, name)
         except OSError as wrong:
             raise ValueError(f"Cannot read {name}: {wrong.strerror}.") from None
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"{name} has more than {MOST_BYTES} bytes; no prompt has.")
-        return decoded(data, name)
 
     def _encode(self, tokenizer, text: str) -> list[int]:
         if self.chat:
@@ -238,6 +234,14 @@ class Generate(Command):
                 )
             found += ids
         return found
+
+
+def _prompt(file: IO[bytes], name: str) -> str:
+    """What a file or a pipe holds, which may have no end."""
+    data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"{name} has more than {MOST_BYTES} bytes; no prompt has.")
+    return decoded(data, name)
 
 
 class Stream:

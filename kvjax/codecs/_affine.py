@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, final
 from jaxtyping import Array, Int
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
-from kvjax.fields import OneOf, Window
+from kvjax.fields import OneOf, Size
 from kvjax.pallas_kernels.quantize_pack import dequantize, quantize_pack
 from kvjax.pallas_kernels.quantized import BITS, Quantized
 from kvjax.turns import cut
@@ -96,7 +96,7 @@ class Affine(AbstractCodec):
 
     bits: Annotated[int, OneOf(*BITS)] = 4
     axis: Annotated[str, OneOf(*AXES)] = "token"
-    group: Window | None = 32
+    group: Size | None = 32
     symmetric: bool = False
     coded: ClassVar[bool] = True
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax import exact
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
 from kvjax.config import sized
-from kvjax.fields import Kept, Window
+from kvjax.fields import Kept, Size
 from kvjax.pallas_kernels.partial import PIECE, row_sum
 from kvjax.turns import cut, take
 from kvjax.types import pytree, static
@@ -72,7 +72,7 @@ class ThinK(AbstractCodec):
     """
 
     keep: Kept = 0.6
-    window: Window = sized(32, short=8, recent=True)
+    window: Size = sized(32, short=8, recent=True)
     differentiable: ClassVar[bool] = True
     flat: ClassVar[bool] = False
 

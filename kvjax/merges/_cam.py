@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from kvjax.cache import AbstractMerge
 from kvjax.config import sized
-from kvjax.fields import Window
+from kvjax.fields import Size
 from kvjax.scorers.base import ordered, position_order, unsorted
 
 
@@ -36,7 +36,7 @@ class CaM(AbstractMerge):
     tokens merge (kvpress: as many as there were steps).
     """
 
-    receivers: Window = sized(32, short=8)
+    receivers: Size = sized(32, short=8)
 
     def merged(self, held, kept, scores):
         # Receivers of a token are a run among the kept tokens in order: those of rank

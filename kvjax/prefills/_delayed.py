@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from kvjax.attention import self_attention
 from kvjax.config import sized
-from kvjax.fields import Window
+from kvjax.fields import Size
 from kvjax.prefills.base import AbstractPrefill
 
 
@@ -25,7 +25,7 @@ class Delayed(AbstractPrefill):
     tokens are still multiplied here, and leave memory with the prompt's end.
     """
 
-    window: Window = sized(16, short=8, recent=True)
+    window: Size = sized(16, short=8, recent=True)
     needs_retention: ClassVar[bool] = True
 
     def attend(self, inputs, lengths, mass, past=None):

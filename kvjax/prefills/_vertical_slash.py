@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from kvjax.attention import self_attention
 from kvjax.config import sized
-from kvjax.fields import Count, Positive, Range, Window
+from kvjax.fields import Count, Positive, Range, Size
 from kvjax.pallas_kernels.column_stats import column_stats
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.partial import Partial, merge
@@ -50,7 +50,7 @@ class VerticalSlash(AbstractPrefill):
 
     vertical: Positive = sized(1000, short=12)
     slash: Positive = sized(6096, short=16)
-    last_q: Window = sized(64, short=8)
+    last_q: Size = sized(64, short=8)
     first: Count = sized(30, short=2)
     local: Count = sized(100, short=8)
     block: Annotated[int, Range(1, 1024)] = sized(128, short=8)

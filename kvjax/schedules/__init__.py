@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import ClassVar, final
 
 from kvjax.config import sized
-from kvjax.fields import Checked, Window
+from kvjax.fields import Checked, Size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class EveryTokens(AbstractSchedule):
             and this many more.
     """
 
-    interval: Window = sized(1, short=4)
+    interval: Size = sized(1, short=4)
 
 
 SCHEDULES: Mapping[str, type[AbstractSchedule]] = MappingProxyType(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kvjax.cache import Memory
 from kvjax.config import sized
-from kvjax.fields import Count, Kernel, Window
+from kvjax.fields import Count, Kernel, Size
 from kvjax.scorers._window import AbstractWindow
 from kvjax.scorers.base import (
     AbstractScorer,
@@ -39,7 +39,7 @@ class SnapKV(AbstractWindow):
     protect all they have.
     """
 
-    window: Window = sized(64, short=8, recent=True)
+    window: Size = sized(64, short=8, recent=True)
     kernel: Kernel = 5
 
     def score(self, memory, held, counts):

@@ -6,7 +6,7 @@ from typing import final
 import jax.numpy as jnp
 
 from kvjax.config import sized
-from kvjax.fields import Kernel, Window
+from kvjax.fields import Kernel, Size
 from kvjax.scorers._window import AbstractWindow
 from kvjax.scorers.base import mass_received, max_pool, protect_last
 
@@ -30,7 +30,7 @@ class Lava(AbstractWindow):
     paper is the largest of all. The window is protected by `+inf`.
     """
 
-    window: Window = sized(32, short=8, recent=True)
+    window: Size = sized(32, short=8, recent=True)
     kernel: Kernel = 7
 
     def score(self, memory, held, counts):

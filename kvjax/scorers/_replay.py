@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from kvjax.config import sized
-from kvjax.fields import Range, Token, Window
+from kvjax.fields import Range, Size, Token
 from kvjax.scorers.base import AbstractProbe
 from kvjax.types import EMPTY, Lengths, Tokens, pytree
 
@@ -43,7 +43,7 @@ class AbstractReplay(AbstractProbe):
             context exactly.`, say; empty: the prompt simply begins again.
     """
 
-    chunk: Window = sized(2048, short=32)
+    chunk: Size = sized(2048, short=32)
     overlap: Annotated[int, Range(0, 2**16)] = 8
     ask: tuple[Token, ...] = ()
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.config import sized
-from kvjax.fields import Kernel, Share, Window
+from kvjax.fields import Kernel, Share, Size
 from kvjax.pallas_kernels.dense import LOGITS_BUDGET
 from kvjax.pallas_kernels.slots import slot_logits, slot_mask
 from kvjax.scorers._window import AbstractWindow
@@ -44,7 +44,7 @@ class RKV(AbstractWindow):
     that the cache itself holds.
     """
 
-    window: Window = sized(8, short=8, recent=True)
+    window: Size = sized(8, short=8, recent=True)
     kernel: Kernel = 7
     mix: Share = 0.1
     threshold: Share = 0.5

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from kvjax.cache import places
 from kvjax.config import sized
-from kvjax.fields import Amount, Count, Share, Window
+from kvjax.fields import Amount, Count, Share, Size
 from kvjax.pallas_kernels.dense import LOGITS_BUDGET
 from kvjax.scorers.base import AbstractScorer, by_position, protect_first, unsorted
 from kvjax.types import LayerInputs, Scores, pytree
@@ -119,7 +119,7 @@ class CUR(AbstractScorer):
     """
 
     n_sink: Count = 4
-    block: Window = sized(16, short=8)
+    block: Size = sized(16, short=8)
 
     @property
     def protected(self):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from kvjax.config import sized
-from kvjax.fields import Kernel, Window
+from kvjax.fields import Kernel, Size
 from kvjax.scorers.base import (
     AbstractScorer,
     last_queries,
@@ -27,7 +27,7 @@ class AbstractWindow(AbstractScorer):
         kernel: width of the pooling along the sequence.
     """
 
-    window: Window = sized(64, short=8, recent=True)
+    window: Size = sized(64, short=8, recent=True)
     kernel: Kernel = 5
 
     @property

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax import exact
 from kvjax.budgets import AbstractBudget
 from kvjax.cache import levelled
-from kvjax.fields import Checked, OneOf, Positive, Window
+from kvjax.fields import Checked, OneOf, Positive, Size
 from kvjax.types import LayerSpec, Lengths, Scores
 
 SCAN = 256
@@ -126,7 +126,7 @@ class Chunk(AbstractUnit):
     kvpress `ChunkKVPress` (`mean`, size 20, shared heads, whole).
     """
 
-    size: Window = 10
+    size: Size = 10
     reduce: Annotated[str, OneOf("sum", "mean")] = "sum"
     share_heads: bool = False
     whole: bool = False

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -140,7 +141,6 @@ class AbstractFamily(abc.ABC):
             "num_heads": heads,
             "num_kv_heads": config.get("num_key_value_heads", Positive, heads),
             "head_dim": head_dim,
-            "max_positions": config.get("max_position_embeddings", Positive, 2048),
             "norm_eps": config.get("rms_norm_eps", Epsilon, 1e-6),
             "activation": read_activation(config, "hidden_act", "silu"),
             "tie_embeddings": config.get("tie_word_embeddings", bool, False),
@@ -175,7 +175,7 @@ class AbstractFamily(abc.ABC):
     def read_reach(
         self, rope: Rope, settings: Settings, config: Settings
     ) -> dict[str, int]:
-        """`max_positions`, where the config says enough."""
+        """`max_positions`: what a config says, or what its scaling adds to it."""
         limit = config.get("max_position_embeddings", Positive, 2048)
         extends = self.linear_extends
         return {"max_positions": reach(rope, settings, limit, extends=extends)}
@@ -307,13 +307,18 @@ def special_tokens(config: Settings, name: str, vocab_size: int) -> tuple[int, .
     ids = ids if isinstance(ids, tuple) else (ids,)
     known = tuple(token for token in ids if 0 <= token < vocab_size)
     if known != ids and ids != (-1,):
-        LOG.warning(
-            "`%s` is %s: ids outside of the vocabulary of %d are left out.",
-            name,
-            shown(value),
-            vocab_size,
-        )
+        _say_left_out(name, shown(value), vocab_size)
     return known
+
+
+@functools.cache  # a config is read again and again, and this is said once
+def _say_left_out(name: str, value: str, vocab_size: int) -> None:
+    LOG.warning(
+        "`%s` is %s: ids outside of the vocabulary of %d are left out.",
+        name,
+        value,
+        vocab_size,
+    )
 
 
 def _first(tokens: tuple[int, ...]) -> int | None:

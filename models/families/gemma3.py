@@ -2,9 +2,9 @@
 
 import math
 from types import MappingProxyType
-from typing import Annotated, Any, final
+from typing import Any, final
 
-from kvjax.fields import Positive, PositiveReal, Range
+from kvjax.fields import Factor, Positive, PositiveReal
 from kvjax.models.config import DecoderConfig, Layers
 from kvjax.models.families.base import ACTIVATION_NAMES, AbstractFamily, read_activation
 from kvjax.models.families.rotary import read_rope, rope_settings
@@ -17,8 +17,6 @@ from kvjax.models.families.windows import (
     write_layer_types,
 )
 from kvjax.rope import Rope
-
-_Scalar = Annotated[float, Range(1e-3, 1e6)]
 
 
 @final
@@ -55,7 +53,7 @@ class Gemma3(AbstractFamily):
         every = config.get("sliding_window_pattern", Positive, 6)
         rule = [FULL if (index + 1) % every == 0 else SLIDING for index in layers]
         window = config.get("sliding_window", Positive, None)
-        scalar = config.get("query_pre_attn_scalar", _Scalar)
+        scalar = config.get("query_pre_attn_scalar", Factor)
         return {
             "activation": read_activation(
                 config, "hidden_activation", "gelu_pytorch_tanh"

@@ -35,7 +35,7 @@ HUGE = "1" + "0" * 30
         (["report", "nowhere"], "not a directory"),
         (["convert", "nowhere", "out"], "nowhere"),
         (["generate", "--prompt", ""], "the prompt is empty"),
-        (["generate", "--prompt", "a\udcff"], "`--prompt` holds half a character"),
+        (["generate", "--prompt", "a\udcff"], "`--prompt` has U+"),
         (["generate", "--prompt", "a", "--temperature", "nan"], "`--temperature`"),
         (["generate", "--prompt", "a", "--temperature", "1e-30"], "`temperature`"),
         (["generate", "--prompt", "a", "--top-p", "1.5"], "`--top-p`"),

@@ -7,7 +7,7 @@ import random
 import pyarrow
 import pyarrow.parquet
 
-from kvjax.eval.results import ROWS
+from kvjax.eval.rows import ROWS
 
 VERSIONS = {"kvjax": "0.1.0", "jax": "0.11.2", "flax": "0.12.12"}
 STRENGTH = {"random": 0.1, "streaming_llm": 0.3, "knorm": 0.45, "h2o": 0.7}

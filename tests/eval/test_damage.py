@@ -11,7 +11,8 @@ import pytest
 
 from kvjax.eval.report import write_report
 from kvjax.eval.report.run import load_run
-from kvjax.eval.results import ROWS, open_run
+from kvjax.eval.results import open_run
+from kvjax.eval.rows import ROWS
 from tests.eval.synthetic import make_run
 
 DRAWS = 60

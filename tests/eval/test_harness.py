@@ -15,9 +15,11 @@ import kvjax
 from kvjax.eval import harness, reading
 from kvjax.eval.config import decode_config
 from kvjax.eval.groups import QuestionGroup
+from kvjax.eval.header import read_header
 from kvjax.eval.plan import plan
 from kvjax.eval.record import fingerprint, mean
-from kvjax.eval.results import ITEMS, ROWS, load_rows, read_header
+from kvjax.eval.results import load_rows
+from kvjax.eval.rows import ITEMS, ROWS
 from kvjax.eval.timing import timed, union
 from kvjax.models.config import Evictor, Projection
 from kvjax.models.evictor import with_evictor

@@ -174,6 +174,7 @@ def test_ids_outside_of_the_vocabulary_are_left_out(gemma, caplog):
     (gemma / "generation_config.json").write_text('{"eos_token_id": [2, 10000]}')
     config = load_config(gemma)
     assert (config.pad_token, config.bos_token, config.eos_tokens) == (None, None, (2,))
+    assert load_config(gemma) == config
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and "1000000" in said[0] and "10000" in said[1]
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from kvjax.messages import nearest
+from kvjax.messages import nearest, shown
 from kvjax.plaintext import MARK, marked
 
 PLACE, RECORD = "place of the record", "record as JSON"
@@ -72,7 +72,7 @@ def read(path: str, options: Options, most: int | None = None) -> Placed:
         found = KINDS[options["kind"]](path, options)
         for where, record in itertools.islice(found, most):
             if not isinstance(record, Mapping):
-                raise ValueError(f"{where}: expected an object; got {_shown(record)}")
+                raise ValueError(f"{where}: expected an object; got {shown(record)}")
             if len(known) < 100:
                 known.update(dict.fromkeys(record))
             seen.update(column for column in columns if column in record)
@@ -100,10 +100,6 @@ def _complete(columns: Iterable[str], seen: set[str], known: list[str]) -> None:
                 f"no column {column!r}; it has {sorted(map(str, known))[:20]}."
                 f"{nearest(column, map(str, known))}"
             )
-
-
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__}: {str(value)[:60]!r}"
 
 
 def _plain(value: Any) -> Any:
@@ -200,10 +196,10 @@ def _listed(text: str, field: str) -> Placed:
         raise ValueError(_cause(wrong, "line")) from wrong
     if field:
         if not isinstance(tree, dict) or field not in tree:
-            raise ValueError(f"no field {field!r} in it; it holds {_shown(tree)}")
+            raise ValueError(f"no field {field!r} in it; it holds {shown(tree)}")
         tree = tree[field]
     if not isinstance(tree, list):
-        raise ValueError(f"expected a list of records; got {_shown(tree)}")
+        raise ValueError(f"expected a list of records; got {shown(tree)}")
     for number, record in enumerate(tree, 1):
         yield (
             f"record {number}",

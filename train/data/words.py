@@ -11,7 +11,8 @@ from kvjax.eval.tasks import TRAIN, Task, stream
 from kvjax.eval.text import Tokenizer
 from kvjax.models.adapters import tokenizer_directory
 from kvjax.models.bundled import model_directory
-from kvjax.models.io import checkpoint_directory, load_config
+from kvjax.models.hub import checkpoint_directory
+from kvjax.models.io import load_config
 from kvjax.models.tokenizer import (
     encoded,
     has_tokenizer,

@@ -12,7 +12,7 @@ from kvjax.inputs import Inputs
 from kvjax.messages import shown
 from kvjax.models.adapters import base_directory
 from kvjax.models.bundled import model_directory
-from kvjax.models.io import checkpoint_directory
+from kvjax.models.hub import checkpoint_directory
 from kvjax.places import expanded
 from kvjax.train.data.sources import reader_of
 from kvjax.train.recipe import Source, TrainConfig

@@ -5,7 +5,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvjax.eval.results import load_rows, read_header
+from kvjax.eval.header import read_header
+from kvjax.eval.results import load_rows
 
 CellKey = tuple[str, str, str, float | None]
 """Task, visibility, compression, keep."""
