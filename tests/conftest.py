@@ -42,6 +42,7 @@ from tests.levels import (  # noqa: E402, F401
     pytest_runtest_makereport,
     pytest_terminal_summary,
 )
+from tests.workers import pytest_xdist_make_scheduler  # noqa: E402, F401
 
 # KVJAX_TYPECHECK=1 checks shapes and types at each call; this has to come before any
 # module of kvjax is imported.
