@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -40,6 +42,7 @@ def written(
         EndlessTemplate: it does not end.
     """
     try:
+        check_steps(tokenizer.get_chat_template(tools=list(tools) if tools else None))
         with bounded():
             # As a batch of one: the library takes no empty chat by itself.
             (text,) = tokenizer.apply_chat_template(
@@ -48,7 +51,7 @@ def written(
                 tokenize=False,
                 add_generation_prompt=ask,
             )
-    except EndlessTemplate:
+    except (EndlessTemplate, TemplateFault):
         raise
     # Templates run what they like, and raise what that raises.
     except Exception as wrong:
@@ -56,6 +59,23 @@ def written(
     if len(text) > MOST:
         raise TemplateFault(f"it writes {len(text)} characters; at most {MOST} may be")
     return text
+
+
+@functools.lru_cache(64)
+def check_steps(template: str) -> None:
+    """Refuse a power: Python computes it in one step, which nothing can stop.
+
+    Raises:
+        TemplateFault: there is one.
+        jinja2.TemplateSyntaxError: this is no template.
+    """
+    import jinja2
+
+    lexed = jinja2.Environment().lex(template)
+    pieces = [(kind, piece) for _, kind, piece in lexed if kind != "whitespace"]
+    for (_, before), piece in itertools.pairwise(pieces):
+        if piece == ("operator", "**") and before not in ("(", ","):  # of arguments
+            raise TemplateFault("it uses `**`, a step that may never end")
 
 
 @contextlib.contextmanager

@@ -122,7 +122,8 @@ def test_messages_that_are_none_are_left_out_by_row(
         ("{{ 1 + 'a' }}", "TypeError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{% if", "TemplateSyntaxError"),
-        ("{% for i in range(10 ** 12) %}{{ i }}{% endfor %}", "Range too big"),
+        ("{% for i in range(999999999) %}{{ i }}{% endfor %}", "Range too big"),
+        ("{{ 10**(10**9) }}", "`\\*\\*`, a step that may never end"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ ('a' * 9999) * 9999 }}", "99980001 characters; at most"),
     ],
@@ -132,6 +133,12 @@ def test_a_template_that_raises_is_told_in_its_own_words(tmp_path, template, wor
     source = Source(dataset=path, messages="m")
     with pytest.raises(ValueError, match=f"2 {REFUSED}.*a.jsonl, line 1: .*{words}"):
         mixture(source, words=chat_words(template))
+
+
+def test_other_stars_of_a_template_are_none():
+    templates.check_steps(
+        "**{{ '**' }}**{% generation %}{{ dict(a=1, **{}) }}{{ 2*3 }}"
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])

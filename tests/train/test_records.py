@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from kvjax.train.data.chats import REFUSED, REWRITTEN, chat
-from kvjax.train.data.example import EMPTY, UNANSWERED, as_row
-from kvjax.train.data.records import plain, question
+from kvjax.train.data.example import EMPTY, UNANSWERED, UNKNOWN, as_row
+from kvjax.train.data.records import plain, preparation, question
 from kvjax.train.data.words import CHARACTERS, Words
+from kvjax.train.recipe import Source
 from tests.train.datasets_samples import (
     CHATML,
     ENDED,
@@ -129,3 +130,26 @@ def test_words_are_those_of_the_tokenizer():
     small = Words(merging_tokenizer(), 100)
     with pytest.raises(ValueError, match="the model knows 100"):
         small.encode("the rain é")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("some words", ""),
+        ("naïve, déjà vu", ""),
+        ("слова", UNKNOWN),
+        ("五月 2", UNKNOWN),
+    ],
+)
+def test_text_that_the_tokenizer_does_not_know_is_left_out(text, fault):
+    source = Source(dataset="a.jsonl", text="t")
+    assert preparation(source, CHARACTERS)({"t": text})["fault"] == fault
+    source = Source(dataset="a.jsonl", prompt="q", answer="t")
+    found = preparation(source, CHARACTERS)({"q": "五月六月七月", "t": text})
+    assert found["fault"] == fault
+
+
+def test_a_tokenizer_that_ends_with_its_unknown_token_knows_every_byte():
+    words = chat_words()
+    words.tokenizer.unk_token = words.tokenizer.eos_token
+    assert words.unknown(np.asarray(words.end * 3)) == 0

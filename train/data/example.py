@@ -11,6 +11,7 @@ from kvjax.train.data.rows import TokenRow
 EMPTY = "empty"
 UNANSWERED = "without an answer"
 NO_TEXT = "with characters that are none"
+UNKNOWN = "with mostly characters that the tokenizer does not know"
 
 
 class Example(TypedDict):

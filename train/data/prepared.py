@@ -14,7 +14,7 @@ from kvjax.train.data.sources import opened, said
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LAYOUT = 2
+LAYOUT = 3
 """Of the examples that `Dataset.map` keeps on disk: raise it when their making changes.
 
 What is kept goes by the arguments of the call, not by the code that is called.

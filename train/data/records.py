@@ -12,6 +12,7 @@ from kvjax.train.data.chats import chat, turn_end
 from kvjax.train.data.example import (
     EMPTY,
     UNANSWERED,
+    UNKNOWN,
     Example,
     Unusable,
     checked,
@@ -31,18 +32,31 @@ def preparation(source: Source, words: Words) -> Prepare:
         ValueError: chats, and a tokenizer without a chat template.
     """
     if source.text:
-        return functools.partial(plain, column=source.text, words=words)
-    if source.prompt:
+        prepare = functools.partial(plain, column=source.text, words=words)
+    elif source.prompt:
         columns = (source.context, source.prompt, source.answer)
-        return functools.partial(question, columns=columns, words=words)
-    if not getattr(words.tokenizer, "chat_template", None):
+        prepare = functools.partial(question, columns=columns, words=words)
+    elif getattr(words.tokenizer, "chat_template", None):
+        prepare = functools.partial(
+            chat, column=source.messages, words=words, tools=source.tools
+        )
+    else:
         raise ValueError(
             f"dataset {shown(source.dataset)} holds chats, and the tokenizer has no "
             "chat template. Start from a chat model, or use `prompt` and `answer`."
         )
-    return functools.partial(
-        chat, column=source.messages, words=words, tools=source.tools
-    )
+    return functools.partial(readable, prepare=prepare, words=words)
+
+
+def readable(record: Mapping[str, Any], *, prepare: Prepare, words: Words) -> Example:
+    """The example of a record, if the tokenizer knows half of what it teaches."""
+    made = prepare(record)
+    taught = np.asarray(made["tokens"])[np.asarray(made["answers"], bool)]
+    taught = taught[~np.isin(taught, (*words.begin, *words.end))]
+    unknown = words.unknown(taught)
+    if unknown and 2 * unknown >= len(taught):
+        return fault(UNKNOWN, f"{unknown} of {len(taught)} tokens to learn")
+    return made
 
 
 def answer_end(source: Source, words: Words) -> int | None:

@@ -68,6 +68,13 @@ class Words:
             self._check(int(found.max()))
         return found
 
+    def unknown(self, tokens: np.ndarray) -> int:
+        """How many of the tokens stand for text that the tokenizer does not know."""
+        stands = self.tokenizer.unk_token_id
+        if stands is None or stands in (*self.begin, *self.end):
+            return 0  # of the kind that knows every byte
+        return int(np.sum(tokens == stands))
+
     def _check(self, token: int) -> None:
         if token >= self.vocab_size:
             piece = self.tokenizer.convert_ids_to_tokens(token)
