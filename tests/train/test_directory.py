@@ -295,3 +295,14 @@ def test_a_damaged_log_is_named(tmp_path, line):
         with pytest.raises(ValueError, match="line 2 of .*remove the line"):
             use(tmp_path)
     assert path.read_bytes() == whole
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_log_that_is_no_file(tmp_path):
+    for make, what in ((os.mkfifo, "a pipe"), (os.mkdir, "a directory")):
+        make(tmp_path / "log.jsonl")
+        for use in (check_log, lambda where: opened(where, recipe(), 1).__enter__()):
+            with pytest.raises(ValueError, match=f"log.jsonl: it is {what}"):
+                use(tmp_path)
+        path = tmp_path / "log.jsonl"
+        path.rmdir() if path.is_dir() else path.unlink()

@@ -1,7 +1,10 @@
 """Datasets that lack what training needs: named, counted, refused."""
 
+import dataclasses
 import errno
+import json
 import logging
+import os
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ from kvjax.train.data import sources
 from kvjax.train.data.tokenizer import EOS, decode
 from kvjax.train.recipe import DataConfig, Source, Stage
 from kvjax.train.run.inputs import inputs_of
-from tests.train.datasets_samples import TEXTS, mixture, same, write_jsonl
+from tests.train.datasets_samples import STAGES, TEXTS, mixture, same, write_jsonl
 from tests.train.tiny_run import recipe
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -220,3 +223,70 @@ def test_a_hub_that_fails_says_why(monkeypatch, streaming):
 def test_sources_that_contradict_themselves(given, message):
     with pytest.raises(ValueError, match=message):
         Source(**given)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
+def test_other_text_of_the_same_size_and_time_is_read_anew(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    fields = {"sample_by": "line"} if suffix == ".txt" else {}
+    source = Source(dataset=str(path), text="text", fields=fields)
+    for word in ("first", "other"):
+        lines = [json.dumps({"text": word}) if suffix == ".jsonl" else word] * 40
+        path.write_text("\n".join(lines))
+        os.utime(path, (10**9, 10**9))
+        assert word in decode(mixture(source).batch(0).tokens[0])
+
+
+def test_held_out_splits_of_one_name(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        records = [{"t": f"{folder} {i}", "u": "x" * 9} for i in range(40)]
+        write_jsonl(tmp_path / folder / "data.jsonl", records)
+    one = Source(dataset=str(tmp_path / "a/data.jsonl"), text="t", held_out="train")
+    two = dataclasses.replace(one, dataset=str(tmp_path / "b/data.jsonl"))
+    assert [*mixture(one).held_out] == ["data.jsonl:train"]
+    both = mixture(one, two, one).held_out
+    assert [*both] == [f"{source.dataset}:train" for source in (one, two)]
+    read = [decode(reader.take(64).tokens) for reader in both.values()]
+    assert read[0].startswith("a ") and read[1].startswith("b ")
+    columns = mixture(one, dataclasses.replace(one, text="u")).held_out
+    assert len(columns) == 2
+
+
+def test_a_stage_may_hold_out(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"t": f"text {i}"} for i in range(40)])
+    source = Source(dataset=path, text="t", held_out="train[50%:]")
+    task = Source(task="fact")
+    stages = (dataclasses.replace(STAGES[0], sources=(source,)),)
+    assert [*mixture(task, stages=stages).held_out] == ["a.jsonl:train[50%:]"]
+    wrong = dataclasses.replace(source, held_out="nosuch")
+    stages = (dataclasses.replace(STAGES[0], sources=(wrong,)),)
+    with pytest.raises(ValueError, match="no split 'nosuch'"):
+        mixture(task, stages=stages)
+
+
+def test_what_other_programs_write_is_told(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    datasets.Dataset.from_list([{"t": "a"}]).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=r"save_to_disk.*to_parquet"):
+        mixture(Source(dataset=str(tmp_path / "saved"), text="t"))
+    for name in ("a.JSONL", "a.ndjson"):
+        path = write_jsonl(tmp_path / name, [{"t": f"text {i}"} for i in range(40)])
+        assert "text" in decode(
+            mixture(Source(dataset=path, text="t")).batch(0).tokens[0]
+        )
+
+
+@pytest.mark.parametrize("wrong", [OSError(errno.ENOSPC, "No space left"), None])
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, wrong):
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    cache = str(datasets.config.HF_DATASETS_CACHE)
+    wrong = wrong or PermissionError(errno.EACCES, "Permission denied", f"{cache}/x")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("An error occurred") from wrong
+
+    monkeypatch.setattr(datasets.Dataset, "from_generator", refuse)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"t": "a"}])
+    with pytest.raises(ValueError, match=r"a\.jsonl.*HF_DATASETS_CACHE to a folder"):
+        mixture(Source(dataset=path, text="t"))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kvjax.eval.tasks import TRAIN, Episode, Task, make_task, stream
+from kvjax.fields import Count, fit
 from kvjax.train.data.batch import TokenBatch, pack
 from kvjax.train.data.readers import RowReader, open_reader
 from kvjax.train.data.records import answer_end
@@ -18,6 +19,9 @@ from kvjax.train.data.share import WHOLE, RowShare
 from kvjax.train.data.tasks import characters
 from kvjax.train.data.words import CHARACTERS, Words
 from kvjax.train.recipe import DataConfig, Source, Stage
+
+TRIES = 48
+"""Episodes that are drawn to see whether a task fits into a row."""
 
 
 class Mixture:
@@ -56,14 +60,9 @@ class Mixture:
         self.mixtures = [
             self._weights(stage.sources or config.sources) for stage in self.stages
         ]
-        self.held_out = {
-            f"{pathlib.Path(source.dataset).name}:{source.held_out}": self._open(
-                source, source.held_out
-            )
-            for source in config.sources
-            if source.held_out
-        }
+        self.held_out = self._held_out()
         self._at = 0  # the step before which the readers stand
+        self._check_widths()
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -82,6 +81,7 @@ class Mixture:
             ValueError: no record of a streamed dataset fits the step's rows.
         """
         share = self.share if share is None else share
+        step = fit(step, Count, "step")
         self._seek(step)
         rng = stream(TRAIN, "mixture", self.seed, step)
         width, chosen = self._plan(rng, step)
@@ -153,9 +153,17 @@ class Mixture:
         return width, (draw(rng, weights) for _ in range(stage.rows(width)))
 
     def _row(self, task: Task, rng: random.Random, width: int) -> TokenRow:
+        turns = rng.randint(1, self._most_turns(task, width))
+        return self._fitting(task, rng, width, turns)
+
+    def _most_turns(self, task: Task, width: int) -> int:
         # Wide rows ask many questions: answers are what teaches.
-        most = max(1, self.config.turns * width // 128) if task.multi_turn else 1
-        turns = rng.randint(1, most)
+        most = self.config.turns * width // 128
+        return max(1, most) if task.multi_turn else 1
+
+    def _fitting(
+        self, task: Task, rng: random.Random, width: int, turns: int
+    ) -> TokenRow:
         length = characters(task, self.words, width)
         while True:
             episode = task.episode(rng, length, turns=turns)
@@ -163,6 +171,32 @@ class Mixture:
             if len(one.tokens) <= width:
                 return one
             length = length * 9 // 10  # more tokens than such text usually has
+
+    def _check_widths(self) -> None:
+        """Tasks fit into the narrowest rows of each stage, whatever they draw.
+
+        So do those that are held out, which have no fields of the recipe.
+
+        Raises:
+            ValueError: one does not; names the stage and the width.
+        """
+        held = [make_task(one.task) for one in self.config.sources if one.task]
+        for number, weights in enumerate(self.mixtures):
+            width = min(self.stages[number].lengths)
+            tasks = [one for one in weights if isinstance(one, Task)]
+            try:
+                for task in dict.fromkeys([*tasks, *held]):
+                    self._check_width(task, width)
+            except ValueError as wrong:
+                raise ValueError(
+                    f"`stages.{number}.lengths` has rows of {width} tokens: {wrong}"
+                ) from None
+
+    def _check_width(self, task: Task, width: int) -> None:
+        most = self._most_turns(task, width)
+        for number in range(TRIES):
+            rng = stream(TRAIN, "fits", self.seed, number)
+            self._fitting(task, rng, width, 1 + number % most)
 
     def row(self, episode: Episode) -> TokenRow:
         """The row of an episode, with the tokens and weights of this mixture."""
@@ -197,6 +231,22 @@ class Mixture:
         reader = self._open(source, source.split)
         self.readers.append((data, reader))
         return reader
+
+    def _held_out(self) -> dict[str, RowReader]:
+        """A reader for each held-out split, by name."""
+        sources = list(self.config.sources)
+        sources += [one for stage in self.stages for one in stage.sources]
+        held = [dataclasses.replace(one, weight=1.0) for one in sources if one.held_out]
+        held = [one for n, one in enumerate(held) if one not in held[:n]]
+        names = [f"{pathlib.Path(one.dataset).name}:{one.held_out}" for one in held]
+        if len(set(names)) < len(names):
+            names = [f"{one.dataset}:{one.held_out}" for one in held]
+        if len(set(names)) < len(names):
+            names = [f"{name} ({n})" for n, name in enumerate(names, 1)]
+        return {
+            name: self._open(one, one.held_out)
+            for name, one in zip(names, held, strict=True)
+        }
 
     def _open(self, source: Source, split: str) -> RowReader:
         seed = stream(TRAIN, "order", self.seed, len(self.readers)).getrandbits(32)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvjax.files import is_full
 from kvjax.messages import nearest, shown
 from kvjax.places import expanded
 from kvjax.train.data.files import (
@@ -23,7 +24,13 @@ from kvjax.train.recipe import Source
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+BUILDERS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
 FIELDS = {"json": ("field",), "text": ("sample_by",), "parquet": ()}
 SAMPLED = ("document", "line", "paragraph")
 
@@ -53,6 +60,7 @@ def open_dataset(source: Source, split: str) -> "Dataset | IterableDataset":
     except Exception as wrong:  # readers and the hub raise whatever their layers raise
         raise ValueError(
             f"dataset {shown(source.dataset)}, split {split!r}: {said(wrong)}"
+            f"{_of_cache(wrong)}"
         ) from wrong
 
 
@@ -70,6 +78,23 @@ def said(wrong: BaseException) -> str:
         wrong = wrong.__cause__
     kind = "" if isinstance(wrong, ValueError) else f"{type(wrong).__name__}: "
     return f"{kind}{str(wrong)[:1000]}"
+
+
+def _of_cache(wrong: BaseException | None) -> str:
+    """What to do where it is not the data but the library's cache that is wrong."""
+    from datasets import config
+
+    cache = str(config.HF_DATASETS_CACHE)
+    while wrong is not None:
+        name = str(getattr(wrong, "filename", None) or "")
+        inside = name.startswith(cache) or (name and cache.startswith(name))
+        if is_full(wrong) or (isinstance(wrong, OSError) and inside):
+            return (
+                f". What is read of data sets is kept in {cache}: set "
+                "HF_DATASETS_CACHE to a folder that can be written and has room."
+            )
+        wrong = wrong.__cause__ or wrong.__context__
+    return ""
 
 
 def _hub(source: Source, split: str) -> "Dataset | IterableDataset":
@@ -147,10 +172,14 @@ def _end(to: int | None, counts: Mapping[str, int], part: Any) -> int:
     return counts[part.splitname] if to is None else to
 
 
-def _stamped(file: str) -> tuple[str, int, int]:
-    """A file and what changes with it, so that nothing old is read from a cache."""
+def _stamped(file: str) -> tuple[str, int, int, int, int]:
+    """A file and what changes with it, so that nothing old is read from a cache.
+
+    Programs that unpack and copy set the time of the last change, but not the others.
+    """
     found = os.stat(file)
-    return file, found.st_size, found.st_mtime_ns
+    times = found.st_mtime_ns, found.st_ctime_ns
+    return file, found.st_size, *times, found.st_ino
 
 
 def _files(source: Source) -> tuple[str, dict[str, list[str]]]:
@@ -158,6 +187,11 @@ def _files(source: Source) -> tuple[str, dict[str, list[str]]]:
     name, splits = source.dataset, data_files(source.fields)
     path = expanded(name)
     if os.path.isdir(path):
+        if (path / "state.json").exists() and (path / "dataset_info.json").exists():
+            raise ValueError(
+                "the folder is what `Dataset.save_to_disk` writes. Write it as a file: "
+                "`datasets.load_from_disk(folder).to_parquet('data.parquet')`."
+            )
         found = [p for p in sorted(path.rglob("*")) if reader_of(p)]
     elif glob.has_magic(name):
         found = _matching(str(path))
@@ -197,8 +231,9 @@ def data_files(fields: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def reader_of(path: pathlib.Path) -> str | None:
     """What reads a file, by its name."""
-    packed = path.suffix == ".gz"
-    kind = BUILDERS.get(pathlib.Path(path.stem).suffix if packed else path.suffix)
+    packed = path.suffix.lower() == ".gz"
+    suffix = pathlib.Path(path.stem).suffix if packed else path.suffix
+    kind = BUILDERS.get(suffix.lower())
     return None if packed and kind == "parquet" else kind
 
 

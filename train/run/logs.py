@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from kvjax.files import parse_json, write_text
+from kvjax.files import parse_json, regular, write_text
 from kvjax.messages import shown
 from kvjax.plaintext import decoded
 from kvjax.train.recipe import LogConfig, TrainConfig
@@ -196,7 +196,7 @@ def _lines(path: pathlib.Path) -> list[tuple[int, str]]:
     if not path.exists():
         return []
     found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    for number, line in enumerate(regular(path).read_bytes().split(b"\n")[:-1], 1):
         where = f"line {number} of {path}"
         try:
             text = decoded(line, where)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, UInt32
 from orbax.checkpoint import v1 as ocp
 
-from kvjax.files import is_full
+from kvjax.files import is_full, read_text
 
 STEP = re.compile(r"step_(\d+)")
 DIGESTS = "digests"
@@ -95,7 +95,7 @@ def metadata(path: pathlib.Path) -> dict[str, Any]:
     # orbax opens no directory in which one of these is damaged, and has no reader.
     metrics = path / "metrics" / "metrics"
     if metrics.exists():
-        json.loads(metrics.read_text())
+        json.loads(read_text(metrics))
     return held.metadata
 
 
