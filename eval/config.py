@@ -102,11 +102,12 @@ class EvalConfig(Checked):
             values = getattr(self, name)
             if not values and name != "compressions":
                 raise ValueError(f"`{name}` must name at least one; got none.")
-            keys = [getattr(v, "title", v) for v in values]
-            if len(set(keys)) != len(keys):
+            keys = [v.title if isinstance(v, TaskEntry) else v for v in values]
+            twice = [key for n, key in enumerate(keys) if key in keys[:n]]
+            if twice:
+                other = ", or give each task a `label`" if name == "tasks" else ""
                 raise ValueError(
-                    f"`{name}` lists something twice: {keys}. Remove it, or give "
-                    "tasks a `label` each."
+                    f"`{name}` lists {shown(twice[0])} twice. Remove one{other}."
                 )
         self._check_plain()
         self._check_ranges()

@@ -24,6 +24,7 @@ from kvjax.eval.text import Tokenizer
 from kvjax.eval.timing import timed
 from kvjax.fields import Checked, Positive, Range
 from kvjax.files import read_text
+from kvjax.models import checks
 from kvjax.models.decoder import Decoder
 from kvjax.models.finite import check_rows
 from kvjax.models.inference import extend, prefill
@@ -74,7 +75,8 @@ def fidelity(
         ValueError: see `kvjax.prefill`; a context that leaves nothing to predict;
             logits that are not finite.
     """
-    tokens = jnp.asarray(tokens)
+    tokens, _ = checks.prompt(checks.model(model), tokens, None)
+    checks.count("context", context, 1)
     check_split(context, tokens.shape[1] - context, calls)
     follow = tokens[:, context:]
     room = follow.shape[1]
@@ -142,13 +144,9 @@ def compare(
 
 def check_split(context: int, continuation: int, calls: int) -> None:
     """There is something to read and something to predict."""
-    for name, value, least in (
-        ("context", context, 1),
-        ("continuation", continuation, 2),
-        ("calls", calls, 1),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"`{name}` must be an integer >= {least}; got {value!r}.")
+    checks.count("context", context, 1)
+    checks.count("continuation", continuation, 2)
+    checks.count("calls", calls, 1)
     if calls > continuation - 1:
         raise ValueError(
             f"{continuation - 1} tokens cannot be fed in {calls} calls. Lower `calls`."

@@ -149,7 +149,10 @@ class _Runner:
         self.progress: Callback | None = progress
         self.rows: list[dict[str, Any]] = []
         # All of it now: a damaged file is found before anything is computed.
-        self.old = {cell.name: store.row(cell.name) for cell in made.all_cells()}
+        self.old = {
+            cell.name: store.row(describe(cell, made.config), cell.group.per_depth)
+            for cell in made.all_cells()
+        }
         self.full: dict[float | None, dict[str, Any]] = {}  # rows of `none`, by depth
         self.replies: list[str | None] = []  # of `none`, by item
 

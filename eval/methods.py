@@ -1,16 +1,17 @@
 """The compressions of an evaluation: presets with its overrides applied."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvjax.compress.config import Compression
-from kvjax.compress.presets import compression
+from kvjax.compress.presets import compression, compressions
 from kvjax.config import recent_fields
 from kvjax.eval.config import EvalConfig
-from kvjax.messages import nearest
+from kvjax.messages import nearest, shown
 
 NONE = "none"
 RANDOM = "random"
@@ -70,9 +71,11 @@ def methods(config: EvalConfig) -> tuple[Method, ...]:
     """
     listed = {_label(name): name for name in config.compressions}
     if len(listed) != len(config.compressions):
+        names = [_label(name) for name in config.compressions]
+        twice = next(name for n, name in enumerate(names) if name in names[:n])
         raise ValueError(
-            "two compressions have one name: "
-            f"{sorted(map(_label, config.compressions))}. Rename a file."
+            f"two compressions have one name, {shown(twice)}. List it once, or rename "
+            "its file."
         )
     for name in config.overrides:
         if name not in listed and name != RANDOM:
@@ -81,10 +84,24 @@ def methods(config: EvalConfig) -> tuple[Method, ...]:
                 f"of {sorted(listed)}.{nearest(name, listed)}"
             )
     order = {NONE: NONE, RANDOM: RANDOM} | listed
-    return tuple(
+    made = tuple(
         _method(label, name, config, listed=label in listed)
         for label, name in order.items()
     )
+    for path in config.defaults:
+        _check_default(path, [method.base for method in made])
+    return made
+
+
+def _check_default(path: str, here: Sequence[Compression]) -> None:
+    """Some compression has the field: one of those here, or else of the presets."""
+    everywhere = itertools.chain(here, map(compression, compressions()))
+    if not any(has(one, path) for one in everywhere):
+        raise ValueError(
+            f"`defaults` sets {shown(path)}, a field that no compression has. Say it "
+            "as in evict.score.window, or put it under `overrides` of the one that "
+            "it is for."
+        )
 
 
 def _label(name: str) -> str:

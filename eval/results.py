@@ -20,11 +20,12 @@ import pyarrow as pa
 from kvjax import inputs
 from kvjax.eval.config import EvalConfig
 from kvjax.eval.header import RECORD, read_header
-from kvjax.eval.rows import ITEMS, ROWS, parquet_bytes, read_rows
+from kvjax.eval.rows import ITEMS, REMEDY, ROWS, parquet_bytes, read_rows
 from kvjax.files import is_full, write_bytes
 from kvjax.messages import shown
 from kvjax.places import check_place, clear_left
 
+KINDS = ("rows", "items", "maps")
 _COMPARED = ("schema", "model_fingerprint", "config")
 _NOTED = ("model_fingerprint", "inputs", "checkpoint")
 """What a call that goes on writes anew, once it is known to be of the same contents."""
@@ -36,17 +37,36 @@ class RunWriter:
 
     path: pathlib.Path
 
-    def row(self, cell: str) -> dict[str, Any] | None:
+    def row(self, about: Mapping[str, Any], items: int) -> dict[str, Any] | None:
         """The row of a finished cell, or None.
 
+        Args:
+            about: its columns that say which cell it is.
+            items: how many it has.
+
         Raises:
-            ValueError: a file of it is damaged.
+            ValueError: a file of it is damaged, or of another cell.
         """
-        paths = [self._file(kind, cell) for kind in ("rows", "items")]
+        paths = [self._file(kind, about["cell"]) for kind in ("rows", "items")]
         if not all(path.exists() for path in paths):
             return None
-        rows, _ = map(read_rows, paths)
-        return rows[0]
+        (row,), found = map(read_rows, paths)
+        for name, wanted in {**about, "items": items}.items():
+            if row[name] != wanted:
+                raise ValueError(
+                    f"{paths[0]} is of another cell: {name!r} is {shown(row[name])} "
+                    f"there and {shown(wanted)} here. {REMEDY}"
+                )
+        if [item["item"] for item in found] != [*range(items)]:
+            raise ValueError(
+                f"{paths[1]} is of another cell: it has {len(found)} items, or has "
+                f"them in another order; expected {items}. {REMEDY}"
+            )
+        if any((item["reply"] is None) is (item["nll"] is None) for item in found):
+            raise ValueError(
+                f"{paths[1]} has items with neither a `reply` nor an `nll`. {REMEDY}"
+            )
+        return row
 
     def items(self, cell: str) -> list[dict[str, Any]]:
         """The items of a finished cell."""
@@ -84,6 +104,12 @@ def check_directory(
     """
     path = pathlib.Path(directory)
     check_place(path)
+    for kind in KINDS:
+        if os.path.lexists(path / kind) and not (path / kind).is_dir():
+            raise ValueError(
+                f"{path / kind} is no directory, and a run keeps files in it. Move it "
+                "away, or use another directory."
+            )
     if (path / RECORD).exists():
         old = read_header(path)
         if config is not None:
@@ -124,7 +150,7 @@ def open_run(directory: str | os.PathLike[str], header: Mapping[str, Any]) -> Ru
     path.mkdir(parents=True, exist_ok=True)
     if new != before:
         _write(record, (json.dumps(new, indent=2) + "\n").encode())
-    kinds = [path / kind for kind in ("rows", "items", "maps")]
+    kinds = [path / kind for kind in KINDS]
     for kind in kinds:
         kind.mkdir(exist_ok=True)
     clear_left(path, *kinds)

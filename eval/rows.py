@@ -1,5 +1,6 @@
 """Rows and items of an evaluation as Parquet files, read strictly."""
 
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,7 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kvjax.files import regular
 from kvjax.messages import shown
+
+LONGEST = 200
+"""Characters of a name: files have names of them."""
+
+REMEDY = "Delete it and run the same evaluation again: only this cell is anew."
 
 _word, _real, _whole = pa.string(), pa.float64(), pa.int64()
 
@@ -66,31 +73,32 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: it is damaged, or holds something else; names the file.
     """
-    remedy = "Delete it and run the same evaluation again: only this cell is anew."
     try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        table = pq.ParquetFile(regular(path), page_checksum_verification=True).read()
         rows = table.to_pylist()
     # Whatever Arrow's readers make of damaged bytes, and Python of such text.
     except (pa.ArrowException, OSError, ValueError, TypeError, MemoryError) as wrong:
         said = (str(wrong).splitlines() or [type(wrong).__name__])[0][:200]
-        raise ValueError(f"{path} cannot be read ({said}). {remedy}") from None
+        raise ValueError(f"{path} cannot be read ({said}). {REMEDY}") from None
     schema = ITEMS if path.parent.name == "items" else ROWS
     if not table.schema.equals(schema) or (schema is ROWS and len(rows) != 1):
         raise ValueError(
             f"{path} does not hold what an evaluation writes: {len(rows)} rows of "
-            f"{shown(table.column_names)}. {remedy}"
+            f"{shown(table.column_names)}. {REMEDY}"
         )
-    for name, holds in _COLUMNS.items() if schema is ROWS else ():
-        if not holds(rows[0][name]):
-            raise ValueError(
-                f"{path}: {name!r} is {shown(rows[0][name])}, which no evaluation "
-                f"writes. {remedy}"
-            )
+    columns = _COLUMNS if schema is ROWS else _OF_ITEMS
+    for row in rows:
+        for name, holds in columns.items():
+            if not holds(row[name]):
+                raise ValueError(
+                    f"{path}: {name!r} is {shown(row[name])}, which no evaluation "
+                    f"writes. {REMEDY}"
+                )
     return rows
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and 0 < len(value) <= LONGEST
 
 
 def _size(value: Any) -> bool:
@@ -101,12 +109,25 @@ def _share(value: Any) -> bool:
     return value is None or 0 <= value <= 1
 
 
+def _amount(value: Any) -> bool:
+    """Of a model that diverged it may be no number."""
+    return value is None or value >= 0 or math.isnan(value)
+
+
 _COLUMNS: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("task", "compression", "visibility"), _text),
-    **dict.fromkeys(("length", "resident_bytes", "full_bytes"), _size),
-    **dict.fromkeys(("keep", "depth"), _share),
+    **dict.fromkeys(("length", "items", "resident_bytes", "full_bytes"), _size),
+    **dict.fromkeys(("keep", "depth", "score", "agreement"), _share),
+    **dict.fromkeys(("score_se", "agreement_se", "nll", "compile_s"), _amount),
+    **dict.fromkeys(("prefill_ms", "compress_ms", "ms_per_token"), _amount),
 }
-"""What the values of a row have to be, as far as anything depends on it."""
+"""What the values of a row have to be."""
+
+_OF_ITEMS: Mapping[str, Callable[[Any], bool]] = {
+    "item": lambda value: value is not None,
+    **dict.fromkeys(("score", "agrees"), _share),
+    "nll": _amount,
+}
 
 
 def parquet_bytes(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:

@@ -66,7 +66,7 @@ def group(rows: Iterable[CellRow], *names: str) -> dict[tuple, list[CellRow]]:
     for row in rows:
         out.setdefault(tuple(row.get(name) for name in names), []).append(row)
     order = sorted(
-        out, key=lambda key: [(v is None, str(type(v)), v or 0) for v in key]
+        out, key=lambda key: [(v is None, 0 if v is None else v) for v in key]
     )
     return {key: out[key] for key in order}
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from kvjax.fields import Checked, Share
+from kvjax.fields import Checked, Count, Positive, Seed, Share, fit
 
 STOP = "]"
 """Last character of every answer; never part of a value."""
@@ -100,10 +100,8 @@ class Task(Checked, abc.ABC):
         Deterministic in every argument; item `i` does not depend on `count`. The
         stream is disjoint from the one training draws from.
         """
-        if count < 0 or length < 1:
-            raise ValueError(
-                f"`count` and `length` must be positive; got {count} and {length}."
-            )
+        seed = fit(seed, Seed, "seed")
+        count, length = fit(count, Count, "count"), fit(length, Positive, "length")
         items = []
         for index in range(count):
             rng = stream(HELD_OUT, self.name, seed, index)
@@ -134,5 +132,5 @@ def too_short(task: str, length: int, need: int) -> ValueError:
     """The error of a length that cannot hold the smallest item."""
     return ValueError(
         f"Task {task!r} does not fit into {length} characters: it needs {need}. "
-        "Raise `length` or ask for fewer records."
+        "Raise the length, or ask it for less (`fields`)."
     )

@@ -73,12 +73,19 @@ def test_compare_by_hand():
         ({"context": 0}, "context"),
         ({"context": 47}, "continuation"),
         ({"calls": 16}, "15 tokens"),
+        ({"calls": 1.5}, "`calls` must be an integer"),
+        ({"context": None}, "`context` must be an integer"),
+        ({"context": "5"}, "`context` must be an integer"),
+        ({"tokens": [[1, 2], [3]]}, "`tokens` must be integers"),
+        ({"tokens": [1, 2, 3]}, "`tokens` must be integers"),
+        ({"tokens": [[10**6] * 48]}, "vocabulary"),
+        ({"model": "kvjax-tiny"}, "`model` must be a kvjax Decoder"),
     ],
 )
 def test_splits_that_predict_nothing(model, tokens, fields, message):
-    arguments = {"context": 32} | fields
+    arguments = {"model": model, "tokens": tokens, "context": 32} | fields
     with pytest.raises(ValueError, match=message):
-        fidelity(model, tokens, c=kvjax.Compression(), **arguments)
+        fidelity(c=kvjax.Compression(), **arguments)
 
 
 def test_text_as_a_task(model, text, tmp_path):

@@ -19,7 +19,10 @@ from tests.eval.synthetic import make_rows
 from tests.faults.killing import Killed, calls, killed_at
 
 HEADER = {"schema": 1, "model_fingerprint": "abc", "config": {"items": 2}}
-ROWS = make_rows(["none", "random"], keeps=(0.5,), needle=False)[:2]
+ROWS = [
+    row | {"items": 1}
+    for row in make_rows(["none", "random"], keeps=(0.5,), needle=False)[:2]
+]
 ITEMS = [{"item": 0, "reply": "a", "answer": "a", "score": 1.0, "agrees": 1.0}]
 
 
@@ -29,8 +32,8 @@ def evaluate(path: pathlib.Path) -> None:
         assert mine
         store = open_run(path, HEADER)
         for row in ROWS:
-            if store.row(row["cell"]) is None:
-                store.write(row["cell"], row, ITEMS, {"kept": [[[0]]]})
+            if store.row({"cell": row["cell"]}, len(ITEMS)) is None:
+                store.write(str(row["cell"]), row, ITEMS, {"kept": [[[0]]]})
 
 
 def test_killed_at_any_call(tmp_path):

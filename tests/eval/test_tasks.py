@@ -1,5 +1,6 @@
 """Generated tasks: deterministic, disjoint from training, self-consistent, readable."""
 
+import math
 import re
 
 import pytest
@@ -75,6 +76,16 @@ def test_too_short_lengths_are_refused(name):
     fields = {"fact": {}, "batch": {"problems": 8}}.get(name, {})
     with pytest.raises(ValueError, match="length"):
         make_task(name, **fields).generate(0, 1, 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "wrong", [{"length": math.nan}, {"count": 1.5}, {"count": "3"}, {"seed": None}]
+)
+def test_counts_are_counts(name, wrong):
+    given = {"seed": 0, "count": 2, "length": 512} | wrong
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be an integer"):
+        make_task(name).generate(**given)
 
 
 @given(seed=seeds, width=st.sampled_from(VALUE_LENGTHS))
