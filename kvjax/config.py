@@ -159,7 +159,10 @@ def _set(tree: Any, path: Sequence[str], value: Any) -> Any:
         for other in budget:
             if other in node:
                 node[other] = None
-    node[head] = _set(node.get(head), rest, value) if rest else value
+    # Keys of files may be numbers: those of `lengths`.
+    whole = head.isdecimal() and any(isinstance(key, int) for key in node)
+    key = int(head) if whole and len(head) < 20 else head
+    node[key] = _set(node.get(key), rest, value) if rest else value
     return node
 
 
@@ -169,6 +172,10 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: an entry without `=` or with an empty path, or not YAML.
     """
+    if isinstance(assignments, str) or not all(isinstance(a, str) for a in assignments):
+        raise ValueError(
+            f"expected a list of texts, as ['a.b=1']; got {shown(assignments)}."
+        )
     parsed = {}
     for text in assignments:
         path, sign, value = text.partition("=")

@@ -184,11 +184,22 @@ class _Loader(yaml.SafeLoader):
             seen.add(name)
 
 
-# `1e-3` is a number, as YAML 1.2 has it; to YAML 1.1 it is a text.
+# Numbers as YAML 1.2 has them: to YAML 1.1 `1e-3` is a text, `010` is 8, `1:30` is 90.
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, how) for tag, how in rules if tag not in (_INT, _FLOAT)]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
+    _INT, re.compile(r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F]+)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"[-+]?(\.\d+|\d[\d_]*\.[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?$"
+        r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
 )
 
 
@@ -250,6 +261,9 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as wrong:  # that of a write names no file
+        wrong.filename = wrong.filename or str(path)
+        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from kvjax.cli.base import (
     Seed,
     load_model,
     numbers,
+    option,
     optional,
     split,
 )
@@ -110,7 +111,9 @@ class Eval(Command):
         everywhere = parse_assignments(self.compression_set)
         if _BUDGET in everywhere:  # the budget of an evaluation is what it sweeps
             changes["keeps"] = [everywhere.pop(_BUDGET)]
-        changes |= self._options()
+        options = self._options()
+        self._check_once([*assignments, *changes], options)
+        changes |= options
         config = load_config(self.config, changes)
         if self.tasks is not None:
             config = dataclasses.replace(config, tasks=_tasks(config, self.tasks))
@@ -120,6 +123,18 @@ class Eval(Command):
         for path, value in flat.items():
             _merge(merged, path, value)
         return dataclasses.replace(config, **merged)
+
+    def _check_once(self, paths: Sequence[str], options: Mapping[str, Any]) -> None:
+        """No field is given both by an option of its own and in another way."""
+        given = {*options, *(["tasks"] if self.tasks is not None else [])}
+        for path in paths:
+            field = path.partition(".")[0]
+            if field in given:
+                names = {"keeps": "--keep", "compressions": "--compression"}
+                raise ValueError(
+                    f"`{field}` is given twice: by {names.get(field, option(field))} "
+                    f"and by {shown(path)}. Give it once."
+                )
 
     def _options(self) -> dict[str, Any]:
         changes: dict[str, Any] = {}

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, final
 
@@ -66,8 +67,8 @@ class Finetune(Command):
     dry_run: Flag = False
     """Only compile, for DEVICE; print memory and operations."""
     device: Annotated[str | None, optional("TEXT", DEVICES)] = None
-    chips: Annotated[int, Range(1, 2**16), tyro.conf.arg(metavar="N")] = 1
-    """With --dry-run: chips of the slice."""
+    chips: Annotated[int | None, Range(1, 2**16), optional("N")] = None
+    """With --dry-run: chips of the slice; 1 if left out."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:
@@ -76,7 +77,7 @@ class Finetune(Command):
         from kvjax.train.run.processes import join
 
         config = load_config(self.config, self.set)
-        if self.dry_run or self.device is not None:
+        if self.dry_run or self.device is not None or self.chips is not None:
             return self._compiled(config, ui)
         compile_cache()
         if self.distributed:
@@ -92,11 +93,12 @@ class Finetune(Command):
 
         if not self.dry_run or self.device is None or self.distributed:
             raise ValueError(
-                "--dry-run and --device need one another, and exclude --distributed. "
+                "--dry-run and --device need one another, --chips needs both, and they "
+                "exclude --distributed. "
                 "Say --dry-run --device v5e --chips 8."
             )
         with ui.status("compiling"):
-            return dry_run(config, self.device, self.chips)
+            return dry_run(config, self.device, self.chips or 1)
 
     def show(self, result: Mapping[str, Any], console: Console) -> None:
         """See `Command.show`."""
@@ -129,6 +131,8 @@ def bar(ui: UI, steps: int) -> Iterator[Callable[[Any], None]]:
 @contextlib.contextmanager
 def quiet(wanted: bool) -> Iterator[None]:
     """Without the tracebacks that orbax logs of what it raises as well."""
+    if wanted:
+        _quiet_threads()
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before = [logger.level for logger in loggers]
     for logger in loggers if wanted else ():
@@ -138,3 +142,14 @@ def quiet(wanted: bool) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+def _quiet_threads() -> None:
+    """From now on: nothing of threads that tell a loop which orbax has closed."""
+    said = sys.unraisablehook
+
+    def say(what: "sys.UnraisableHookArgs") -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            said(what)
+
+    sys.unraisablehook = say

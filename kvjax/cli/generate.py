@@ -23,8 +23,10 @@ from kvjax.cli.base import (
     Fraction,
     Model,
     Output,
+    Seed,
     Text,
     load_model,
+    option,
     optional,
     pick,
 )
@@ -84,8 +86,8 @@ class Generate(Command):
     """Draw from this many likeliest tokens only."""
     top_p: Fraction = None
     """Draw from the likeliest tokens up to this probability only."""
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    """Of the drawing."""
+    seed: Seed = None
+    """Of the drawing; 0 if left out."""
     dtype: Dtype = "auto"
     """Of the parameters; auto is float32 for a bundled model, else bfloat16."""
     output: Output = Output()
@@ -100,10 +102,11 @@ class Generate(Command):
         self._sampling({})
         c = pick(self.compression, self.keep, self.set)
         model, tokenizer = load_model(self.model, self.dtype, ui)
+        drawing = self._sampling(model.config.generation_settings, ui)
         ids = self._encode(tokenizer, text)
         stops = [*model.config.eos_tokens, *self._stops(tokenizer)]
         printer = Stream(tokenizer, sys.stdout, quiet=ui.json)
-        out, times, sizes = self._generate(model, ids, c, stops, printer, ui)
+        out, times, sizes = self._generate(model, ids, c, drawing, stops, printer, ui)
         reply = np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist()
         return {
             "text": tokenizer.decode(reply, skip_special_tokens=True),
@@ -127,7 +130,7 @@ class Generate(Command):
         )
         print(note, file=sys.stderr)
 
-    def _generate(self, model, ids, c, stops, printer, ui: UI):
+    def _generate(self, model, ids, c, drawing, stops, printer, ui: UI):
         import jax
         import jax.numpy as jnp
 
@@ -150,9 +153,9 @@ class Generate(Command):
             cache,
             logits,
             max_new_tokens=self.max_new_tokens,
-            **dataclasses.asdict(self._sampling(model.config.generation_settings, ui)),
+            **dataclasses.asdict(drawing),
             stop_tokens=stops,
-            key=jax.random.key(self.seed),
+            key=jax.random.key(self.seed or 0),
             callback=printer,
         )
         printer.close()
@@ -167,6 +170,8 @@ class Generate(Command):
         }
         found, others = sampling_of(given)
         made = dataclasses.replace(found, **own)
+        if ui is not None and made.greedy:
+            self._check_drawn()
         if ui is not None and not found.greedy and made.temperature:
             said = ", ".join(
                 f"{n} {v}" for n, v in dataclasses.asdict(made).items() if v
@@ -178,6 +183,15 @@ class Generate(Command):
         if ui is not None and others:
             ui.err.print(f"generation_config.json: {shown(others)} is not applied")
         return made
+
+    def _check_drawn(self) -> None:
+        """Nothing is said of drawing where nothing is drawn."""
+        asked = [n for n in ("top_k", "top_p", "seed") if getattr(self, n) is not None]
+        if asked:
+            raise ValueError(
+                f"{option(asked[0])} is of drawing, and the likeliest token is taken. "
+                "Give a --temperature above 0, or leave it out."
+            )
 
     def _text(self) -> str:
         if (self.prompt is None) == (self.prompt_file is None):

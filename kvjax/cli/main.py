@@ -23,6 +23,7 @@ from kvjax.cli.evaluate import Eval
 from kvjax.cli.finetune import Finetune
 from kvjax.cli.generate import Generate
 from kvjax.cli.report import Report
+from kvjax.files import is_full
 from kvjax.messages import nearest, shown
 from kvjax.narrow import narrow
 
@@ -64,6 +65,10 @@ def overview() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `kvjax` with these arguments; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal's encoding does not have is written in another way.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:
@@ -217,6 +222,8 @@ def explained(wrong: Exception) -> str | None:
     JAX raises RuntimeError where a device or its memory is missing.
     """
     text = str(wrong)
+    if isinstance(wrong, OSError) and is_full(wrong):
+        return f"{text}. Free some space, or write elsewhere."
     line = text.strip().partition("\n")[0][:300]
     if isinstance(wrong, MemoryError) or (
         isinstance(wrong, RuntimeError) and re.search(_FULL, text)

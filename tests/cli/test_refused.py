@@ -1,5 +1,6 @@
 """What the command line refuses, before it loads or computes anything."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -59,6 +60,19 @@ HUGE = "1" + "0" * 30
         (["eval", "--set", "=1"], "dotted.path=value"),
         (["demo", "--items", "0"], "`--items`"),
         (["finetune", "--config", "tolerant", "--chips", HUGE], "`--chips`"),
+        (["finetune", "--config", "tolerant", "--chips", "8"], "--chips needs both"),
+        (["eval", "--items", "2", "--set", "items=3"], "`items` is given twice"),
+        (["eval", "--keep", "1", "--set", "keeps.0=0.5"], "`keeps` is given twice"),
+        (["eval", "--tasks", "fact", "--set", "tasks=[]"], "`tasks` is given twice"),
+        (
+            ["eval", "--keep", "0.5", "--compression.evict.budget.keep", "0.25"],
+            "`keeps` is given twice: by --keep",
+        ),
+        (["eval", "--set", "defaults.evict.score.nonsense=3"], "no compression has"),
+        (["eval", "--compression", "h2o,h2o"], "lists 'h2o' twice"),
+        (["eval", "--visibility", "query_aware,query_aware"], "lists 'query_aware'"),
+        (["generate", "--prompt", "a", "--top-k", "5"], "--top-k is of drawing"),
+        (["generate", "--prompt", "a", "--seed", "5"], "--seed is of drawing"),
         (["report", ".", "--out", "a" * 300], "no run.json"),
     ],
 )
@@ -216,3 +230,20 @@ def test_nobody_has_a_home(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     base.compile_cache()
     assert told["jax_compilation_cache_dir"] == "/somewhere/kvjax/jax"
+
+
+def test_a_terminal_that_does_not_know_a_character(tmp_path):
+    run = make_run(tmp_path / "run", ["none", "random"], keeps=(0.5,), needle=False)
+    code = (
+        "from kvjax.cli import main, tables;"
+        "from kvjax.eval.report.run import load_run;"
+        "from rich.console import Console; main([]);"
+        f"tables.print_scores(Console(), load_run({str(run)!r}).rows)"
+    )
+    for encoding, sign in (("ascii", b"\\xb1"), ("utf-8", "±".encode())):
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+        )
+        assert ran.returncode == 0 and sign in ran.stdout, ran.stderr
