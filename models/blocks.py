@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from kvjax.depth import Depth
 from kvjax.models.config import DecoderConfig
+from kvjax.pallas_kernels.partial import feature_sum
 from kvjax.types import LayerInputs, LayerSpec
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -52,7 +53,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*shape size"]) -> Float[Array, "*shape size"]:
         """`x` normed over its last axis."""
         wide = x.astype(jnp.float32)
-        square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        square = feature_sum(wide * wide)[..., None] / x.shape[-1]
         weight = self.weight[...].astype(jnp.float32) + (1.0 if self.offset else 0.0)
         normed = wide * jax.lax.rsqrt(square + self.eps) * _trailing(weight, x)
         return normed.astype(x.dtype)

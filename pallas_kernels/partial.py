@@ -90,7 +90,18 @@ def row_sum(x: Float[Array, "*lead S"]) -> Float[Array, "*lead"]:
     """
     if x.shape[-1] % PIECE:
         return jnp.sum(x, axis=-1)
-    x = jnp.sum(x.reshape(*x.shape[:-1], -1, PIECE), axis=-1)
+    return _in_pairs(jnp.sum(x.reshape(*x.shape[:-1], -1, PIECE), axis=-1))
+
+
+def feature_sum(x: Float[Array, "*lead D"]) -> Float[Array, "*lead"]:
+    """Sum over the last axis that is the same in any batch, bit by bit.
+
+    XLA on a CPU sums a short axis in an order that depends on how many sums there are.
+    """
+    return _in_pairs(x) if x.shape[-1] < PIECE else jnp.sum(x, axis=-1)
+
+
+def _in_pairs(x: Array) -> Array:
     while (count := x.shape[-1]) > 1:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count % 2)])
         x = x[..., ::2] + x[..., 1::2]

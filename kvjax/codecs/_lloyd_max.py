@@ -10,6 +10,7 @@ from jaxtyping import Array, Int, UInt8
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
 from kvjax.fields import OneOf
+from kvjax.pallas_kernels.partial import feature_sum
 from kvjax.pallas_kernels.quantized import half_bits, numbers
 from kvjax.turns import cut
 from kvjax.types import pytree, static
@@ -81,12 +82,13 @@ class LloydMax(AbstractCodec):
         some = peak >= jnp.finfo(jnp.float32).tiny
         # Of order 1, so that no square is too large or too small.
         wide = jnp.where(some, wide / jnp.where(some, peak, 1), 0)
-        length = jnp.linalg.norm(wide, axis=-1, keepdims=True)
+        length = jnp.sqrt(feature_sum(wide * wide))[..., None]
         unit = wide / jnp.where(some, length, 1)
         levels = levels_of(x.shape[-1], self.bits)
         middles = jnp.asarray((levels[1:] + levels[:-1]) / 2, jnp.float32)
         codes = jnp.sum(unit[..., None] > middles, axis=-1, dtype=jnp.uint8)
-        own = jnp.linalg.norm(jnp.asarray(levels, jnp.float32)[codes], axis=-1)
+        own = jnp.asarray(levels, jnp.float32)[codes]
+        own = jnp.sqrt(feature_sum(own * own))
         scale = jnp.minimum(peak * length / own[..., None], MOST)
         return LloydMaxArray(
             codes=repacked(codes, self.bits, 8),

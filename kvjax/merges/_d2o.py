@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import AbstractMerge
 from kvjax.pallas_kernels.dense import query_chunk
+from kvjax.pallas_kernels.partial import feature_sum
 
 CHUNK = 128
 """Dropped tokens that are compared with the others at a time, at most."""
@@ -99,13 +100,13 @@ def _threshold(cosine: Array, dropped: Array) -> Float[Array, "B K 1"]:
 
 def _norms(x: Array) -> Float[Array, "B K S"]:
     """Lengths; 1 of zeros, whose gradient is 0."""
-    square = jnp.sum(x.astype(jnp.float32) ** 2, axis=-1)
+    square = feature_sum(x.astype(jnp.float32) ** 2)
     return jnp.sqrt(jnp.where(square > 0, square, 1.0))
 
 
 def _cosine(x: Array, y: Array) -> Float[Array, "B K S"]:
     wide = x.astype(jnp.float32) * y.astype(jnp.float32)
-    return jnp.sum(wide, axis=-1) / (_norms(x) * _norms(y))
+    return feature_sum(wide) / (_norms(x) * _norms(y))
 
 
 def _take(x: Array, index: Array) -> Array:

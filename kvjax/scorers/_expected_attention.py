@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.config import sized
 from kvjax.fields import Amount, Count, Range
+from kvjax.pallas_kernels.partial import feature_sum
 from kvjax.rope import Rope
 from kvjax.scorers.base import AbstractScorer, protect_first
 from kvjax.types import NEG_INF, Held, Scores, pytree
@@ -95,7 +96,8 @@ class ExpectedAttention(AbstractScorer):
 
 def _sizes(held: Held) -> Scores:
     """Norms of the values."""
-    return jnp.linalg.norm(held.v.astype(jnp.float32), axis=-1)
+    values = held.v.astype(jnp.float32)
+    return jnp.sqrt(feature_sum(values * values))
 
 
 @pytree

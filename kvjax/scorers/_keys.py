@@ -5,6 +5,7 @@ from typing import final
 
 import jax.numpy as jnp
 
+from kvjax.pallas_kernels.partial import feature_sum
 from kvjax.scorers.base import AbstractScorer
 
 
@@ -37,8 +38,8 @@ class KeyDiff(AbstractScorer):
         unit = keys / jnp.maximum(_norm(keys), 1e-12)
         count = jnp.maximum(jnp.sum(held.live, axis=-1), 1).astype(jnp.float32)
         anchor = jnp.sum(unit, axis=2, keepdims=True) / count[..., None, None]
-        return -jnp.sum(unit * anchor / jnp.maximum(_norm(anchor), 1e-12), axis=-1)
+        return -feature_sum(unit * anchor / jnp.maximum(_norm(anchor), 1e-12))
 
 
 def _norm(x):
-    return jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+    return jnp.sqrt(feature_sum(x * x)[..., None])

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from kvjax.cache import levelled
 from kvjax.config import sized
 from kvjax.fields import Count, Range
+from kvjax.pallas_kernels.partial import feature_sum
 from kvjax.scorers.base import AbstractScorer, by_position, protect_first, unsorted
 
 
@@ -75,5 +76,6 @@ class LagKV(AbstractScorer):
         low = jnp.min(x[:, :, 1:], axis=3, keepdims=True)
         high = jnp.max(x[:, :, 1:], axis=3, keepdims=True)
         scaled: Array = (x[:, :, :-1] - low) / jnp.maximum(high - low, 1e-12)
-        deviation = jnp.std(scaled, axis=-1, ddof=1)
+        apart = scaled - feature_sum(scaled)[..., None] / d
+        deviation = jnp.sqrt(feature_sum(apart * apart) / (d - 1))
         return jax.nn.log_softmax(deviation, axis=-1)

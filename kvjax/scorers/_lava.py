@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kvjax.config import sized
 from kvjax.fields import Kernel, Size
+from kvjax.pallas_kernels.partial import feature_sum
 from kvjax.scorers._window import AbstractWindow
 from kvjax.scorers.base import mass_received, max_pool, protect_last
 
@@ -40,7 +41,7 @@ class Lava(AbstractWindow):
         # Of the group at once: the largest of the largest is that of all.
         mean = jnp.max(mean.reshape(b, kv_heads, -1, tokens), axis=2)
         pooled = self.pooled(mean, held, max_pool)
-        norms = jnp.sum(jnp.abs(held.v.astype(jnp.float32)), axis=-1)
+        norms = feature_sum(jnp.abs(held.v.astype(jnp.float32)))
         norms = jnp.where(self.before(held), norms, 0.0)
         largest = jnp.max(norms, axis=-1, keepdims=True)
         return protect_last(pooled * largest, held, self.window)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from kvjax.config import sized
 from kvjax.fields import Kernel, Share, Size
 from kvjax.pallas_kernels.dense import LOGITS_BUDGET
+from kvjax.pallas_kernels.partial import feature_sum
 from kvjax.pallas_kernels.slots import slot_logits, slot_mask
 from kvjax.scorers._window import AbstractWindow
 from kvjax.scorers.base import Asking, max_pool, protect_last
@@ -79,7 +80,7 @@ class RKV(AbstractWindow):
 
     def _redundancy(self, held: Held) -> Scores:
         keys = held.k.astype(jnp.float32)
-        square = jnp.sum(keys * keys, axis=-1, keepdims=True)
+        square = feature_sum(keys * keys)[..., None]
         unit = keys / jnp.sqrt(jnp.maximum(square, 1e-16))
         total = _likeness(unit, held, self.threshold)
         count = jnp.sum(held.live, axis=-1, keepdims=True)

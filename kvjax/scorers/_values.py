@@ -11,6 +11,7 @@ from kvjax.cache import places
 from kvjax.config import sized
 from kvjax.fields import Amount, Count, Share, Size
 from kvjax.pallas_kernels.dense import LOGITS_BUDGET
+from kvjax.pallas_kernels.partial import feature_sum
 from kvjax.scorers.base import AbstractScorer, by_position, protect_first, unsorted
 from kvjax.types import LayerInputs, Scores, pytree
 
@@ -98,7 +99,7 @@ def projected_norm(inputs: LayerInputs) -> Scores:
 
     def norm(values: Array) -> Array:
         out = jnp.einsum("BKSD,KGDE->BKGSE", values.astype(jnp.float32), weights)
-        return jnp.mean(jnp.sum(jnp.abs(out), axis=-1), axis=2)
+        return jnp.mean(feature_sum(jnp.abs(out)), axis=2)
 
     norms = norm(v[0])[None] if count == 1 else jax.lax.map(norm, v)
     return jnp.moveaxis(norms, 0, 2).reshape(b, kv_heads, -1)[..., :s]
@@ -130,7 +131,7 @@ class CUR(AbstractScorer):
         there, order = by_position(held)
         scores = jnp.ones(())
         for x in (there.k, there.v):
-            energy = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
+            energy = feature_sum(jnp.square(x.astype(jnp.float32)))
             energy = jnp.where(there.live, energy, 0.0)
             scores = scores * energy / block_sums(energy, self.block)
         return protect_first(unsorted(scores, order), held, self.n_sink)

@@ -1,11 +1,13 @@
 """Scores that are equal up to rounding go by position, in a batch as alone."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import kvjax
 from kvjax.budgets import Uniform
@@ -16,11 +18,14 @@ from kvjax.compress.observe import observe
 from kvjax.compress.priorities import priorities_of
 from kvjax.compress.survey import survey
 from kvjax.depth import Depth
+from kvjax.models import Decoder
 from kvjax.prefills import Dense
+from kvjax.rope import Rope
 from kvjax.schedules import EveryTokens
 from kvjax.scorers import ExpectedAttention, KNorm
 from tests import reference
 from tests.compress.samples import Sample, draw, layer_spec
+from tests.models.samples import CONFIGS
 from tests.small import PRESETS, VOCAB, preset, small_model
 
 ROOM = 16
@@ -63,14 +68,17 @@ def stored(cache: KVCache, row: int) -> list[np.ndarray]:
     return found
 
 
-def assert_rows_are_what_they_are_alone(name: str, rounds: int, low: int, high: int):
+def assert_rows_are_what_they_are_alone(
+    name: str, rounds: int, low: int, high: int, model: Decoder | None = None
+):
     """Bit by bit, what is kept and what is stored, of rows that repeat tokens.
 
     Prefills that leave blocks out sum as many as the widest row has: what is stored
     is then what it is alone but for rounding. So is what is made of factors, by a
     product of as many slots as there are.
     """
-    rng, model, c = np.random.default_rng(0), small_model(), preset(name)
+    model = small_model() if model is None else model
+    rng, c = np.random.default_rng(0), preset(name)
     factors = any(isinstance(x, LowRank) for x in c.parts[0].store.codecs)
     exactly = isinstance(c.prefill, Dense) and not factors
     for _ in range(rounds):
@@ -95,7 +103,22 @@ def test_a_row_of_a_batch_is_the_row_alone(name):
     assert_rows_are_what_they_are_alone(name, rounds=2, low=36, high=110)
 
 
+@pytest.mark.sweep(1, 8)
+@pytest.mark.parametrize("name", ["none", "knorm", "expected_attention"])
+@pytest.mark.parametrize("family", [*CONFIGS, "wide"])
+def test_sums_of_few_features_are_the_same_in_any_batch(family, name):
+    """XLA sums 16 to 63 numbers in another order in another batch."""
+    fields = {"init_std": 0.3, "vocab_size": VOCAB, "max_positions": 256}
+    if family == "wide":
+        fields |= {"hidden_size": 40, "intermediate_size": 56, "head_dim": 12}
+        fields |= {"rope": Rope(head_dim=12)}
+    config = dataclasses.replace(CONFIGS.get(family, CONFIGS["qwen3"]), **fields)
+    model = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    assert_rows_are_what_they_are_alone(name, 1, 36, 110, model)
+
+
 @pytest.mark.slow
+@pytest.mark.sweep(0, 8)
 @pytest.mark.optimized
 @EVERY
 def test_rows_of_many_lengths_are_what_they_are_alone(name):
