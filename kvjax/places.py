@@ -17,8 +17,12 @@ def expanded(name: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(name))
 
 
-def check_place(directory: pathlib.Path) -> None:
+def check_place(directory: pathlib.Path, remedy: str = f"{ELSEWHERE}.") -> None:
     """`directory` can be written to, or can be made. Nothing is made or changed.
+
+    Args:
+        directory: the place.
+        remedy: the end of what is raised.
 
     Raises:
         ValueError: a file is there or above it, a link leads nowhere, a name is too
@@ -31,36 +35,39 @@ def check_place(directory: pathlib.Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             if one.is_symlink():
                 why = f"{shown(str(one))} is a link to nowhere"
-                raise _no_place(directory, why) from None
+                raise _no_place(directory, remedy, why) from None
             continue
         except (OSError, ValueError) as wrong:  # ValueError: a name with NUL in it
             code = wrong.errno if isinstance(wrong, OSError) else None
             why = os.strerror(code) if code else str(wrong)
-            raise _no_place(directory, why) from None
+            raise _no_place(directory, remedy, why) from None
         if not stat.S_ISDIR(mode):
-            raise _no_place(directory, f"{shown(str(one))} is a file")
+            raise _no_place(directory, remedy, f"{shown(str(one))} is a file")
         if not os.access(one, os.W_OK | os.X_OK):
-            raise _no_place(directory, f"nothing may be written to {shown(str(one))}")
-        _check_names(directory, path.relative_to(one), one)
+            raise _no_place(
+                directory, remedy, f"nothing may be written to {shown(str(one))}"
+            )
+        _check_names(directory, path.relative_to(one), one, remedy)
         return
 
 
 def _check_names(
-    directory: pathlib.Path, new: pathlib.Path, above: pathlib.Path
+    directory: pathlib.Path, new: pathlib.Path, above: pathlib.Path, remedy: str
 ) -> None:
     """The names that are to be made below `above` are not too long for its disk."""
     most = os.pathconf(above, "PC_NAME_MAX")
     for name in new.parts:
         if len(os.fsencode(name)) > most:
-            raise _no_place(directory, f"a name has more than {most} bytes")
+            raise _no_place(directory, remedy, f"a name has more than {most} bytes")
         if name == "..":
-            raise _no_place(directory, "`..` is below a directory that is not there")
+            raise _no_place(
+                directory, remedy, "`..` is below a directory that is not there"
+            )
 
 
-def _no_place(directory: pathlib.Path, why: str) -> ValueError:
+def _no_place(directory: pathlib.Path, remedy: str, why: str) -> ValueError:
     return ValueError(
-        f"{shown(str(directory))} cannot be written to as a directory: {why}. "
-        f"{ELSEWHERE}."
+        f"{shown(str(directory))} cannot be written to as a directory: {why}. {remedy}"
     )
 
 

@@ -1,13 +1,8 @@
 """Hugging Face checkpoints in and out: `load` and `save`."""
 
-import contextlib
-import dataclasses
 import json
 import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,18 +16,23 @@ from kvjax.models import sharding
 from kvjax.models.adapters import base_directory, opened, tokenizer_directory
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
-from kvjax.models.families import family, read_config
+from kvjax.models.families import read_config
 from kvjax.models.hub import checkpoint_directory
-from kvjax.models.shards import CONFIG, INDEX, SAVE, placed
+from kvjax.models.saving import alone, check_target, clear, contents, move
+from kvjax.models.shards import CONFIG, SAVE
+from kvjax.models.storable import storable
 from kvjax.models.stored_generation import FILE as GENERATION
 from kvjax.models.stored_generation import generation_settings, with_generation
-from kvjax.models.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer
+from kvjax.models.tokenizer import (
+    check_kept,
+    check_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
 from kvjax.models.weights import check_names, dotted, stream_parameters, write_weights
 from kvjax.narrow import narrow
-from kvjax.places import held
 
 _DTYPES = ("bfloat16", "float16", "float32")
-STAGING = ".saving-"
 
 
 @narrow
@@ -109,81 +109,45 @@ def save(
     last; both carry the number of the save (`kvjax_save`), so that `load` refuses what
     a kill between these moves leaves, half of one save and half of another. Of what is
     in the directory, weights that an earlier save placed there are removed, and what
-    killed saves have left.
+    killed saves have left. A tokenizer replaces the one that is there, chat templates
+    included; without one, that stays.
 
     Raises:
-        ValueError: `directory` is a file, `tokenizer` is none, the family cannot store
-            this config, or another save is writing there.
+        ValueError: `directory` is a file or holds an adapter, `tokenizer` is none or
+            the one that is there has more tokens than the model, `load` would refuse
+            the model (NaN, shapes, dtypes), the family cannot store its config, or
+            another save is writing there.
         OSError: it cannot be written.
     """
     folder = _path(directory)
     check_tokenizer(tokenizer)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; expected a directory to save into.")
-    settings = _storable(model.config, jnp.dtype(model.dtype).name)
-    created = not folder.exists()
-    try:
-        with _alone(folder) as staging:
-            write_json(staging / GENERATION, generation_settings(model.config))
-            number = write_weights(model, staging, json.dumps(settings))
-            write_json(staging / CONFIG, {**settings, SAVE: number})
-            if tokenizer is not None:
-                save_tokenizer(tokenizer, staging)
-            _move(staging, folder)
-    except BaseException:
-        if created:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder inside of `folder` for the files of the only save there."""
-    with held(folder) as mine:
-        if not mine:
-            raise ValueError(
-                f"another process is saving to {folder}. Wait for it, or save "
-                "elsewhere."
-            )
-        for left in folder.glob(f"{STAGING}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        staging = pathlib.Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
+    settings = storable(model)
+    check_target(folder)
+    if tokenizer is None:
+        check_kept(folder, model.config.vocab_size)
+    with alone(folder) as staging:
+        empty = [*folder.iterdir()] == [staging]
         try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            _write(model, settings, staging, tokenizer)
+            move(staging, folder, tokenizer=tokenizer is not None)
+        except BaseException:
+            if empty:
+                clear(folder)
+            raise
 
 
-def _move(staging: pathlib.Path, folder: pathlib.Path) -> None:
-    """Everything to its place; see `save` for the order."""
-    old = placed(folder)
-    fresh = sorted(staging.iterdir(), key=lambda path: (_rank(path.name), path.name))
-    for path in fresh:
-        _on_disk(path)
-    names = {path.name for path in fresh}
-    weights = [path for path in fresh if _rank(path.name) == 0]
-    for path in weights:
-        os.replace(path, folder / path.name)
-    for path in old:
-        if path.name not in names:
-            path.unlink(missing_ok=True)
-    for path in fresh[len(weights) :]:
-        if path.is_dir():  # of further chat templates
-            shutil.rmtree(folder / path.name, ignore_errors=True)
-        os.replace(path, folder / path.name)
-
-
-def _rank(name: str) -> int:
-    """Weights and what names them, what goes with them, and the config."""
-    if name.endswith(".safetensors") or name == INDEX:
-        return 0
-    return 2 if name == CONFIG else 1
-
-
-def _on_disk(path: pathlib.Path) -> None:
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+def _write(
+    model: Decoder, settings: dict[str, Any], staging: pathlib.Path, tokenizer: Any
+) -> None:
+    """All files of a save, which reads again."""
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, staging)
+    # The number is of the tokenizer, too: a kill between its files is seen by it.
+    text = json.dumps(settings) + (contents(staging) if tokenizer is not None else "")
+    write_json(staging / GENERATION, generation_settings(model.config))
+    number = write_weights(model, staging, text)
+    write_json(staging / CONFIG, {**settings, SAVE: number})
+    load_config(staging)
 
 
 def _path(directory: Any) -> pathlib.Path:
@@ -204,17 +168,3 @@ def _dtype(dtype: Any) -> np.dtype:
             f"{nearest(name, _DTYPES)}"
         )
     return kind
-
-
-def _storable(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    settings = family(config.family).write(config, dtype)
-    again = read_config(settings)
-    lost = [
-        field.name
-        for field in dataclasses.fields(config)
-        if field.compare and getattr(config, field.name) != getattr(again, field.name)
-    ]
-    if lost:
-        values = {name: getattr(config, name) for name in lost}
-        raise ValueError(f"{config.family!r} checkpoints cannot store {values}.")
-    return settings

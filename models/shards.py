@@ -46,6 +46,8 @@ _EXPONENT = {  # all ones in the exponent: Inf or NaN
     "float16": (np.uint16, 0x7C00),
     "bfloat16": (np.uint16, 0x7F80),
 }
+PLAIN = tuple(_EXPONENT)
+"""Dtypes of weights that are no codes of a quantisation."""
 
 
 @runtime_checkable

@@ -1,6 +1,7 @@
 """Tokenizers of a checkpoint directory, without torch and without remote code."""
 
 import contextlib
+import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +9,26 @@ from typing import Any
 from kvjax.files import read_json, read_text
 from kvjax.messages import shown
 
+LOG = logging.getLogger("kvjax.models")
+
+TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates behind the first one."""
+OWN_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files of tokenizers by the names that transformers knows."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -111,6 +132,40 @@ def check_tokenizer(tokenizer: Any) -> None:
             "`tokenizer` must be a tokenizer, as `kvjax.load` returns it, or None; "
             f"got {shown(tokenizer)}."
         )
+
+
+def check_kept(directory: pathlib.Path, vocab_size: int) -> None:
+    """The tokenizer in a directory goes with a model that is to be saved there.
+
+    Where the vocabulary stays as large as it was, it does.
+
+    Raises:
+        ValueError: it has more tokens than the model.
+    """
+    if not has_tokenizer(directory):
+        return
+    before, words = None, None
+    with contextlib.suppress(ValueError):
+        before = read_json(directory / "config.json").get("vocab_size")
+    if before == vocab_size:
+        return
+    with contextlib.suppress(ValueError):  # whoever loads it will say so
+        words = load_tokenizer(directory)
+    size = 0 if words is None else len(words)
+    if size > vocab_size:
+        raise ValueError(
+            f"{directory} has a tokenizer of {size} tokens, and the model to be saved "
+            f"there knows {vocab_size}. Pass its own (`tokenizer=`), remove the one "
+            "that is there, or save to another directory."
+        )
+    LOG.warning(
+        "%s keeps its tokenizer of %d tokens, beside a model that knows %d; the one "
+        "that was there knew %s. Pass the model's own (`tokenizer=`) to replace it.",
+        directory,
+        size,
+        vocab_size,
+        shown(before),
+    )
 
 
 def save_tokenizer(tokenizer: Any, directory: pathlib.Path) -> None:

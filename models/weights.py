@@ -187,6 +187,9 @@ def write_weights(model: Decoder, folder: pathlib.Path, of: str) -> str:
     Returns:
         The number of the save, which is in the header of each: a digest of the weights
         and of the text `of`, so that one model is always saved as the same bytes.
+
+    Raises:
+        ValueError: a weight is not finite.
     """
     total = hashlib.sha256(of.encode())
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -207,7 +210,13 @@ def write_weights(model: Decoder, folder: pathlib.Path, of: str) -> str:
             rows = host.T if weight.transpose else host
             step = max(1, CHUNK_BYTES // max(rows[:1].nbytes, 1))
             for first in range(0, len(rows), step):
-                yield rows[first : first + step]
+                if not finite(piece := rows[first : first + step]):
+                    raise ValueError(
+                        f"Tensor {name!r} of the model holds NaN or Inf, which `load` "
+                        "refuses: its training diverged, or it is damaged. Nothing "
+                        "was saved; save a state from before."
+                    )
+                yield piece
 
     groups = _group(tensors)
     count = len(groups)

@@ -9,7 +9,6 @@ import tyro
 from rich.console import Console
 
 from kvjax.cli.base import UI, Command, Flag, Output, load_model
-from kvjax.places import check_place
 
 
 @final
@@ -37,8 +36,9 @@ class Convert(Command):
     def run(self, ui: UI) -> Mapping[str, Any]:
         """See `Command.run`."""
         from kvjax.models.io import save
+        from kvjax.models.saving import check_target
 
-        check_place(self.out)
+        check_target(self.out)
         if self.out.is_dir() and any(self.out.iterdir()) and not self.overwrite:
             raise ValueError(
                 f"{self.out} is not empty. Give another directory, or --overwrite."
