@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kvjax.files import read_json, read_text
@@ -50,13 +50,68 @@ def load_tokenizer(directory: pathlib.Path) -> Any:
             f"`tokenizer=False` to load the weights alone."
         )
     with _named(f"Cannot read the tokenizer in {directory} ({found})"):
-        if "tokenizer.json" in found and "tokenizer_config.json" not in found:
-            return _bare(directory)
-        from transformers import AutoTokenizer
+        return _loaded(directory, found)
 
-        return AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
+
+def _loaded(directory: pathlib.Path, found: list[str]) -> Any:
+    """As `tokenizer.json` has it, where it is there."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    where = {"local_files_only": True, "trust_remote_code": False}
+    if "tokenizer.json" not in found:
+        return AutoTokenizer.from_pretrained(str(directory), **where)
+    if "tokenizer_config.json" not in found:
+        return _bare(directory)
+    settings = read_json(directory / "tokenizer_config.json")
+    wanted = _probed(directory)
+    if settings.get("tokenizer_class") is not None:
+        named = AutoTokenizer.from_pretrained(str(directory), **where)
+        if wanted is None or _ids(named.encode) == wanted:
+            return named
+    else:
+        named = None  # another library would choose by the model, and split otherwise
+    plain = PreTrainedTokenizerFast.from_pretrained(str(directory), **where)
+    _fill(plain, directory, settings)
+    if wanted is None or _ids(plain.encode) == wanted:
+        if named is not None:
+            LOG.warning(
+                "%s/tokenizer_config.json names the class %s, which gives other ids "
+                "than tokenizer.json beside it. That of tokenizer.json is used; name "
+                "PreTrainedTokenizerFast there if it is right.",
+                directory,
+                shown(settings["tokenizer_class"]),
+            )
+        return plain
+    LOG.warning(
+        "%s/tokenizer_config.json changes the ids of tokenizer.json beside it, and is "
+        "followed (`add_prefix_space`, say). Take that out if tokenizer.json is right.",
+        directory,
+    )
+    return plain if named is None else named
+
+
+_PROBES = (
+    "Hello World's don't 1234567 3.14 HTTPServer snake_case",
+    "  two spaces\n\n\tif (a >= 10):\r\n    return  x ",
+    "Ünïcödé naïve Здравствуй, мир! 你好世界 日本語 안녕 مرحبا हिन्दी 🙂 e\u0301",
+)
+"""Texts on which tokenizers differ: digits, spaces, lines, scripts, marks."""
+
+
+def _probed(directory: pathlib.Path) -> list[list[int]] | None:
+    """What `tokenizer.json` makes of the probes; None: it fails on them."""
+    from tokenizers import Tokenizer
+
+    raw = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    raw.no_truncation()
+    raw.no_padding()
+    return _ids(lambda text, **options: raw.encode(text, **options).ids)
+
+
+def _ids(encode: Callable[..., Any]) -> list[list[int]] | None:
+    with contextlib.suppress(ValueError), _named("probes"):
+        return [list(encode(text, add_special_tokens=False)) for text in _PROBES]
+    return None
 
 
 def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
@@ -106,17 +161,24 @@ def _bare(directory: pathlib.Path) -> Any:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(directory / "tokenizer.json")
     )
+    _fill(tokenizer, directory, {})
+    template = directory / "chat_template.jinja"
+    if template.is_file():
+        tokenizer.chat_template = read_text(template)
+    return tokenizer
+
+
+def _fill(tokenizer: Any, directory: pathlib.Path, said: Mapping[str, Any]) -> None:
+    """Special tokens that the tokenizer's files do not name, by `config.json`."""
     config = directory / "config.json"
     ids = read_json(config) if config.is_file() else {}
     for name in ("bos_token", "eos_token", "pad_token"):
         value = ids.get(f"{name}_id")
         value = value[0] if isinstance(value, list) and value else value
+        if name in said or getattr(tokenizer, name) is not None:
+            continue
         if isinstance(value, int) and 0 <= value < len(tokenizer):
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(value))
-    template = directory / "chat_template.jinja"
-    if template.is_file():
-        tokenizer.chat_template = read_text(template)
-    return tokenizer
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -156,3 +156,96 @@ def test_an_interrupt_passes(kind):
 
     with pytest.raises(kind):
         encoded(Interrupted(), "a")
+
+
+def bytes_of(directory, **settings):
+    """A byte-level tokenizer that keeps digits together and splits at spaces alone."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models
+    from tokenizers import decoders as back
+    from tokenizers import pre_tokenizers as pre
+
+    letters = sorted(pre.ByteLevel.alphabet())
+    table = {letter: index for index, letter in enumerate(letters)}
+    pairs = [("1", "2"), ("12", "3"), ("Ġ", "Ġ"), ("l", "l"), ("o", "Ġ")]
+    for pair in pairs:
+        table["".join(pair)] = len(table)
+    backend = Tokenizer(models.BPE(table, pairs))
+    backend.pre_tokenizer = pre.Sequence(
+        [pre.Split(Regex("[^ ]+ *"), "isolated"), pre.ByteLevel(False, False, False)]
+    )
+    backend.decoder = back.ByteLevel()
+    backend.add_special_tokens([AddedToken("<end>", special=True)])
+    directory.mkdir()
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return backend, len(table)
+
+
+TEXT = "Hello  to 12345 123 \n\n naïve 你好"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "llama", "phi3"])
+@pytest.mark.parametrize("null", [False, True])
+def test_tokenizer_json_is_followed_without_a_class(tmp_path, family, null, caplog):
+    settings = {"chat_template": TEMPLATE} | ({"tokenizer_class": None} if null else {})
+    backend, end = bytes_of(tmp_path / "words", **settings)
+    config = {"model_type": family, "eos_token_id": [end, 3]}
+    (tmp_path / "words" / "config.json").write_text(json.dumps(config))
+    found = load_tokenizer(tmp_path / "words")
+    assert found.encode(TEXT) == backend.encode(TEXT).ids
+    assert found.decode(found.encode(TEXT)) == TEXT
+    assert (found.chat_template, found.eos_token) == (TEMPLATE, "<end>")
+    assert not caplog.text
+    found.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").encode(TEXT) == found.encode(TEXT)
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen2Tokenizer", "Qwen2TokenizerFast", "GPT2Tokenizer"]
+)
+def test_a_class_that_gives_other_ids_is_told(tmp_path, name, caplog):
+    given = {"tokenizer_class": name, "chat_template": TEMPLATE, "eos_token": None}
+    backend, end = bytes_of(tmp_path / "words", **given)
+    config = {"model_type": "qwen2", "eos_token_id": end}
+    (tmp_path / "words" / "config.json").write_text(json.dumps(config))
+    found = load_tokenizer(tmp_path / "words")
+    assert found.encode(TEXT) == backend.encode(TEXT).ids
+    assert (found.chat_template, found.eos_token) == (TEMPLATE, None)
+    assert f"names the class '{name}', which gives other ids" in caplog.text
+
+
+def test_a_class_that_gives_the_same_ids_is_kept(tmp_path, caplog):
+    from transformers import Qwen2Tokenizer
+
+    table = {"a": 0, "b": 1, "ab": 2, "Ġ": 3, "<|endoftext|>": 4}
+    given = Qwen2Tokenizer(vocab=table, merges=[("a", "b")])
+    given.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    found = load_tokenizer(tmp_path)
+    assert type(found) is Qwen2Tokenizer and not caplog.text
+    assert found.encode("ab ab") == given.encode("ab ab") == [2, 3, 2]
+
+
+def test_tokenizers_of_published_models(shared_data, tmp_path, caplog):
+    """By their vocabulary they load as ever, and as saved they are their file's own."""
+    import gzip
+
+    from tokenizers import Tokenizer
+
+    text = f"{TEXT} It's 3.14!\r\n\tЗдравствуй 日本語 🙂"
+    for name, family in (("gpt2", "gpt2"), ("qwen2", "qwen2")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in (shared_data / "tokenizers" / name).glob("*.gz"):
+            (folder / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+        (folder / "config.json").write_text(json.dumps({"model_type": family}))
+        first = load_tokenizer(folder)
+        first.save_pretrained(folder)
+        again = load_tokenizer(folder)
+        raw = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+        assert type(again) is type(first)
+        assert first.encode(text) == again.encode(text) == raw
+    stories = shared_data / "models" / "stories260k"
+    raw = Tokenizer.from_file(str(stories / "tokenizer.json")).encode(text).ids
+    assert load_tokenizer(stories).encode(text) == raw
+    assert not caplog.text
