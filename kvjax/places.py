@@ -6,8 +6,10 @@ import os
 import pathlib
 import stat
 from collections.abc import Iterator
+from typing import Any
 
 from kvjax.messages import shown
+from kvjax.plaintext import SURROGATE
 
 ELSEWHERE = "Give another directory with --out"
 
@@ -15,6 +17,30 @@ ELSEWHERE = "Give another directory with --out"
 def expanded(name: str | os.PathLike[str]) -> pathlib.Path:
     """A path that somebody gave, `~` as their home; never raises."""
     return pathlib.Path(os.path.expanduser(name))
+
+
+def given_path(name: Any, wanted: str = "the path of a directory") -> pathlib.Path:
+    """`expanded` of a path that a caller gave, if it is one.
+
+    Args:
+        name: what was given.
+        wanted: what should have been, for the message.
+
+    Raises:
+        ValueError: no path, an empty one, or one that is no text.
+    """
+    try:
+        text = os.fspath(name) if isinstance(name, str | os.PathLike) else None
+    except TypeError:  # of a `__fspath__` that gives something else
+        text = None
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"Expected {wanted}; got {shown(name)}.")
+    if SURROGATE.search(text):
+        raise ValueError(
+            f"Expected {wanted}; got {shown(text)}, a name that is not UTF-8, which "
+            "libraries of weights and tokenizers do not take. Rename it."
+        )
+    return expanded(text)
 
 
 def check_place(directory: pathlib.Path, remedy: str = f"{ELSEWHERE}.") -> None:

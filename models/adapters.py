@@ -6,6 +6,7 @@ as `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
 
 import dataclasses
 import math
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,12 @@ from kvjax.fields import Positive
 from kvjax.files import read_json
 from kvjax.messages import nearest
 from kvjax.models.families.settings import Settings
-from kvjax.models.hub import ADAPTER, ADAPTER_CONFIG, checkpoint_directory
+from kvjax.models.hub import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    check_snapshot,
+    checkpoint_directory,
+)
 from kvjax.models.quantised import unquantised
 from kvjax.models.shards import (
     CONFIG,
@@ -59,6 +65,7 @@ def base_directory(directory: pathlib.Path) -> pathlib.Path:
     Raises:
         ValueError: an adapter whose base model cannot be found.
     """
+    check_snapshot(directory)
     if not _is_adapter(directory):
         return directory
     path = directory / ADAPTER_CONFIG
@@ -70,8 +77,9 @@ def base_directory(directory: pathlib.Path) -> pathlib.Path:
         raise ValueError(f"{path} names no base model; got {name!r:.80}. {remedy}")
     beside = directory / name
     try:
-        base = beside if beside.is_dir() else None
+        base = beside if os.path.isdir(beside) else None
         base = base or checkpoint_directory(name, revision or None)
+        check_snapshot(base)
     except ValueError as error:
         raise ValueError(f"The base model of {directory}: {error} {remedy}") from error
     if _is_adapter(base):
@@ -97,7 +105,7 @@ def opened(directory: pathlib.Path) -> Source:
 
 
 def _is_adapter(directory: pathlib.Path) -> bool:
-    if not (directory / ADAPTER_CONFIG).is_file():
+    if not os.path.isfile(directory / ADAPTER_CONFIG):  # `is_file` may raise
         return False
     whole = [name for name in (SINGLE, INDEX) if (directory / name).is_file()]
     if whole:

@@ -8,7 +8,7 @@ from kvjax.messages import nearest, shown
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families import read_config
 from kvjax.models.io import load_config
-from kvjax.places import expanded
+from kvjax.places import given_path
 
 DEFAULT = "kvjax-tiny"
 
@@ -46,7 +46,9 @@ def shape_of(name: str) -> DecoderConfig:
     Raises:
         ValueError: it is none of these.
     """
-    directory = expanded(model_directory(name))
+    directory = given_path(
+        model_directory(name), "a model: its name, or a directory with a config.json"
+    )
     if os.path.isdir(directory):
         return load_config(directory)
     if name not in shapes():

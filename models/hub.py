@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from kvjax.files import read_json
 from kvjax.messages import shown
 from kvjax.models.shards import CONFIG, INDEX, SINGLE
-from kvjax.places import expanded
+from kvjax.places import given_path
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -49,12 +49,9 @@ def checkpoint_directory(
     Raises:
         ValueError: neither a directory nor an id, or it could not be fetched.
     """
-    if not isinstance(path_or_hub_id, str | os.PathLike):
-        raise ValueError(
-            "A checkpoint is a directory or a hub id of the form 'owner/name'; got "
-            f"{shown(path_or_hub_id)}."
-        )
-    path = expanded(path_or_hub_id)
+    path = given_path(
+        path_or_hub_id, "a directory or a hub id of the form 'owner/name'"
+    )
     if os.path.isdir(path):
         return path
     name = os.fspath(path_or_hub_id)
@@ -71,6 +68,28 @@ def checkpoint_directory(
             f"{name!r} is not a local directory and could not be fetched from the hub: "
             f"{str(error):.1000}"
         ) from error
+
+
+def check_snapshot(directory: pathlib.Path) -> None:
+    """The folder of a repository in the hub's cache is no checkpoint; it holds some.
+
+    Raises:
+        ValueError: it is that; names the checkpoints.
+    """
+    snapshots = directory / "snapshots"
+    names = (CONFIG, ADAPTER_CONFIG)
+    if not os.path.isdir(snapshots) or any(
+        os.path.isfile(directory / n) for n in names
+    ):
+        return
+    found = [path.name for path in sorted(snapshots.iterdir()) if path.is_dir()]
+    kind, *parts = directory.resolve().name.split("--")
+    name = "/".join(parts) if kind == "models" and len(parts) == 2 else ""
+    raise ValueError(
+        f"{directory} is a repository's folder in the hub's cache; its checkpoints are "
+        f"{snapshots}/<commit>: {shown(found)}. Give one of them"
+        + (f", or the id {name!r}." if name else ".")
+    )
 
 
 def _fetched(name: str, revision: str | None) -> pathlib.Path:

@@ -1,5 +1,6 @@
 """Hugging Face checkpoints in and out: `load` and `save`."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -31,6 +32,7 @@ from kvjax.models.tokenizer import (
 )
 from kvjax.models.weights import check_names, dotted, stream_parameters, write_weights
 from kvjax.narrow import narrow
+from kvjax.places import given_path
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -88,7 +90,7 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
         ValueError: a file that cannot be read, or a setting that is missing, of
             another type, out of range or not supported; names file and setting.
     """
-    folder = base_directory(_path(directory))
+    folder = base_directory(given_path(directory))
     path = folder / CONFIG
     raw = read_json(path)
     try:
@@ -119,10 +121,9 @@ def save(
             another save is writing there.
         OSError: it cannot be written.
     """
-    folder = _path(directory)
     check_tokenizer(tokenizer)
     settings = storable(model)
-    check_target(folder)
+    folder = check_target(directory)
     if tokenizer is None:
         check_kept(folder, model.config.vocab_size)
     with alone(folder) as staging:
@@ -150,21 +151,14 @@ def _write(
     load_config(staging)
 
 
-def _path(directory: Any) -> pathlib.Path:
-    if not isinstance(directory, str | os.PathLike):
-        raise ValueError(f"Expected the path of a directory; got {shown(directory)}.")
-    return pathlib.Path(directory)
-
-
 def _dtype(dtype: Any) -> np.dtype:
-    try:
+    kind = None
+    # NumPy parses texts and mappings as structures, and raises what parsers raise.
+    with contextlib.suppress(Exception):
         kind = jnp.dtype(dtype)
-    except TypeError:
-        kind = None
     if kind is None or kind.name not in _DTYPES:
-        name = str(dtype)
+        hint = nearest(dtype[:40], _DTYPES) if isinstance(dtype, str) else ""
         raise ValueError(
-            f"`dtype` must be one of {list(_DTYPES)}; got {name!r}."
-            f"{nearest(name, _DTYPES)}"
+            f"`dtype` must be one of {list(_DTYPES)}; got {shown(dtype)}.{hint}"
         )
     return kind

@@ -12,25 +12,27 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from kvjax.files import digest, read_json, write_json
 from kvjax.messages import shown
 from kvjax.models.hub import ADAPTER_CONFIG
 from kvjax.models.shards import CONFIG, INDEX, placed
 from kvjax.models.tokenizer import LOG, OWN_FILES, TEMPLATES
-from kvjax.places import check_place, held
+from kvjax.places import check_place, given_path, held
 
 STAGING = ".saving-"
 RECORD = "kvjax_saved.json"
 """In the folder of further chat templates: which of them `save` placed there."""
 
 
-def check_target(folder: pathlib.Path) -> None:
-    """A model can be saved to `folder`, and loaded from it. Nothing is changed.
+def check_target(directory: Any) -> pathlib.Path:
+    """A place to save a model to, and to load it from. Nothing is changed.
 
     Raises:
-        ValueError: it cannot be written to, or holds an adapter.
+        ValueError: it is no path, cannot be written to, or holds an adapter.
     """
+    folder = given_path(directory)
     check_place(folder, "Save to another directory.")
     if os.path.lexists(folder / ADAPTER_CONFIG):
         raise ValueError(
@@ -38,6 +40,7 @@ def check_target(folder: pathlib.Path) -> None:
             "whole model beside it. Save to another directory, or move the adapter "
             "(adapter_*) away first."
         )
+    return folder
 
 
 @contextlib.contextmanager

@@ -189,7 +189,7 @@ def evaluate(
     # Neither a misspelt name nor a directory of something else costs loading a model.
     methods(config)
     check_directory(out, config)
-    name = config.model or DEFAULT
+    name = DEFAULT if config.model is None else config.model
     model, tokenizer = load_model(name, dtype, ui)
     checkpoint = expanded(model_directory(name))
     columns = (
