@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any, final
 
 from kvjax.fields import Factor, Positive, PositiveReal
+from kvjax.messages import shown
 from kvjax.models.config import DecoderConfig, Layers
 from kvjax.models.families.base import ACTIVATION_NAMES, AbstractFamily, read_activation
 from kvjax.models.families.rotary import read_rope, rope_settings
@@ -73,6 +74,8 @@ class Gemma3(AbstractFamily):
         """Full layers take the scaling; sliding layers have a base of their own."""
         settings = rope_settings(config)
         nested = SLIDING in settings or FULL in settings
+        if nested:
+            _check_nested(config, settings)
         wide = settings.inside(FULL) if nested else settings
         local = settings.inside(SLIDING) if nested else Settings({})
         theta = config.get("rope_theta", PositiveReal, self.theta)
@@ -102,6 +105,24 @@ class Gemma3(AbstractFamily):
             "layer_types": types,
             "use_bidirectional_attention": False,
         }
+
+
+def _check_nested(config: Settings, settings: Settings) -> None:
+    """RoPE by kinds of layers: nothing beside them, no other base outside."""
+    others = sorted({*settings.values} - {FULL, SLIDING})
+    if others:
+        raise ValueError(
+            f"`{settings.where}` has {shown(others)} beside {FULL!r} and {SLIDING!r}. "
+            "Put them into one of these."
+        )
+    for kind, name in ((FULL, "rope_theta"), (SLIDING, "rope_local_base_freq")):
+        inner = settings.inside(kind).values.get("rope_theta")
+        outer = config.values.get(name)
+        if None not in (inner, outer) and inner != outer:
+            raise ValueError(
+                f"`{name}` is {shown(outer)}, and {shown(inner)} in "
+                f"`{settings.where}.{kind}`. Keep one of them."
+            )
 
 
 def _check_local(rope: Rope) -> None:

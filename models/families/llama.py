@@ -6,6 +6,7 @@ from typing import Any, final
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families.base import AbstractFamily
 from kvjax.models.families.settings import Settings
+from kvjax.models.families.windows import check_alike
 
 
 @final
@@ -19,6 +20,7 @@ class Llama(AbstractFamily):
     def extras(self, config: Settings) -> dict[str, Any]:
         """One switch sets the biases of all four attention projections."""
         bias = config.get("attention_bias", bool, False)
+        check_alike(config, None)
         return {
             "qkv_bias": bias,
             "o_bias": bias,

@@ -27,12 +27,6 @@ class Mistral(AbstractFamily):
 
     def extras(self, config: Settings) -> dict[str, Any]:
         """`sliding_window` (null: none) holds for all layers."""
-        kinds = set(config.get("layer_types", tuple[str, ...], ()))
-        if len(kinds) > 1:
-            raise ValueError(
-                f"'mistral' has one window for all layers; got `layer_types` {kinds}. "
-                f"Alternating layers are another architecture."
-            )
         return {"windows": same_window(config)}
 
     def write_extras(self, config: DecoderConfig) -> dict[str, Any]:

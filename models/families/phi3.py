@@ -48,8 +48,9 @@ class Phi3(AbstractFamily):
         if kind in ("su", "yarn") and "short_factor" in settings:
             renamed = {k: v for k, v in settings.values.items() if k != "type"}
             renamed["rope_type"] = "longrope"
-            config = Settings({**config.values, "rope_scaling": renamed})
-        elif kind not in ("default", "longrope"):
+            one = {"rope_scaling": renamed, "rope_parameters": None}
+            config = Settings({**config.values, **one})
+        elif kind not in ("", "default", "longrope"):
             _refuse(kind)
         return super().read_ropes(config, head_dim)
 

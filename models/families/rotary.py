@@ -49,14 +49,57 @@ _KEYS = {
 
 
 def rope_settings(config: Settings) -> Settings:
-    """The RoPE mapping of `config`, whichever spelling it uses; may be empty."""
-    old = config.values.get("rope_scaling")
-    return config.inside("rope_scaling" if old else "rope_parameters")
+    """The RoPE mapping of `config`, whichever spelling it uses; may be empty.
+
+    Raises:
+        ValueError: what stands there is no mapping, or both are there and differ.
+    """
+    old, new = config.inside("rope_scaling"), config.inside("rope_parameters")
+    if not old.values or not new.values:
+        found = old if old.values else new
+    else:
+        kinds = {rope_kind(one) for one in (old, new)} - {""}
+        shared = {*old.values} & {*new.values} - {"rope_type", "type"}
+        unlike = sorted(n for n in shared if old.values[n] != new.values[n])
+        if len(kinds) > 1 or unlike:
+            raise ValueError(
+                f"`rope_scaling` {shown(old.values)} and `rope_parameters` "
+                f"{shown(new.values)} contradict each other. Keep one of them."
+            )
+        found = Settings({**old.values, **new.values}, where=new.where)
+    for name in sorted(_COMMON):
+        inner, outer = found.values.get(name), config.values.get(name)
+        if None not in (inner, outer) and inner != outer:
+            raise ValueError(
+                f"`{name}` is {shown(outer)}, and {shown(inner)} in `{found.where}`. "
+                "Keep one of them."
+            )
+    return found
 
 
 def rope_kind(settings: Settings) -> str:
-    """The kind of scaling, by its newer name or its older one."""
-    return settings.get("rope_type", str, settings.get("type", str, "default"))
+    """The kind of scaling, by its newer name or its older one; empty without any.
+
+    Raises:
+        ValueError: it has two, or none beside what only scaled kinds have.
+    """
+    named = [settings.get(key, str, "") for key in ("rope_type", "type")]
+    kinds = {kind for kind in named if kind}
+    if kinds == {"su", "longrope"}:  # two names of one
+        return "longrope"
+    if len(kinds) > 1:
+        raise ValueError(
+            f"`{settings.where}` has `rope_type` {shown(named[0])} and `type` "
+            f"{shown(named[1])}. Keep one of them."
+        )
+    others = sorted(n for n in settings.values if settings.values[n] is not None)
+    others = [n for n in others if n not in _COMMON]
+    if not kinds and others:
+        raise ValueError(
+            f"`{settings.where}` has {shown(others)} and no `rope_type`, which says "
+            f"what they are for. Name it: one of {list(KINDS)}."
+        )
+    return next(iter(kinds), "")
 
 
 def read_rope(
@@ -74,7 +117,7 @@ def read_rope(
         head_dim: `D`.
         theta: base where `settings` does not name one.
     """
-    kind = rope_kind(settings)
+    kind = rope_kind(settings) or "default"
     if kind not in KINDS:
         raise ValueError(
             f"RoPE scaling {shown(kind)} is not supported; expected one of "

@@ -49,6 +49,11 @@ class Settings:
             return fit(value, hint, f"{self.where}.{name}" if self.where else name)
         if default is _NEEDED:
             at = f"`{self.where}` in it" if self.where else "It"
+            if name in self.values:
+                raise ValueError(
+                    f"{at} needs `{name}`, which is null. Set it, or leave it out if "
+                    "the architecture has a default."
+                )
             raise ValueError(
                 f"{at} needs `{name}`, which is missing.{nearest(name, self.values)}"
             )

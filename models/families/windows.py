@@ -12,7 +12,31 @@ def same_window(config: Settings) -> tuple[int | None, ...]:
     """`windows` of layers that all have `sliding_window`; null: none."""
     window = config.get("sliding_window", Positive, None)
     layers = config.get("num_hidden_layers", Layers)
+    check_alike(config, window)
     return () if window is None else (window,) * layers
+
+
+def check_alike(config: Settings, window: int | None) -> None:
+    """`layer_types`, where it is there, says of all layers what the family has.
+
+    Raises:
+        ValueError: other kinds, or another number of layers.
+    """
+    kind = FULL if window is None else SLIDING
+    rule = [kind] * config.get("num_hidden_layers", Layers)
+    types = config.get("layer_types", tuple[str, ...], tuple(rule))
+    family = config.values.get("model_type")
+    if len({*types}) > 1:
+        raise ValueError(
+            f"{shown(family)} has one window for all layers; got `layer_types` "
+            f"{shown(sorted({*types}))}. Alternating layers are another architecture."
+        )
+    read_layer_types(config, rule, window)
+    if kind not in types:
+        raise ValueError(
+            f"All layers of this {shown(family)} are {kind!r} by `sliding_window` "
+            f"({window}); got `layer_types` of {types[0]!r}. Mend one of them."
+        )
 
 
 def read_layer_types(
