@@ -13,6 +13,14 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+PACKED = (
+    (b"\x1f\x8b", "gzip", "gunzip"),
+    (b"PK\x03\x04", "zip", "unzip"),
+    (b"BZh", "bzip2", "bunzip2"),
+    (b"\xfd7zXZ", "xz", "unxz"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
+)
+"""How packed files begin, and what unpacks them."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -44,6 +52,12 @@ def decoded(data: bytes, what: str) -> str:
     try:
         text = data.decode("utf-8").removeprefix(MARK)
     except UnicodeDecodeError as wrong:
+        for begin, kind, tool in PACKED:
+            if data.startswith(begin):
+                raise ValueError(
+                    f"{what} is packed ({kind}); expected UTF-8 text. Unpack it first: "
+                    f"{tool}."
+                ) from None
         line = data.count(b"\n", 0, wrong.start) + 1
         raise ValueError(
             f"{what}, line {line}: byte 0x{data[wrong.start]:02x} is not UTF-8. "

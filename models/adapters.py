@@ -4,19 +4,16 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`, with tenso
 as `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
 """
 
-import dataclasses
-import math
 import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
 
 import numpy as np
 
-from kvjax.fields import Positive
 from kvjax.files import read_json
 from kvjax.messages import nearest
+from kvjax.models.adapter_settings import REMEDY, read_lora, refuse, typed
 from kvjax.models.families.settings import Settings
 from kvjax.models.hub import (
     ADAPTER,
@@ -37,26 +34,6 @@ from kvjax.models.shards import (
 from kvjax.models.tokenizer import has_tokenizer
 
 _UPDATE = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-_REPEATED_GROUP, _QUANTIFIERS, _LONGEST = re.compile(r"\)[*+?{]"), "*+?{", 300
-# Flags, which are read by their type.
-_FLAGS = ("use_rslora", "use_dora", "lora_bias")
-_REMEDY = (
-    "Merge it with PEFT (`merge_and_unload`, then `save_pretrained`) and load what it "
-    "has saved."
-)
-# What else PEFT's LoRA may change. All are off by default, and so is any other `use_`.
-_OTHER = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-)
-# Ways to start an adapter that leave the base model as it is; PiSSA and others do not.
-_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def base_directory(directory: pathlib.Path) -> pathlib.Path:
@@ -71,7 +48,7 @@ def base_directory(directory: pathlib.Path) -> pathlib.Path:
     path = directory / ADAPTER_CONFIG
     settings = read_json(path)
     name = settings.get("base_model_name_or_path")
-    revision = _typed(Settings(settings), "revision", str, path, None)
+    revision = typed(Settings(settings), "revision", str, path, None)
     remedy = f"Set `base_model_name_or_path` in {path} to its directory or hub id."
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"{path} names no base model; got {name!r:.80}. {remedy}")
@@ -130,12 +107,12 @@ class Merged:
         self.base, self.place = base, base.place
         self.files, self.shapes = base.files, base.shapes
         self.updates = _updates(directory)
-        self.settings = _read(directory / ADAPTER_CONFIG)
+        self.settings = read_lora(directory / ADAPTER_CONFIG)
         pairs: dict[str, dict[str, str]] = {}
         for name in self.updates.shapes:
             found = _UPDATE.fullmatch(name)
             if found is None:
-                _refuse(f"tensor {name[:160]!r}", self.updates.place)
+                refuse(f"tensor {name[:160]!r}", self.updates.place)
             pair = pairs.setdefault(found[1], {})
             if pair.setdefault(found[2], name) != name:
                 raise ValueError(
@@ -161,6 +138,12 @@ class Merged:
             raise ValueError(
                 f"{place} has {next(iter(pair.values()))[:160]!r} and not its other "
                 f"half; expected lora_A and lora_B. It is incomplete; save it again."
+            )
+        if why := self.settings.excludes(module):
+            raise ValueError(
+                f"{place} updates {target[:160]!r}, which {ADAPTER_CONFIG} leaves out "
+                f"({why}). One of the two is of another adapter: mend it, or save the "
+                "adapter again."
             )
         rank = self.settings.rank(module)
         got = [self.updates.shapes[pair[side]] for side in "AB"]
@@ -219,96 +202,6 @@ def _updates(directory: pathlib.Path) -> Shards:
         if entry.kind not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(
                 f"Tensor {name!r:.200} in {path} is {entry.kind}; expected F32, F16, "
-                f"BF16 or F64. {_REMEDY}"
+                f"BF16 or F64. {REMEDY}"
             )
     return found
-
-
-def _refuse(what: str, where: pathlib.Path) -> NoReturn:
-    raise ValueError(
-        f"{where} is more than LoRA updates of matrices: {what} is not read. {_REMEDY}"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Lora:
-    """What `adapter_config.json` says of its updates."""
-
-    r: int
-    alpha: float
-    ranks: Mapping[re.Pattern[str], int]
-    alphas: Mapping[re.Pattern[str], float]
-    root: bool
-    """Whether updates are divided by the root of their rank (rsLoRA)."""
-
-    def rank(self, module: str) -> int:
-        return _own(self.ranks, module, self.r)
-
-    def scale(self, module: str) -> float:
-        rank, alpha = self.rank(module), _own(self.alphas, module, self.alpha)
-        return alpha / (math.sqrt(rank) if self.root else rank)
-
-
-def _read(where: pathlib.Path) -> _Lora:
-    raw = read_json(where)
-    settings = Settings(raw, {"r": 8, "lora_alpha": 8})
-    _check_plain(raw, where)
-    for name in ("use_dora", "lora_bias"):
-        if _typed(settings, name, bool, where, False):
-            _refuse(f"`{name}`", where)
-    ranks = _typed(settings, "rank_pattern", dict[str, Positive], where, {})
-    alphas = _typed(settings, "alpha_pattern", dict[str, float], where, {})
-    return _Lora(
-        r=_typed(settings, "r", Positive, where),
-        alpha=_typed(settings, "lora_alpha", float, where),
-        ranks={_pattern(p, "rank_pattern", where): v for p, v in ranks.items()},
-        alphas={_pattern(p, "alpha_pattern", where): v for p, v in alphas.items()},
-        root=_typed(settings, "use_rslora", bool, where, False),
-    )
-
-
-def _typed(
-    settings: Settings, name: str, hint: Any, where: pathlib.Path, *default: Any
-) -> Any:
-    try:
-        return settings.get(name, hint, *default)
-    except ValueError as wrong:
-        raise ValueError(f"{where}: {str(wrong):.600}") from None
-
-
-def _check_plain(settings: Mapping[str, Any], where: pathlib.Path) -> None:
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(
-            f"{where} has `peft_type` {kind!r:.40}; only 'LORA' is read. {_REMEDY}"
-        )
-    others = [name for name in settings if name.startswith("use_")]
-    for name in (*_OTHER, *others):
-        if settings.get(name) and name not in _FLAGS:
-            _refuse(f"`{name[:80]}` ({str(settings[name]):.80})", where)
-    if settings.get("bias", "none") not in ("none", None):
-        _refuse(f"`bias` {settings['bias']!r:.40}", where)
-    start = settings.get("init_lora_weights")
-    if not any(type(start) is type(one) and start == one for one in _STARTS):
-        _refuse(f"`init_lora_weights` {start!r:.40}, which changes the base,", where)
-
-
-def _pattern(pattern: str, name: str, where: pathlib.Path) -> re.Pattern[str]:
-    """A key of `rank_pattern` or `alpha_pattern` as PEFT matches it."""
-    said = f"`{name}` in {where} has {pattern!r:.80}"
-    # Python looks for a match by trying: what may repeat in many ways takes for ever.
-    quantifiers = sum(pattern.count(one) for one in _QUANTIFIERS)
-    if quantifiers > 2 or len(pattern) > _LONGEST or _REPEATED_GROUP.search(pattern):
-        raise ValueError(
-            f"{said}; at most {_LONGEST} characters with two of {_QUANTIFIERS!r} and "
-            "no repeated group are read. Name the modules one by one."
-        )
-    try:
-        return re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{said}, which is no regular expression: {error}.") from None
-
-
-def _own[T](table: Mapping[re.Pattern[str], T], module: str, default: T) -> T:
-    """A module's own entry: the first whose pattern fits, as in PEFT."""
-    return next((value for key, value in table.items() if key.match(module)), default)

@@ -34,8 +34,8 @@ def with_generation(config: DecoderConfig, folder: pathlib.Path) -> DecoderConfi
     path = folder / FILE
     if not os.path.lexists(path):
         return config
+    raw = read_json(path)  # names the file
     try:
-        raw = read_json(path)
         settings = Settings(raw)
         stops = special_tokens(settings, "eos_token_id", config.vocab_size)
         others = {name: raw[name] for name in raw if name not in _TOKENS}

@@ -51,8 +51,8 @@ class Settings:
             at = f"`{self.where}` in it" if self.where else "It"
             if name in self.values:
                 raise ValueError(
-                    f"{at} needs `{name}`, which is null. Set it, or leave it out if "
-                    "the architecture has a default."
+                    f"{at} needs `{name}`, which is missing: it is null. Set it, or "
+                    "take the null out where there is a default."
                 )
             raise ValueError(
                 f"{at} needs `{name}`, which is missing.{nearest(name, self.values)}"

@@ -18,6 +18,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 NAMES = {
     "float64": "F64",
     "float32": "F32",
+    "float16": "F16",
     "bfloat16": "BF16",
     "int8": "I8",
     "uint8": "U8",

@@ -4,11 +4,13 @@ The outcome of a mutant is a model, or a `ValueError` that names the file and sa
 was expected. Never another exception, and no message longer than a screen.
 """
 
+import importlib
 import json
 import os
 import pathlib
 import random
 import shutil
+import zipfile
 
 import pytest
 
@@ -164,3 +166,27 @@ def test_layers_that_are_not_there_are_not_built(layers, folders, tmp_path, caps
     said = capsys.readouterr().err
     assert "num_hidden_layers" in said or "lacks" in said
     assert len(said) < 1000
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["gzip", "bz2", "lzma", "zip"])
+def test_packed_files(file, kind, folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "llama")
+    data = (folder / file).read_bytes()
+    if kind == "zip":
+        with zipfile.ZipFile(folder / file, "w", zipfile.ZIP_DEFLATED) as packed:
+            packed.writestr(file, data)
+    else:
+        (folder / file).write_bytes(importlib.import_module(kind).compress(data))
+    with pytest.raises(ValueError, match=rf"{file} is packed \(.*Unpack it") as said:
+        load_config(folder)
+    assert str(said.value).count(file) == 1
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a": 1, "a": 2}', '{"top_p": 3}'])
+def test_a_generation_config_is_named_once(text, folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "llama")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=str(folder)) as said:
+        load_config(folder)
+    assert str(said.value).count("generation_config.json") == 1

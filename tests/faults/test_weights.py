@@ -178,3 +178,19 @@ def test_float64_is_cast(one):
     for value, said in ((np.nan, "holds NaN or Inf"), (1e300, "overflows float32")):
         rewrite(one, lambda held, value=value: held.update({UP: wide * 0 + value}))
         fails(one, f"{UP}' in .*{SINGLE} {said}")
+
+
+@pytest.mark.parametrize("kinds", [("f4", "f8"), ("f8", "f4"), ("f2", "f4")])
+def test_a_tied_head_in_another_dtype(one, monkeypatch, kinds):
+    """In pieces of rows, of which the wider dtype has fewer in each chunk."""
+    monkeypatch.setattr("kvjax.models.shards.CHUNK_BYTES", 300)
+    monkeypatch.setattr("kvjax.models.weights.CHUNK_BYTES", 700)
+    configure(one, tie_word_embeddings=True)
+    name = "model.embed_tokens.weight"
+    table = load_file(one / SINGLE)[name].astype("f2")
+    held = {name: table.astype(kinds[0]), HEAD: table.astype(kinds[1])}
+    rewrite(one, lambda tensors: tensors.update(held))
+    load(one, "float32", tokenizer=False)
+    held[HEAD][-1, -1] += 1
+    rewrite(one, lambda tensors: tensors.update(held))
+    fails(one, "ties the head .* differs")

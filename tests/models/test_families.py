@@ -333,7 +333,7 @@ def test_layer_types_where_all_are_alike(family, types, window, match):
 
 def test_a_null_is_not_called_missing():
     with pytest.raises(
-        ValueError, match="`query_pre_attn_scalar`, which is null"
+        ValueError, match="`query_pre_.*, which is missing: it is null"
     ) as no:
         read_config(GEMMA | {"query_pre_attn_scalar": None})
     assert "Did you mean" not in str(no.value)
