@@ -57,7 +57,7 @@ def _loaded(directory: pathlib.Path, found: list[str]) -> Any:
     """As `tokenizer.json` has it, where it is there."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    where = {"local_files_only": True, "trust_remote_code": False}
+    where: Any = {"local_files_only": True, "trust_remote_code": False}
     if "tokenizer.json" not in found:
         return AutoTokenizer.from_pretrained(str(directory), **where)
     if "tokenizer_config.json" not in found:

@@ -171,7 +171,9 @@ def _check_tied(shards: Source) -> None:
     shape = shards.shapes[names[0]]
     step = max(1, CHUNK_BYTES // (8 * shape[1]))  # of the widest dtype, for both
     same = shards.shapes[names[1]] == shape and all(
-        np.array_equal(*(_rows(shards, name, first, step) for name in names))
+        np.array_equal(
+            _rows(shards, names[0], first, step), _rows(shards, names[1], first, step)
+        )
         for first in range(0, shape[0], step)
     )
     if not same:

@@ -7,8 +7,7 @@ import shutil
 
 import pytest
 
-from kvjax.cli.base import Output
-from kvjax.cli.convert import Convert
+from kvjax.cli.main import main
 from kvjax.models import load, load_config, save
 from kvjax.models.bundled import shape_of
 from tests.models.samples import sample
@@ -55,20 +54,22 @@ def test_names_that_nothing_can_have(given, tmp_path, monkeypatch):
     assert len(str(said.value)) < 600 and len(list(tmp_path.iterdir())) == 2
 
 
-def test_names_that_are_no_text(tmp_path, monkeypatch):
+def test_names_that_are_no_text(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     name, model = os.fsdecode(b"m\xff"), sample("qwen3")
-    convert = Convert(source="x", out=pathlib.Path(name), output=Output())
     calls = [
         lambda: save(model, name, words()),
         lambda: save(model, tmp_path / name),
-        lambda: convert.run(None),
         lambda: load(name),
         lambda: load_config(name),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=r"m.udcff.*not UTF-8.*Rename it"):
             call()
+    assert main(["convert", "x", name]) == 2
+    assert main(["generate", "--model", "", "--prompt", "a"]) == 2
+    said = capsys.readouterr().err
+    assert "not UTF-8" in said and "hub id of the form 'owner/name'; got ''" in said
     assert not list(tmp_path.iterdir())
     save(model, "größe", words())
     assert load("größe")[0].config == model.config

@@ -1,6 +1,7 @@
 """Tokenizers travel with their checkpoint."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -218,7 +219,8 @@ def test_a_class_that_gives_the_same_ids_is_kept(tmp_path, caplog):
     from transformers import Qwen2Tokenizer
 
     table = {"a": 0, "b": 1, "ab": 2, "Ġ": 3, "<|endoftext|>": 4}
-    given = Qwen2Tokenizer(vocab=table, merges=[("a", "b")])
+    merges: Any = [("a", "b")]
+    given = Qwen2Tokenizer(vocab=table, merges=merges)
     given.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     found = load_tokenizer(tmp_path)
