@@ -65,8 +65,8 @@ def checkpoint_directory(
     # Network, authorisation and name errors share no base class across versions.
     except Exception as error:
         raise ValueError(
-            f"{name!r} is not a local directory and could not be fetched from the hub: "
-            f"{str(error):.1000}"
+            f"{shown(name)} is not a local directory and could not be fetched from the "
+            f"hub: {str(error):.1000}"
         ) from error
 
 

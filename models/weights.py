@@ -212,20 +212,7 @@ def write_weights(model: Decoder, folder: pathlib.Path, of: str) -> str:
         tensors[name] = (shape, jnp.dtype(arrays[weight.paths[0]].dtype))
 
     def pieces(name: str) -> Iterator[np.ndarray]:
-        weight = weights[name]
-        for path in weight.paths:
-            held = arrays[path]
-            host = _host(held if weight.layer is None else held[weight.layer])
-            rows = host.T if weight.transpose else host
-            step = max(1, CHUNK_BYTES // max(rows[:1].nbytes, 1))
-            for first in range(0, len(rows), step):
-                if not finite(piece := rows[first : first + step]):
-                    raise ValueError(
-                        f"Tensor {name!r} of the model holds NaN or Inf, which `load` "
-                        "refuses: its training diverged, or it is damaged. Nothing "
-                        "was saved; save a state from before."
-                    )
-                yield piece
+        return _stored(name, weights[name], arrays)
 
     groups = _group(tensors)
     count = len(groups)
@@ -246,6 +233,25 @@ def write_weights(model: Decoder, folder: pathlib.Path, of: str) -> str:
     for file in dict.fromkeys(table.values()):
         mark(folder / file, number)
     return number
+
+
+def _stored(
+    name: str, weight: Weight, arrays: Mapping[str, Any]
+) -> Iterator[np.ndarray]:
+    """A tensor's rows, a few megabytes at a time, if they are finite."""
+    for path in weight.paths:
+        held = arrays[path]
+        host = _host(held if weight.layer is None else held[weight.layer])
+        rows = host.T if weight.transpose else host
+        step = max(1, CHUNK_BYTES // max(rows[:1].nbytes, 1))
+        for first in range(0, len(rows), step):
+            if not finite(piece := rows[first : first + step]):
+                raise ValueError(
+                    f"Tensor {name!r} of the model holds NaN or Inf, which `load` "
+                    "refuses: its training diverged, or it is damaged. Nothing was "
+                    "saved; save a state from before."
+                )
+            yield piece
 
 
 def _group(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> list[list[str]]:
