@@ -24,6 +24,13 @@ class Partial(NamedTuple):
     lse: Float[Array, "*lead T"]
 
 
+def nothing_seen(q: Float[Array, "*lead T D"]) -> Partial:
+    """Attention of `q` over no keys at all."""
+    return Partial(
+        jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], NEG_INF, jnp.float32)
+    )
+
+
 def merge(parts: list[Partial]) -> Partial:
     """Exact attention over the union of disjoint parts.
 

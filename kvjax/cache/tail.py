@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvjax.cache.parts import AbstractPart, by_head
 from kvjax.codecs.base import put_block
+from kvjax.pallas_kernels.partial import nothing_seen
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.turns import Turn, at_rows, put, take
 from kvjax.types import EMPTY, pytree
@@ -19,7 +20,8 @@ from kvjax.types import EMPTY, pytree
 class Tail(AbstractPart):
     """Recent tokens, plain, in arrival order: `[B, K, R, D]`.
 
-    `used [B]` slots of a row are taken; the next token goes to slot `used`.
+    `used [B]` slots of a row are taken; the next token goes to slot `used`. There may be
+    no slots at all: then nothing is read, and any token is one too many.
     """
 
     keys: Float[Array, "*layers B K R D"]
@@ -34,6 +36,8 @@ class Tail(AbstractPart):
 
     def attend(self, q, q_positions, spec, limit=None, turn=None):
         del limit
+        if not self.capacity:
+            return nothing_seen(q)
         mine = take(self, turn)
         return attend_block(
             q,
@@ -87,6 +91,8 @@ class Tail(AbstractPart):
             turn: which layer's, where arrays are those of several.
         """
         b, kv_heads, t, *rest = new.shape
+        if not self.capacity:
+            return x
         if t > 1:
             slot = used[:, None] + jnp.arange(t)
             slot = jnp.where(positions >= 0, slot, self.capacity)  # dropped
