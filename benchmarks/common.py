@@ -117,7 +117,7 @@ def random_cache(
     """What prefill leaves, for random queries, keys and values instead of a prompt."""
     key = jax.random.key(seed)
     cache = _random_cache(key, config, c, batch, length, room, jnp.dtype(dtype))
-    about = checks.provenance(config, c)
+    about = checks.provenance(config, jnp.dtype(dtype), c)
     return settled(dataclasses.replace(cache, provenance=about))
 
 

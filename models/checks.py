@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from kvjax.cache import KVCache, Provenance, Slots
 from kvjax.codecs import PlainArray
@@ -16,17 +15,11 @@ from kvjax.compress.plan import LayerPlan
 from kvjax.compress.presets import canonical
 from kvjax.fields import Range, fit
 from kvjax.messages import shown
+from kvjax.models.arrays import concrete, floats, held, narrowed, whole
+from kvjax.models.arrays import is_traced as is_traced
+from kvjax.models.arrays import together as together
 from kvjax.models.config import DecoderConfig
-
-
-def is_traced(*values: Any) -> bool:
-    """Whether any value is a tracer, so that it cannot be looked at."""
-    return any(isinstance(value, Tracer) for value in values)
-
-
-def _concrete(x: Any) -> np.ndarray | None:
-    """The values, unless they are traced."""
-    return None if is_traced(x) else np.asarray(x)
+from kvjax.prefills import AbstractPrefill
 
 
 def count(name: str, value: int, least: int = 0) -> None:
@@ -45,27 +38,8 @@ def model(found: Any) -> DecoderConfig:
     return config
 
 
-def _whole(name: str, values: Any, wanted: str) -> np.ndarray | jax.Array:
-    """Integers as they came, before anything cuts them to 32 bits."""
-    if is_traced(values):
-        found, kind = values, jnp.issubdtype(values.dtype, jnp.integer)
-    else:
-        try:
-            found = np.asarray(values)
-            kind = np.issubdtype(found.dtype, np.integer)
-        except (TypeError, ValueError, OverflowError):  # ragged lists, and others
-            found, kind = values, False
-    if not kind:
-        what = getattr(found, "dtype", None)
-        raise ValueError(
-            f"`{name}` must be integers of {wanted}; got "
-            f"{shown(values) if what is None else f'{what} {found.shape}'}."
-        )
-    return found
-
-
 def _token_array(config: DecoderConfig, tokens) -> jax.Array:
-    found = _whole("tokens", tokens, "shape [B, T]")
+    found = whole("tokens", tokens, "shape [B, T]")
     if found.ndim != 2:
         raise ValueError(
             f"`tokens` must be integers of shape [B, T]; got {found.dtype} "
@@ -75,31 +49,26 @@ def _token_array(config: DecoderConfig, tokens) -> jax.Array:
         raise ValueError(
             f"`tokens` must hold at least one row and one token; got {found.shape}."
         )
-    values = _concrete(found)
+    values = concrete(found)
     if values is not None and (values.min() < 0 or values.max() >= config.vocab_size):
         raise ValueError(
             f"`tokens` must be in [0, {config.vocab_size}), the model's vocabulary; "
             f"got {int(values.min())} .. {int(values.max())}. Encode with the model's "
             "own tokenizer, and pad with any id of it."
         )
-    return _narrowed(tokens, found)
-
-
-def _narrowed(given: Any, found: np.ndarray | jax.Array) -> jax.Array:
-    """As int32, where the caller put it."""
-    return jnp.asarray(given if isinstance(given, jax.Array) else found, jnp.int32)
+    return narrowed(tokens, found)
 
 
 def _row_lengths(tokens: jax.Array, lengths, least: int) -> jax.Array:
     if lengths is None:
         return jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
     wanted = f"shape [B] = [{tokens.shape[0]}]"
-    found = _whole("lengths", lengths, wanted)
+    found = whole("lengths", lengths, wanted)
     if found.shape != tokens.shape[:1]:
         raise ValueError(
             f"`lengths` must be integers of {wanted}; got {found.dtype} {found.shape}."
         )
-    values = _concrete(found)
+    values = concrete(found)
     if values is not None and (values.min() < least or values.max() > tokens.shape[1]):
         row = int(np.argmax((values < least) | (values > tokens.shape[1])))
         raise ValueError(
@@ -107,14 +76,14 @@ def _row_lengths(tokens: jax.Array, lengths, least: int) -> jax.Array:
             f"{int(values[row])}. "
             + ("Leave empty prompts out of the batch." if values[row] < least else "")
         )
-    return _narrowed(lengths, found)
+    return narrowed(lengths, found)
 
 
 def prompt(config: DecoderConfig, tokens, lengths) -> tuple[jax.Array, jax.Array]:
     """Tokens and lengths of a prompt, as int32."""
     tokens = _token_array(config, tokens)
     lengths = _row_lengths(tokens, lengths, 1)
-    values = _concrete(lengths)
+    values = concrete(lengths)
     longest = tokens.shape[1] if values is None else int(values.max())
     if longest > config.max_positions:
         raise ValueError(
@@ -125,16 +94,23 @@ def prompt(config: DecoderConfig, tokens, lengths) -> tuple[jax.Array, jax.Array
     return tokens, lengths
 
 
+def asked(found: Any, tokens, lengths) -> tuple[jax.Array, jax.Array]:
+    """`prompt`, of what was given as a model, which lies where its prompt does."""
+    tokens, lengths = prompt(model(found), tokens, lengths)
+    together(model=found.embedding[...], tokens=tokens, lengths=lengths)
+    return tokens, lengths
+
+
 def prompt_lengths(inner, lengths: jax.Array) -> jax.Array:
     """Compression points, as int32: at least 1 and inside each row."""
     wanted = f"shape {lengths.shape}"
-    found = _whole("prompt_lengths", inner, wanted)
+    found = whole("prompt_lengths", inner, wanted)
     if found.shape != lengths.shape:
         raise ValueError(
             f"`prompt_lengths` must be integers of {wanted}; got {found.dtype} "
             f"{found.shape}."
         )
-    values, rows = _concrete(found), _concrete(lengths)
+    values, rows = concrete(found), concrete(lengths)
     if values is not None and (values.min() < 1):
         raise ValueError(f"`prompt_lengths` must be at least 1; got {values.min()}.")
     if values is not None and rows is not None and (values > rows).any():
@@ -143,14 +119,14 @@ def prompt_lengths(inner, lengths: jax.Array) -> jax.Array:
             f"`prompt_lengths` must not be above `lengths`; row {row} has "
             f"{int(values[row])} of {int(rows[row])}."
         )
-    return _narrowed(inner, found)
+    return narrowed(inner, found)
 
 
 def generation(
     config: DecoderConfig, lengths: jax.Array, new_tokens: int | np.ndarray
 ) -> None:
     """Prompt and generation of each row together stay in the model's range."""
-    values = _concrete(lengths)
+    values = concrete(lengths)
     if values is None:
         return
     new = np.broadcast_to(new_tokens, values.shape)
@@ -165,9 +141,10 @@ def generation(
 
 
 def extension(
-    config: DecoderConfig, cache: KVCache, tokens, lengths
+    found: Any, cache: KVCache, tokens, lengths
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens and lengths that extend a cache, as int32."""
+    """Tokens and lengths that extend a cache of a model, as int32."""
+    config = model(found)
     _is_cache("cache", cache)
     tokens = _token_array(config, tokens)
     if tokens.shape[0] != cache.length.shape[0]:
@@ -176,8 +153,9 @@ def extension(
             f"{cache.length.shape[0]}; got {tokens.shape[0]}."
         )
     lengths = _row_lengths(tokens, lengths, 0)
-    new = _concrete(lengths)
-    room(config, cache, np.full(len(tokens), tokens.shape[1]) if new is None else new)
+    new = concrete(lengths)
+    room(found, cache, np.full(len(tokens), tokens.shape[1]) if new is None else new)
+    together(model=found.embedding[...], cache=cache, tokens=tokens, lengths=lengths)
     return tokens, lengths
 
 
@@ -186,28 +164,28 @@ def _is_cache(name: str, found: Any) -> None:
         raise ValueError(
             f"`{name}` must be a KVCache that kvjax.prefill made; got {shown(found)}."
         )
+    held(name, found)
 
 
-def last_logits(config: DecoderConfig, cache: KVCache, logits: Any) -> None:
-    """Logits of each row's last token, of this model and this cache."""
-    wanted = (len(cache.length), config.vocab_size)
-    shape = getattr(logits, "shape", None)
-    if shape != wanted or not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ValueError(
-            f"`logits` must be numbers of shape [B, V] = {list(wanted)}, as "
-            "kvjax.prefill gives them; got "
-            f"{shown(logits) if shape is None else shape}."
-        )
+def last_logits(found: Any, cache: KVCache, logits: Any) -> jax.Array:
+    """Logits of each row's last token, of this model and this cache, as float32."""
+    shape = (len(cache.length), model(found).vocab_size)
+    logits = floats("logits", logits, shape, "kvjax.prefill gives them")
+    together(model=found.embedding[...], cache=cache, logits=logits)
+    return logits
 
 
-def room(config: DecoderConfig, cache: KVCache, new_tokens: int | np.ndarray) -> None:
+def room(found: Any, cache: KVCache, new_tokens: int | np.ndarray) -> None:
     """The cache is this model's and takes `new_tokens` more, of each row or of all."""
+    config = model(found)
     _is_cache("cache", cache)
-    if cache.provenance is not None and cache.provenance.model != fingerprint(config):
+    about = cache.provenance
+    if about is not None and about.model != fingerprint(config, found.dtype):
         raise ValueError(
-            "the cache was made by another model. Prefill again with this one."
+            "the cache was made by another model, or by this one in another dtype. "
+            "Prefill again with this one."
         )
-    if _concrete(cache.length) is None:
+    if concrete(cache.length) is None:
         return
     new = np.broadcast_to(new_tokens, cache.length.shape)
     generation(config, cache.length, new)
@@ -225,11 +203,11 @@ def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> No
     """The compression fits the model and these prompts."""
     if not isinstance(c, Compression):
         raise ValueError(
-            f"`c` must be a kvjax.Compression; got {c!r}. Names become one by "
+            f"`c` must be a kvjax.Compression; got {shown(c)}. Names become one by "
             'kvjax.compression("snapkv").'
         )
     suits(config, c)
-    values = _concrete(lengths)
+    values = concrete(lengths)
     if values is None:
         return
     _protected(c, config.layers, values)
@@ -241,14 +219,28 @@ def suits(config: DecoderConfig, c: Compression) -> None:
     """The model has what the compression asks of it."""
     for plan in c.parts:
         _plan(config, plan)
-    wants = c.prefill.needs_retention or any(x.needs_retention for x in c.scores)
-    if wants and config.evictor is None:
+    reading(config, c.prefill)
+    _retention(config, any(score.needs_retention for score in c.scores))
+    _ranges(config, c)
+
+
+def reading(config: DecoderConfig, prefill: AbstractPrefill) -> None:
+    """The model can read prompts in this way."""
+    if not isinstance(prefill, AbstractPrefill):
+        raise ValueError(
+            '`prefill` must be a way to read prompts, as `kvjax.compression("snapkv")'
+            f".prefill` is; got {shown(prefill)}."
+        )
+    _retention(config, prefill.needs_retention)
+
+
+def _retention(config: DecoderConfig, wanted: bool) -> None:
+    if wanted and config.evictor is None:
         raise ValueError(
             "the compression evicts what the model gives up, and this model says "
             "nothing of it: it has no evictor. Train one (`kvjax finetune`, config "
             "dms or surrogate), or use another compression."
         )
-    _ranges(config, c)
 
 
 def _plan(config: DecoderConfig, plan: LayerPlan) -> None:
@@ -271,10 +263,9 @@ def _plan(config: DecoderConfig, plan: LayerPlan) -> None:
         )
 
 
-def prefix(
-    config: DecoderConfig, c: Compression, cache: KVCache, lengths: jax.Array
-) -> None:
+def prefix(found: Any, c: Compression, cache: KVCache, lengths: jax.Array) -> None:
     """A cache can be what is in front of prompts that are compressed like this."""
+    config = model(found)
     if c.probes:
         names = ", ".join(type(score).__name__ for score in c.scores if score.probes)
         raise ValueError(
@@ -282,15 +273,17 @@ def prefix(
             "it. Put the prefix into the prompts, or use another score."
         )
     _is_cache("prefix", cache)
+    together(model=found.embedding[...], prefix=cache)
     if len(cache.length) != 1:
         raise ValueError(
             f"`prefix` must be a cache of one row, which all rows share; got one of "
             f"{len(cache.length)}. Prefill it with a batch of 1."
         )
     about = cache.provenance
-    if about is not None and about.model != fingerprint(config):
+    if about is not None and about.model != fingerprint(config, found.dtype):
         raise ValueError(
-            "`prefix` is a cache of another model. Prefill it with this one."
+            "`prefix` is a cache of another model, or of this one in another dtype. "
+            "Prefill it with this one."
         )
     plain = all(
         isinstance(part, Slots) and isinstance(part.keys, PlainArray)
@@ -308,7 +301,7 @@ def prefix(
             "`prefix` must hold all of its tokens as they are; got a compressed cache. "
             "Prefill it without a compression."
         )
-    values, seen = _concrete(lengths), _concrete(cache.length)
+    values, seen = concrete(lengths), concrete(cache.length)
     if values is None or seen is None:
         return
     longest = int(values.max() + seen[0])
@@ -365,16 +358,17 @@ def _protected(c: Compression, specs: tuple, lengths: np.ndarray) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def fingerprint(config: DecoderConfig) -> str:
-    """Digest of a configuration."""
-    return hashlib.sha256(repr(config).encode()).hexdigest()[:16]
+def fingerprint(config: DecoderConfig, dtype: Any = None) -> str:
+    """Digest of a configuration, and of the dtype if one is given."""
+    said = repr(config) if dtype is None else f"{config!r} {jnp.dtype(dtype).name}"
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=1024)
-def provenance(config: DecoderConfig, c: Compression) -> Provenance:
-    """Where a cache of this model and compression comes from."""
+def provenance(config: DecoderConfig, dtype: Any, c: Compression) -> Provenance:
+    """Where a cache of a model in this dtype and of this compression comes from."""
     return Provenance(
-        model=fingerprint(config),
+        model=fingerprint(config, dtype),
         compression=canonical(c),
         query_aware=c.visibility == "query_aware",
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import KVCache
 from kvjax.compress.config import Compression
-from kvjax.fields import fit
+from kvjax.fields import Range, fit
 from kvjax.messages import shown
 from kvjax.models import checks
+from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.finite import check_rows
 from kvjax.models.inference import NONE, nameless, prefill, step
@@ -167,12 +168,12 @@ def generate(
             generation ends with them.
     """
     checks.count("max_new_tokens", max_new_tokens, 1)
-    tokens, lengths = checks.prompt(checks.model(model), tokens, lengths)
+    tokens, lengths = checks.asked(model, tokens, lengths)
     checks.generation(model.config, lengths, max_new_tokens)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    stop_tokens = _stops(stop_tokens)
+    stop_tokens = _stops(model.config, stop_tokens)
     key = _key(sampling, key)
-    _callable(callback)
+    _callable(callback, model, tokens, lengths, key)
     logits, cache = prefill(model, tokens, lengths, c, max_new_tokens=max_new_tokens)
     return _loop(
         model,
@@ -220,11 +221,11 @@ def generate_from(
             that are not finite.
     """
     checks.count("max_new_tokens", max_new_tokens, 1)
-    checks.room(checks.model(model), cache, max_new_tokens - 1)
-    checks.last_logits(model.config, cache, logits)
-    _callable(callback)
+    checks.room(model, cache, max_new_tokens - 1)
+    logits = checks.last_logits(model, cache, logits)
+    _callable(callback, model, cache, logits, key)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    stop_tokens = _stops(stop_tokens)
+    stop_tokens = _stops(model.config, stop_tokens)
     key = _key(sampling, key)
     return _loop(
         model,
@@ -239,22 +240,31 @@ def generate_from(
     )
 
 
-def _callable(callback: Any) -> None:
-    if callback is not None and not callable(callback):
+def _callable(callback: Any, model: Decoder, *given: Any) -> None:
+    if callback is None:
+        return
+    if not callable(callback):
         raise ValueError(
             "`callback` must be a function of tokens and lengths; got "
             f"{shown(callback)}."
         )
+    if checks.is_traced(*jax.tree.leaves((nnx.state(model), given))):
+        raise ValueError(
+            "`callback` is called with tokens as they are made, which nobody can see "
+            "under `jit` or another transformation of JAX. Leave it out there, or call "
+            "outside of it: the loop is compiled anyway."
+        )
 
 
-def _stops(tokens: Sequence[int]) -> tuple[int, ...]:
+def _stops(config: DecoderConfig, tokens: Sequence[int]) -> tuple[int, ...]:
     found = tokens.tolist() if isinstance(tokens, np.ndarray) else tokens
-    if isinstance(found, tuple | list):
-        return fit(tuple(found), tuple[int, ...], "stop_tokens")
-    raise ValueError(
-        f"`stop_tokens` must be a list of token ids; got {shown(tokens)}. One token is "
-        "`[token]`."
-    )
+    if not isinstance(found, tuple | list):
+        raise ValueError(
+            f"`stop_tokens` must be a list of token ids; got {shown(tokens)}. One "
+            "token is `[token]`."
+        )
+    ids = Annotated[int, Range(0, config.vocab_size - 1)]
+    return fit(tuple(found), tuple[ids, ...], "stop_tokens")
 
 
 def _key(sampling: Sampling, key: Array | None) -> Array:

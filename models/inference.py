@@ -16,12 +16,15 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import KVCache, LayerCache
 from kvjax.compress.building import Building, build_cache
 from kvjax.compress.config import Compression
-from kvjax.compress.observe import Observed, observe
+from kvjax.compress.observe import observe
 from kvjax.compress.survey import Layout, plans_of
 from kvjax.models import checks
-from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
+from kvjax.models.prompts import NONE, settled
+from kvjax.models.prompts import Prompt as Prompt
+from kvjax.models.prompts import method_of as method_of
+from kvjax.models.prompts import read_prompt as read_prompt
 from kvjax.models.reading import (
     attend_prompt,
     in_front,
@@ -33,17 +36,12 @@ from kvjax.models.reading import (
 from kvjax.narrow import narrow
 from kvjax.types import (
     LayerInputs,
-    Lengths,
     LengthsLike,
     Tokens,
     TokensLike,
     loops_of,
     padded_positions,
-    pytree,
-    static,
 )
-
-NONE = Compression()
 
 
 def step(
@@ -131,7 +129,8 @@ def prefill(
     """Logits of each row's last token, and the cache of the prompt, compressed.
 
     The logits are those of the uncompressed prompt: the first token of an answer
-    never sees the compression.
+    never sees the compression. Both are handed out before they are computed, so nobody
+    has looked whether the logits are finite: `generate` does.
 
     Args:
         model: a decoder.
@@ -151,14 +150,15 @@ def prefill(
             of another model, of several rows, or compressed, or in front of a prompt
             that is read again.
     """
-    tokens, lengths = checks.prompt(checks.model(model), tokens, lengths)
+    tokens, lengths = checks.asked(model, tokens, lengths)
     checks.compression(model.config, c, lengths)
     checks.count("max_new_tokens", max_new_tokens)
     # No row ever has more tokens, so no room is for more.
     max_new_tokens = min(max_new_tokens, model.config.max_positions)
     width = tokens.shape[1]
     if prefix is not None:
-        checks.prefix(model.config, c, prefix, lengths)
+        checks.prefix(model, c, prefix, lengths)
+        checks.together(tokens=tokens, prefix=prefix)
         prefix = nameless(prefix)
     if not checks.is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width, PROMPT))
@@ -166,96 +166,8 @@ def prefill(
     graph, params = nnx.split(model)
     how = (c, max_new_tokens, width, prefix)
     logits, cache = _prefill(graph, params, tokens, lengths, *how)
-    about = checks.provenance(model.config, c)
+    about = checks.provenance(model.config, model.dtype, c)
     return logits, settled(dataclasses.replace(cache, provenance=about))
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "c", "longest"))
-def _observe(graph, params, tokens, lengths, c: Compression, longest: int):
-    model = nnx.merge(graph, params)
-    return observe_prompt(model, tokens, lengths, c, longest=longest)
-
-
-_static = ("loops", "specs", "c", "room", "longest")
-_build = jax.jit(build_cache, static_argnames=_static)
-
-
-@pytree
-class Prompt:
-    """A prompt that was read once and can be compressed to any budget.
-
-    Attributes:
-        logits: `[B, V]` of each row's last token.
-        lengths: `[B]` tokens per row.
-        seen: what the pass left; keys and values of all tokens included.
-        config: of the model.
-        method: the compression whose scores were computed, its budget aside.
-        longest: no row has more tokens.
-    """
-
-    logits: Float[Array, "B V"]
-    lengths: Lengths
-    seen: tuple[Observed, ...]
-    config: DecoderConfig = static()
-    method: Compression = static()
-    longest: int = static()
-
-    @narrow
-    def compress(self, c: Compression, *, max_new_tokens: int = 64) -> KVCache:
-        """The cache that `prefill` with `c` gives; only the budget may differ."""
-        if method_of(c) != self.method:
-            raise ValueError(
-                "this prompt was read for another method; only the budget may change. "
-                "Read it again with `read_prompt(model, tokens, lengths, c)`."
-            )
-        checks.compression(self.config, c, self.lengths)
-        checks.count("max_new_tokens", max_new_tokens)
-        max_new_tokens = min(max_new_tokens, self.config.max_positions)
-        specs, longest = self.config.layers, self.longest
-        loops = loops_of(specs, plans_of(self.method, specs, longest))
-        how = (self.lengths, c, max_new_tokens)
-        cache = _build(self.seen, loops, specs, *how, longest=longest)
-        about = checks.provenance(self.config, c)
-        return settled(dataclasses.replace(cache, provenance=about))
-
-
-def method_of(c: Compression) -> Compression:
-    """`c` without its budget."""
-    return c.with_keep(1.0) if c.has_budget else c
-
-
-@narrow
-def read_prompt(
-    model: Decoder,
-    tokens: TokensLike,
-    lengths: LengthsLike | None = None,
-    c: Compression = NONE,
-) -> Prompt:
-    """Prefill once, compress later: one pass (and one compilation) for many budgets.
-
-    Arguments and errors are those of `prefill`.
-    """
-    tokens, lengths = checks.prompt(checks.model(model), tokens, lengths)
-    width, method = tokens.shape[1], method_of(c)
-    tokens, longest = pad_tokens(tokens, bucket(width, PROMPT)), bucket(width)
-    graph, params = nnx.split(model)
-    logits, seen = _observe(graph, params, tokens, lengths, method, longest)
-    return Prompt(
-        logits=logits,
-        lengths=lengths,
-        seen=seen,
-        config=model.config,
-        method=method,
-        longest=longest,
-    )
-
-
-def settled(cache: KVCache) -> KVCache:
-    """`cache` in arrays cut to what the data need, where they say so: ranks.
-
-    Under `jit`, where shapes cannot depend on data, it stays as it is.
-    """
-    return cache if checks.is_traced(cache.length) else cache.settled()
 
 
 @narrow
@@ -281,7 +193,7 @@ def extend(
             model, more tokens than fit. Under `jit`, where that cannot be seen, rows
             that overflow give NaN.
     """
-    tokens, lengths = checks.extension(checks.model(model), cache, tokens, lengths)
+    tokens, lengths = checks.extension(model, cache, tokens, lengths)
     width = tokens.shape[1]
     if width > 1 and not checks.is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width))

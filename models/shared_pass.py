@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -11,9 +12,11 @@ from kvjax.compress.config import Compression
 from kvjax.compress.observe import observe, wants_mass
 from kvjax.compress.survey import plans_of
 from kvjax.depth import Depth, members, over, regrouped
+from kvjax.fields import fit
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
+from kvjax.models.finite import check_logits
 from kvjax.models.inference import Prompt, method_of
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
 from kvjax.models.reading import last_logits
@@ -42,6 +45,7 @@ class SharedPass:
             alike together, with a first axis for them.
         mass: `[B, H, S]` attention each key received, likewise, or None.
         config: of the model.
+        dtype: of the model.
         prefill: how it was read.
         longest: no row has more tokens.
     """
@@ -51,6 +55,7 @@ class SharedPass:
     inputs: tuple[LayerInputs, ...]
     mass: tuple[Float[Array, "B H S"] | None, ...]
     config: DecoderConfig = static()
+    dtype: jnp.dtype = static()
     prefill: AbstractPrefill = static()
     longest: int = static()
 
@@ -59,9 +64,10 @@ class SharedPass:
         """What `read_prompt` with `c` gives, up to the order of summation.
 
         Raises:
-            ValueError: `c` reads prompts in another way or more than once, or needs
-                attention sums that were not kept.
+            ValueError: see `prefill`; `c` reads prompts in another way or more than
+                once, or needs attention sums that were not kept.
         """
+        checks.compression(self.config, c, self.lengths)
         if c.probes:
             names = [type(score).__name__ for score in c.scores if score.probes]
             raise ValueError(
@@ -91,6 +97,7 @@ class SharedPass:
                 self.longest,
             ),
             config=self.config,
+            dtype=self.dtype,
             method=method,
             longest=self.longest,
         )
@@ -145,22 +152,26 @@ def read_shared(
         mass: keep the attention each key received, for scores that sum it (`h2o`).
 
     Raises:
-        ValueError: see `prefill`.
+        ValueError: see `prefill`; logits that are not finite, unless they are traced.
 
     Cost: holds `(H + 2 K) D` numbers per token and layer, where `read_prompt` holds
     `2 K D`.
     """
-    tokens, lengths = checks.prompt(model.config, tokens, lengths)
+    tokens, lengths = checks.asked(model, tokens, lengths)
+    checks.reading(model.config, prefill)
+    fit(mass, bool, "mass")
     width = tokens.shape[1]
     tokens = pad_tokens(tokens, bucket(width, PROMPT))
     graph, params = nnx.split(model)
     logits, inputs, sums = _read(graph, params, tokens, lengths, prefill, mass)
+    check_logits(model.dtype, logits, " behind the prompts")
     return SharedPass(
         logits=logits,
         lengths=lengths,
         inputs=inputs,
         mass=sums,
         config=model.config,
+        dtype=model.dtype,
         prefill=prefill,
         longest=bucket(width),
     )

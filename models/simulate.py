@@ -132,7 +132,7 @@ def simulate(
     Cost: twice the attention of a plain pass; temporaries linear in `T`. A schedule
     that evicts while decoding scans the tokens behind the point, layer by layer.
     """
-    tokens, lengths = checks.prompt(checks.model(model), tokens, lengths)
+    tokens, lengths = checks.asked(model, tokens, lengths)
     points = lengths if prompt_lengths is None else prompt_lengths
     points = checks.prompt_lengths(points, lengths)
     checks.compression(model.config, c, points)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from kvjax.attention import self_attention
 from kvjax.models import checks
 from kvjax.models.decoder import Attending, Decoder
+from kvjax.models.finite import check_rows
 from kvjax.narrow import narrow
 from kvjax.pallas_kernels.held import Earlier
 from kvjax.turns import take
@@ -25,8 +26,11 @@ def _slopes(graph, params, tokens, lengths, prompt_lengths):
     later = behind & (positions >= 0)
     count = jnp.maximum(jnp.sum(later, axis=1), 1).astype(jnp.float32)
 
-    def loss(soft: Array) -> Array:
-        """Of all rows; `soft` is zeros, with the gradient of keeping a token."""
+    def loss(soft: Array) -> tuple[Array, Array]:
+        """Of all rows, and whether their logits are finite.
+
+        `soft` is zeros, with the gradient of keeping a token.
+        """
 
         def step(inputs: LayerInputs, state: None):
             kept = jnp.ones((b, heads, width), bool)
@@ -36,13 +40,17 @@ def _slopes(graph, params, tokens, lengths, prompt_lengths):
 
         asked = Attending(step=step)
         passed = model.run(tokens, positions, asked, trained=True, remat=True)
-        logs = jax.nn.log_softmax(model.logits(passed.hidden[:, :-1]), axis=-1)
+        logits = model.logits(passed.hidden[:, :-1])
+        sound = jnp.isfinite(jnp.max(jax.lax.stop_gradient(logits), axis=-1))
+        logs = jax.nn.log_softmax(logits, axis=-1)
         found = jnp.take_along_axis(logs, tokens[:, 1:, None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(later[:, 1:], found, 0.0) / count[:, None])
+        value = -jnp.sum(jnp.where(later[:, 1:], found, 0.0) / count[:, None])
+        return value, jnp.all(sound | (positions[:, :-1] < 0), axis=1)
 
     zeros = jnp.zeros((model.config.num_layers, b, heads, width), jnp.float32)
-    value, back = jax.vjp(loss, zeros)
-    return back(jnp.ones_like(value))[0]
+    value, back, sound = jax.vjp(loss, zeros, has_aux=True)
+    slopes = back(jnp.ones_like(value))[0]
+    return slopes, sound & jnp.all(jnp.isfinite(slopes), axis=(0, 2, 3))
 
 
 @narrow
@@ -75,7 +83,9 @@ def gate_slopes(
     Cost: a pass over the rows forward and two backward; layers are made again on the
     way back, so that temporaries are linear in `S`. Logits of all tokens are held.
     """
-    tokens, lengths = checks.prompt(model.config, tokens, lengths)
+    tokens, lengths = checks.asked(model, tokens, lengths)
     points = checks.prompt_lengths(prompt_lengths, lengths)
     graph, params = nnx.split(model)
-    return _slopes(graph, params, tokens, lengths, points)
+    slopes, sound = _slopes(graph, params, tokens, lengths, points)
+    check_rows(model.dtype, sound, " or their slopes")
+    return slopes

@@ -20,8 +20,8 @@ from kvjax.types import EMPTY, pytree
 class Tail(AbstractPart):
     """Recent tokens, plain, in arrival order: `[B, K, R, D]`.
 
-    `used [B]` slots of a row are taken; the next token goes to slot `used`. There may be
-    no slots at all: then nothing is read, and any token is one too many.
+    `used [B]` slots of a row are taken; the next token goes to slot `used`. Of no slots
+    at all nothing is read, and any token is one too many.
     """
 
     keys: Float[Array, "*layers B K R D"]

@@ -15,7 +15,9 @@ TOKENS, LENGTHS = batch()[0][:2], np.array([112, 75], np.int32)
 def test_calls_that_add_nothing(name):
     """They failed in shapes of zero slots, for most compressions."""
     model = small_model()
-    logits, cache = kvjax.prefill(model, TOKENS, LENGTHS, preset(name), max_new_tokens=0)
+    logits, cache = kvjax.prefill(
+        model, TOKENS, LENGTHS, preset(name), max_new_tokens=0
+    )
     made = generate_from(model, cache, logits, max_new_tokens=1)
     np.testing.assert_array_equal(made.tokens[:, 0], np.argmax(logits, axis=-1))
     np.testing.assert_array_equal(made.cache.length, LENGTHS)

@@ -1,0 +1,118 @@
+"""A prompt that is read once, and compressed to any budget later."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kvjax.cache import KVCache
+from kvjax.compress.building import build_cache
+from kvjax.compress.config import Compression
+from kvjax.compress.observe import Observed
+from kvjax.compress.survey import plans_of
+from kvjax.models import checks
+from kvjax.models.config import DecoderConfig
+from kvjax.models.decoder import Decoder
+from kvjax.models.finite import check_logits
+from kvjax.models.padding import PROMPT, bucket, pad_tokens
+from kvjax.models.reading import observe_prompt
+from kvjax.narrow import narrow
+from kvjax.types import Lengths, LengthsLike, TokensLike, loops_of, pytree, static
+
+NONE = Compression()
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "c", "longest"))
+def _observe(graph, params, tokens, lengths, c: Compression, longest: int):
+    model = nnx.merge(graph, params)
+    return observe_prompt(model, tokens, lengths, c, longest=longest)
+
+
+_static = ("loops", "specs", "c", "room", "longest")
+_build = jax.jit(build_cache, static_argnames=_static)
+
+
+@pytree
+class Prompt:
+    """A prompt that was read once and can be compressed to any budget.
+
+    Attributes:
+        logits: `[B, V]` of each row's last token.
+        lengths: `[B]` tokens per row.
+        seen: what the pass left; keys and values of all tokens included.
+        config: of the model.
+        dtype: of the model.
+        method: the compression whose scores were computed, its budget aside.
+        longest: no row has more tokens.
+    """
+
+    logits: Float[Array, "B V"]
+    lengths: Lengths
+    seen: tuple[Observed, ...]
+    config: DecoderConfig = static()
+    dtype: jnp.dtype = static()
+    method: Compression = static()
+    longest: int = static()
+
+    @narrow
+    def compress(self, c: Compression, *, max_new_tokens: int = 64) -> KVCache:
+        """The cache that `prefill` with `c` gives; only the budget may differ."""
+        checks.compression(self.config, c, self.lengths)
+        if method_of(c) != self.method:
+            raise ValueError(
+                "this prompt was read for another method; only the budget may change. "
+                "Read it again with `read_prompt(model, tokens, lengths, c)`."
+            )
+        checks.count("max_new_tokens", max_new_tokens)
+        max_new_tokens = min(max_new_tokens, self.config.max_positions)
+        specs, longest = self.config.layers, self.longest
+        loops = loops_of(specs, plans_of(self.method, specs, longest))
+        how = (self.lengths, c, max_new_tokens)
+        cache = _build(self.seen, loops, specs, *how, longest=longest)
+        about = checks.provenance(self.config, self.dtype, c)
+        return settled(dataclasses.replace(cache, provenance=about))
+
+
+def method_of(c: Compression) -> Compression:
+    """`c` without its budget."""
+    return c.with_keep(1.0) if c.has_budget else c
+
+
+@narrow
+def read_prompt(
+    model: Decoder,
+    tokens: TokensLike,
+    lengths: LengthsLike | None = None,
+    c: Compression = NONE,
+) -> Prompt:
+    """Prefill once, compress later: one pass (and one compilation) for many budgets.
+
+    Arguments and errors are those of `prefill`, and logits that are not finite.
+    """
+    tokens, lengths = checks.asked(model, tokens, lengths)
+    checks.compression(model.config, c, lengths)
+    width, method = tokens.shape[1], method_of(c)
+    tokens, longest = pad_tokens(tokens, bucket(width, PROMPT)), bucket(width)
+    graph, params = nnx.split(model)
+    logits, seen = _observe(graph, params, tokens, lengths, method, longest)
+    check_logits(model.dtype, logits, " behind the prompts")
+    return Prompt(
+        logits=logits,
+        lengths=lengths,
+        seen=seen,
+        config=model.config,
+        dtype=model.dtype,
+        method=method,
+        longest=longest,
+    )
+
+
+def settled(cache: KVCache) -> KVCache:
+    """`cache` in arrays cut to what the data need, where they say so: ranks.
+
+    Under `jit`, where shapes cannot depend on data, it stays as it is.
+    """
+    return cache if checks.is_traced(cache.length) else cache.settled()
