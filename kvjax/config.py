@@ -71,7 +71,7 @@ def _check_names(cls: type, tree: Mapping[Any, Any], where: str) -> None:
         if key not in fields:
             raise ValueError(
                 f"{at}{cls.__name__} has no field {shown(key)}; it has "
-                f"{sorted(fields)}.{nearest(str(key), fields)}"
+                f"{sorted(fields)}.{nearest(key, fields)}"
             )
     for name, field in fields.items():
         free = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
@@ -95,7 +95,7 @@ def _component(
     if not isinstance(name, str) or name not in known:
         raise ValueError(
             f"{at}Unknown {what} {shown(name)}; expected one of {sorted(known)}."
-            f"{nearest(str(name), known)}"
+            f"{nearest(name, known)}"
         )
     rest = {key: value for key, value in tree.items() if key != "type"}
     return rest, known[name]

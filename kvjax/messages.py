@@ -6,8 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the closest known name, or an empty string."""
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the closest known name, or an empty string.
+
+    What is no text, or longer than names are, is close to none.
+    """
+    if not isinstance(name, str) or len(name) > 200:
+        return ""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
 

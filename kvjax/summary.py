@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
+from kvjax import messages
 from kvjax.cache import AbstractPart, KVCache, LayerCache, Ragged, Shared
 from kvjax.codecs import AbstractEncoded
 from kvjax.compress.config import Compression
@@ -186,10 +187,19 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def describe(value: KVCache | Compression) -> str:
-    """See `describe_cache` and `describe_compression`."""
+    """See `describe_cache` and `describe_compression`.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if isinstance(value, KVCache):
         return describe_cache(value)
-    return describe_compression(value)
+    if isinstance(value, Compression):
+        return describe_compression(value)
+    raise ValueError(
+        "what is described must be a KVCache or a Compression; got "
+        f"{messages.shown(value)}."
+    )
 
 
 def as_treescope(value: KVCache | Compression, path: str | None) -> Any:
