@@ -7,6 +7,8 @@ from types import MappingProxyType
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kvjax.messages import nearest, shown
+
 MeshAxes = str | tuple[str, ...] | None
 Rules = Mapping[str, MeshAxes]
 """Logical axis to the axis, or axes, of a mesh that split it; None: whole."""
@@ -86,7 +88,15 @@ def automatic(mesh: Mesh) -> Mesh:
 
     `jax.make_mesh` makes explicit axes, under which each product over a sharded axis
     would need its own annotation; the decoder is written for the partitioner.
+
+    Raises:
+        ValueError: it is no mesh of devices.
     """
+    if not isinstance(mesh, Mesh) or not mesh.devices.size:
+        raise ValueError(
+            f"`mesh` must be a jax.sharding.Mesh of devices; got {shown(mesh)}. "
+            '`jax.make_mesh((2, 4), ("data", "model"))` makes one.'
+        )
     kinds = (AxisType.Auto,) * len(mesh.axis_names)
     return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
 
@@ -100,13 +110,68 @@ def parameter_sharding(
     """Sharding of one decoder parameter.
 
     Raises:
-        ValueError: an axis does not divide by the mesh axis it is split over.
+        ValueError: an axis does not divide by the mesh axis it is split over, or two
+            are split over the same.
     """
     axes = parameter_axes(path, len(shape))
     placed = spec(axes, mesh, rules)
+    _check_once(path, axes, placed)
     for size, logical, name in zip(shape, axes, placed, strict=True):
         check_divides(logical or path, size, name, mesh)
     return NamedSharding(mesh, placed)
+
+
+def check_rules(mesh: Mesh, rules: Rules) -> None:
+    """Rules are about axes that there are, and split no parameter twice by one.
+
+    Raises:
+        ValueError: they are not; names the nearest.
+    """
+    if not isinstance(rules, Mapping):
+        raise ValueError(
+            "`rules` must map logical axes to axes of the mesh; got "
+            f"{shown(rules)}. `models.sharding.RULES` does."
+        )
+    for logical, axes in rules.items():
+        if logical not in RULES:
+            raise ValueError(
+                f"`rules` has no logical axis {shown(logical)}; there are "
+                f"{sorted(RULES)}.{nearest(logical, RULES)}"
+            )
+        _check_axes(logical, axes, mesh)
+    for path, axes in _PARAMETERS.items():
+        if len(set(axes)) == len(axes):  # bases are square, and few models have them
+            _check_once(path, axes, spec(axes, mesh, rules))
+
+
+def _check_axes(logical: str, axes: MeshAxes, mesh: Mesh) -> None:
+    """One rule names axes of the mesh, or is that of a table, which may name others."""
+    known = mesh.axis_names
+    if not (axes is None or isinstance(axes, str | tuple)):
+        raise ValueError(
+            f"`rules[{logical!r}]` must be the name of a mesh axis, several as a "
+            f"tuple, or None; got {shown(axes)}."
+        )
+    for axis in () if axes in _TABLE[logical] else _names(axes):
+        if axis not in known:
+            raise ValueError(
+                f"`rules[{logical!r}]` names {shown(axis)}, which is no axis of the "
+                f"mesh; it has {list(known)}.{nearest(axis, map(str, known))}"
+            )
+
+
+def _check_once(path: str, axes: tuple[str | None, ...], placed: PartitionSpec) -> None:
+    """No mesh axis splits one parameter twice."""
+    seen: dict[str, str | None] = {}
+    for logical, names in zip(axes, placed, strict=True):
+        for name in _names(names):
+            if name in seen:
+                raise ValueError(
+                    f"`rules` split {path} by mesh axis {name!r} twice: as "
+                    f"{seen[name]!r} and as {logical!r}. Give one of them None or "
+                    "another axis."
+                )
+            seen[name] = logical
 
 
 def check_divides(logical: str, size: int, name: MeshAxes, mesh: Mesh) -> None:
@@ -126,7 +191,8 @@ def check_heads(
     mesh: Mesh,
     rules: Rules = RULES,
 ) -> None:
-    """Raise unless whole heads fall on each device."""
+    """Raise unless the rules are some, and whole heads fall on each device."""
+    check_rules(mesh, rules)
     for name, count in (("heads", num_heads), ("kv_heads", num_kv_heads)):
         (placed,) = spec((name,), mesh, rules)
         check_divides(name, count, placed, mesh)
