@@ -143,9 +143,9 @@ def together(**given: Any) -> None:
         if place != there:
             raise ValueError(
                 f"`{other}` lies on {_devices(there)} and `{name}` on "
-                f"{_devices(place)}. Put both on the same ones "
-                f"(`jax.device_put({name}, {other}.sharding)` of an array), or give "
-                f"`{name}` as a NumPy array."
+                f"{_devices(place)}. Put both on the same ones by `jax.device_put`, or "
+                "give tokens, lengths and logits as NumPy arrays, which go where the "
+                "rest is."
             )
 
 

@@ -19,7 +19,9 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
+from kvjax import extend, prefill  # noqa: E402
 from kvjax.models import Decoder, causal_attention, load, save  # noqa: E402
+from kvjax.models.generation import generate_from  # noqa: E402
 from kvjax.models.sharding import RULES  # noqa: E402
 from kvjax.types import padded_positions  # noqa: E402
 
@@ -78,10 +80,36 @@ def meshes(small: str) -> dict[str, object]:
     }
 
 
+def places(small: str) -> list[str]:
+    """What is said of arrays that lie on other devices than the model or the cache."""
+    one, two = jax.devices()[:2]
+    model, _ = load(small, "float32", tokenizer=False)
+    tokens = np.arange(6, dtype=np.int32)[None]
+    logits, cache = prefill(model, jax.device_put(tokens, one), max_new_tokens=2)
+    split, _ = load(
+        small, "float32", tokenizer=False, mesh=jax.make_mesh((2,), ("model",))
+    )
+    there = jax.device_put(tokens, two)
+    said = []
+    for call in (
+        lambda: extend(model, cache, there[:, :1]),
+        lambda: generate_from(model, cache, jax.device_put(logits, two)),
+        lambda: prefill(split, there),
+        lambda: prefill(model, there, prefix=cache),
+    ):
+        try:
+            call()
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def main() -> None:
     big, small = sys.argv[1:]
     out = {dtype: memory(big, small, dtype) for dtype in ("float32", "bfloat16")}
-    print(json.dumps({"memory": out, "mesh": meshes(small)}))
+    found = {"memory": out, "mesh": meshes(small), "places": places(small)}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,15 @@ def test_a_mesh_changes_where_parameters_are_and_nothing_else(measured):
     assert mesh["held"] == [layers, inward, outward // 2]
 
 
+def test_arrays_on_other_devices_are_told(measured):
+    """JAX's own words name arguments of a program that nobody has seen."""
+    cache, logits, model, prefix = measured["places"]
+    assert "`cache` lies on cpu:0 and `tokens` on cpu:1" in cache
+    assert "`cache` lies on cpu:0 and `logits` on cpu:1" in logits
+    assert "`model` lies on cpu:0, cpu:1 and `tokens` on" in model
+    assert "`tokens` lies on cpu:1 and `prefix` on cpu:0" in prefix
+
+
 def test_heads_that_do_not_divide(measured):
     refused, allowed = measured["mesh"]["errors"]
     assert "'kv_heads' of size 2 does not divide over mesh axis 'model'" in refused
