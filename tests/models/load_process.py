@@ -89,11 +89,11 @@ def places(small: str) -> list[str]:
     split, _ = load(
         small, "float32", tokenizer=False, mesh=jax.make_mesh((2,), ("model",))
     )
-    there = jax.device_put(tokens, two)
+    there, elsewhere = jax.device_put((tokens, logits), two)
     said = []
     for call in (
         lambda: extend(model, cache, there[:, :1]),
-        lambda: generate_from(model, cache, jax.device_put(logits, two)),
+        lambda: generate_from(model, cache, elsewhere, max_new_tokens=1),
         lambda: prefill(split, there),
         lambda: prefill(model, there, prefix=cache),
     ):
