@@ -218,9 +218,7 @@ def test_what_was_read_checks_what_it_is_asked():
             read_shared(model, TOKENS, None, none.prefill, mass=mass)  # type: ignore
 
 
-@pytest.mark.parametrize(
-    "name", ["simulate", "read_prompt", "read_shared", "gate_slopes"]
-)
+@pytest.mark.parametrize("name", [name for name in READS if name != "prefill"])
 def test_weights_that_are_not_finite(name):
     """Slopes and prompts used to be NaN without a word."""
     graph, params = nnx.split(small_model())
