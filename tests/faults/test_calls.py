@@ -137,17 +137,17 @@ def test_logits_in_any_form_are_the_same_numbers():
     want = int(np.argmax(plain))
     forms = [plain.astype(kind) for kind in (">f4", ">f8", "f8", np.longdouble)]
     for given in (*forms, Frame(plain), plain.tolist(), logits):
-        made = generate_from(model, cache, given, max_new_tokens=1)
+        made = generate_from(model, cache, given, max_new_tokens=1)  # type: ignore
         assert made.tokens.tolist() == [[want]]
     whole = jax.ShapeDtypeStruct(plain.shape, np.float32)
     none = [plain.astype(kind) for kind in (object, "U8", int, bool, complex, "M8[s]")]
     none[0] = np.full(plain.shape, None)
     for given in (*none, whole, plain.tobytes(), {"logits": plain}, iter(plain)):
         with pytest.raises(ValueError, match="`logits` must be numbers") as said:
-            generate_from(model, cache, given, max_new_tokens=1)
+            generate_from(model, cache, given, max_new_tokens=1)  # type: ignore
         assert len(str(said.value)) < 600
     with pytest.raises(ValueError, match="masked"):
-        generate_from(model, cache, np.ma.masked_array(plain), max_new_tokens=1)
+        generate_from(model, cache, np.ma.masked_array(plain), max_new_tokens=1)  # type: ignore
 
 
 @pytest.mark.parametrize("kind", ["m8[s]", "M8[s]", "masked"])
@@ -168,7 +168,7 @@ READS = {
     "simulate": lambda m, t, c: kvjax.simulate(m, t, None, None, c),
     "read_prompt": lambda m, t, c: read_prompt(m, t, None, c),
     "read_shared": lambda m, t, c: read_shared(m, t, None, kvjax.Compression().prefill),
-    "gate_slopes": lambda m, t, c: kvjax.gate_slopes(m, t, None, [4]),
+    "gate_slopes": lambda m, t, c: kvjax.gate_slopes(m, t, None, [4]),  # type: ignore
 }
 
 
@@ -252,7 +252,7 @@ def test_arrays_that_were_deleted():
         generate_from(model, cache, spent, max_new_tokens=1)
     cache.groups[0].tail.keys.delete()
     for call in (
-        lambda: kvjax.extend(model, cache, [[1]]),
+        lambda: kvjax.extend(model, cache, [[1]]),  # type: ignore
         lambda: generate_from(model, cache, logits, max_new_tokens=1),
     ):
         with pytest.raises(ValueError, match="`cache` holds nothing any more"):
@@ -276,7 +276,7 @@ def test_a_cache_of_another_dtype():
     model, other = small_model(), small_model("bfloat16")
     logits, cache = kvjax.prefill(other, TOKENS, max_new_tokens=2)
     with pytest.raises(ValueError, match="in another dtype"):
-        kvjax.extend(model, cache, [[1]])
+        kvjax.extend(model, cache, [[1]])  # type: ignore
     with pytest.raises(ValueError, match="in another dtype"):
         generate_from(model, cache, logits, max_new_tokens=2)
     with pytest.raises(ValueError, match="in another dtype"):
@@ -293,7 +293,7 @@ def test_stop_tokens_that_no_model_makes(stop):
 def test_what_cannot_be_described(wrong):
     for value in (wrong, small_model()):
         with pytest.raises(ValueError, match="a KVCache or a Compression") as said:
-            describe(value)
+            describe(value)  # type: ignore
         assert len(str(said.value)) < 700
 
 

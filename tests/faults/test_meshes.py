@@ -50,8 +50,8 @@ def test_meshes_that_are_none(mesh):
         ({"heads": ("data", "modle")}, "'modle'.*Did you mean 'model'"),
         ({"heads": ("data", 3)}, "names 3, which is no axis"),
         ({"heads": ("model", "model")}, "'model' twice: as 'heads' and as 'heads'"),
-        (RULES | {"embed": "model"}, "'model' twice: as 'vocab' and as 'embed'"),
-        (RULES | {"embed": ("data", "model")}, "'model' twice"),
+        ({**RULES, "embed": "model"}, "'model' twice: as 'vocab' and as 'embed'"),
+        ({**RULES, "embed": ("data", "model")}, "'model' twice"),
     ],
     ids=lambda x: str(x)[:40],
 )
@@ -64,7 +64,7 @@ def test_rules_that_are_none(rules, words):
 def test_rules_that_are_some():
     """Those of a table may name axes that a mesh lacks; a part of the rules is some."""
     one = jax.make_mesh((1,), ("x",))
-    whole = RULES | {"heads": None}
+    whole = {**RULES, "heads": None}
     for rules in (RULES, TRAINING, {}, {"heads": "x"}, {"mlp": ("x",)}, whole):
         check_heads(4, 2, one, rules)
 

@@ -9,6 +9,7 @@ from kvjax.models.generation import generate_from
 from tests.small import batch, one_per_structure, preset, small_model
 
 TOKENS, LENGTHS = batch()[0][:2], np.array([112, 75], np.int32)
+ONE, NONE = np.ones((2, 1), np.int32), np.zeros(2, np.int32)
 
 
 @one_per_structure(2, 8)
@@ -22,14 +23,14 @@ def test_calls_that_add_nothing(name):
     np.testing.assert_array_equal(made.tokens[:, 0], np.argmax(logits, axis=-1))
     np.testing.assert_array_equal(made.cache.length, LENGTHS)
     assert made.cache.nbytes == cache.nbytes
-    for later in ([[1], [1]], [[1, 2], [1, 2]]):
-        _, same = kvjax.extend(model, cache, later, [0, 0])
+    for later in (ONE, np.repeat(ONE, 2, axis=1)):
+        _, same = kvjax.extend(model, cache, later, NONE)
         jax.tree.map(np.testing.assert_array_equal, same, cache)
     if not cache.room == 0:
         return
     with pytest.raises(ValueError, match="room for 0"):
-        kvjax.extend(model, cache, [[1], [1]])
-    extend = jax.jit(lambda cache, n: kvjax.extend(model, cache, [[1], [1]], n)[0])
+        kvjax.extend(model, cache, ONE)
+    extend = jax.jit(lambda cache, n: kvjax.extend(model, cache, ONE, n)[0])
     out = np.asarray(extend(cache, np.array([1, 0], np.int32)))
     assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
 
@@ -40,6 +41,6 @@ def test_a_prefix_needs_no_room():
     for room in (0, 4):
         _, front = kvjax.prefill(model, TOKENS[:1, :6], max_new_tokens=room)
         first, cache = kvjax.prefill(model, prompts, prefix=front, max_new_tokens=1)
-        ends.append((first, kvjax.extend(model, cache, [[1], [2]])[0]))
+        ends.append((first, kvjax.extend(model, cache, ONE)[0]))
     for ours, theirs in zip(*ends, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
