@@ -38,7 +38,7 @@ def make_task(name: str, **fields) -> Task:
     if name not in TASKS:
         raise ValueError(
             f"Unknown task {shown(name)}; expected one of {list(TASKS)}."
-            f"{nearest(str(name), TASKS)}"
+            f"{nearest(name, TASKS)}"
         )
     known = TASKS[name].__dataclass_fields__
     for field in fields:

@@ -37,7 +37,7 @@ def family(model_type: str) -> AbstractFamily:
         raise ValueError(
             f"Architecture {shown(model_type)} is not supported; expected "
             f"`model_type` to be one of {sorted(FAMILIES)}."
-            f"{nearest(str(model_type), FAMILIES)}"
+            f"{nearest(model_type, FAMILIES)}"
         )
     return FAMILIES[model_type]
 

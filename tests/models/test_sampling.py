@@ -92,4 +92,5 @@ def test_values_of_other_types_that_are_meant():
     drawn = jax.jit(made)(logits, jax.random.key(0))
     assert drawn.tolist() == [1]
     given: Any = np.asarray([1, 2])
-    assert generation._stops(given) == (1, 2)
+    config = sample("llama").config
+    assert generation._stops(config, given) == (1, 2)
