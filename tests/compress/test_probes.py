@@ -173,7 +173,7 @@ def test_other_layers_may_have_other_scores():
 
 @pytest.mark.parametrize("name", PROBES)
 def test_a_shared_pass_is_none_over_the_prompt_again(name):
-    c, model = preset(name), model_of()
+    c, model = preset(name).with_keep(1.0), model_of()
     passed = read_shared(model, prompts(), LENGTHS, c.prefill)
     with pytest.raises(ValueError, match="Use `read_prompt"):
         passed.prompt(c)
