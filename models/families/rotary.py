@@ -67,9 +67,10 @@ def rope_settings(config: Settings) -> Settings:
                 f"{shown(new.values)} contradict each other. Keep one of them."
             )
         found = Settings({**old.values, **new.values}, where=new.where)
-    for name in sorted(_COMMON):
+    # transformers writes the default of `partial_rotary_factor` outside, too.
+    for name, default in (("rope_theta", None), (_PARTIAL, 1.0)):
         inner, outer = found.values.get(name), config.values.get(name)
-        if None not in (inner, outer) and inner != outer:
+        if inner is not None and outer not in (None, default, inner):
             raise ValueError(
                 f"`{name}` is {shown(outer)}, and {shown(inner)} in `{found.where}`. "
                 "Keep one of them."

@@ -3,8 +3,7 @@
 import pytest
 
 from kvjax.models.families import FAMILIES, read_config
-
-from .test_families import GEMMA, LLAMA
+from tests.models.test_families import GEMMA, LLAMA
 
 THREE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
 LONGROPE = {"short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
@@ -63,6 +62,15 @@ def test_both_spellings_at_once(old, new, same):
     rope = read_config(given).rope
     assert rope.kind == ("yarn" if old or len(new) > 1 else "default")
     assert rope.theta == (new or {}).get("rope_theta", 1e4)
+
+
+def test_the_default_outside_is_no_contradiction():
+    """transformers writes it beside what the mapping says."""
+    inner = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    given = LLAMA | {"model_type": "phi3", "rope_parameters": inner}
+    assert read_config(given | {"partial_rotary_factor": 1.0}).rope.width == 2
+    with pytest.raises(ValueError, match="`partial_rotary_factor` is 0.25, and 0.5"):
+        read_config(given | {"partial_rotary_factor": 0.25})
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
