@@ -195,6 +195,7 @@ def test_random_damage(sound, tmp_path, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(0, 0)
 def test_much_random_damage(sound, tmp_path):
     for draw in range(3000):
         damage(sound, tmp_path / "run", 10**6 + draw)

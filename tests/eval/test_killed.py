@@ -80,6 +80,7 @@ CHILD = textwrap.dedent(
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(0, 1)
 @pytest.mark.parametrize("call", [1, 4, 9, 14, 20, 27])
 def test_killed_for_real(tmp_path, repo, call):
     path = tmp_path / "run"

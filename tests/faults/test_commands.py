@@ -158,6 +158,7 @@ def test_mistakes_in_files(here, tmp_path, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(0, 1)
 @pytest.mark.parametrize("name", [*COMMANDS, "files"])
 def test_many_mistakes(here, tmp_path, name):
     draw = random.Random(f"{name} many")

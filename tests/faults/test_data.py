@@ -112,5 +112,6 @@ def test_changed_rows_give_a_row_or_words(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(0, 0)
 def test_many_changed_rows_give_a_row_or_words(tmp_path):
     sweep(tmp_path / "rows.jsonl", range(150, 2500))

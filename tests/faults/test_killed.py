@@ -102,6 +102,7 @@ CHILD = textwrap.dedent(
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(0, 1)
 @pytest.mark.parametrize("draw", range(4))
 def test_saves_killed_for_real(models, tmp_path, repo, draw):
     """Each process saves again and again, into what the one before it left."""

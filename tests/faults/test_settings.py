@@ -104,12 +104,14 @@ def test_files_with_faults(file, folders, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(0, 1)
 @pytest.mark.parametrize("file", FILES)
 def test_many_files_with_faults(file, folders, tmp_path):
     assert mutants(folders, tmp_path, file, ALL) > ALL // 8
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(0, 0)
 def test_tokenizers_with_faults(folders, tmp_path):
     assert mutants(folders, tmp_path, "tokenizer.json", 200) > 20
 

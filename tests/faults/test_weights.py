@@ -82,6 +82,7 @@ def test_any_damage_gives_a_model_or_names_the_file(one):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(0, 0)
 def test_a_lot_of_damage_gives_a_model_or_names_the_file(one):
     survives(one, seed=1, count=2500)
 

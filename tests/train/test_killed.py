@@ -44,6 +44,7 @@ def test_killed_and_resumed(fault, kept, whole, tmp_path, repo):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(0, 1)
 @pytest.mark.parametrize("name", ["compressed", "low_rank"])
 def test_killed_in_the_midst_of_an_update(name, tmp_path, repo):
     """Of two batches, under sampled compressions; other ones before and behind it."""
@@ -101,6 +102,7 @@ def test_killed_anywhere_while_the_model_is_written(export, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(0, 1)
 @pytest.mark.parametrize("call", [3, 10, 20, 35, 50, 65, 80])
 def test_killed_at_some_call(call, whole, tmp_path, repo):
     """To the file system below the run's directory, whoever makes it."""
