@@ -24,6 +24,7 @@ def test_some_entry_points(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(0, 1)
 @pytest.mark.parametrize("part", range(4))
 def test_every_preset(part, tmp_path):
     assert wrong(tmp_path, PRESETS[part::4]) == {}
