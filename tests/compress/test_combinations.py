@@ -49,7 +49,7 @@ COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.sweep(2, 5)
+@pytest.mark.sweep(1, 5)
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_two_forms_agree(name):
     preset, fields = COMBINATIONS[name]

@@ -87,7 +87,7 @@ def one_by_one(name: str):
     return run(start(name), 1)
 
 
-@pytest.mark.sweep(2, 4)
+@pytest.mark.sweep(1, 4)
 @EVERY
 @pytest.mark.parametrize(
     ("chunk", "turns"),

@@ -97,7 +97,7 @@ def assert_rows_are_what_they_are_alone(
                 np.testing.assert_allclose(mine, other, rtol=0, atol=off)
 
 
-@pytest.mark.sweep(2, 8)
+@pytest.mark.sweep(1, 8)
 @EVERY
 def test_a_row_of_a_batch_is_the_row_alone(name):
     assert_rows_are_what_they_are_alone(name, rounds=2, low=36, high=110)

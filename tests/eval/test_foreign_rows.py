@@ -23,7 +23,8 @@ def finished(tmp_path_factory) -> pathlib.Path:
 
 
 def again(run: pathlib.Path) -> None:
-    harness.run(tiny.model(), tiny.tokenizer(), tiny.config(), run)
+    config = tiny.config(keeps=[0.5], items=3)
+    harness.run(tiny.model(), tiny.tokenizer(), config, run)
 
 
 def rewrite(path: pathlib.Path, schema: pa.Schema, change: Callable) -> None:

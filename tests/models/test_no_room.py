@@ -12,7 +12,7 @@ TOKENS, LENGTHS = batch()[0][:2], np.array([112, 75], np.int32)
 ONE, NONE = np.ones((2, 1), np.int32), np.zeros(2, np.int32)
 
 
-@one_per_structure(2, 8)
+@one_per_structure(1, 8)
 def test_calls_that_add_nothing(name):
     """They failed in shapes of zero slots, for most compressions."""
     model = small_model()

@@ -19,7 +19,7 @@ def wrong(directory, names) -> dict[str, str]:
 
 
 def test_some_entry_points(tmp_path):
-    names = ("snapkv_kivi", "h2o_decode", "train")
+    names = ("snapkv_kivi", "train")
     assert wrong(tmp_path, names) == {}
 
 
