@@ -7,6 +7,7 @@ LOCK := $(PY) -m uv pip compile pyproject.toml --extra dev --extra notebook \
 # Workers get whole files, those that take longest first; one needs up to 4 GB.
 SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 LEVEL := fast
+TESTS ?=
 RECORD ?=
 
 .PHONY: help setup demo test test-all test-kernels lint format bench results kernels device device-pack lock build clean
@@ -21,7 +22,7 @@ demo: setup ## the bundled model with and without a compressed cache
 	@.venv/bin/kvjax demo
 
 test: setup ## the tests of every change, minutes (LEVEL=ci: what .ci/run takes)
-	@$(PY) -m pytest -q $(SPREAD) --level $(LEVEL) --durations 10 $(RECORD)
+	@$(PY) -m pytest -q $(SPREAD) --level $(LEVEL) --durations 10 $(RECORD) $(TESTS)
 
 test-all: setup ## all tests, hours (JAX=newest: under the newest JAX of our range)
 	@$(PY) tools/tests.py $(JAX)

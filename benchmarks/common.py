@@ -26,7 +26,8 @@ from kvjax.compress.config import Compression
 from kvjax.compress.observe import observe
 from kvjax.depth import Depth, members, over
 from kvjax.models import Decoder, DecoderConfig, checks, generation
-from kvjax.models.inference import nameless, settled
+from kvjax.models.inference import nameless
+from kvjax.models.prompts import settled
 from kvjax.models.sampling import Sampling
 from kvjax.rope import Rope
 from kvjax.types import LayerInputs, padded_positions

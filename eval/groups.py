@@ -18,8 +18,8 @@ from kvjax.eval.replies import greedy_replies
 from kvjax.eval.tasks import Item, Task
 from kvjax.eval.tasks.base import through_stop
 from kvjax.eval.text import Tokenizer
-from kvjax.models.inference import Prompt
 from kvjax.models.padding import bucket, pad_rows
+from kvjax.models.prompts import Prompt
 
 if TYPE_CHECKING:  # what reads groups
     from kvjax.eval.reading import PromptReader

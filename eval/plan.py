@@ -12,15 +12,13 @@ from kvjax.eval.config import NEEDLE, TEXT, EvalConfig, TaskEntry
 from kvjax.eval.fidelity import TextGroup, TextTask
 from kvjax.eval.groups import AbstractGroup, QuestionGroup
 from kvjax.eval.methods import Method, methods
+from kvjax.eval.rows import LONGEST
 from kvjax.eval.tasks import TASKS, Item, Task, make_task
 from kvjax.eval.text import Tokenizer
 from kvjax.messages import nearest, shown
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.padding import bucket
-
-MOST_BYTES = 200
-"""Of the name of a cell; files get it, with an ending."""
 
 MOST_CHARACTERS = 64
 """Of a token, for what cannot fit a model whatever its tokenizer."""
@@ -135,8 +133,8 @@ def _check_names(made: EvalPlan) -> None:
         what = "is of two cells" if name in seen else ""
         if any(unicodedata.category(one) == "Cc" for one in name):
             what = "holds a control character"
-        if (size := len(name.encode())) > MOST_BYTES:
-            what = f"has {size} bytes, more than {MOST_BYTES}"
+        if (size := len(name.encode())) > LONGEST:
+            what = f"has {size} bytes, more than {LONGEST}"
         if what:
             raise ValueError(
                 f"the name of a row {what}: {shown(name)}. It is made of the `label` "

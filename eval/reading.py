@@ -13,7 +13,7 @@ from kvjax.eval.groups import AbstractGroup
 from kvjax.eval.timing import Timed, timed
 from kvjax.models.decoder import Decoder
 from kvjax.models.finite import check_logits
-from kvjax.models.inference import Prompt, read_prompt
+from kvjax.models.prompts import Prompt, read_prompt
 from kvjax.models.shared_pass import SharedPass, read_shared
 from kvjax.prefills import AbstractPrefill
 

@@ -64,7 +64,8 @@ class RunWriter:
             )
         if any((item["reply"] is None) is (item["nll"] is None) for item in found):
             raise ValueError(
-                f"{paths[1]} has items with neither a `reply` nor an `nll`. {REMEDY}"
+                f"{paths[1]} has items without a `reply` or an `nll`, or with both. "
+                f"{REMEDY}"
             )
         return row
 

@@ -12,7 +12,7 @@ from kvjax.files import regular
 from kvjax.messages import shown
 
 LONGEST = 200
-"""Characters of a name: files have names of them."""
+"""Bytes of a name of a cell, or of a part of it: files have it, and an ending."""
 
 REMEDY = "Delete it and run the same evaluation again: only this cell is anew."
 
@@ -98,7 +98,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= LONGEST
+    return isinstance(value, str) and 0 < len(value.encode()) <= LONGEST
 
 
 def _size(value: Any) -> bool:

@@ -15,9 +15,7 @@ from kvjax.compress.plan import LayerPlan
 from kvjax.compress.presets import canonical
 from kvjax.fields import Range, fit
 from kvjax.messages import shown
-from kvjax.models.arrays import concrete, floats, held, narrowed, whole
-from kvjax.models.arrays import is_traced as is_traced
-from kvjax.models.arrays import together as together
+from kvjax.models.arrays import concrete, floats, held, narrowed, together, whole
 from kvjax.models.config import DecoderConfig
 from kvjax.prefills import AbstractPrefill
 

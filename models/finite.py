@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.models import checks
+from kvjax.models.arrays import is_traced
 
 
 def check_logits(dtype: Any, logits: jax.Array | np.ndarray, where: str = "") -> None:
@@ -20,13 +20,13 @@ def check_logits(dtype: Any, logits: jax.Array | np.ndarray, where: str = "") ->
     Raises:
         ValueError: they are not, so that no token can be chosen by them.
     """
-    if not checks.is_traced(logits):
+    if not is_traced(logits):
         check_rows(dtype, jnp.isfinite(jnp.max(logits, axis=-1)), where)
 
 
 def check_rows(dtype: Any, rows: jax.Array | np.ndarray, where: str = "") -> None:
     """`check_logits`, of rows of which that is known."""
-    if checks.is_traced(rows) or (values := np.asarray(rows)).all():
+    if is_traced(rows) or (values := np.asarray(rows)).all():
         return
     first = int(np.argmin(values.reshape(len(values), -1).all(axis=1)))
     dtype = jnp.dtype(dtype).name

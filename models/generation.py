@@ -16,10 +16,12 @@ from kvjax.compress.config import Compression
 from kvjax.fields import Range, fit
 from kvjax.messages import shown
 from kvjax.models import checks
+from kvjax.models.arrays import is_traced
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.finite import check_rows
-from kvjax.models.inference import NONE, nameless, prefill, step
+from kvjax.models.inference import nameless, prefill, step
+from kvjax.models.prompts import NONE
 from kvjax.models.sampling import Sampling
 from kvjax.narrow import narrow
 from kvjax.types import EMPTY, LengthsLike, TokensLike, pytree
@@ -184,7 +186,7 @@ def generate(
         stop_tokens,
         key,
         callback,
-        donate=not checks.is_traced(tokens, lengths),
+        donate=not is_traced(tokens, lengths),
     )
 
 
@@ -248,7 +250,7 @@ def _callable(callback: Any, model: Decoder, *given: Any) -> None:
             "`callback` must be a function of tokens and lengths; got "
             f"{shown(callback)}."
         )
-    if checks.is_traced(*jax.tree.leaves((nnx.state(model), given))):
+    if is_traced(*jax.tree.leaves((nnx.state(model), given))):
         raise ValueError(
             "`callback` is called with tokens as they are made, which nobody can see "
             "under `jit` or another transformation of JAX. Leave it out there, or call "
@@ -317,7 +319,7 @@ def _loop(
         held, state = decode(
             graph, params, held, state, limit, stops, sampling=sampling
         )
-        decode = _decode_donating if not checks.is_traced(state.length) else _decode
+        decode = _decode_donating if not is_traced(state.length) else _decode
         if callback:
             check_rows(model.dtype, state.sound)
             made = int(state.count)

@@ -19,12 +19,10 @@ from kvjax.compress.config import Compression
 from kvjax.compress.observe import observe
 from kvjax.compress.survey import Layout, plans_of
 from kvjax.models import checks
+from kvjax.models.arrays import is_traced, together
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
 from kvjax.models.prompts import NONE, settled
-from kvjax.models.prompts import Prompt as Prompt
-from kvjax.models.prompts import method_of as method_of
-from kvjax.models.prompts import read_prompt as read_prompt
 from kvjax.models.reading import (
     attend_prompt,
     in_front,
@@ -158,9 +156,9 @@ def prefill(
     width = tokens.shape[1]
     if prefix is not None:
         checks.prefix(model, c, prefix, lengths)
-        checks.together(tokens=tokens, prefix=prefix)
+        together(tokens=tokens, prefix=prefix)
         prefix = nameless(prefix)
-    if not checks.is_traced(tokens, lengths):
+    if not is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width, PROMPT))
         width = bucket(width)
     graph, params = nnx.split(model)
@@ -195,7 +193,7 @@ def extend(
     """
     tokens, lengths = checks.extension(model, cache, tokens, lengths)
     width = tokens.shape[1]
-    if width > 1 and not checks.is_traced(tokens, lengths):
+    if width > 1 and not is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width))
     before = cache.length[:, None]
     positions = padded_positions(lengths, tokens.shape[1], before)

@@ -14,6 +14,7 @@ from kvjax.compress.config import Compression
 from kvjax.compress.observe import Observed
 from kvjax.compress.survey import plans_of
 from kvjax.models import checks
+from kvjax.models.arrays import is_traced
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.finite import check_logits
@@ -115,4 +116,4 @@ def settled(cache: KVCache) -> KVCache:
 
     Under `jit`, where shapes cannot depend on data, it stays as it is.
     """
-    return cache if checks.is_traced(cache.length) else cache.settled()
+    return cache if is_traced(cache.length) else cache.settled()

@@ -7,6 +7,7 @@ of a tokenizer that is replaced, every file of its own.
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -15,11 +16,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvjax.files import digest, read_json, write_json
+from kvjax.inputs import TEMPLATES
 from kvjax.messages import shown
 from kvjax.models.hub import ADAPTER_CONFIG
 from kvjax.models.shards import CONFIG, INDEX, placed
-from kvjax.models.tokenizer import LOG, OWN_FILES, TEMPLATES
+from kvjax.models.tokenizer import OWN_FILES
 from kvjax.places import check_place, given_path, held
+
+LOG = logging.getLogger("kvjax.models")
 
 STAGING = ".saving-"
 RECORD = "kvjax_saved.json"

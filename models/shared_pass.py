@@ -17,8 +17,8 @@ from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.finite import check_logits
-from kvjax.models.inference import Prompt, method_of
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
+from kvjax.models.prompts import Prompt, method_of
 from kvjax.models.reading import last_logits
 from kvjax.narrow import narrow
 from kvjax.prefills import AbstractPrefill

@@ -19,7 +19,7 @@ from kvjax.depth import in_order, members
 from kvjax.models import checks
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.finite import check_rows
-from kvjax.models.inference import NONE
+from kvjax.models.prompts import NONE
 from kvjax.models.reading import observe_prompt
 from kvjax.narrow import narrow
 from kvjax.types import (

@@ -9,6 +9,7 @@ from flax import nnx
 
 from kvjax.messages import nearest, shown
 from kvjax.models import checks
+from kvjax.models.arrays import is_traced
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.families import family, read_config
@@ -41,7 +42,7 @@ def storable(model: Any) -> dict[str, Any]:
 
 def _check_array(path: str, array: Any) -> None:
     """Numbers that are here, in a dtype that `load` reads."""
-    if checks.is_traced(array) or not isinstance(array, jax.Array | np.ndarray):
+    if is_traced(array) or not isinstance(array, jax.Array | np.ndarray):
         raise ValueError(
             f"Parameter {shown(path)} holds no numbers; got {shown(array)}. Save a "
             "model outside of jit, and one that is not abstract (`nnx.eval_shape`)."

@@ -11,8 +11,6 @@ from kvjax.messages import shown
 
 LOG = logging.getLogger("kvjax.models")
 
-TEMPLATES = "additional_chat_templates"
-"""Folder of the chat templates behind the first one."""
 OWN_FILES = (
     "added_tokens.json",
     "chat_template.jinja",

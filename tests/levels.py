@@ -3,7 +3,8 @@
 `fast` is `make test`: nothing that is marked slow or runs in an interpreter. `ci` is
 what `.ci/run` takes. `all` is `make test-all`, and pytest by itself. Of a test marked
 `sweep(m, n)` there are m cases in `fast` and n in `ci`, of each `kind=` if it has one,
-drawn by the hash of the commit's tree: in a few commits all of them are run.
+drawn by the hash of the commit's tree: in a few commits all of them are run, but of
+those with `sweep(0, 0)`, which only `all` takes.
 """
 
 import collections

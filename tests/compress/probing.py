@@ -15,7 +15,7 @@ from kvjax.compress.survey import plans_of
 from kvjax.depth import in_order
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.decoder import Attending
-from kvjax.models.inference import read_prompt
+from kvjax.models.prompts import read_prompt
 from kvjax.rope import Rope
 from kvjax.scorers._replay import AbstractReplay
 from kvjax.scorers.base import AbstractProbe

@@ -10,7 +10,7 @@ import pytest
 
 import kvjax
 from kvjax.compress.config import Compression
-from kvjax.models.inference import read_prompt
+from kvjax.models.prompts import read_prompt
 from tests.torch_env import find_torch_python, kvpress_reference
 
 # Compared with another library's arithmetic, on scores that nearly tie: as it is used.

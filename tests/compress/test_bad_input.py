@@ -198,7 +198,7 @@ def test_compression_points_of_the_parallel_form():
 
 
 def test_prompts_read_for_another_method():
-    from kvjax.models.inference import read_prompt
+    from kvjax.models.prompts import read_prompt
 
     prompt = read_prompt(small_model(), PROMPT, LENGTHS, preset("knorm"))
     half = prompt.compress(preset("knorm").with_keep(0.5))
@@ -210,7 +210,7 @@ def test_prompts_read_for_another_method():
 
 
 def test_one_reading_serves_many_budgets():
-    from kvjax.models.inference import read_prompt
+    from kvjax.models.prompts import read_prompt
 
     prompt = read_prompt(small_model(), PROMPT, LENGTHS, preset("snapkv"))
     for keep in (0.25, 0.5):

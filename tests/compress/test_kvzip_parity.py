@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.models.inference import read_prompt
+from kvjax.models.prompts import read_prompt
 from tests.torch_env import find_torch_python, run_reference
 
 # Compared with another library's arithmetic, on scores that nearly tie: as it is used.

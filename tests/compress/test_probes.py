@@ -7,8 +7,8 @@ import pytest
 
 import kvjax
 from kvjax.compress.survey import plans_of
-from kvjax.models.inference import read_prompt
 from kvjax.models.probing import Rereading
+from kvjax.models.prompts import read_prompt
 from kvjax.models.shared_pass import read_shared
 from kvjax.scorers import CriticalKV, KVzip, Oracle
 from kvjax.types import loops_of

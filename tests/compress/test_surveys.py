@@ -15,7 +15,7 @@ from kvjax.budgets import BUDGETS, Uniform
 from kvjax.cache import LayerCache, Ragged
 from kvjax.compress.config import Compression, LayerRange
 from kvjax.depth import members
-from kvjax.models import Decoder, generation, inference
+from kvjax.models import Decoder, generation, prompts
 from kvjax.models.simulate import surveyed
 from kvjax.types import nbytes
 from tests.compress.test_families import model_of
@@ -199,7 +199,7 @@ def test_rows_alone(name):
 def test_one_prompt_read_once(name):
     """Compressed later to any budget: what `prefill` gives."""
     prompt, _, _ = batch()
-    read = inference.read_prompt(deep(), prompt, LENGTHS, preset(name))
+    read = prompts.read_prompt(deep(), prompt, LENGTHS, preset(name))
     for keep in (0.25, 0.5):
         c = preset(name).with_keep(keep)
         cache = read.compress(c)

@@ -24,8 +24,8 @@ from kvjax.eval.timing import timed, union
 from kvjax.models.config import Evictor, Projection
 from kvjax.models.evictor import with_evictor
 from kvjax.models.gates import with_gates
-from kvjax.models.inference import read_prompt
 from kvjax.models.projection import with_projection
+from kvjax.models.prompts import read_prompt
 from kvjax.models.shared_pass import read_shared
 from tests.eval import tiny
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import kvjax
 from kvjax.models import Decoder
 from kvjax.models.generation import generate_from
-from kvjax.models.inference import read_prompt
+from kvjax.models.prompts import read_prompt
 from kvjax.models.sampling import Sampling
 from kvjax.models.shared_pass import read_shared
 from kvjax.summary import describe

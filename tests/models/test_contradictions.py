@@ -73,23 +73,26 @@ def test_the_default_outside_is_no_contradiction():
         read_config(given | {"partial_rotary_factor": 0.25})
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
+ALIKE = [
+    (["x"] * 2, None, "Layer types \\['x'\\] are not supported"),
+    (["sliding_attention"] * 2, None, "`sliding_window` is off"),
+    (["full_attention"] * 7, None, "got 7 for 2 layers"),
+    ("full_attention", None, "`layer_types` must be"),
+    (["full_attention"] * 2, None, ""),
+]
+WINDOWED = [
+    (["full_attention"] * 2, 8, "are 'sliding_attention' by `sliding_window`"),
+    (["sliding_attention"] * 2, 8, ""),
+    (None, 8, ""),
+]
+
+
 @pytest.mark.parametrize(
-    ("types", "window", "match"),
-    [
-        (["x"] * 2, None, "Layer types \\['x'\\] are not supported"),
-        (["sliding_attention"] * 2, None, "`sliding_window` is off"),
-        (["full_attention"] * 7, None, "got 7 for 2 layers"),
-        ("full_attention", None, "`layer_types` must be"),
-        (["full_attention"] * 2, 8, "are 'sliding_attention' by `sliding_window`"),
-        (["full_attention"] * 2, None, ""),
-        (["sliding_attention"] * 2, 8, ""),
-        (None, 8, ""),
-    ],
+    ("family", "types", "window", "match"),
+    [("llama", *case) for case in ALIKE]
+    + [(name, *case) for name in ("mistral", "phi3") for case in ALIKE + WINDOWED],
 )
 def test_layer_types_where_all_are_alike(family, types, window, match):
-    if family == "llama" and window:
-        pytest.skip("llama has no windows")
     given = {"model_type": family, "layer_types": types, "sliding_window": window}
     if match:
         with pytest.raises(ValueError, match=match):
