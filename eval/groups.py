@@ -16,7 +16,6 @@ import numpy as np
 from kvjax.cache import KVCache
 from kvjax.eval.replies import greedy_replies
 from kvjax.eval.tasks import Item, Task
-from kvjax.eval.tasks.base import through_stop
 from kvjax.eval.text import Tokenizer
 from kvjax.models.padding import bucket, pad_rows
 from kvjax.models.prompts import Prompt
@@ -185,6 +184,6 @@ class QuestionGroup(AbstractGroup):
     def _score(self, i: int, tokens: np.ndarray) -> dict[str, Any]:
         item = self.items[i]
         text = self.tokenizer.decode(tokens[: self.task.max_new_tokens].tolist())
-        reply = through_stop(text)
+        reply = self.task.cut(text)
         score = float(self.task.score(item, reply))
         return {"reply": reply, "answer": item.answer, "score": score}

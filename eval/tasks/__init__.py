@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from kvjax.eval.tasks.base import HELD_OUT as HELD_OUT
-from kvjax.eval.tasks.base import STOP as STOP
 from kvjax.eval.tasks.base import TRAIN as TRAIN
 from kvjax.eval.tasks.base import Episode as Episode
 from kvjax.eval.tasks.base import Item as Item
+from kvjax.eval.tasks.base import Measure as Measure
 from kvjax.eval.tasks.base import Task as Task
 from kvjax.eval.tasks.base import Turn as Turn
 from kvjax.eval.tasks.base import stream as stream
@@ -16,6 +16,8 @@ from kvjax.eval.tasks.chain import Chain as Chain
 from kvjax.eval.tasks.fact import Fact as Fact
 from kvjax.eval.tasks.induction import Induction as Induction
 from kvjax.eval.tasks.recall import Recall as Recall
+from kvjax.eval.tasks.records import STOP as STOP
+from kvjax.eval.tasks.records import RecordTask as RecordTask
 from kvjax.messages import nearest, shown
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(

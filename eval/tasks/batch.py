@@ -5,9 +5,10 @@ import random
 import re
 from typing import Annotated, ClassVar, final
 
-from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
+from kvjax.eval.tasks.base import Episode, Turn
 from kvjax.eval.tasks.chain import OPERATIONS, apply
 from kvjax.eval.tasks.filler import scatter, sentences
+from kvjax.eval.tasks.records import RecordTask, before_stop, too_short
 from kvjax.fields import Fraction, Range
 
 MAX_PROBLEMS = 32
@@ -17,7 +18,7 @@ _ANSWER = re.compile(r"(\d\d):[^;:=]*=(\d);")
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProblemBatch(Task):
+class ProblemBatch(RecordTask):
     r"""Problems `[01:3+4]\n` in filler; one reply copies and solves them all.
 
     The reply reads `01:3+4=7;02:5*2=0;03:]`. Arithmetic is modulo 10; the last record
@@ -39,14 +40,14 @@ class ProblemBatch(Task):
         """Nine characters a problem, four for the end."""
         return 9 * (self.problems or MAX_PROBLEMS) + 4
 
-    def episode(self, rng: random.Random, length: int, turns: int = 1) -> Episode:
+    def episode(self, rng: random.Random, size: int, turns: int = 1) -> Episode:
         """See `Task.episode`."""
         del turns
         fixed = len(_QUESTION) + 6 + 4
-        most = min(MAX_PROBLEMS, int(self.density * (length - fixed) / 18))
+        most = min(MAX_PROBLEMS, int(self.density * (size - fixed) / 18))
         problems = self.problems or rng.randint(max(1, most // 2), max(1, most))
-        if fixed + 18 * problems > length:
-            raise too_short(self.name, length, fixed + 18 * problems)
+        if fixed + 18 * problems > size:
+            raise too_short(self.name, size, fixed + 18 * problems)
         texts = [
             f"{rng.randrange(10)}{rng.choice(OPERATIONS)}" for _ in range(problems)
         ]
@@ -57,7 +58,7 @@ class ProblemBatch(Task):
             f"{i:02d}:{text}={value};"
             for i, (text, value) in enumerate(zip(texts, values, strict=True), 1)
         ]
-        filler = sentences(rng, length - fixed - 18 * problems, self.redundancy)
+        filler = sentences(rng, size - fixed - 18 * problems, self.redundancy)
         turn = Turn(
             question=_QUESTION,
             answer="".join(solved) + f"{problems + 1:02d}:]",
@@ -65,7 +66,7 @@ class ProblemBatch(Task):
         )
         return Episode(context=scatter(rng, records, filler), turns=(turn,))
 
-    def score(self, item: Item, reply: str) -> float:
+    def score(self, item: Turn, reply: str) -> float:
         """Share of the problems answered rightly, found by their number."""
         answers = dict(_ANSWER.findall(before_stop(reply)))
         values = item.meta["values"]

@@ -5,8 +5,9 @@ import random
 import re
 from typing import Annotated, ClassVar, final
 
-from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
+from kvjax.eval.tasks.base import Episode, Turn
 from kvjax.eval.tasks.filler import scatter, sentences
+from kvjax.eval.tasks.records import RecordTask, before_stop, too_short
 from kvjax.fields import Range
 
 MAX_STEPS = 8
@@ -26,7 +27,7 @@ def apply(value: int, operation: str) -> int:
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chain(Task):
+class Chain(RecordTask):
     """Steps `[0:7] [1:+3] [2:*2] [3:]` in filler; the reply works them off.
 
     The reply reads `0:7;1:+3 7+3=0;2:*2 0*2=0;3:]`: each step is looked up by its
@@ -46,14 +47,14 @@ class Chain(Task):
         """Start, steps, end."""
         return 4 + 11 * (self.steps or MAX_STEPS) + 3
 
-    def episode(self, rng: random.Random, length: int, turns: int = 1) -> Episode:
+    def episode(self, rng: random.Random, size: int, turns: int = 1) -> Episode:
         """See `Task.episode`."""
         del turns
         fixed = 6 + 5 + len(_QUESTION) + 4 + 3  # ends of the context and of the reply
-        fit = (length - fixed) // (7 + 11)
+        fit = (size - fixed) // (7 + 11)
         steps = self.steps or rng.randint(1, max(1, min(MAX_STEPS, fit)))
         if steps > fit:
-            raise too_short(self.name, length, fixed + 18 * steps)
+            raise too_short(self.name, size, fixed + 18 * steps)
         value = rng.randrange(10)
         records, reply = [f"[0:{value}] "], f"0:{value};"
         for number in range(1, steps + 1):
@@ -63,7 +64,7 @@ class Chain(Task):
             reply += f"{number}:{operation} {value}{operation}={result};"
             value = result
         records.append(f"[{steps + 1}:] ")
-        filler = sentences(rng, length - fixed - 18 * steps, self.redundancy)
+        filler = sentences(rng, size - fixed - 18 * steps, self.redundancy)
         turn = Turn(
             question=_QUESTION,
             answer=f"{reply}{steps + 1}:]",
@@ -71,7 +72,7 @@ class Chain(Task):
         )
         return Episode(context=scatter(rng, records, filler), turns=(turn,))
 
-    def score(self, item: Item, reply: str) -> float:
+    def score(self, item: Turn, reply: str) -> float:
         """1 if the last step written is the last of the chain, with its result."""
         written = _LAST_STEP.findall(before_stop(reply))
         want = (str(item.meta["steps"]), item.meta["value"])

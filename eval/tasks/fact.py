@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar, final
 
-from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
+from kvjax.eval.tasks.base import Episode, Turn
 from kvjax.eval.tasks.filler import sentences
+from kvjax.eval.tasks.records import RecordTask, before_stop, too_short
 
 _PAIRS = (
     "otter k,heron d,badger x,lynx p,newt u,stoat b,raven z,hare g,trout m,wasp e,"
@@ -23,7 +24,7 @@ FACTS: Mapping[str, str] = MappingProxyType(
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fact(Task):
+class Fact(RecordTask):
     """Filler, then `[otter`; the reply is `=k]`, memorised in training.
 
     Attributes:
@@ -40,18 +41,16 @@ class Fact(Task):
         """Sign, letter, stop."""
         return 3
 
-    def episode(self, rng: random.Random, length: int, turns: int = 1) -> Episode:
+    def episode(self, rng: random.Random, size: int, turns: int = 1) -> Episode:
         """See `Task.episode`."""
         turn_chars = 4 + max(map(len, FACTS)) + 3
-        if turn_chars > length:
-            raise too_short(self.name, length, turn_chars)
-        turns = max(1, min(turns, len(FACTS), length // (2 * turn_chars)))
+        if turn_chars > size:
+            raise too_short(self.name, size, turn_chars)
+        turns = max(1, min(turns, len(FACTS), size // (2 * turn_chars)))
         sign = "=" if self.leak else ""
         asked = rng.sample(list(FACTS), turns)
         return Episode(
-            context="".join(
-                sentences(rng, length - turns * turn_chars, self.redundancy)
-            ),
+            context="".join(sentences(rng, size - turns * turn_chars, self.redundancy)),
             turns=tuple(
                 Turn(
                     question=f"\n? [{word}{sign}",
@@ -62,6 +61,6 @@ class Fact(Task):
             ),
         )
 
-    def score(self, item: Item, reply: str) -> float:
+    def score(self, item: Turn, reply: str) -> float:
         """1 for the right letter."""
         return float(before_stop(reply).removeprefix("=") == item.meta["value"])

@@ -6,8 +6,9 @@ import string
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, final
 
-from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
+from kvjax.eval.tasks.base import Episode, Turn
 from kvjax.eval.tasks.filler import scatter, sentences
+from kvjax.eval.tasks.records import RecordTask, before_stop, too_short
 from kvjax.fields import Range
 
 MAX_SHOTS = 8
@@ -15,7 +16,7 @@ MAX_SHOTS = 8
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Induction(Task):
+class Induction(RecordTask):
     r"""Shots `[3:k 7:b 1:x]\n`, each digit with its letter under this item's rule.
 
     The rule is a random digit-to-letter code. The question `[7:? 3:? 7:?]` asks for
@@ -39,25 +40,25 @@ class Induction(Task):
         """Pairs and stop."""
         return 4 * self.width
 
-    def episode(self, rng: random.Random, length: int, turns: int = 1) -> Episode:
+    def episode(self, rng: random.Random, size: int, turns: int = 1) -> Episode:
         """See `Task.episode`."""
         shot_chars = 4 * self.width + 2
         turn_chars = 8 * self.width + 8
-        fit = (length - turn_chars) // shot_chars
+        fit = (size - turn_chars) // shot_chars
         shots = self.shots or rng.randint(1, max(1, min(MAX_SHOTS, fit)))
         if shots > fit:
-            raise too_short(self.name, length, turn_chars + shots * shot_chars)
-        turns = max(1, min(turns, (length - shots * shot_chars) // turn_chars))
-        size = min(self.symbols, self.width * shots)
-        plain = rng.sample(string.digits, size)
-        rule = dict(zip(plain, rng.sample(string.ascii_lowercase, size), strict=True))
-        digits = plain + rng.choices(plain, k=self.width * shots - size)
+            raise too_short(self.name, size, turn_chars + shots * shot_chars)
+        turns = max(1, min(turns, (size - shots * shot_chars) // turn_chars))
+        known = min(self.symbols, self.width * shots)
+        plain = rng.sample(string.digits, known)
+        rule = dict(zip(plain, rng.sample(string.ascii_lowercase, known), strict=True))
+        digits = plain + rng.choices(plain, k=self.width * shots - known)
         rng.shuffle(digits)
         records = [
             f"[{written(rule, digits[i : i + self.width])}]\n"
             for i in range(0, len(digits), self.width)
         ]
-        spare = length - shots * shot_chars - turns * turn_chars
+        spare = size - shots * shot_chars - turns * turn_chars
         filler = sentences(rng, spare, self.redundancy)
         unknown = dict.fromkeys(plain, "?")
         asked = [rng.choices(plain, k=self.width) for _ in range(turns)]
@@ -73,7 +74,7 @@ class Induction(Task):
             ),
         )
 
-    def score(self, item: Item, reply: str) -> float:
+    def score(self, item: Turn, reply: str) -> float:
         """1 if every digit has its letter."""
         return float(before_stop(reply) == item.meta["value"])
 

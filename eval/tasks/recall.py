@@ -5,8 +5,9 @@ import random
 import string
 from typing import Annotated, ClassVar, final
 
-from kvjax.eval.tasks.base import Episode, Item, Task, Turn, before_stop, too_short
+from kvjax.eval.tasks.base import Episode, Turn
 from kvjax.eval.tasks.filler import scatter, sentences
+from kvjax.eval.tasks.records import RecordTask, before_stop, too_short
 from kvjax.fields import Fraction, Range, Share
 
 VALUE_LENGTHS = (1, 4, 16)
@@ -17,7 +18,7 @@ MAX_KEYS = 100
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recall(Task):
+class Recall(RecordTask):
     """Records `[47:ab3d]` in filler; the question asks the value of one key.
 
     The question ends before the colon, so the first token of an answer, which comes
@@ -48,17 +49,17 @@ class Recall(Task):
         """Colon, value, stop."""
         return (self.value_length or max(VALUE_LENGTHS)) + 2
 
-    def episode(self, rng: random.Random, length: int, turns: int = 1) -> Episode:
+    def episode(self, rng: random.Random, size: int, turns: int = 1) -> Episode:
         """See `Task.episode`."""
         width = self.value_length or rng.choice(VALUE_LENGTHS)
         record_chars = 2 + 1 + width + 3  # "[47:value] "
         turn_chars = len(_OPEN) + 2 + 1 + width + 1
-        turns = max(1, min(turns, length // (2 * turn_chars)))
-        budget = length - turns * turn_chars
+        turns = max(1, min(turns, size // (2 * turn_chars)))
+        budget = size - turns * turn_chars
         keys = self.keys or max(1, int(self.density * budget / record_chars))
         keys = min(keys, MAX_KEYS)
         if keys * record_chars > budget:
-            raise too_short(self.name, length, turns * turn_chars + keys * record_chars)
+            raise too_short(self.name, size, turns * turn_chars + keys * record_chars)
         names = [f"{name:02d}" for name in rng.sample(range(MAX_KEYS), keys)]
         values = ["".join(rng.choices(_SYMBOLS, k=width)) for _ in names]
         pairs = list(zip(names, values, strict=True))
@@ -72,7 +73,7 @@ class Recall(Task):
             turns=tuple(self._turn(*pairs[index], keys) for index in asked),
         )
 
-    def score(self, item: Item, reply: str) -> float:
+    def score(self, item: Turn, reply: str) -> float:
         """1 for the exact value."""
         return float(before_stop(reply).removeprefix(":") == item.meta["value"])
 

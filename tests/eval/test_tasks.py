@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.eval.tasks import HELD_OUT, STOP, TASKS, TRAIN, make_task, stream
-from kvjax.eval.tasks.base import before_stop, through_stop
 from kvjax.eval.tasks.chain import OPERATIONS, Chain, apply
 from kvjax.eval.tasks.fact import FACTS
 from kvjax.eval.tasks.induction import Induction
 from kvjax.eval.tasks.recall import VALUE_LENGTHS, Recall
+from kvjax.eval.tasks.records import before_stop
 
 NAMES = sorted(TASKS)
 names = st.sampled_from(NAMES)
@@ -174,4 +174,4 @@ def test_unknown_names_suggest_the_nearest():
 )
 def test_a_reply_ends_with_its_first_stop(reply, before, through):
     assert before_stop(reply) == before
-    assert through_stop(reply) == through
+    assert make_task("fact").cut(reply) == through

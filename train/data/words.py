@@ -90,7 +90,9 @@ class Words:
 
     @functools.cache  # noqa: B019 - lives as long as one run
     def stops(self, stop: str) -> tuple[int, ...]:
-        """Every token whose text holds `stop`."""
+        """Every token whose text holds `stop`; without one, that ends documents."""
+        if not stop:
+            return self.end
         return Tokenizer(self.tokenizer, self.vocab_size).stops(stop)
 
     @functools.cache  # noqa: B019
@@ -133,7 +135,7 @@ class Characters(Words):
         return characters.decode(tokens)
 
     def stops(self, stop: str) -> tuple[int, ...]:
-        return tuple(map(int, characters.encode(stop)))
+        return tuple(map(int, characters.encode(stop))) if stop else self.end
 
     def density(self, task: Task) -> float:
         del task

@@ -13,8 +13,7 @@ from jaxtyping import Array
 
 from kvjax.compress.config import Compression
 from kvjax.eval.replies import greedy_replies
-from kvjax.eval.tasks import STOP, Item, Task, make_task
-from kvjax.eval.tasks.base import through_stop
+from kvjax.eval.tasks import Item, Task, make_task
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
@@ -190,10 +189,12 @@ def cached_replies(
         logits,
         (asked.questions, asked.question_lengths),
         max_new_tokens=most,
-        stop_tokens=words.stops(STOP),
+        stop_tokens=sorted(
+            {token for task, _ in asked.items for token in words.stops(task.stop)}
+        ),
     )
     return [
-        through_stop(words.decode(row[: task.max_new_tokens].tolist()))
+        task.cut(words.decode(row[: task.max_new_tokens].tolist()))
         for (task, _), row in zip(asked.items, given.tokens, strict=True)
     ]
 
