@@ -14,6 +14,8 @@ from kvjax.messages import nearest, shown
 
 Visibility = Annotated[str, OneOf(*VISIBILITIES)]
 Items = Annotated[int, Range(1, 10**6)]
+Mode = Annotated[str, OneOf("requests", "session")]
+Chat = Annotated[str, OneOf("auto", "always", "never")]
 
 TEXT = "text"
 """The fidelity task: teacher-forced text instead of questions."""
@@ -31,8 +33,14 @@ class TaskEntry(Checked):
         fields: the task's own fields. For `text` they may stand beside `name`.
         label: what rows call it; needed where a task occurs twice.
         lengths: instead of the evaluation's.
-        items: instead of the evaluation's; for `niah`, per depth.
+        items: instead of the evaluation's; for needle grids, per depth.
         visibility: instead of the evaluation's.
+        turns: questions asked of each context; each has rows of its own.
+        mode: several turns are `requests`, asked of one compressed context each, or a
+            `session`, in which the cache goes on.
+        golden: in a session, perfect replies stand between the questions; else those
+            of the model.
+        grid: the task at each of `EvalConfig.depths`, as its field `depth`.
     """
 
     name: str
@@ -41,11 +49,28 @@ class TaskEntry(Checked):
     lengths: tuple[Positive, ...] = ()
     items: Items | None = None
     visibility: tuple[Visibility, ...] = ()
+    turns: Annotated[int, Range(1, 64)] = 1
+    mode: Mode = "requests"
+    golden: bool = True
+    grid: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.turns == 1 and (self.mode != "requests" or not self.golden):
+            raise ValueError(
+                f"task {self.title!r}: `mode` and `golden` are of several turns; got "
+                f"one. Raise `turns`, or leave them out."
+            )
 
     @property
     def title(self) -> str:
         """What rows call it."""
         return self.label or self.name
+
+    @property
+    def depths(self) -> bool:
+        """Whether it is asked at each of `EvalConfig.depths`."""
+        return self.grid or self.name == NEEDLE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +90,9 @@ class EvalConfig(Checked):
         visibility: whether scores see the question: `query_agnostic` compresses
             between context and question, `query_aware` behind the question.
         depths: places of the needle, as fractions of the context.
+        chat: whether tasks are asked by the model's chat template: `auto` for tasks in
+            words where there is one, `always`, or `never`.
+        thinking: templates that know `enable_thinking` are told so.
         reply_tokens: caches get room for replies of at least this many tokens. Tasks
             whose caches have the same room share their compiled programs.
         window: longest observation or recent window; longer ones are cut to it, so
@@ -89,6 +117,8 @@ class EvalConfig(Checked):
     seed: Seed = 1
     visibility: tuple[Visibility, ...] = ("query_agnostic",)
     depths: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    chat: Chat = "auto"
+    thinking: bool = False
     reply_tokens: Positive = 16
     window: Positive | None = None
     share_passes: bool = False
@@ -127,8 +157,8 @@ class EvalConfig(Checked):
                 continue
             if not (entry.lengths or self.lengths):
                 raise ValueError(f"task {entry.title!r} needs `lengths`; got none.")
-            if entry.name == NEEDLE and not self.depths:
-                raise ValueError("task 'niah' needs `depths`; got none.")
+            if entry.depths and not self.depths:
+                raise ValueError(f"task {entry.title!r} needs `depths`; got none.")
 
     def _check_paths(self):
         paths = [*self.defaults, *self.everywhere]

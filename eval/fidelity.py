@@ -223,15 +223,12 @@ class TextGroup(AbstractGroup):
         columns = [np.asarray(x) for x in compare(full, fed.value, follow[:, 1:])]
         check_rows(reader.model.dtype, np.isfinite(columns[0]), " on the text")
         rows: Sequence[Any] = list(zip(*columns, strict=True))[: self.scored(index)]
-        return Answers(
-            items=tuple(
-                {"nll": float(nll), "kl": float(kl), "agrees": float(agreement)}
-                for nll, kl, agreement in rows
-            ),
-            decode_s=0.0,  # teacher-forced in large steps: no time per token
-            steps=0,
-            compile_s=fed.compile_s,
+        items = tuple(
+            {"nll": float(nll), "kl": float(kl), "agrees": float(agreement)}
+            for nll, kl, agreement in rows
         )
+        # Teacher-forced in large steps: there is no time per token.
+        return [Answers(items=items, compile_s=fed.compile_s)]
 
     def _full(
         self, reader: PromptReader, index: np.ndarray, follow: jax.Array

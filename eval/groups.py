@@ -7,17 +7,15 @@ rows that nobody scores, so that each program compiles once.
 import abc
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import KVCache
-from kvjax.eval.replies import greedy_replies
-from kvjax.eval.tasks import Item, Task
 from kvjax.eval.text import Tokenizer
-from kvjax.models.padding import bucket, pad_rows
+from kvjax.models.padding import pad_rows
 from kvjax.models.prompts import Prompt
 
 if TYPE_CHECKING:  # what reads groups
@@ -26,19 +24,22 @@ if TYPE_CHECKING:  # what reads groups
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a batch gave after its prompts were compressed.
+    """What a batch gave to one question after its prompts were compressed.
 
     Attributes:
-        items: per scored row, the columns of `results.ITEMS` that it fills.
-        decode_s: wall time of decoding, compilation aside.
+        items: per scored row, the columns of `results.ITEMS` that it fills; None for a
+            row without such a question.
+        ask_s: wall time of reading the question, compilation aside.
+        decode_s: the same of decoding.
         steps: decode steps that ran.
         compile_s: time spent compiling.
     """
 
-    items: tuple[Mapping[str, Any], ...]
-    decode_s: float
-    steps: int
-    compile_s: float
+    items: tuple[Mapping[str, Any] | None, ...]
+    ask_s: float = 0.0
+    decode_s: float = 0.0
+    steps: int = 0
+    compile_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class AbstractGroup(abc.ABC):
         length: tokens of prompt and answer, at most.
         visibility: where the compression point lies.
         depths: the needle's depths, or one None; prompts are listed depth by depth.
+        turns: questions that are asked of each prompt.
         prompts: token ids that are read before compression.
         batch: rows of a batch.
         width: tokens that prompts are padded to.
@@ -61,6 +63,7 @@ class AbstractGroup(abc.ABC):
     length: int
     visibility: str
     depths: tuple[float | None, ...]
+    turns: int = 1
     prompts: tuple[tuple[int, ...], ...]
     batch: int
     width: int
@@ -75,8 +78,10 @@ class AbstractGroup(abc.ABC):
     @abc.abstractmethod
     def answer(
         self, reader: "PromptReader", cache: KVCache, prompt: Prompt, index: np.ndarray
-    ) -> Answers:
+    ) -> list[Answers]:
         """Answers of a batch whose rows are the prompts `index`, fill-up included.
+
+        One entry for each turn.
 
         Args:
             reader: what read the prompts.
@@ -88,6 +93,11 @@ class AbstractGroup(abc.ABC):
     @abc.abstractmethod
     def shown(self, item: int) -> tuple[str, str]:
         """Text that is compressed, and the question behind it, of one item."""
+
+    def asks(self, item: int, turn: int) -> bool:
+        """Whether the prompt has so many questions; turns count from 0."""
+        del item
+        return turn < self.turns
 
     @property
     def per_depth(self) -> int:
@@ -115,75 +125,3 @@ class AbstractGroup(abc.ABC):
     def scored(self, index: np.ndarray) -> int:
         """Rows of the batch that are not fill-up."""
         return int(min(self.batch, len(self.prompts) - index[0]))
-
-
-@final
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuestionGroup(AbstractGroup):
-    """Items of a generated task.
-
-    Query-agnostic prompts are contexts; their questions are read through the
-    compressed cache. Query-aware prompts end with the question and are compressed
-    behind it: the first token of a reply then comes from the uncompressed prompt,
-    which is why every answer has at least two tokens.
-
-    Attributes:
-        task: scores the replies.
-        items: one per prompt.
-        questions: token ids read after compression; empty where prompts hold them.
-        reply_tokens: least room for a reply.
-    """
-
-    task: Task
-    items: tuple[Item, ...]
-    questions: tuple[tuple[int, ...], ...]
-    reply_tokens: int
-
-    @property
-    def reply_room(self) -> int:
-        """Tokens decoded at most: a bucket, which tasks share programs by."""
-        return bucket(max(self.task.max_new_tokens, self.reply_tokens))
-
-    @property
-    def question_room(self) -> int:
-        """Tokens of the longest question, bucketed; 0 if prompts hold them."""
-        longest = max(map(len, self.questions))
-        return bucket(longest) if longest else 0
-
-    @property
-    def room(self):
-        return self.question_room + self.reply_room
-
-    def shown(self, item):
-        one = self.items[item]
-        if self.question_room:
-            return one.context, one.question
-        return one.prompt, ""
-
-    def answer(self, reader, cache, prompt, index):
-        questions = None
-        if self.question_room:
-            questions = pad_rows([self.questions[i] for i in index], self.question_room)
-        given = greedy_replies(
-            reader.model,
-            cache,
-            prompt.logits,
-            questions,
-            max_new_tokens=self.reply_room,
-            stop_tokens=self.tokenizer.stops(self.task.stop),
-        )
-        scored = self.scored(index)
-        replied = zip(index[:scored], given.tokens[:scored], strict=True)
-        return Answers(
-            items=tuple(self._score(int(i), tokens) for i, tokens in replied),
-            decode_s=given.decode_s,
-            steps=given.steps,
-            compile_s=given.compile_s,
-        )
-
-    def _score(self, i: int, tokens: np.ndarray) -> dict[str, Any]:
-        item = self.items[i]
-        text = self.tokenizer.decode(tokens[: self.task.max_new_tokens].tolist())
-        reply = self.task.cut(text)
-        score = float(self.task.score(item, reply))
-        return {"reply": reply, "answer": item.answer, "score": score}

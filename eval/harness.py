@@ -16,7 +16,7 @@ import numpy as np
 from kvjax.cache import KVCache
 from kvjax.compress.observe import wants_mass
 from kvjax.eval.config import EvalConfig
-from kvjax.eval.groups import AbstractGroup
+from kvjax.eval.groups import AbstractGroup, Answers
 from kvjax.eval.header import RECORD, read_header
 from kvjax.eval.inputs import inputs_of
 from kvjax.eval.methods import NONE, Method
@@ -58,14 +58,30 @@ Callback = Callable[[EvalProgress], None]
 
 
 @dataclasses.dataclass
-class _Tally:
-    """What the batches of one method at one budget add up to."""
+class _TurnTally:
+    """What the batches of one method at one budget add up to at one question."""
 
-    items: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    resident: list[float] = dataclasses.field(default_factory=list)
-    compress_s: list[float] = dataclasses.field(default_factory=list)
+    items: list[dict[str, Any] | None] = dataclasses.field(default_factory=list)
+    ask_s: list[float] = dataclasses.field(default_factory=list)
     decode_s: float = 0.0
     steps: int = 0
+    compile_s: float = 0.0
+
+    def add(self, given: Answers) -> None:
+        self.items += [None if one is None else dict(one) for one in given.items]
+        self.ask_s.append(given.ask_s)
+        self.decode_s += given.decode_s
+        self.steps += given.steps
+        self.compile_s += given.compile_s
+
+
+@dataclasses.dataclass
+class _Tally:
+    """The same of all its questions."""
+
+    turns: list[_TurnTally]
+    resident: list[float] = dataclasses.field(default_factory=list)
+    compress_s: list[float] = dataclasses.field(default_factory=list)
     compile_s: float = 0.0
     maps: dict[int, list[list[list[int]]]] = dataclasses.field(default_factory=dict)
 
@@ -150,11 +166,11 @@ class _Runner:
         self.rows: list[dict[str, Any]] = []
         # All of it now: a damaged file is found before anything is computed.
         self.old = {
-            cell.name: store.row(describe(cell, made.config), cell.group.per_depth)
+            cell.name: store.row(describe(cell, made.config), len(cell.items))
             for cell in made.all_cells()
         }
         self.full: dict[float | None, dict[str, Any]] = {}  # rows of `none`, by depth
-        self.replies: list[str | None] = []  # of `none`, by item
+        self.replies: dict[tuple[int | None, int], str | None] = {}  # of `none`
 
     def method(self, group: AbstractGroup, method: Method) -> None:
         """All cells of one method on one group; finished ones are taken over."""
@@ -179,7 +195,8 @@ class _Runner:
         self, group: AbstractGroup, method: Method, keeps: Sequence[float | None]
     ) -> tuple[float, float, dict[float | None, _Tally]]:
         """Read each batch once, compress it to every budget, and answer."""
-        tallies = {keep: _Tally() for keep in keeps}
+        turns = range(group.turns)
+        tallies = {keep: _Tally([_TurnTally() for _ in turns]) for keep in keeps}
         prefill_s, compile_s = [], 0.0
         for index in group.batches() if keeps else ():
             c = method.at(keeps[0], group.visibility)
@@ -192,12 +209,11 @@ class _Runner:
                     lambda c=c, p=read.value: p.compress(c, max_new_tokens=group.room)
                 )
                 answers = group.answer(self.reader, packed.value, read.value, index)
-                tally.items += map(dict, answers.items)
+                for turn, given in zip(tally.turns, answers, strict=True):
+                    turn.add(given)
                 tally.resident.append(packed.value.nbytes / len(index))
                 tally.compress_s.append(packed.run_s)
-                tally.decode_s += answers.decode_s
-                tally.steps += answers.steps
-                tally.compile_s += packed.compile_s + answers.compile_s
+                tally.compile_s += packed.compile_s
                 self._map(group, packed.value, index, tally)
         return 1e3 * float(np.mean(prefill_s or [0.0])), compile_s, tallies
 
@@ -218,23 +234,25 @@ class _Runner:
 
     def _refer(self, cells: Sequence[Cell], tallies: Mapping[Any, _Tally]) -> None:
         """Remember the uncompressed replies, computed now or earlier."""
-        self.full = {}
-        if None in tallies:
-            items = tallies[None].items
-        else:
-            items = [item for cell in cells for item in self.store.items(cell.name)]
-        self.replies = [item.get("reply") for item in items]
+        self.full, self.replies = {}, {}
+        for cell in cells:
+            if None in tallies:
+                made = tallies[None].turns[(cell.turn or 1) - 1].items
+                found = [made[i] or {} for i in cell.items]
+            else:
+                found = self.store.items(cell.name)
+            for i, item in zip(cell.items, found, strict=True):
+                self.replies[cell.turn, i] = item.get("reply")
 
     def _finish(self, cell: Cell, tally: _Tally, prefill_ms: float, compile_s: float):
         """Score and write one cell."""
-        group = cell.group
-        start = group.depths.index(cell.depth) * group.per_depth
-        items = []
-        for i in range(group.per_depth):
-            item = tally.items[start + i]
+        turn, items = tally.turns[(cell.turn or 1) - 1], []
+        for number, i in enumerate(cell.items):
+            item = turn.items[i]
+            assert item is not None
             if "reply" in item:
-                item["agrees"] = float(item["reply"] == self.replies[start + i])
-            items.append({"item": i, **item})
+                item["agrees"] = float(item["reply"] == self.replies[cell.turn, i])
+            items.append({"item": number, **item})
         resident = float(np.mean(tally.resident))
         full = self.full.get(cell.depth, {}).get("resident_bytes", resident)
         row = {
@@ -244,12 +262,15 @@ class _Runner:
             "full_bytes": full,
             "prefill_ms": prefill_ms,
             "compress_ms": 1e3 * float(np.mean(tally.compress_s)),
-            "ms_per_token": 1e3 * tally.decode_s / tally.steps if tally.steps else None,
-            "compile_s": compile_s + tally.compile_s,
+            "ask_ms": 1e3 * float(np.mean(turn.ask_s)),
+            "ms_per_token": 1e3 * turn.decode_s / turn.steps if turn.steps else None,
+            "compile_s": compile_s + tally.compile_s + turn.compile_s,
             **provenance(),
         }
-        tally.compile_s = 0.0  # depths of one needle grid share their programs
-        self.store.write(cell.name, row, items, _kept(cell, tally, start))
+        # Cells of one call share their programs: they count in the first.
+        tally.compile_s = turn.compile_s = 0.0
+        kept = _kept(cell, tally, cell.items[0]) if (cell.turn or 1) == 1 else None
+        self.store.write(cell.name, row, items, kept)
         return row
 
     def _tell(self, cell: Cell, row: Mapping[str, Any], *, resumed: bool) -> None:

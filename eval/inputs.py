@@ -9,11 +9,12 @@ import numpy as np
 
 from kvjax import inputs
 from kvjax.compress.presets import canonical, compression
+from kvjax.eval.asking import files_of
 from kvjax.eval.config import TEXT
 from kvjax.eval.fidelity import TextGroup
-from kvjax.eval.groups import QuestionGroup
 from kvjax.eval.methods import NONE, RANDOM
 from kvjax.eval.plan import EvalPlan
+from kvjax.eval.questions import QuestionGroup
 from kvjax.inputs import Inputs
 
 _WORDS = re.compile(r".*(token|vocab|merges|spiece|sentencepiece).*|.*\.model")
@@ -41,10 +42,14 @@ def inputs_of(
         meaning = canonical(compression(name))
         found[f"compression {name!r}"] = inputs.of_text(name, meaning)
     for entry in made.config.tasks:
+        label = f"task {entry.title!r}"
         if entry.name == TEXT:
-            label, path = f"task {entry.title!r}", str(entry.fields["path"])
-            before = known.get(label, {})
-            found[label] = inputs.of_files({path: pathlib.Path(path)}, before)
+            path = str(entry.fields["path"])
+            files = {path: pathlib.Path(path)}
+        else:
+            files = files_of(entry)
+        if files:
+            found[label] = inputs.of_files(files, known.get(label, {}))
     words = {
         name: file for name, file in checkpoint.items() if _WORDS.fullmatch(file.name)
     }
@@ -60,7 +65,9 @@ def _asked(made: EvalPlan) -> str:
     for group in made.groups:
         rows: list[Any] = [*group.prompts]
         if isinstance(group, QuestionGroup):
-            rows += [*group.questions, *(item.answer.encode() for item in group.items)]
+            rows += [one for turns in group.asked for one in turns]
+            asked = (turn for one in group.episodes for turn in one.turns)
+            rows += [repr((t.answer, t.answers, t.choices)).encode() for t in asked]
         if isinstance(group, TextGroup):
             rows += [*group.follow]
         for row in rows:

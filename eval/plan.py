@@ -8,14 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvjax.config import decode
-from kvjax.eval.config import NEEDLE, TEXT, EvalConfig, TaskEntry
+from kvjax.eval import asking
+from kvjax.eval.config import TEXT, EvalConfig, TaskEntry
 from kvjax.eval.fidelity import TextGroup, TextTask
-from kvjax.eval.groups import AbstractGroup, QuestionGroup
+from kvjax.eval.groups import AbstractGroup
 from kvjax.eval.methods import Method, methods
 from kvjax.eval.rows import LONGEST
-from kvjax.eval.tasks import TASKS, Item, Task, make_task
 from kvjax.eval.text import Tokenizer
-from kvjax.messages import nearest, shown
+from kvjax.messages import shown
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.padding import bucket
@@ -33,12 +33,22 @@ class Cell:
         method: its compression.
         keep: its budget, or None.
         depth: place of the needle, or None.
+        turn: which question, from 1, or None where there is one.
     """
 
     group: AbstractGroup
     method: Method
     keep: float | None
     depth: float | None
+    turn: int | None = None
+
+    @property
+    def items(self) -> Sequence[int]:
+        """Which of the group's prompts it is of."""
+        group = self.group
+        first = group.depths.index(self.depth) * group.per_depth
+        every = range(first, first + group.per_depth)
+        return [i for i in every if group.asks(i, (self.turn or 1) - 1)]
 
     @property
     def name(self) -> str:
@@ -49,6 +59,8 @@ class Cell:
             parts.append(f"keep{self.keep:g}")
         if self.depth is not None:
             parts.append(f"depth{self.depth:g}")
+        if self.turn is not None:
+            parts.append(f"turn{self.turn}")
         return "-".join(parts).replace("/", "_")
 
 
@@ -63,9 +75,10 @@ class EvalPlan:
     def cells(self, group: AbstractGroup, method: Method) -> list[Cell]:
         """The cells of one method on one group, budget by budget."""
         return [
-            Cell(group=group, method=method, keep=keep, depth=depth)
+            Cell(group=group, method=method, keep=keep, depth=depth, turn=turn)
             for keep in method.keeps(self.config.keeps)
             for depth in group.depths
+            for turn in (range(1, group.turns + 1) if group.turns > 1 else (None,))
         ]
 
     def all_cells(self) -> list[Cell]:
@@ -95,7 +108,7 @@ def plan(model: DecoderConfig, tokenizer: Any, config: EvalConfig) -> EvalPlan:
         if entry.name == TEXT:
             groups.append(_text_group(entry, config, tokenizer))
         else:
-            groups += _question_groups(entry, config, tokenizer)
+            groups += asking.groups(entry, config, tokenizer, model.eos_tokens)
     made = EvalPlan(config=config, groups=tuple(_one_width(groups)), methods=chosen)
     for group in made.groups:
         _check_range(model, group)
@@ -107,7 +120,7 @@ def plan(model: DecoderConfig, tokenizer: Any, config: EvalConfig) -> EvalPlan:
 
 def _check_apart(config: EvalConfig) -> None:
     """Values that cells are named by differ as they are printed."""
-    needle = any(entry.name == NEEDLE for entry in config.tasks)
+    needle = any(entry.depths for entry in config.tasks)
     lists: dict[str, Sequence[Any]] = {"keeps": config.keeps, "lengths": config.lengths}
     lists["depths"] = config.depths if needle else ()
     for number, entry in enumerate(config.tasks):
@@ -179,75 +192,6 @@ def _text_group(
         text=text,
         follow=rows[:, text.context :],
     )
-
-
-def _question_groups(
-    entry: TaskEntry, config: EvalConfig, tokenizer: Tokenizer
-) -> Iterator[QuestionGroup]:
-    depths = config.depths if entry.name == NEEDLE else (None,)
-    makers = [_task(entry, depth) for depth in depths]
-    count = entry.items or config.items
-    for length in entry.lengths or config.lengths:
-        items = [
-            item
-            for task in makers
-            for item in task.generate(
-                config.seed, count, max(1, length - len(tokenizer.prefix))
-            )
-        ]
-        texts = [item.prompt + item.answer for item in items]
-        tokenizer.check(f"task {entry.title!r}", texts)
-        for visibility in entry.visibility or config.visibility:
-            yield _question_group(
-                entry, config, tokenizer, makers[0], items, length, visibility, depths
-            )
-
-
-def _question_group(
-    entry: TaskEntry,
-    config: EvalConfig,
-    tokenizer: Tokenizer,
-    task: Task,
-    items: Sequence[Item],
-    length: int,
-    visibility: str,
-    depths: tuple[float | None, ...],
-) -> QuestionGroup:
-    contexts = [(*tokenizer.prefix, *tokenizer.encode(item.context)) for item in items]
-    questions = [tuple(tokenizer.encode(item.question)) for item in items]
-    if visibility == "query_aware":
-        contexts = [a + b for a, b in zip(contexts, questions, strict=True)]
-        questions = [() for _ in items]
-    return QuestionGroup(
-        title=entry.title,
-        length=length,
-        visibility=visibility,
-        depths=depths,
-        prompts=tuple(contexts),
-        batch=min(config.batch, len(items)),
-        width=bucket(max(map(len, contexts))),
-        tokenizer=tokenizer,
-        task=task,
-        items=tuple(items),
-        questions=tuple(questions),
-        seed=config.seed,
-        reply_tokens=config.reply_tokens,
-    )
-
-
-def _task(entry: TaskEntry, depth: float | None) -> Task:
-    if entry.name == NEEDLE:
-        fields = {"value_length": 4, **entry.fields}
-        if "depth" in fields:
-            raise ValueError("task 'niah' takes its depths from `depths`.")
-        return make_task("recall", **fields, depth=depth)
-    known = [*TASKS, NEEDLE, TEXT]
-    if entry.name not in known:
-        raise ValueError(
-            f"Unknown task {entry.name!r}; expected one of {known}."
-            f"{nearest(entry.name, known)}"
-        )
-    return make_task(entry.name, **entry.fields)
 
 
 def _one_width(groups: Sequence[AbstractGroup]) -> Iterator[AbstractGroup]:

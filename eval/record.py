@@ -44,6 +44,7 @@ def describe(cell: Cell, config: EvalConfig) -> dict[str, Any]:
         "task": group.title,
         "length": group.length,
         "depth": cell.depth,
+        "turn": cell.turn,
         "compression": cell.method.name,
         "overrides": cell.method.overrides_json,
         "keep": cell.keep,

@@ -25,6 +25,7 @@ ROWS = pa.schema(
         ("task", _word),
         ("length", _whole),
         ("depth", _real),
+        ("turn", _whole),
         ("compression", _word),
         ("overrides", _word),
         ("keep", _real),
@@ -38,6 +39,7 @@ ROWS = pa.schema(
         ("full_bytes", _real),
         ("prefill_ms", _real),
         ("compress_ms", _real),
+        ("ask_ms", _real),
         ("ms_per_token", _real),
         ("compile_s", _real),
         ("seed", _whole),
@@ -50,8 +52,9 @@ ROWS = pa.schema(
         ("date", _word),
     ]
 )
-"""One cell. `depth` is null but for the needle, `keep` for methods without a budget,
-`score` for fidelity tasks, `nll` and `kl` for all others."""
+"""One cell. `depth` is null but for the needle, `turn` (from 1) where one question is
+asked, `keep` for methods without a budget, `score` for fidelity tasks, `nll` and `kl`
+for all others. `ask_ms` is the time in which a batch reads its questions."""
 
 ITEMS = pa.schema(
     [
@@ -116,10 +119,10 @@ def _amount(value: Any) -> bool:
 
 _COLUMNS: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("task", "compression", "visibility"), _text),
-    **dict.fromkeys(("length", "items", "resident_bytes", "full_bytes"), _size),
+    **dict.fromkeys(("length", "turn", "items", "resident_bytes", "full_bytes"), _size),
     **dict.fromkeys(("keep", "depth", "score", "agreement"), _share),
     **dict.fromkeys(("score_se", "agreement_se", "nll", "compile_s"), _amount),
-    **dict.fromkeys(("prefill_ms", "compress_ms", "ms_per_token"), _amount),
+    **dict.fromkeys(("prefill_ms", "compress_ms", "ask_ms", "ms_per_token"), _amount),
 }
 """What the values of a row have to be."""
 

@@ -11,23 +11,42 @@ class Tokenizer:
     """A Hugging Face tokenizer as the harness uses it.
 
     Attributes:
+        raw: the tokenizer itself.
         prefix: special tokens that the tokenizer puts before a text.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int):
-        self._tokenizer = tokenizer
+        self.raw = tokenizer
         self._vocab_size = vocab_size
         bos: Any = tokenizer.bos_token_id
         begins = bos is not None and encoded(tokenizer, "a")[:1] == [bos]
         self.prefix: list[int] = [bos] if begins else []  # type: ignore[list-item]
 
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(getattr(self.raw, "chat_template", None))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The token that ends a text, where there is one that the model knows."""
+        end: Any = self.raw.eos_token_id
+        return () if end is None or end >= self._vocab_size else (int(end),)
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token stands for no text."""
+        return token in self.raw.all_special_ids or (
+            token in self.raw.added_tokens_decoder
+            and self.raw.added_tokens_decoder[token].special
+        )
+
     def encode(self, text: str) -> list[int]:
         """Tokens without specials."""
-        return encoded(self._tokenizer, text, add_special_tokens=False)
+        return encoded(self.raw, text, add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without specials."""
-        return self._tokenizer.decode(
+        return self.raw.decode(
             [int(token) for token in tokens],
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
@@ -35,12 +54,12 @@ class Tokenizer:
 
     def piece(self, token: int) -> str:
         """The text of one token, special ones by name."""
-        return self._tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)
+        return self.raw.decode([int(token)], clean_up_tokenization_spaces=False)
 
     @functools.cache  # noqa: B019 - lives as long as one run
     def stops(self, stop: str) -> tuple[int, ...]:
         """Every token whose text holds `stop`."""
-        known = min(len(self._tokenizer), self._vocab_size)
+        known = min(len(self.raw), self._vocab_size)
         return tuple(token for token in range(known) if stop in self.piece(token))
 
     def check(self, what: str, texts: Iterable[str]) -> None:
@@ -61,7 +80,7 @@ class Tokenizer:
     @functools.cache  # noqa: B019
     def _knows(self, character: str) -> bool:
         tokens = self.encode(character)
-        unknown = self._tokenizer.unk_token_id
+        unknown = self.raw.unk_token_id
         return bool(tokens) and all(
             token != unknown and 0 <= token < self._vocab_size for token in tokens
         )

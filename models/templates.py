@@ -34,8 +34,11 @@ def written(
     tools: Sequence[Any] | None = None,
     *,
     ask: bool = False,
+    thinking: bool | None = None,
 ) -> str:
     """The text of a chat, by the tokenizer's template; `ask` for another answer.
+
+    `thinking` is what templates that ask for `enable_thinking` are told.
 
     Raises:
         TemplateFault: the template refuses the chat.
@@ -50,6 +53,7 @@ def written(
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=ask,
+                **({} if thinking is None else {"enable_thinking": thinking}),
             )
     except (EndlessTemplate, TemplateFault):
         raise

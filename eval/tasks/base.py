@@ -2,12 +2,14 @@
 
 import abc
 import dataclasses
+import pathlib
 import random
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from kvjax.eval.tasks.fitting import fitted
 from kvjax.fields import Checked, Count, Positive, Seed, fit
+from kvjax.places import expanded
 
 HELD_OUT = "held-out"
 TRAIN = "train"
@@ -94,6 +96,7 @@ class Task(Checked, abc.ABC):
         chat: whether a model with a chat template is asked by it.
         stop: text that ends a reply, beside the end that the model writes itself.
         system: what a chat begins with.
+        paths: fields that name files or folders.
     """
 
     name: ClassVar[str]
@@ -102,6 +105,7 @@ class Task(Checked, abc.ABC):
     chat: ClassVar[bool] = True
     stop: ClassVar[str] = ""
     system: ClassVar[str] = ""
+    paths: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abc.abstractmethod
@@ -131,6 +135,23 @@ class Task(Checked, abc.ABC):
     def cut(self, reply: str) -> str:
         """A reply up to its first stop, which is part of it."""
         return "".join(reply.partition(self.stop)[:2]) if self.stop else reply
+
+    def parts(self) -> Mapping[str, "Task"]:
+        """Tasks that are scored apart, by name; of most it is one, without a name."""
+        return {"": self}
+
+    def files(self) -> Mapping[str, pathlib.Path]:
+        """Files that episodes are made of, by what the fields say."""
+        found: dict[str, pathlib.Path] = {}
+        for name in self.paths:
+            given = getattr(self, name)
+            path = expanded(given) if given else None
+            if path is not None and path.is_dir():
+                files = (one for one in sorted(path.iterdir()) if one.is_file())
+                found |= {f"{given}/{one.name}": one for one in files}
+            elif path is not None and path.is_file():
+                found[given] = path
+        return found
 
     def smallest(self, length: int) -> int:
         """A size that an episode of this length has at least."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from random import Random
 from typing import ClassVar
 
-from kvjax.eval.tasks.base import Episode, Measure, Task
+from kvjax.eval.tasks.base import Episode, Measure, Task, characters
 from kvjax.fields import Share
 
 STOP = "]"
@@ -46,8 +46,9 @@ class RecordTask(Task):
         turns: int = 1,
     ) -> Episode:
         """See `Task.fitted`; sizes are lengths in characters."""
-        if measure is None:
-            return self.episode(draw(), length, turns)
+        whole = self.episode(draw(), length, turns)
+        if measure is None or measure(whole) == characters(whole):
+            return whole  # a token is a character
         return super().fitted(draw, length, measure, turns)
 
 

@@ -44,7 +44,7 @@ def row(task: str, length: int, name: str, keep: float | None, **fields) -> dict
         "batch": 8,
         "nll": None,
         "kl": None,
-        "schema": 1,
+        "schema": 2,
         "versions": json.dumps(VERSIONS),
         "device": "cpu",
         "date": "2026-11-21T01:00:00",
@@ -81,7 +81,7 @@ def make_run(path: pathlib.Path, names, **kwargs) -> pathlib.Path:
     for folder in ("rows", "maps"):
         (path / folder).mkdir(parents=True)
     about = {
-        "schema": 1,
+        "schema": 2,
         **VERSIONS,
         "device": "cpu",
         "date": "2026-11-21T01:00:00",

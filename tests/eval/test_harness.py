@@ -14,9 +14,9 @@ from flax import nnx
 import kvjax
 from kvjax.eval import harness, reading
 from kvjax.eval.config import decode_config
-from kvjax.eval.groups import QuestionGroup
 from kvjax.eval.header import read_header
 from kvjax.eval.plan import plan
+from kvjax.eval.questions import QuestionGroup
 from kvjax.eval.record import fingerprint, mean
 from kvjax.eval.results import load_rows
 from kvjax.eval.rows import ITEMS, ROWS
@@ -125,8 +125,8 @@ def test_replies_are_those_of_each_prompt_alone(both, model, tokenizer):
         c = cell.method.at(cell.keep, cell.group.visibility)
         tokens = jnp.array([cell.group.prompts[3]])
         logits, cache = kvjax.prefill(model, tokens, None, c, max_new_tokens=32)
-        if cell.group.questions[3]:
-            question = jnp.array([cell.group.questions[3]])
+        if cell.group.asked[3][0]:
+            question = jnp.array([cell.group.asked[3][0]])
             logits, cache = kvjax.extend(model, cache, question)
             logits = logits[:, -1]
         out = kvjax.generate_from(model, cache, logits, max_new_tokens=3)

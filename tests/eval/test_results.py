@@ -16,7 +16,7 @@ from kvjax.eval import harness, reading
 from kvjax.eval.results import load_rows, open_run
 from tests.eval import tiny
 
-HEADER = {"schema": 1, "model_fingerprint": "abc", "config": {"items": 4, "keeps": [1]}}
+HEADER = {"schema": 2, "model_fingerprint": "abc", "config": {"items": 4, "keeps": [1]}}
 
 
 class Stop(Exception):
@@ -116,7 +116,7 @@ def test_other_directories_are_refused(tmp_path):
         open_run(tmp_path, HEADER)
     (tmp_path / "run.json").write_text(json.dumps({**HEADER, "schema": 7}))
     for use in (load_rows, lambda path: open_run(path, HEADER)):
-        with pytest.raises(ValueError, match="schema 7; this version reads 1"):
+        with pytest.raises(ValueError, match="schema 7; this version reads 2"):
             use(tmp_path)
 
 
