@@ -29,7 +29,8 @@ class Framing:
         tokenizer: of the model.
         opening: before a context.
         closing: between a question and the prefix of its reply.
-        between: between a reply and the next question.
+        end: behind a reply.
+        between: behind that, before the next question.
         begin: ids in front of everything.
         ends: ids that end a reply.
         chat: whether the texts are of a chat template.
@@ -38,6 +39,7 @@ class Framing:
     tokenizer: Tokenizer
     opening: str = ""
     closing: str = ""
+    end: str = ""
     between: str = ""
     begin: tuple[int, ...] = ()
     ends: tuple[int, ...] = ()
@@ -66,7 +68,7 @@ class Framing:
 
     def said(self, reply: str) -> str:
         """A reply and what stands before the next question."""
-        return reply + self.between
+        return reply + self.end + self.between
 
     def stops(self, task: Task) -> tuple[int, ...]:
         """Tokens that end a reply to the task."""
@@ -154,13 +156,14 @@ def _chat(
     opening, rest = text.split(_ASKED)
     closing, rest = rest.split(_REPLY)
     between, _ = rest.split(_NEXT)
-    after = tokenizer.encode(between)[:1]
-    last = [token for token in after if tokenizer.is_special(token)]
+    last = [t for t in tokenizer.encode(between)[:1] if tokenizer.is_special(t)]
+    end = "".join(map(tokenizer.piece, last))
     return Framing(
         tokenizer=tokenizer,
         opening=opening + lead,
         closing=closing,
-        between=between,
+        end=end,
+        between=between.removeprefix(end),
         ends=tuple({*ends, *tokenizer.ends, *last}),
         chat=True,
     )

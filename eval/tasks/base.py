@@ -55,6 +55,11 @@ class Item(Turn):
         """Everything the model reads before it answers."""
         return self.context + self.question
 
+    @property
+    def alone(self) -> "Episode":
+        """The item as an episode of one turn."""
+        return Episode(context=self.context, turns=(self,))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Episode:

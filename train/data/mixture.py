@@ -9,14 +9,14 @@ import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from kvjax.eval.tasks import TRAIN, Episode, Task, make_task, stream
+from kvjax.eval.tasks import TRAIN, RecordTask, Task, make_task, stream
 from kvjax.fields import Count, fit
 from kvjax.train.data.batch import TokenBatch, pack
 from kvjax.train.data.readers import RowReader, open_reader
 from kvjax.train.data.records import answer_end
-from kvjax.train.data.rows import TokenRow, row
+from kvjax.train.data.rows import TokenRow
 from kvjax.train.data.share import WHOLE, RowShare
-from kvjax.train.data.tasks import characters
+from kvjax.train.data.tasks import TaskRows
 from kvjax.train.data.words import CHARACTERS, Words
 from kvjax.train.recipe import DataConfig, Source, Stage
 
@@ -55,6 +55,7 @@ class Mixture:
         self.stages = tuple(stages)
         self.seed = seed
         self.words = words
+        self._tasks: dict[Task, TaskRows] = {}
         self.widths = sorted({width for stage in stages for width in stage.lengths})
         self.readers: list[tuple[Source, RowReader]] = []
         self.mixtures = [
@@ -154,23 +155,12 @@ class Mixture:
 
     def _row(self, task: Task, rng: random.Random, width: int) -> TokenRow:
         turns = rng.randint(1, self._most_turns(task, width))
-        return self._fitting(task, rng, width, turns)
+        return self.rows_of(task).fitting(rng, width, turns)
 
     def _most_turns(self, task: Task, width: int) -> int:
         # Wide rows ask many questions: answers are what teaches.
         most = self.config.turns * width // 128
         return max(1, most) if task.multi_turn else 1
-
-    def _fitting(
-        self, task: Task, rng: random.Random, width: int, turns: int
-    ) -> TokenRow:
-        length = characters(task, self.words, width)
-        while True:
-            episode = task.episode(rng, length, turns=turns)
-            one = self.row(episode)
-            if len(one.tokens) <= width:
-                return one
-            length = length * 9 // 10  # more tokens than such text usually has
 
     def _check_widths(self) -> None:
         """Tasks fit into the narrowest rows of each stage, whatever they draw.
@@ -196,12 +186,14 @@ class Mixture:
         most = self._most_turns(task, width)
         for number in range(TRIES):
             rng = stream(TRAIN, "fits", self.seed, number)
-            self._fitting(task, rng, width, 1 + number % most)
+            self.rows_of(task).fitting(rng, width, 1 + number % most)
 
-    def row(self, episode: Episode) -> TokenRow:
-        """The row of an episode, with the tokens and weights of this mixture."""
-        weight = self.config.context_weight
-        return row(episode, context_weight=weight, words=self.words)
+    def rows_of(self, task: Task) -> TaskRows:
+        """The task as rows, with the tokens and weights of this mixture."""
+        if task not in self._tasks:
+            weight = self.config.context_weight
+            self._tasks[task] = TaskRows(task, self.words, weight)
+        return self._tasks[task]
 
     def _stage(self, step: int) -> tuple[Stage, dict[Task | RowReader, float]]:
         for stage, weights in zip(self.stages, self.mixtures, strict=True):
@@ -216,7 +208,8 @@ class Mixture:
         for source in sources:
             if source.task:
                 one = make_task(source.task, **source.fields)
-                self.words.density(one)
+                if isinstance(one, RecordTask):
+                    self.words.density(one)
             else:
                 one = self._reader(source)
             weights[one] = weights.get(one, 0.0) + source.weight

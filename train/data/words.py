@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvjax.eval.framing import Framing, framing
 from kvjax.eval.tasks import TRAIN, Task, stream
 from kvjax.eval.text import Tokenizer
 from kvjax.models.adapters import tokenizer_directory
@@ -109,6 +110,10 @@ class Words:
         tokenizer.check(f"task {task.name!r}", [text])
         return len(text) / len(self.encode(text))
 
+    def frame(self, task: Task) -> Framing:
+        """How the task is put to the model, as in an evaluation."""
+        return framing(Tokenizer(self.tokenizer, self.vocab_size), task)
+
     def save(self, directory: pathlib.Path, max_positions: int) -> None:
         """The tokenizer's files beside the weights of a model."""
         del max_positions  # in the tokenizer's own configuration
@@ -140,6 +145,12 @@ class Characters(Words):
     def density(self, task: Task) -> float:
         del task
         return 1.0
+
+    def frame(self, task: Task) -> Framing:
+        if task.chat:
+            return super().frame(task)
+        # Without the tokenizer, which takes a while to be built.
+        return Framing(tokenizer=None, begin=self.begin)  # type: ignore[arg-type]
 
     def save(self, directory: pathlib.Path, max_positions: int) -> None:
         characters.save_tokenizer(directory, max_positions)

@@ -1,10 +1,9 @@
 """Held-out rows of a recipe's sources, for the loss with a full cache."""
 
-from kvjax.eval.tasks import Episode, Turn, make_task
+from kvjax.eval.tasks import make_task
 from kvjax.train.data.batch import TokenBatch, pack
 from kvjax.train.data.mixture import Mixture
 from kvjax.train.data.rows import TokenRow
-from kvjax.train.data.tasks import characters
 from kvjax.train.recipe import TrainConfig
 
 
@@ -27,13 +26,5 @@ def held_out_batches(config: TrainConfig, mixture: Mixture, step: int):
 
 
 def _task_rows(name: str, items: int, mixture: Mixture, width: int) -> list[TokenRow]:
-    task = make_task(name)
-    length = characters(task, mixture.words, width)
-    while True:
-        rows = []
-        for item in task.generate(0, items, length):
-            turn = Turn(question=item.question, answer=item.answer, meta=item.meta)
-            rows.append(mixture.row(Episode(context=item.context, turns=(turn,))))
-        if max(len(one.tokens) for one in rows) <= width:
-            return rows
-        length = length * 9 // 10  # more tokens than such text usually has
+    made = mixture.rows_of(make_task(name))
+    return [made.row(item.alone) for item in made.held_out(items, width)]

@@ -21,7 +21,7 @@ from kvjax.models.inference import prefill
 from kvjax.models.padding import pad_rows
 from kvjax.train.data.readers import RowReader
 from kvjax.train.data.sampling import samples_of
-from kvjax.train.data.tasks import characters
+from kvjax.train.data.tasks import TaskRows
 from kvjax.train.data.words import CHARACTERS, Words
 from kvjax.train.held_out.cached_loss import CutRows, held_out_rows, loss
 from kvjax.train.objectives.duo import exported
@@ -154,15 +154,15 @@ def questions(
     """Held-out items of the recipe's tasks in turn, of about `width` tokens."""
     names = _tasks(config)
     count = config.cached.items
-    made = []
+    made, contexts, asked = [], [], []
     for i, name in enumerate(names):
-        task, share = make_task(name), len(range(i, count, len(names)))
-        if share:
-            length = characters(task, words, width)
-            made += [(task, item) for item in task.generate(0, share, length)]
-    begin = np.asarray(words.begin, np.int32)
-    contexts = [np.concatenate([begin, words.encode(item.context)]) for _, item in made]
-    asked = [words.encode(item.question) for _, item in made]
+        rows, share = TaskRows(make_task(name), words), len(range(i, count, len(names)))
+        for item in rows.held_out(share, width) if share else ():
+            made.append((rows.task, item))
+            one = rows.row(item.alone)
+            first = int(np.argmax(one.answers))
+            contexts.append(one.tokens[: one.context])
+            asked.append(one.tokens[one.context : first])
     context, context_lengths = map(jnp.asarray, pad_rows(contexts))
     question, question_lengths = map(jnp.asarray, pad_rows(asked))
     return HeldOutQuestions(
