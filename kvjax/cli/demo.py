@@ -57,7 +57,7 @@ class Demo(Command):
                 for task in config.tasks
             )
             config = dataclasses.replace(config, items=self.items, tasks=tasks)
-        rows, resumed = evaluate(config, self.out, "auto", ui)
+        rows, resumed, _ = evaluate(config, self.out, "auto", ui)
         others = {
             "tolerant": dataclasses.replace(config, model=TOLERANT),
             "dms": dataclasses.replace(
@@ -67,7 +67,7 @@ class Demo(Command):
         trained = {}
         for name, other in others.items():
             beside = out.with_name(f"{out.name}-{name}")
-            trained[name], again = evaluate(other, beside, "auto", ui)
+            trained[name], again, _ = evaluate(other, beside, "auto", ui)
             resumed += again
         with ui.status("drawing the report"):
             page = write_report(self.out)

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import signal
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import tyro
 from rich.console import Console
@@ -81,6 +81,10 @@ class Eval(Command):
     """Set a field of the evaluation: --set batch=8."""
     compression_set: Assignments = ()
     """Set a field of every compression; short: --compression.PATH VALUE."""
+    chat: Literal["auto", "always", "never"] | None = None
+    """Whether tasks are asked by the model's chat template; auto: those in words."""
+    export: Annotated[Literal["kvpress"] | None, optional("kvpress")] = None
+    """Also write the run as kvpress's evaluation does, to OUT/kvpress."""
     out: Folder = None
     """Run directory; results/CONFIG-MODEL if left out."""
     dtype: Dtype = "auto"
@@ -92,8 +96,15 @@ class Eval(Command):
         config = self.configured()
         name = pathlib.Path(self.config).stem, pathlib.Path(config.model).name
         out = self.out or pathlib.Path("results") / "-".join(name)
-        rows, resumed = evaluate(config, out, self.dtype, ui)
-        return {"run": str(out), "resumed_cells": resumed, "rows": rows}
+        rows, resumed, exported = evaluate(
+            config, out, self.dtype, ui, export=self.export
+        )
+        return {
+            "run": str(out),
+            "resumed_cells": resumed,
+            "exported": exported,
+            "rows": rows,
+        }
 
     def show(self, result: Mapping[str, Any], console: Console) -> None:
         """See `Command.show`."""
@@ -101,6 +112,8 @@ class Eval(Command):
         if result["resumed_cells"]:
             print(f"{result['resumed_cells']} cells are of an earlier call.")
         print(f"run directory: {result['run']}")
+        if result["exported"]:
+            print(f"for kvpress:   {len(result['exported'])} folders beside its rows")
         print(f"to draw it:    kvjax report {result['run']}")
 
     def configured(self):
@@ -146,7 +159,7 @@ class Eval(Command):
             changes["compressions"] = list(split(self.compression))
         if self.visibility is not None:
             changes["visibility"] = list(split(self.visibility))
-        for name in ("model", "items", "seed"):
+        for name in ("model", "items", "seed", "chat"):
             if getattr(self, name) is not None:
                 changes[name] = getattr(self, name)
         return changes
@@ -179,9 +192,13 @@ def _tasks(config, names: str) -> tuple[Any, ...]:
 
 
 def evaluate(
-    config, out: pathlib.Path, dtype: str, ui: UI
-) -> tuple[Sequence[Mapping[str, Any]], int]:
-    """Run an evaluation with a progress bar; its rows, and how many were there."""
+    config, out: pathlib.Path, dtype: str, ui: UI, export: str | None = None
+) -> tuple[Sequence[Mapping[str, Any]], int, list[str]]:
+    """Run an evaluation with a progress bar.
+
+    Returns:
+        Its rows, how many were there, and the folders of `export`.
+    """
     from kvjax.eval.harness import run
     from kvjax.eval.methods import methods
     from kvjax.eval.results import check_directory
@@ -221,4 +238,11 @@ def evaluate(
                 progress=tell,
             )
         bar.update(task, description="done")
-    return rows, resumed
+    folders = []
+    if export:
+        from kvjax.eval.export import export_kvpress
+        from kvjax.eval.plan import plan
+
+        made = plan(model.config, tokenizer, config)
+        folders = export_kvpress(made, out, out / "kvpress")
+    return rows, resumed, [str(folder) for folder in folders]

@@ -14,7 +14,7 @@ from kvjax.eval.plan import plan
 from kvjax.eval.questions import QuestionGroup
 from kvjax.eval.results import load_rows
 from kvjax.eval.rows import read_rows
-from kvjax.eval.tasks import Turn
+from kvjax.eval.tasks import RecordTask, Turn
 from kvjax.eval.tasks.recall import Recall
 from tests.eval import tiny
 
@@ -87,13 +87,17 @@ def test_a_session_reads_replies_between_the_questions(model, tokenizer):
 
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chosen(Recall):
+class Chosen(RecordTask):
     """Recall by choice."""
 
     name: ClassVar[str] = "chosen"
 
+    @property
+    def max_new_tokens(self) -> int:
+        return 4
+
     def episode(self, rng, size, turns=1):
-        made = super().episode(rng, size, turns)
+        made = Recall(value_length=2).episode(rng, size, turns)
         turns = tuple(
             dataclasses.replace(t, choices=(t.answer, ":zz]", ":q]"))
             for t in made.turns
@@ -110,7 +114,7 @@ def test_choices_are_those_of_the_plain_model(
 ):
     monkeypatch.setattr(tasks, "TASKS", {**tasks.TASKS, "chosen": Chosen})
     monkeypatch.setattr("kvjax.eval.asking.TASKS", tasks.TASKS)
-    task = {"name": "chosen", "fields": {"value_length": 2}}
+    task = {"name": "chosen", "fields": {}}
     made = tiny.config(tasks=[task], items=3, visibility=[visibility], keeps=[1.0])
     rows = harness.run(model, tokenizer, made, tmp_path / "run")
     (group,) = plan(model.config, tokenizer, made).groups
