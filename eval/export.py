@@ -5,8 +5,8 @@ DIR/<dataset>__<length>__<model>__<compression>__<share removed>[__query_aware]/
     metrics.json       per task, in percent
     config.yaml        what ran
 
-Source: github.com/NVIDIA/kvpress, `evaluation/evaluate.py`. Deviations: (1) a folder
-for each length, compression and budget of a run, with all tasks in it; (2) `config.yaml`
+Source: github.com/NVIDIA/kvpress, `evaluation/evaluate.py`. Deviations: (1) a length, a
+compression and a budget of a run have a folder, with all tasks in it; (2) `config.yaml`
 says of kvpress's fields those that have a meaning here, and under `kvjax` what made
 it; (3) tasks of others than RULER's are scored as `score`.
 """
