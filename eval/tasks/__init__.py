@@ -18,6 +18,7 @@ from kvjax.eval.tasks.induction import Induction as Induction
 from kvjax.eval.tasks.recall import Recall as Recall
 from kvjax.eval.tasks.records import STOP as STOP
 from kvjax.eval.tasks.records import RecordTask as RecordTask
+from kvjax.eval.tasks.ruler import RULER as RULER
 from kvjax.messages import nearest, shown
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
@@ -27,6 +28,7 @@ TASKS: Mapping[str, type[Task]] = MappingProxyType(
         "induction": Induction,
         "batch": ProblemBatch,
         "fact": Fact,
+        **RULER,
     }
 )
 

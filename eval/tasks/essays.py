@@ -1,0 +1,96 @@
+"""Running text of the user's, as sentences that something can be hidden between."""
+
+import functools
+import os
+import pathlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+
+from kvjax.files import read_text
+from kvjax.messages import shown
+
+DATA = "KVJAX_DATA"
+"""The environment variable that names a folder with `lm/gutenberg/*.txt`."""
+
+MOST_WORDS, MOST_CHARACTERS = 60, 480
+"""Of a sentence; what is longer, as tables are, is cut."""
+
+_TITLES = "".join(rf"(?<!\b{one}\.)" for one in ("Mr", "Mrs", "Ms", "Dr", "St", "vs"))
+_END = re.compile(
+    rf"(?:(?<=[.!?])|(?<=[.!?][\"'”’)\]])){_TITLES}\s+(?=[\"'“‘(\[]*[A-Z0-9])"
+    "|(?<=[。！？])"
+)
+_HEADER = re.compile(
+    r"\A.*?\*\*\* ?START OF TH[^\n]*\*\*\*|\*\*\* ?END OF TH.*\Z", re.S
+)
+
+
+def sentences(path: str, field: str = "essays") -> tuple[str, ...]:
+    """The sentences of a file, or of every `.txt` of a folder, spaces made one.
+
+    Args:
+        path: of the file or the folder; empty: `lm/gutenberg` in the folder that the
+            environment variable KVJAX_DATA names.
+        field: that holds the path, for messages.
+
+    Raises:
+        ValueError: there is no such text, or it has no words.
+    """
+    files = _files(path, field)
+    stamps = ((file, (at := os.stat(file)).st_mtime_ns, at.st_size) for file in files)
+    found = _read(tuple(stamps))
+    if not found:
+        raise ValueError(f"`{field}`: there is no word in {shown(files[0])}.")
+    return found
+
+
+def passage(rng: random.Random, text: Sequence[str], count: int) -> list[str]:
+    """`count` sentences in a row from a random one on; the first follows the last."""
+    start = rng.randrange(len(text))
+    return [text[(start + at) % len(text)] for at in range(count)]
+
+
+def _files(path: str, field: str) -> list[str]:
+    where = pathlib.Path(path) if path else _default(field)
+    if not where.is_dir():
+        if not where.exists():
+            raise ValueError(
+                f"`{field}`: there is no file or folder at {shown(str(where))}."
+            )
+        return [str(where)]
+    found = sorted(str(file) for file in where.glob("*.txt"))
+    if not found:
+        raise ValueError(f"`{field}`: no .txt file in the folder {shown(str(where))}.")
+    return found
+
+
+def _default(field: str) -> pathlib.Path:
+    data = os.environ.get(DATA, "")
+    where = pathlib.Path(data, "lm", "gutenberg")
+    if not data or not where.is_dir():
+        raise ValueError(
+            "Needles are hidden in essays of yours, which are not shipped: give the "
+            f"path of a text file or of a folder of them (`{field}`), or set {DATA} to "
+            "a folder with lm/gutenberg/*.txt. RULER takes Paul Graham's essays. "
+            "Without any text: `haystack: noise`."
+        )
+    return where
+
+
+@functools.lru_cache(4)
+def _read(stamps: tuple[tuple[str, int, int], ...]) -> tuple[str, ...]:
+    return tuple(
+        part
+        for file, _, _ in stamps
+        for sentence in _END.split(_HEADER.sub("", read_text(file)))
+        for part in _pieces(sentence)
+    )
+
+
+def _pieces(sentence: str) -> Iterator[str]:
+    words = sentence.split()
+    for at in range(0, len(words), MOST_WORDS):
+        part = " ".join(words[at : at + MOST_WORDS])
+        for begin in range(0, len(part), MOST_CHARACTERS):
+            yield part[begin : begin + MOST_CHARACTERS].strip()

@@ -1,0 +1,88 @@
+"""Every task in words: deterministic, disjoint from training, as long as allowed."""
+
+import pytest
+
+from kvjax.eval.tasks import (
+    HELD_OUT,
+    TASKS,
+    TRAIN,
+    Episode,
+    RecordTask,
+    Task,
+    make_task,
+    stream,
+)
+from tests.eval.languages import fields_of
+
+NAMES = sorted(name for name, one in TASKS.items() if not issubclass(one, RecordTask))
+FOUND_IN_CONTEXT = {name for name in NAMES if name.startswith(("niah", "kv", "vt"))}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> dict[str, Task]:
+    fields = fields_of(tmp_path_factory.mktemp("language"))
+    return {name: make_task(name, **fields.get(name, {})) for name in NAMES}
+
+
+def words(episode: Episode) -> int:
+    """A measure that is not in characters."""
+    texts = (t.question + t.prefix + t.answer for t in episode.turns)
+    return len(" ".join([episode.context, *texts]).replace("-", " ").split())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_episodes_are_the_same_again_whatever_their_number(name, tasks):
+    task = tasks[name]
+    three = task.episodes(5, 3, 600, words, turns=2)
+    assert three == task.episodes(5, 3, 600, words, turns=2)
+    assert three[:2] == task.episodes(5, 2, 600, words, turns=2)
+    assert three != task.episodes(6, 3, 600, words, turns=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("length", [500, 2000])
+def test_episodes_are_as_long_as_they_may_be(name, length, tasks):
+    for episode in tasks[name].episodes(1, 2, length, words):
+        assert 0.85 * length <= words(episode) <= length
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_perfect_replies_are_right_and_others_are_not(name, tasks):
+    task = tasks[name]
+    for episode in task.episodes(2, 2, 600, words, turns=3):
+        for turn in episode.turns:
+            assert task.score(turn, turn.answer) == 1
+            assert task.score(turn, turn.answer.upper() + "\nand so on") == 1
+            assert task.score(turn, "") == 0
+            assert task.score(turn, " I do not know.") == 0
+            assert turn.answers or turn.choices
+            if name in FOUND_IN_CONTEXT:
+                assert all(one in episode.context for one in turn.answers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_turns_ask_different_things(name, tasks):
+    task = tasks[name]
+    (episode,) = task.episodes(3, 1, 900, words, turns=3)
+    assert len(episode.turns) == (3 if task.multi_turn else 1)
+    assert len({one.question for one in episode.turns}) == len(episode.turns)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_and_held_out_streams_are_disjoint(name, tasks):
+    task = tasks[name]
+    kinds = {
+        kind: {
+            task.fitted(lambda i=i, k=kind: stream(k, name, 0, i), 600, words).context
+            for i in range(5)
+        }
+        for kind in (TRAIN, HELD_OUT)
+    }
+    assert not kinds[TRAIN] & kinds[HELD_OUT]
+    assert kinds[HELD_OUT] == {one.context for one in task.episodes(0, 5, 600, words)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lengths_that_hold_no_episode_are_refused(name, tasks):
+    with pytest.raises(ValueError, match="length of 9"):
+        tasks[name].episodes(0, 1, 9, words)
