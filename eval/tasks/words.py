@@ -54,6 +54,7 @@ NOUNS = tuple(
     """.split()
 )
 
+_KINDS = ("adjective", "noun", "verb")
 Kind = Annotated[str, OneOf("numbers", "words", "uuids")]
 
 
@@ -76,23 +77,31 @@ def pairs(path: str = "") -> tuple[str, ...]:
     return listed(path)
 
 
-@functools.lru_cache(8)
-def single(path: str = "") -> tuple[str, ...]:
-    """Words to be counted; of our own lists the plain ones, then their pairs.
+def single(count: int, path: str = "") -> tuple[str, ...]:
+    """Words to be counted, `count` or more where there are so many.
+
+    Of our own lists the plain ones, and where these are too few, pairs.
 
     Args:
-        path: see `pairs`; of a folder, every file whose name ends with `list.txt`
-            except `profanitylist.txt` is read.
+        count: how many are needed.
+        path: see `pairs`; of a folder, `adjectivelist.txt`, `nounlist.txt` and
+            `verblist.txt` are read, those that are there.
 
     Raises:
         ValueError: there is no such file, or no word in it.
     """
-    if not path:
-        return (*sorted({*ADJECTIVES, *NOUNS}), *pairs())
+    if path:
+        return _all(path)
+    plain = tuple(sorted({*ADJECTIVES, *NOUNS}))
+    return plain if count <= len(plain) else pairs()
+
+
+@functools.lru_cache(8)
+def _all(path: str) -> tuple[str, ...]:
     if not pathlib.Path(path).is_dir():
         return listed(path)
-    files = sorted(pathlib.Path(path).glob("*list.txt"))
-    files = [file for file in files if file.name != "profanitylist.txt"]
+    files = [pathlib.Path(path, f"{kind}list.txt") for kind in _KINDS]
+    files = [file for file in files if file.exists()]
     if not files:
         raise ValueError(
             f"No lists of words in the folder {shown(path)}: expected nounlist.txt, "

@@ -1,6 +1,8 @@
 """Files that tasks in words read, small ones written for tests."""
 
+import json
 import pathlib
+from typing import Any
 
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn")
 PLACES = ("a barn", "the sea", "a mill", "the old road", "a lake")
@@ -16,6 +18,46 @@ def essay() -> str:
     return "\n\n".join("\n".join(lines[i : i + 7]) for i in range(0, 120, 7))
 
 
+def squad() -> dict[str, Any]:
+    """Questions as SQuAD has them: four paragraphs in each of twenty articles."""
+
+    def paragraph(a: int, p: int) -> dict[str, Any]:
+        text = (
+            f"Town {a}-{p} has {a * 10 + p + 3} streets and lies near {PLACES[a % 5]}."
+        )
+        ask = {"question": f"How many streets has town {a}-{p}?", "id": f"{a}{p}"}
+        spans = [{"text": f"{a * 10 + p + 3} streets", "answer_start": 0}] * 2
+        none = {"question": "Who knows?", "answers": [], "is_impossible": True}
+        return {
+            "context": text,
+            "qas": [{**ask, "answers": spans, "is_impossible": False}, none],
+        }
+
+    articles = [
+        {"title": str(a), "paragraphs": [paragraph(a, p) for p in range(4)]}
+        for a in range(20)
+    ]
+    return {"version": "v2.0", "data": articles}
+
+
+def hotpotqa() -> list[dict[str, Any]]:
+    """Questions as HotpotQA has them, about two of ten pages each."""
+
+    def page(n: int) -> list[Any]:
+        return [f"Page {n}", [f"Number {n} is here.", f" It has {n * 7} legs."]]
+
+    return [
+        {
+            "_id": str(n),
+            "question": f"How many legs has number {n * 10}?",
+            "answer": f"{n * 70} legs",
+            "context": [page(n * 10 + at) for at in range(10)],
+            "supporting_facts": [],
+        }
+        for n in range(1, 9)
+    ]
+
+
 def fields_of(folder: pathlib.Path) -> dict[str, dict[str, str]]:
     """Fields of the tasks that need files, which are written into the folder."""
     text = folder / "essay.txt"
@@ -24,4 +66,10 @@ def fields_of(folder: pathlib.Path) -> dict[str, dict[str, str]]:
     needles = (
         "niah_single_2 niah_single_3 niah_multikey_1 niah_multivalue niah_multiquery"
     )
-    return dict.fromkeys(needles.split(), essays)
+    files = {"qa_1": ("squad.json", squad()), "qa_2": ("hotpot.json", hotpotqa())}
+    for name, content in files.values():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return {
+        **dict.fromkeys(needles.split(), essays),
+        **{task: {"path": str(folder / name)} for task, (name, _) in files.items()},
+    }

@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from kvjax.eval.tasks.base import Task
+from kvjax.eval.tasks.ruler.counting import CommonWords as CommonWords
+from kvjax.eval.tasks.ruler.counting import FrequentWords as FrequentWords
+from kvjax.eval.tasks.ruler.documents import DocumentQuestions as DocumentQuestions
 from kvjax.eval.tasks.ruler.needle import Needle as Needle
+from kvjax.eval.tasks.ruler.tracking import VariableTracking as VariableTracking
 from kvjax.eval.tasks.variants import variant
 
 _UUIDS = {"key_kind": "uuids", "value_kind": "uuids"}
@@ -29,6 +33,11 @@ RULER: Mapping[str, type[Task]] = MappingProxyType(
                 {"haystack": "essay", "values": 4, "multi_turn": False},
             ),
             ("niah_multiquery", Needle, {"haystack": "essay", "keys": 4, "queries": 4}),
+            ("vt", VariableTracking, {}),
+            ("cwe", CommonWords, {}),
+            ("fwe", FrequentWords, {}),
+            ("qa_1", DocumentQuestions, {}),
+            ("qa_2", DocumentQuestions, {"layout": "hotpotqa"}),
         )
     }
 )
