@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from kvjax.eval.tasks.babilong import BABILONG as BABILONG
 from kvjax.eval.tasks.base import HELD_OUT as HELD_OUT
 from kvjax.eval.tasks.base import TRAIN as TRAIN
 from kvjax.eval.tasks.base import Episode as Episode
@@ -15,10 +16,14 @@ from kvjax.eval.tasks.batch import ProblemBatch as ProblemBatch
 from kvjax.eval.tasks.chain import Chain as Chain
 from kvjax.eval.tasks.fact import Fact as Fact
 from kvjax.eval.tasks.induction import Induction as Induction
+from kvjax.eval.tasks.passkey import Passkey as Passkey
 from kvjax.eval.tasks.recall import Recall as Recall
 from kvjax.eval.tasks.records import STOP as STOP
 from kvjax.eval.tasks.records import RecordTask as RecordTask
+from kvjax.eval.tasks.retrieval import KeyValue, Lines
 from kvjax.eval.tasks.ruler import RULER as RULER
+from kvjax.eval.tasks.scbench import SCBENCH as SCBENCH
+from kvjax.eval.tasks.variants import variant
 from kvjax.messages import nearest, shown
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
@@ -29,6 +34,11 @@ TASKS: Mapping[str, type[Task]] = MappingProxyType(
         "batch": ProblemBatch,
         "fact": Fact,
         **RULER,
+        "kv_retrieval": variant(KeyValue, "kv_retrieval"),
+        "lines": variant(Lines, "lines"),
+        "passkey": Passkey,
+        **BABILONG,
+        **SCBENCH,
     }
 )
 

@@ -6,7 +6,9 @@ import pathlib
 import random
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from kvjax.eval.tasks.stamps import stamp
 from kvjax.files import read_text
 from kvjax.messages import shown
 
@@ -38,8 +40,7 @@ def sentences(path: str, field: str = "essays") -> tuple[str, ...]:
         ValueError: there is no such text, or it has no words.
     """
     files = _files(path, field)
-    stamps = ((file, (at := os.stat(file)).st_mtime_ns, at.st_size) for file in files)
-    found = _read(tuple(stamps))
+    found = _read(tuple((file, *stamp(file)) for file in files))
     if not found:
         raise ValueError(f"`{field}`: there is no word in {shown(files[0])}.")
     return found
@@ -79,10 +80,10 @@ def _default(field: str) -> pathlib.Path:
 
 
 @functools.lru_cache(4)
-def _read(stamps: tuple[tuple[str, int, int], ...]) -> tuple[str, ...]:
+def _read(stamps: tuple[tuple[Any, ...], ...]) -> tuple[str, ...]:
     return tuple(
         part
-        for file, _, _ in stamps
+        for file, *_ in stamps
         for sentence in _END.split(_HEADER.sub("", read_text(file)))
         for part in _pieces(sentence)
     )

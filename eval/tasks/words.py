@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated
 
+from kvjax.eval.tasks.stamps import stamp
 from kvjax.fields import OneOf
 from kvjax.files import read_text, regular
 from kvjax.messages import shown
@@ -58,7 +59,6 @@ _KINDS = ("adjective", "noun", "verb")
 Kind = Annotated[str, OneOf("numbers", "words", "uuids")]
 
 
-@functools.lru_cache(8)
 def pairs(path: str = "") -> tuple[str, ...]:
     """Words that name something, each once; of our own lists, `amber-acorn` and so on.
 
@@ -69,6 +69,12 @@ def pairs(path: str = "") -> tuple[str, ...]:
     Raises:
         ValueError: there is no such file, or no word in it.
     """
+    return _pairs(path, *stamp(path)) if path else _pairs(path)
+
+
+@functools.lru_cache(8)
+def _pairs(path: str, *stamps: int) -> tuple[str, ...]:
+    del stamps
     if not path:
         return _paired(ADJECTIVES, NOUNS)
     if pathlib.Path(path).is_dir():
@@ -91,13 +97,14 @@ def single(count: int, path: str = "") -> tuple[str, ...]:
         ValueError: there is no such file, or no word in it.
     """
     if path:
-        return _all(path)
+        return _all(path, *stamp(path))
     plain = tuple(sorted({*ADJECTIVES, *NOUNS}))
     return plain if count <= len(plain) else pairs()
 
 
 @functools.lru_cache(8)
-def _all(path: str) -> tuple[str, ...]:
+def _all(path: str, *stamps: int) -> tuple[str, ...]:
+    del stamps
     if not pathlib.Path(path).is_dir():
         return listed(path)
     files = [pathlib.Path(path, f"{kind}list.txt") for kind in _KINDS]

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn")
@@ -58,6 +59,34 @@ def hotpotqa() -> list[dict[str, Any]]:
     ]
 
 
+def facts(count: int) -> list[dict[str, str]]:
+    """Items as BABILong has them, with facts of `qa1` in other text."""
+    people, rooms = ("John", "Mary"), ("kitchen", "garden", "office")
+    return [
+        {
+            "input": f"{essay()[: 100 + 40 * n]} {people[n % 2]} moved to the "
+            f"{rooms[n % 3]}.",
+            "question": f"Where is {people[n % 2]}? ",
+            "target": rooms[n % 3],
+        }
+        for n in range(count)
+    ]
+
+
+def shots(count: int) -> list[dict[str, str]]:
+    """Labelled examples of one kind."""
+    return [
+        {"text": f"Is {n} even?", "label": "(B)" if n % 2 else "(A)"}
+        for n in range(count)
+    ]
+
+
+def write_lines(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> str:
+    """JSON lines, and the path they are at."""
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    return str(path)
+
+
 def fields_of(folder: pathlib.Path) -> dict[str, dict[str, str]]:
     """Fields of the tasks that need files, which are written into the folder."""
     text = folder / "essay.txt"
@@ -69,7 +98,20 @@ def fields_of(folder: pathlib.Path) -> dict[str, dict[str, str]]:
     files = {"qa_1": ("squad.json", squad()), "qa_2": ("hotpot.json", hotpotqa())}
     for name, content in files.values():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    babi = write_lines(folder / "babi.jsonl", facts(12))
+    many = write_lines(folder / "shots.jsonl", shots(900))
     return {
+        **dict.fromkeys((f"babilong_qa{n}" for n in (1, 2, 3, 4)), {"path": babi}),
+        "babilong_qa5": {
+            "path": write_lines(
+                folder / "gave.jsonl",
+                [
+                    {**one, "question": "Who gave the milk?", "target": "Mary"}
+                    for one in facts(12)
+                ],
+            )
+        },
+        "scbench_many_shot": {"path": many},
         **dict.fromkeys(needles.split(), essays),
         **{task: {"path": str(folder / name)} for task, (name, _) in files.items()},
     }

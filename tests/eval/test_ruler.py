@@ -171,6 +171,9 @@ def test_words_may_be_listed(tmp_path):
     _, made = episode("niah_multikey_2", 5, words=str(tmp_path / "few.txt"))
     keys = [key for _, key, _ in NEEDLE.findall(made.context)]
     assert len(set(keys)) == 6 and all(re.fullmatch("z[ia]g(-[234])?", k) for k in keys)
+    (tmp_path / "few.txt").write_text("other\n")  # what changes is read again
+    _, made = episode("niah_single_1", 5, words=str(tmp_path / "few.txt"))
+    assert made.turns[0].meta["key"] == "other"
     (tmp_path / "adjectivelist.txt").write_text("big\nsmall\n")
     (tmp_path / "nounlist.txt").write_text("dog\n")
     _, made = episode("niah_single_1", 5, words=str(tmp_path))

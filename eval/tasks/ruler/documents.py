@@ -18,6 +18,7 @@ from kvjax.eval.tasks.base import (
 from kvjax.eval.tasks.fitting import fitted
 from kvjax.eval.tasks.matching import any_found
 from kvjax.eval.tasks.reading_files import Record, read_records
+from kvjax.eval.tasks.stamps import stamp
 from kvjax.fields import Count, OneOf, Positive, Seed, fit
 from kvjax.files import read_json, regular
 from kvjax.messages import shown
@@ -132,8 +133,7 @@ class DocumentQuestions(Task):
                 f"Task {self.name!r} needs `path`: a JSON file of {what[self.layout]} "
                 "layout, which is not shipped."
             )
-        at = regular(self.path).stat()
-        return _file(self.path, self.layout, at.st_mtime_ns, at.st_size)
+        return _file(self.path, self.layout, *stamp(str(regular(self.path))))
 
 
 def _made(
@@ -165,8 +165,10 @@ def _made(
 
 
 @functools.lru_cache(2)
-def _file(path: str, layout: str, *stamp: int) -> tuple[Sequence[Asked], Sequence[str]]:
-    del stamp
+def _file(
+    path: str, layout: str, *stamps: int
+) -> tuple[Sequence[Asked], Sequence[str]]:
+    del stamps
     pages: dict[str, int] = {}
     read = {"squad": _squad, "hotpotqa": _hotpotqa}[layout]
     asked = list(read(path, pages))

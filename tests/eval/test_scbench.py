@@ -1,0 +1,115 @@
+"""SCBench's generated tasks: counted here by other means."""
+
+import json
+import re
+import statistics
+
+import pytest
+
+from kvjax.eval.tasks import make_task, stream
+from tests.eval.languages import shots, write_lines
+
+
+def episode(name: str, size: int, turns: int = 1, seed: int = 0, **fields):
+    task = make_task(name, **fields)
+    return task, task.episode(stream("test", name, seed, 0), size, turns)
+
+
+@pytest.mark.parametrize("size", [1, 6, 200])
+def test_one_string_begins_and_ends_as_asked(size):
+    _, made = episode("scbench_prefix_suffix", size, 5)
+    strings = json.loads(made.context[made.context.index("[") :])
+    assert len(strings) == max(size, 5)
+    assert all(65 <= len(one) <= 122 for one in strings)
+    for turn in made.turns:
+        asked = re.fullmatch(
+            r'\nPrefix: "(\w+)"\nSuffix: "(\w+)"\nThe string is: ', turn.question
+        )
+        assert asked
+        found = [s for s in strings if s.startswith(asked[1]) and s.endswith(asked[2])]
+        assert tuple(found) == turn.answers
+    if size == 200:  # neither end alone tells it
+        first = made.turns[0].meta
+        assert sum(one.startswith(first["prefix"]) for one in strings) > 1
+        assert sum(one.endswith(first["suffix"]) for one in strings) > 1
+
+
+@pytest.mark.parametrize("size", [1, 5, 100, 1001])
+@pytest.mark.parametrize("largest", [20, 999])
+def test_statistics_are_of_the_list(size, largest):
+    for seed in range(5):
+        task, made = episode("scbench_mf", size, 7, seed, largest=largest)
+        numbers = json.loads(made.context)
+        ranked = sorted(set(numbers))
+        assert len(numbers) % 2 and abs(len(numbers) - max(size, 5)) <= 1
+        assert 0 <= min(numbers) and max(numbers) <= largest
+        want = {
+            "largest": ranked[-1],
+            "second largest": ranked[-2],
+            "third largest": ranked[-3],
+            "smallest": ranked[0],
+            "second smallest": ranked[1],
+            "third smallest": ranked[2],
+            "median": statistics.median(numbers),
+        }
+        assert len(made.turns) == 7
+        for turn in made.turns:
+            which = turn.meta["which"]
+            assert turn.answers == (str(want.pop(which)),)
+            assert turn.question == (
+                f"What is the {which} number of the list?\n\nYou should answer with "
+                f"only one number, no other words. The {which} number of the list is: "
+            )
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [("{0}", 1), ("It is {0}, not 5.", 1), ("{0}.0", 1), ("5 or {0}", 0), ("{0}7", 0)],
+)
+def test_the_first_number_counts(reply, score):
+    task, made = episode("scbench_mf", 50)
+    (turn,) = made.turns
+    assert turn.answer != "5"
+    assert task.score(turn, reply.format(turn.answer)) == score
+
+
+def test_chains_are_asked_in_turn():
+    task, made = episode("scbench_vt", 30, 5)
+    assert len(made.turns) == 5 and all(len(one.answers) == 3 for one in made.turns)
+    assert "3 variables are assigned" in made.turns[0].prefix
+    one = made.turns[0]
+    assert task.score(one, one.answers[1]) == pytest.approx(1 / 3)
+    _, two = episode("scbench_vt", 30, 1)
+    text = two.context.split("Memorize and track")[2]
+    assert len(re.findall(r"= \d{5}", text)) == 2
+
+
+def test_examples_are_shown_and_others_asked(tmp_path):
+    path = write_lines(tmp_path / "s.jsonl", shots(40))
+    task, made = episode("scbench_many_shot", 25, 4, path=path)
+    known = {f"Q: {one['text']}\nA:": one["label"] for one in shots(40)}
+    seen = [f"{one}\nA:" for one in re.findall(r"^Q: .*$", made.context, re.M)]
+    assert len(set(seen)) == 25 and {*seen} <= {*known}
+    for one in seen:
+        assert f"{one} {known[one]}\n\n" in made.context
+    for turn in made.turns:
+        assert turn.question in known and turn.question not in seen
+        assert turn.answers == (known[turn.question],)
+        assert task.score(turn, f"{turn.answers[0].lower()} of course") == 1
+        assert task.score(turn, "(C)") == 0
+    _, whole = episode("scbench_many_shot", 99, 1, path=path)
+    assert whole.context.count("Q: ") == 39
+
+
+def test_examples_come_from_a_file(tmp_path):
+    with pytest.raises(ValueError, match="needs `path`: a file of examples"):
+        episode("scbench_many_shot", 3)
+    path = write_lines(tmp_path / "s.jsonl", shots(2))
+    with pytest.raises(ValueError, match="has 2 examples, which is no more than 2"):
+        episode("scbench_many_shot", 3, 2, path=path)
+    path = write_lines(tmp_path / "t.jsonl", [{"question": "a?", "answer": "b"}] * 3)
+    _, made = episode("scbench_many_shot", 1, path=path)
+    assert made.context == "Q: a?\nA: b\n\n"
+    path = write_lines(tmp_path / "u.jsonl", [{"text": "a?"}] * 3)
+    with pytest.raises(ValueError, match=r"line 1: there is no column `label`"):
+        episode("scbench_many_shot", 1, path=path)
