@@ -1,5 +1,8 @@
 """Every task in words: deterministic, disjoint from training, as long as allowed."""
 
+import dataclasses
+import re
+
 import pytest
 
 from kvjax.eval.tasks import (
@@ -101,3 +104,28 @@ def test_lengths_that_hold_no_episode_are_refused(name, tasks):
 def test_what_is_read_is_not_trained_on(name, tasks):
     with pytest.raises(ValueError, match="held out"):
         tasks[name].episode(stream(TRAIN, name, 0, 0), 100)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fields_are_documented(name):
+    text = "\n".join(base.__doc__ or "" for base in TASKS[name].__mro__)
+    for field in dataclasses.fields(TASKS[name]):
+        assert re.search(rf"\b{field.name}\b.*: ", text), field.name
+    assert "Source: " in text
+
+
+def test_the_page_of_tasks_is_current(repo):
+    page = (repo / "docs/tasks.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \| ", page.split("## Fields")[0], re.M)
+    assert sorted(one for row in rows for one in re.findall("`(.+?)`", row)) == NAMES
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(code, {})  # noqa: S102 - of our own page
+
+
+def test_variants_keep_their_names_and_take_fields():
+    one, two = make_task("kv_retrieval"), make_task("scbench_kv")
+    assert (one.name, two.name) == ("kv_retrieval", "scbench_kv")
+    assert one != two and make_task("scbench_kv") == two
+    same = make_task("scbench_kv", layout="lines")
+    rng = (stream(TRAIN, "a", 0, 0) for _ in range(2))
+    assert same.episode(next(rng), 3) == one.episode(next(rng), 3)

@@ -43,7 +43,7 @@ class VariableTracking(Task):
         essays: see `Needle`.
 
     Source: Hsieh et al. 2024, github.com/NVIDIA/RULER, `variable_tracking.py`.
-        Deviations: (1) the example has 15 lines of noise for every tokenizer, where it
+        Deviations: (1) the example has 14 lines of noise for every tokenizer, where it
         has as many as fit into 500 tokens there, and is another one in each item; (2)
         no name and no number stands twice; (3) of one chain, two assignments may
         follow each other at once.
@@ -55,7 +55,7 @@ class VariableTracking(Task):
     hops: Positive = 4
     haystack: Annotated[str, OneOf("noise", "essay")] = "noise"
     example: bool = True
-    example_lines: Count = 15
+    example_lines: Count = 14
     essays: str = ""
 
     @property
