@@ -11,6 +11,7 @@ from typing import Any
 from kvjax.eval.tasks.stamps import stamp
 from kvjax.files import read_text
 from kvjax.messages import shown
+from kvjax.places import expanded
 
 DATA = "KVJAX_DATA"
 """The environment variable that names a folder with `lm/gutenberg/*.txt`."""
@@ -53,7 +54,7 @@ def passage(rng: random.Random, text: Sequence[str], count: int) -> list[str]:
 
 
 def _files(path: str, field: str) -> list[str]:
-    where = pathlib.Path(path) if path else _default(field)
+    where = expanded(path) if path else _default(field)
     if not where.is_dir():
         if not where.exists():
             raise ValueError(

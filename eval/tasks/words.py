@@ -11,6 +11,7 @@ from kvjax.eval.tasks.stamps import stamp
 from kvjax.fields import OneOf
 from kvjax.files import read_text, regular
 from kvjax.messages import shown
+from kvjax.places import expanded
 
 ADJECTIVES = tuple(
     """
@@ -69,6 +70,7 @@ def pairs(path: str = "") -> tuple[str, ...]:
     Raises:
         ValueError: there is no such file, or no word in it.
     """
+    path = str(expanded(path)) if path else ""
     return _pairs(path, *stamp(path)) if path else _pairs(path)
 
 
@@ -97,6 +99,7 @@ def single(count: int, path: str = "") -> tuple[str, ...]:
         ValueError: there is no such file, or no word in it.
     """
     if path:
+        path = str(expanded(path))
         return _all(path, *stamp(path))
     plain = tuple(sorted({*ADJECTIVES, *NOUNS}))
     return plain if count <= len(plain) else pairs()

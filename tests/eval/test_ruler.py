@@ -143,6 +143,8 @@ def test_essays_may_be_a_folder_and_are_none_of_ours(tmp_path, monkeypatch, text
     folder.mkdir(parents=True)
     (folder / "a.txt").write_text("One. Two.")
     (folder / "b.txt").write_text("Three!\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sentences("~/lm/gutenberg/a.txt") == ("One.", "Two.")
     monkeypatch.setenv("KVJAX_DATA", str(tmp_path))
     assert sentences("") == ("One.", "Two.", "Three!")
 
@@ -355,7 +357,8 @@ def test_fields_are_held_to_what_there_is():
     assert set(SHAPES) <= set(RULER)
     with pytest.raises(ValueError, match=r"'essay'.*Did you mean 'essay'"):
         make_task("niah_single_1", haystack="essays")
-    with pytest.raises(ValueError, match="`NiahSingle1.keys`"):
-        make_task("niah_single_1", keys=0)
+    for wrong in (0, 10**9, 1.5, "two"):
+        with pytest.raises(ValueError, match="`NiahSingle1.keys` must be an integer"):
+            make_task("niah_single_1", keys=wrong)
     with pytest.raises(ValueError, match="Did you mean 'niah_multikey_1'"):
         make_task("niah_multkey_1")

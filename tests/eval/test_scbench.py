@@ -64,7 +64,8 @@ def test_statistics_are_of_the_list(size, largest):
 
 @pytest.mark.parametrize(
     ("reply", "score"),
-    [("{0}", 1), ("It is {0}, not 5.", 1), ("{0}.0", 1), ("5 or {0}", 0), ("{0}7", 0)],
+    [("{0}", 1), ("It is {0}, not 5.", 1), ("{0}.0", 1), ("5 or {0}", 0), ("{0}7", 0)]
+    + [("9" * 5000, 0), ("٣", 0), ("00{0}", 1)],
 )
 def test_the_first_number_counts(reply, score):
     task, made = episode("scbench_mf", 50)

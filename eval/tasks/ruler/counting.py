@@ -11,11 +11,12 @@ from scipy.special import zeta
 from kvjax.eval.tasks.base import Episode, Measure, Task, Turn
 from kvjax.eval.tasks.matching import share_found
 from kvjax.eval.tasks.words import chosen, distinct, single
-from kvjax.fields import Positive, Range
+from kvjax.fields import Range
 
 LONG = 4096
 """From this length on RULER repeats words more often."""
 
+Often = Annotated[int, Range(1, 10_000)]
 LIST = (
     "Below is a numbered list of words. In these words, some appear more often than "
     "others. Memorize the ones that appear most often.\n"
@@ -57,9 +58,9 @@ class CommonWords(Task):
     unit: ClassVar[str] = "words"
     multi_turn: ClassVar[bool] = False
 
-    common: Positive = 10
-    repeats: Positive | None = None
-    others: Positive | None = None
+    common: Annotated[int, Range(1, 100)] = 10
+    repeats: Often | None = None
+    others: Often | None = None
     example: bool = True
     words: str = ""
 

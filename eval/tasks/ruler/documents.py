@@ -22,6 +22,7 @@ from kvjax.eval.tasks.stamps import stamp
 from kvjax.fields import Count, OneOf, Positive, Seed, fit
 from kvjax.files import read_json, regular
 from kvjax.messages import shown
+from kvjax.places import expanded
 
 ASK = (
     "Answer the question based on the given documents. Only give me the answer and do "
@@ -133,7 +134,8 @@ class DocumentQuestions(Task):
                 f"Task {self.name!r} needs `path`: a JSON file of {what[self.layout]} "
                 "layout, which is not shipped."
             )
-        return _file(self.path, self.layout, *stamp(str(regular(self.path))))
+        path = str(regular(expanded(self.path)))
+        return _file(path, self.layout, *stamp(path))
 
 
 def _made(

@@ -10,7 +10,7 @@ from kvjax.eval.tasks.essays import passage, sentences
 from kvjax.eval.tasks.filler import scatter
 from kvjax.eval.tasks.matching import share_found
 from kvjax.eval.tasks.words import Kind, named, pairs
-from kvjax.fields import OneOf, Positive, Share
+from kvjax.fields import OneOf, Range, Share
 
 NOISE = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. "
@@ -32,6 +32,7 @@ SOME = (
 )
 """What comes before the text, the question and the beginning of the reply."""
 
+Few = Annotated[int, Range(1, 4096)]
 Hay = Annotated[str, OneOf("noise", "essay", "needle")]
 
 
@@ -66,9 +67,9 @@ class Needle(Task):
     unit: ClassVar[str] = "sentences"
 
     haystack: Hay = "noise"
-    keys: Positive = 1
-    values: Positive = 1
-    queries: Positive = 1
+    keys: Few = 1
+    values: Few = 1
+    queries: Few = 1
     key_kind: Kind = "words"
     value_kind: Kind = "numbers"
     depth: Share | None = None

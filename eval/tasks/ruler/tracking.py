@@ -11,7 +11,7 @@ from kvjax.eval.tasks.filler import scatter
 from kvjax.eval.tasks.matching import share_found
 from kvjax.eval.tasks.ruler.needle import NOISE
 from kvjax.eval.tasks.words import distinct, number
-from kvjax.fields import Count, OneOf, Positive
+from kvjax.fields import OneOf, Range
 
 BEFORE = (
     "Memorize and track the chain(s) of variable assignment hidden in the following "
@@ -51,11 +51,11 @@ class VariableTracking(Task):
 
     unit: ClassVar[str] = "sentences"
 
-    chains: Positive = 1
-    hops: Positive = 4
+    chains: Annotated[int, Range(1, 100)] = 1
+    hops: Annotated[int, Range(1, 100)] = 4
     haystack: Annotated[str, OneOf("noise", "essay")] = "noise"
     example: bool = True
-    example_lines: Count = 14
+    example_lines: Annotated[int, Range(0, 10_000)] = 14
     essays: str = ""
 
     @property

@@ -2,10 +2,10 @@
 
 import dataclasses
 import random
-import re
 from typing import Annotated, ClassVar
 
 from kvjax.eval.tasks.base import Episode, Task, Turn
+from kvjax.eval.tasks.matching import numbers
 from kvjax.fields import Range
 
 ASKED = (
@@ -73,13 +73,12 @@ class MathFind(Task):
 
     def score(self, item: Turn, reply: str) -> float:
         """1 if the first number of the reply is the right one."""
-        first = re.search(r"[0-9]+(\.[0-9]+)?", reply)
-        return float(bool(first) and int(float(first[0])) == int(item.answers[0]))
+        return float(numbers(reply)[:1] == [item.answers[0]])
 
 
-def _statistic(numbers: list[int], which: str) -> int:
+def _statistic(listed: list[int], which: str) -> int:
     if which == "median":
-        return sorted(numbers)[len(numbers) // 2]
+        return sorted(listed)[len(listed) // 2]
     *rank, end = which.split()
     place = {"": 0, "second": 1, "third": 2}["".join(rank)]
-    return sorted(set(numbers), reverse=end == "largest")[place]
+    return sorted(set(listed), reverse=end == "largest")[place]

@@ -11,6 +11,7 @@ from kvjax.eval.tasks.matching import any_found
 from kvjax.eval.tasks.reading_files import read_records
 from kvjax.eval.tasks.stamps import stamp
 from kvjax.fields import Positive
+from kvjax.places import expanded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class ManyShot(Task):
                 f"Task {self.name!r} needs `path`: a file of examples with the columns "
                 "`text` and `label`, JSON lines say. None is shipped."
             )
-        return _examples(self.path, *stamp(self.path))
+        return _examples(self.path, *stamp(str(expanded(self.path))))
 
 
 @functools.lru_cache(2)
