@@ -186,7 +186,7 @@ def decode_config(tree: Any) -> EvalConfig:
         ValueError: unknown or missing keys, values out of range.
     """
     if isinstance(tree, Mapping) and isinstance(tree.get("tasks"), list | tuple):
-        tree = {**tree, "tasks": [_task(entry) for entry in tree["tasks"]]}
+        tree = {**tree, "tasks": [as_entry(entry) for entry in tree["tasks"]]}
     return decode(tree, EvalConfig)
 
 
@@ -229,7 +229,8 @@ def load_config(
         raise ValueError(f"evaluation {shown(str(name))}: {wrong}") from None
 
 
-def _task(entry: Any) -> Any:
+def as_entry(entry: Any) -> Any:
+    """A task as YAML says it, which may be its name alone, as a tree of `TaskEntry`."""
     if isinstance(entry, str):
         return {"name": entry}
     if not isinstance(entry, Mapping) or entry.get("name") != TEXT:

@@ -1,6 +1,7 @@
 """Running text of the user's, as sentences that something can be hidden between."""
 
 import functools
+import logging
 import os
 import pathlib
 import random
@@ -9,9 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kvjax.eval.tasks.stamps import stamp
+from kvjax.eval.tasks.words import ADJECTIVES, NOUNS
 from kvjax.files import read_text
 from kvjax.messages import shown
 from kvjax.places import expanded
+
+LOG = logging.getLogger("kvjax.eval")
 
 DATA = "KVJAX_DATA"
 """The environment variable that names a folder with `lm/gutenberg/*.txt`."""
@@ -34,12 +38,15 @@ def sentences(path: str, field: str = "essays") -> tuple[str, ...]:
 
     Args:
         path: of the file or the folder; empty: `lm/gutenberg` in the folder that the
-            environment variable KVJAX_DATA names.
+            environment variable KVJAX_DATA names, and without one sentences that are
+            made up, which is said.
         field: that holds the path, for messages.
 
     Raises:
         ValueError: there is no such text, or it has no words.
     """
+    if not path and not _default():
+        return made_up()
     files = _files(path, field)
     found = _read(tuple((file, *stamp(file)) for file in files))
     if not found:
@@ -54,7 +61,7 @@ def passage(rng: random.Random, text: Sequence[str], count: int) -> list[str]:
 
 
 def _files(path: str, field: str) -> list[str]:
-    where = expanded(path) if path else _default(field)
+    where = expanded(path or _default())
     if not where.is_dir():
         if not where.exists():
             raise ValueError(
@@ -67,17 +74,45 @@ def _files(path: str, field: str) -> list[str]:
     return found
 
 
-def _default(field: str) -> pathlib.Path:
+def _default() -> str:
+    """The folder of the environment; empty: there is none."""
     data = os.environ.get(DATA, "")
     where = pathlib.Path(data, "lm", "gutenberg")
-    if not data or not where.is_dir():
-        raise ValueError(
-            "Needles are hidden in essays of yours, which are not shipped: give the "
-            f"path of a text file or of a folder of them (`{field}`), or set {DATA} to "
-            "a folder with lm/gutenberg/*.txt. RULER takes Paul Graham's essays. "
-            "Without any text: `haystack: noise`."
+    return str(where) if data and where.is_dir() else ""
+
+
+@functools.cache  # is said once
+def made_up() -> tuple[str, ...]:
+    """Sentences of no meaning, all different: what essays are where none are given."""
+    LOG.warning(
+        "no essays are given: needles are hidden in sentences that are made up. Give "
+        "the path of a text file or of a folder of them (`essays`), or set %s to a "
+        "folder with lm/gutenberg/*.txt. RULER takes Paul Graham's essays.",
+        DATA,
+    )
+    rng = random.Random("essays")
+    return tuple(
+        rng.choice(_PATTERNS).format(
+            *(rng.choice(ADJECTIVES) for _ in range(2)),
+            *(rng.choice(NOUNS) for _ in range(3)),
+            rng.choice(_VERBS),
         )
-    return where
+        for _ in range(4096)
+    )
+
+
+_VERBS = (
+    "found followed forgot painted carried borrowed remembered repaired watched left "
+    "described counted hid met sold praised"
+).split()
+_PATTERNS = (
+    "The {0} {2} {5} a {3} near the {1} {4}.",
+    "Nobody knew why the {2} {5} the {0} {3} of the {4}.",
+    "Once a {0} {2} {5} every {3} in the {1} {4}.",
+    "In the {4}, a {2} {5} the {1} {3} before noon.",
+    "When the {0} {3} was gone, the {2} {5} its {1} {4}.",
+    "It is said that a {1} {2} {5} the {3}, and that the {4} was {0}.",
+)
 
 
 @functools.lru_cache(4)

@@ -15,6 +15,7 @@ from kvjax.cli.base import (
     Assignments,
     Command,
     Dtype,
+    Flag,
     Folder,
     Items,
     Names,
@@ -29,7 +30,14 @@ from kvjax.cli.base import (
 )
 from kvjax.cli.tables import print_scores
 from kvjax.config import parse_assignments
-from kvjax.eval.config import NEEDLE, TaskEntry, bundled_evaluations, load_config
+from kvjax.eval.config import (
+    NEEDLE,
+    EvalConfig,
+    TaskEntry,
+    bundled_evaluations,
+    load_config,
+)
+from kvjax.eval.suites import suite, suites, with_fields
 from kvjax.eval.tasks import TASKS
 from kvjax.interrupt import noted_interrupt
 from kvjax.messages import shown
@@ -41,6 +49,7 @@ CONFIGS = (
     "options below change it."
 )
 TASK_NAMES = f"Of {', '.join([*TASKS, NEEDLE])}."
+SUITE_NAMES = f"Ask the tasks of a benchmark: {', '.join(suites())}."
 _BUDGET = "evict.budget.keep"
 
 
@@ -69,7 +78,15 @@ class Eval(Command):
     keep: Names = None
     """Fractions kept, for all that have a budget: 0.5,0.25,0.1."""
     tasks: Annotated[str | None, optional("A,B,C", TASK_NAMES)] = None
-    lengths: Names = None
+    suite: Annotated[str | None, optional("NAME", SUITE_NAMES)] = None
+    task_set: Assignments = ()
+    """Set a field of a task, or of all that have it: --task-set qa_1.path=squad.json,
+    --task-set '*.essays=DIR'."""
+    allow_code: Flag = False
+    """Run code that the model writes (humaneval), in a guarded process."""
+    lengths: Annotated[
+        str | None, tyro.conf.arg(metavar="N,N", aliases=("--length",))
+    ] = None
     """Tokens of prompt and reply: 512,1024."""
     items: Items = None
     """Questions per cell."""
@@ -128,8 +145,7 @@ class Eval(Command):
         self._check_once([*assignments, *changes], options)
         changes |= options
         config = load_config(self.config, changes)
-        if self.tasks is not None:
-            config = dataclasses.replace(config, tasks=_tasks(config, self.tasks))
+        config = self._with_tasks(config)
         merged = {"everywhere": {**config.everywhere, **everywhere}}
         merged["overrides"] = {k: dict(v) for k, v in config.overrides.items()}
         merged["defaults"] = dict(config.defaults)
@@ -137,9 +153,32 @@ class Eval(Command):
             _merge(merged, path, value)
         return dataclasses.replace(config, **merged)
 
+    def _with_tasks(self, config: EvalConfig) -> EvalConfig:
+        """The evaluation with the tasks that the options name."""
+        fields: dict[str, dict[str, Any]] = {}
+        for path, value in parse_assignments(self.task_set).items():
+            title, _, field = path.rpartition(".")
+            if not title:
+                raise ValueError(
+                    f"--task-set needs TASK.FIELD=VALUE; got {shown(path)}."
+                )
+            fields.setdefault(title, {})[field] = value
+        if self.allow_code:
+            fields.setdefault("*", {})["allow_code"] = True
+        entries = config.tasks
+        if self.tasks is not None:
+            entries = _tasks(config, self.tasks)
+        if self.suite is not None:
+            asked = suite(self.suite, fields)
+            entries = (*entries, *asked) if self.tasks is not None else asked
+        elif fields:
+            entries = tuple(with_fields(entries, fields))
+        return dataclasses.replace(config, tasks=entries)
+
     def _check_once(self, paths: Sequence[str], options: Mapping[str, Any]) -> None:
         """No field is given both by an option of its own and in another way."""
-        given = {*options, *(["tasks"] if self.tasks is not None else [])}
+        asked = self.tasks is not None or self.suite is not None
+        given = {*options, *(["tasks"] if asked else [])}
         for path in paths:
             field = path.partition(".")[0]
             if field in given:

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from kvjax.eval.tasks import RULER, make_task, stream
-from kvjax.eval.tasks.essays import sentences
+from kvjax.eval.tasks.essays import made_up, sentences
 from kvjax.eval.tasks.ruler.needle import NOISE
 from tests.eval.languages import essay, hotpotqa, squad
 
@@ -128,10 +128,18 @@ def test_essays_keep_their_words_between_needles(text):
     assert 400 < len(rest) and " ".join(rest) in " ".join(whole * 2)
 
 
+def test_without_essays_sentences_are_made_up_which_is_said(monkeypatch, caplog):
+    monkeypatch.delenv("KVJAX_DATA", raising=False)
+    made_up.cache_clear()
+    with caplog.at_level("WARNING"):
+        _, made = episode("niah_single_2", 50)
+    assert "no essays are given" in caplog.text
+    assert len(set(made_up())) > 4000
+    assert sum(line in made.context for line in made_up()) == 50
+
+
 def test_essays_may_be_a_folder_and_are_none_of_ours(tmp_path, monkeypatch, text):
     monkeypatch.delenv("KVJAX_DATA", raising=False)
-    with pytest.raises(ValueError, match=r"`essays`.*KVJAX_DATA"):
-        episode("niah_single_2", 5)
     with pytest.raises(ValueError, match="no .txt file"):
         episode("niah_single_2", 5, essays=str(tmp_path))
     with pytest.raises(ValueError, match="no file or folder"):

@@ -72,6 +72,11 @@ class TaskRows:
     def fitting(self, rng: random.Random, width: int, turns: int = 1) -> TokenRow:
         """A row of at most `width` tokens, of an episode as long as that allows.
 
+        Args:
+            rng: of the training.
+            width: of the row.
+            turns: questions, at most.
+
         Raises:
             ValueError: no episode fits.
         """
@@ -88,7 +93,13 @@ class TaskRows:
             rng.setstate(state)
             return rng
 
-        return self.row(self.task.fitted(draw, width, self._measure, turns))
+        while True:
+            try:
+                return self.row(self.task.fitted(draw, width, self._measure, turns))
+            except ValueError:
+                if turns == 1:
+                    raise
+                turns -= 1  # questions in words are long
 
     def held_out(self, count: int, width: int) -> list[Item]:
         """Items of one question, whose rows have at most `width` tokens."""

@@ -124,16 +124,22 @@ class DocumentQuestions(Task):
         """1 if the reply contains one of the answers."""
         return any_found(reply, item.answers)
 
+    def lacks(self) -> str:
+        """The file."""
+        if self.path:
+            return ""
+        what = {
+            "squad": "SQuAD's (dev-v2.0.json)",
+            "hotpotqa": "HotpotQA's (hotpot_dev_distractor_v1.json)",
+        }
+        return (
+            f"it needs `path`: a JSON file of {what[self.layout]} layout, which is not "
+            "shipped."
+        )
+
     def _read(self) -> tuple[Sequence[Asked], Sequence[str]]:
-        if not self.path:
-            what = {
-                "squad": "SQuAD's (dev-v2.0.json)",
-                "hotpotqa": "HotpotQA's (hotpot_dev_distractor_v1.json)",
-            }
-            raise ValueError(
-                f"Task {self.name!r} needs `path`: a JSON file of {what[self.layout]} "
-                "layout, which is not shipped."
-            )
+        if lacks := self.lacks():
+            raise ValueError(f"Task {self.name!r}: {lacks}")
         path = str(regular(expanded(self.path)))
         return _file(path, self.layout, *stamp(path))
 

@@ -54,7 +54,7 @@ class Needle(Task):
         depth: place of the asked needle as a fraction of the context, or None for
             anywhere; of several, the first asked.
         essays: a text file, or a folder of them; empty: `lm/gutenberg` in the folder
-            that the environment variable KVJAX_DATA names.
+            that the environment variable KVJAX_DATA names, else sentences made up.
         words: a file with a word in each line, or a folder with `adjectivelist.txt` and
             `nounlist.txt`; empty: kvjax's own.
 

@@ -1,0 +1,54 @@
+"""Suites of tasks, and fields set from the command line."""
+
+import pytest
+
+from kvjax.cli.main import parse
+from kvjax.eval.config import TaskEntry
+from kvjax.eval.suites import suite, suites, with_fields
+from kvjax.eval.tasks import TASKS
+
+
+def test_ruler_goes_without_files_that_are_not_there(caplog, tmp_path):
+    names = [entry.title for entry in suite("ruler")]
+    assert len(names) == 11 and "qa_1" not in names
+    assert "suite ruler goes without qa_1" in caplog.text
+    fields = {"qa_1": {"path": str(tmp_path / "squad.json")}}
+    assert "qa_1" in [entry.title for entry in suite("ruler", fields)]
+
+
+@pytest.mark.parametrize("name", suites())
+def test_suites_name_tasks(name):
+    assert all(entry.name in TASKS for entry in suite(name))
+
+
+def test_fields_are_those_of_the_tasks_that_have_them():
+    entries = [TaskEntry(name="niah_single_2"), TaskEntry(name="vt")]
+    set_ = with_fields(entries, {"*": {"queries": 2}, "vt": {"hops": 2}})
+    assert [entry.fields for entry in set_] == [{"queries": 2}, {"hops": 2}]
+    with pytest.raises(ValueError, match="'vtt', which is not asked.*'vt'"):
+        with_fields(entries, {"vtt": {"hops": 2}})
+    with pytest.raises(ValueError, match="no task that is asked has a field 'hopps'"):
+        with_fields(entries, {"*": {"hopps": 2}})
+
+
+def test_the_command_line_asks_a_suite():
+    words = ["--suite", "ruler", "--length", "1024", "--task-set", "vt.hops=2"]
+    config = parse("eval", words).configured()
+    assert len(config.tasks) == 11 and config.lengths == (1024,)
+    assert {e.title: dict(e.fields) for e in config.tasks}["vt"] == {"hops": 2}
+    both = parse("eval", [*words, "--tasks", "recall"]).configured()
+    assert len(both.tasks) == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--suite", "rulr"], "Unknown suite 'rulr'.*'ruler'"),
+        (["--suite", "ruler", "--task-set", "hops=2"], "TASK.FIELD=VALUE"),
+        (["--suite", "ruler", "--set", "tasks=[vt]"], "given twice"),
+        (["--tasks", "vt", "--allow-code"], "allow_code"),
+    ],
+)
+def test_what_is_wrong_is_said(words, said):
+    with pytest.raises(ValueError, match=said):
+        parse("eval", words).configured()
