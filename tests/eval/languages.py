@@ -81,6 +81,21 @@ def shots(count: int) -> list[dict[str, str]]:
     ]
 
 
+def shared(count: int, turns: int = 5) -> list[dict[str, Any]]:
+    """Records as SCBench has them: keys of an object, asked in turn."""
+
+    def record(n: int) -> dict[str, Any]:
+        pairs = {f"key-{n}-{at}": f"value-{n}-{at}" for at in range(20)}
+        asked = [
+            {"input": f'Key: "{key}"\nThe value is: ', "answer": value}
+            for key, value in list(pairs.items())[3 : 3 + turns]
+        ]
+        text = f"JSON data:\n{json.dumps(pairs)}"
+        return {"id": n, "context": text, "multi_turns": asked}
+
+    return [record(n) for n in range(count)]
+
+
 def write_lines(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> str:
     """JSON lines, and the path they are at."""
     path.write_text("".join(f"{json.dumps(one)}\n" for one in records))
@@ -111,6 +126,7 @@ def fields_of(folder: pathlib.Path) -> dict[str, dict[str, str]]:
                 ],
             )
         },
+        "scbench": {"path": write_lines(folder / "scbench.jsonl", shared(6))},
         "scbench_many_shot": {"path": many},
         **dict.fromkeys(needles.split(), essays),
         **{task: {"path": str(folder / name)} for task, (name, _) in files.items()},

@@ -18,9 +18,9 @@ from kvjax.eval.tasks import (
 from tests.eval.languages import fields_of
 
 NAMES = sorted(name for name, one in TASKS.items() if not issubclass(one, RecordTask))
-READ = {name for name in NAMES if name.startswith("babilong")}
+READ = {name for name in NAMES if name == "scbench" or name.startswith("babilong")}
 """Tasks whose items are in files, as long as they are, and not trained on."""
-EXACT = {"scbench_kv", "scbench_prefix_suffix"}
+EXACT = {"scbench", "scbench_kv", "scbench_prefix_suffix"}
 """Tasks that score letter by letter."""
 FOUND_IN_CONTEXT = {*NAMES} - READ
 """Tasks whose references stand in the context."""

@@ -10,6 +10,7 @@ import pytest
 from kvjax.eval.tasks import RULER, make_task, stream
 from kvjax.eval.tasks.essays import made_up, sentences
 from kvjax.eval.tasks.ruler.needle import NOISE
+from kvjax.eval.tasks.words import ADJECTIVES, NOUNS, pairs, single
 from tests.eval.languages import essay, hotpotqa, squad
 
 SHAPES = {
@@ -174,6 +175,15 @@ def test_sentences_end_where_they_end(tmp_path, raw, want):
     assert len(found) == want
     if "***" not in raw:
         assert "".join("".join(found).split()) == "".join(raw.split())
+
+
+def test_words_of_our_own_are_enough():
+    assert len(set(pairs())) == len(ADJECTIVES) * len(NOUNS) > 20_000
+    assert len({*ADJECTIVES, *NOUNS}) > 380
+    assert not any("-" in word for word in single(380))
+    few, many = single(380), single(5000)
+    assert len(set(few)) == len(few) and len(set(many)) == len(many) > 5000
+    assert all("-" in word for word in many)  # no word is a part of another
 
 
 def test_words_may_be_listed(tmp_path):

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from kvjax.eval.tasks import make_task, stream
-from tests.eval.languages import shots, write_lines
+from tests.eval.languages import shared, shots, write_lines
 
 
 def episode(name: str, size: int, turns: int = 1, seed: int = 0, **fields):
@@ -114,3 +114,69 @@ def test_examples_come_from_a_file(tmp_path):
     path = write_lines(tmp_path / "u.jsonl", [{"text": "a?"}] * 3)
     with pytest.raises(ValueError, match=r"line 1: there is no column `label`"):
         episode("scbench_many_shot", 1, path=path)
+
+
+def published(tmp_path, kind: str, context: object, *turns: dict):
+    record = {"context": context, "multi_turns": turns}
+    path = write_lines(tmp_path / "p.jsonl", [record])
+    task = make_task("scbench", path=path, kind=kind)
+    return task, task.episodes(0, 1, 3000, turns=5)[0]
+
+
+def test_records_are_asked_in_their_order(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", shared(3))
+    task = make_task("scbench", path=path)
+    for made in task.episodes(0, 3, 3000, turns=4):
+        assert made.context.startswith(
+            "Extract the value corresponding to the specified"
+        )
+        pairs = json.loads(made.context.split("JSON data:\n")[1])
+        for at, turn in enumerate(made.turns):
+            key = list(pairs)[3 + at]
+            assert turn.question == f'Key: "{key}"\nThe value is: '
+            assert turn.answer == pairs[key] and task.score(turn, turn.answer) == 1
+        assert len(made.turns) == 4
+    (cut,) = make_task("scbench", path=path, long="cut").episodes(0, 1, 300)
+    assert cut.context.startswith("Extract the value") and "cut" in cut.turns[0].meta
+
+
+def test_each_kind_is_scored_as_coded(tmp_path):
+    vt, made = published(
+        tmp_path, "vt", "VAR A = 1", {"input": "Which?", "answer": ["AB", "CD"]}
+    )
+    assert made.context == "VAR A = 1\n\n" and made.turns[0].answer == " AB CD"
+    assert vt.score(made.turns[0], "it is cd") == 0.5 and vt.max_new_tokens == 30
+    ask = "You should answer with one number. The largest number of the list is: "
+    mf, made = published(tmp_path, "mf", [3, 9, 4], {"input": ask, "answer": 9})
+    assert made.context == "[3, 9, 4]\n\n"
+    assert made.turns[0].question == f"What is the largest number of the list?\n\n{ask}"
+    assert mf.score(made.turns[0], "9.0 or 4") == 1
+    assert mf.score(made.turns[0], "4 or 9") == 0
+    qa, made = published(
+        tmp_path, "qa_eng", "A book.", {"input": "Who?", "answer": "Ann"}
+    )
+    assert made.turns[0].question == "Question: Who?\nAnswer:"
+    assert qa.score(made.turns[0], "ANN, I think") == 1
+    assert qa.score(made.turns[0], "Ben") == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "match"),
+    [
+        ("kv", {"context": 3}, "line 1: `context` must be a text"),
+        ("kv", {"multi_turns": []}, "line 1: `multi_turns` must be a list"),
+        ("kv", {"multi_turns": ["a"]}, "line 1: `multi_turns` must be a list of obj"),
+        ("kv", {"multi_turns": [{"input": "a"}]}, r"turns\[0\]: `answer` must be"),
+        (
+            "mf",
+            {"multi_turns": [{"input": "a", "answer": 3}]},
+            r"line 1, multi_turns\[0\]: `input` must be `The ... is`",
+        ),
+    ],
+)
+def test_records_of_another_layout_are_refused(tmp_path, kind, change, match):
+    path = write_lines(tmp_path / "p.jsonl", [{**shared(1)[0], **change}])
+    with pytest.raises(ValueError, match=match):
+        make_task("scbench", path=path, kind=kind).episodes(0, 1, 3000)
+    with pytest.raises(ValueError, match="'scbench' needs `path`"):
+        make_task("scbench").episodes(0, 1, 3000)
