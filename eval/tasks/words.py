@@ -15,20 +15,19 @@ from kvjax.places import expanded
 
 ADJECTIVES = tuple(
     """
-    amber ample ancient aqua arctic autumn basic bitter blank bold brave brief bright
-    brisk broad broken busy calm careful cheap chilly civil clean clear clever cloudy
-    coastal cold common cosmic crisp curly daily damp dark deep dense distant dizzy
-    double dry dusty eager early eastern easy elegant empty equal exact faint famous
-    fancy fast fertile final firm flat fluffy formal fragile fresh frosty gentle giant
-    glad golden grand grateful green heavy hidden hollow honest humble icy idle inner
-    jolly keen kind large late lazy light little lively local lonely loud loyal lucky
-    magic major mellow merry mild misty modern modest muddy narrow native neat noble
-    noisy northern odd open orange outer pale patient plain polite proud purple quick
-    quiet rapid rare ready royal rusty salty sandy scarlet secret serious shallow sharp
-    shiny silent silver simple sleepy slow small smooth snowy soft solid southern spare
-    square steady steep stormy strong sturdy sunny sweet swift tall tame tender thick
-    tidy tiny tired upper useful vague vast velvet violet vivid warm western wide wild
-    wise wooden yellow young
+    amber ample ancient aqua arctic autumn basic bitter bold brave brief bright brisk
+    broad broken busy calm careful cheap civil clean clear clever coastal cold common
+    cosmic crisp curly daily damp dark deep dense distant dizzy double dry dusty eager
+    early eastern easy elegant empty equal exact faint famous fancy fast fertile final
+    firm flat fluffy formal fragile fresh frosty gentle giant glad golden grand grateful
+    green heavy hidden hollow honest humble idle jolly keen kind large lazy light little
+    lively local lonely loyal lucky magic major mellow merry mild misty modern modest
+    muddy native neat noble noisy northern odd open orange outer pale patient plain
+    polite proud purple quick quiet rapid rare ready royal rusty salty sandy scarlet
+    secret serious shallow sharp shiny silent silver simple sleepy slow small smooth
+    snowy soft solid southern spare square steady steep stormy strong sturdy sunny sweet
+    swift tall tame tender thick tidy tiny tired upper useful vague vast velvet violet
+    vivid warm western wide wild wise wooden yellow young
     """.split()
 )
 NOUNS = tuple(
@@ -40,19 +39,19 @@ NOUNS = tuple(
     castle cellar chair chapel cherry circle clay cliff clock cloud coach coffee comet
     compass copper coral corner cottage cotton creek cricket crown cup curtain dancer
     desert desk diary dinner doctor dragon drawer drum eagle engine falcon farmer
-    feather fence ferry fiddle field flag flame flute forest fountain garden gate
-    ginger glacier glass glove grape guitar hammer harbor harvest hedge helmet hill
-    honey horse island ivory jacket jewel journal judge kettle kitchen kite ladder lake
-    lamp lantern leaf lemon letter library lion lodge lunch magnet maple marble market
-    meadow melon mirror monkey moon mountain museum needle nephew notebook ocean olive
-    onion orchard otter oven oyster paddle painter palace panther paper parade parrot
-    path peach pebble pencil pepper piano pilot pine planet plate pocket poem pony
-    potato prairie puzzle rabbit radio railway rainbow ribbon river robin rocket roof
-    rope sailor salad sandal saddle scarf school shadow shelf shell ship singer sister
-    sketch spoon spring squirrel stable stairs statue stone stove stream street sugar
-    summit swan table tailor teacher temple thunder ticket tiger timber toast tower
-    train trumpet tulip tunnel turtle uncle valley violin voyage wagon waiter wallet
-    walnut water wheel whistle willow window winter wizard wolf yard zebra
+    feather fence ferry fiddle field flag flame flute forest fountain garden gate ginger
+    glacier glass glove grape guitar hammer harbor harvest hedge helmet hill honey horse
+    island ivory jacket jewel journal judge kettle kitchen kite ladder lake lamp lantern
+    leaf lemon letter library lion lodge lunch magnet maple marble market meadow melon
+    mirror monkey moon mountain museum needle nephew notebook ocean olive onion orchard
+    otter oven oyster paddle painter palace panther paper parade parrot path peach
+    pebble pencil pepper piano pilot pine planet plate pocket poem pony potato prairie
+    puzzle rabbit radio railway rainbow ribbon river robin rocket roof rope sailor salad
+    sandal saddle scarf school shadow shelf shell ship singer sister sketch spoon spring
+    squirrel stairs statue stone stove stream street sugar summit swan table tailor
+    teacher temple thunder ticket tiger timber toast tower train trumpet tulip tunnel
+    turtle uncle valley violin voyage wagon waiter wallet walnut water wheel whistle
+    willow window winter wizard wolf yard zebra
     """.split()
 )
 
