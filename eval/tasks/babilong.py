@@ -1,6 +1,7 @@
 """BABILong: facts of bAbI in pages of books, read from its published files."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, ClassVar
@@ -37,6 +38,7 @@ class BabiLong(FileTask):
     """
 
     multi_turn: ClassVar[bool] = False
+    paths: ClassVar[tuple[str, ...]] = ("path",)
 
     path: str = ""
     question: Annotated[str, OneOf(*LABELS)] = "qa1"
@@ -50,9 +52,7 @@ class BabiLong(FileTask):
         """See `FileTask.drafts`."""
         del turns
         kind = self.question
-        file = given_file(
-            self.name, "path", self.path, "babilong", f"{kind}_1k.jsonl.gz"
-        )
+        file = self._file()
         parts = (INSTRUCTIONS[kind], EXAMPLES[kind], FORMATS[kind], "<context>\n")
         before = "\n\n".join(parts)
         found = []
@@ -70,6 +70,14 @@ class BabiLong(FileTask):
             after = "\n</context>\n\n"
             found.append(inside(record.place, before, text, after, [turn]))
         return found
+
+    def files(self) -> Mapping[str, pathlib.Path]:
+        """See `Task.files`; without a path, the one that is looked for."""
+        return super(BabiLong, dataclasses.replace(self, path=self._file())).files()
+
+    def _file(self) -> str:
+        name = f"{self.question}_1k.jsonl.gz"
+        return given_file(self.name, "path", self.path, "babilong", name)
 
     def score(self, item: Turn, reply: str) -> float:
         """1 if the answer is the only label in the first sentence of the reply.

@@ -60,6 +60,11 @@ def passage(rng: random.Random, text: Sequence[str], count: int) -> list[str]:
     return [text[(start + at) % len(text)] for at in range(count)]
 
 
+def essay_files(path: str, field: str = "essays") -> dict[str, pathlib.Path]:
+    """The files that `sentences` reads, by their paths."""
+    return {file: pathlib.Path(file) for file in _files(path, field)}
+
+
 def _files(path: str, field: str) -> list[str]:
     where = expanded(path or _default())
     if not where.is_dir():

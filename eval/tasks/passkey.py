@@ -1,11 +1,13 @@
 """A number hidden in other text: the passkey of InfiniteBench and SCBench."""
 
 import dataclasses
+import pathlib
 import random
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, final
 
 from kvjax.eval.tasks.base import Episode, Task, Turn
-from kvjax.eval.tasks.essays import passage, sentences
+from kvjax.eval.tasks.essays import essay_files, passage, sentences
 from kvjax.eval.tasks.filler import scatter
 from kvjax.eval.tasks.matching import numbers
 from kvjax.eval.tasks.ruler.needle import NOISE
@@ -64,6 +66,11 @@ class Passkey(Task):
             meta={"key": key, "depth": self.depth},
         )
         return Episode(context=f"{BEFORE}{text}\n\n", turns=(turn,))
+
+    def files(self) -> Mapping[str, pathlib.Path]:
+        """See `Task.files`; the essays, where these are the text."""
+        essays = essay_files(self.essays) if self.haystack == "essay" else {}
+        return {**super().files(), **essays}
 
     def score(self, item: Turn, reply: str) -> float:
         """1 if the first number of the reply is the key."""

@@ -48,6 +48,7 @@ class KeyValue(GivenOrMade):
     """
 
     unit: ClassVar[str] = "pairs"
+    paths: ClassVar[tuple[str, ...]] = ("path",)
 
     path: str = ""
     layout: Annotated[str, OneOf("lines", "row")] = "lines"
@@ -166,6 +167,7 @@ class Lines(GivenOrMade):
     """
 
     unit: ClassVar[str] = "lines"
+    paths: ClassVar[tuple[str, ...]] = ("path", "words")
 
     path: str = ""
     depth: Share | None = None

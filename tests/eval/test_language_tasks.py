@@ -15,7 +15,7 @@ from kvjax.eval.tasks import (
     make_task,
     stream,
 )
-from tests.eval.languages import fields_of
+from tests.eval.languages import essay, fields_of
 
 NAMES = sorted(name for name, one in TASKS.items() if not issubclass(one, RecordTask))
 READ = {name for name in NAMES if name == "scbench" or name.startswith("babilong")}
@@ -129,3 +129,30 @@ def test_variants_keep_their_names_and_take_fields():
     same = make_task("scbench_kv", layout="lines")
     rng = (stream(TRAIN, "a", 0, 0) for _ in range(2))
     assert same.episode(next(rng), 3) == one.episode(next(rng), 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_are_read_are_known(name, tmp_path):
+    fields = fields_of(tmp_path).get(name, {})
+    if "words" in TASKS[name].__dataclass_fields__:
+        fields = {**fields, "words": str(tmp_path / "words.txt")}
+        (tmp_path / "words.txt").write_text("one")
+    found = make_task(name, **fields).files()
+    assert sorted(map(str, found.values())) == sorted(fields.values())
+
+
+def test_files_that_are_found_are_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVJAX_DATA", str(tmp_path))
+    (tmp_path / "lm/gutenberg").mkdir(parents=True)
+    (tmp_path / "lm/gutenberg/a.txt").write_text(essay())
+    (tmp_path / "lm/gutenberg/read.me").write_text("not read")
+    (tmp_path / "eval/babilong").mkdir(parents=True)
+    facts_ = tmp_path / "eval/babilong/qa2_1k.jsonl.gz"
+    facts_.write_bytes(b"")
+    want = {
+        "niah_single_2": [tmp_path / "lm/gutenberg/a.txt"],
+        "babilong_qa2": [facts_],
+        "niah_single_1": [],
+    }
+    for name, files in want.items():
+        assert list(make_task(name).files().values()) == files

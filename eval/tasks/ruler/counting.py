@@ -56,6 +56,7 @@ class CommonWords(Task):
     """
 
     unit: ClassVar[str] = "words"
+    paths: ClassVar[tuple[str, ...]] = ("words",)
     multi_turn: ClassVar[bool] = False
 
     common: Annotated[int, Range(1, 100)] = 10

@@ -64,6 +64,7 @@ class DocumentQuestions(Task):
     """
 
     unit: ClassVar[str] = "documents"
+    paths: ClassVar[tuple[str, ...]] = ("path",)
     multi_turn: ClassVar[bool] = False
 
     path: str = ""

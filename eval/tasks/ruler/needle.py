@@ -1,12 +1,13 @@
 """RULER's needles in a haystack: which value was written beside this key?"""
 
 import dataclasses
+import pathlib
 import random
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from kvjax.eval.tasks.base import Episode, Task, Turn
-from kvjax.eval.tasks.essays import passage, sentences
+from kvjax.eval.tasks.essays import essay_files, passage, sentences
 from kvjax.eval.tasks.filler import scatter
 from kvjax.eval.tasks.matching import share_found
 from kvjax.eval.tasks.words import Kind, named, pairs
@@ -65,6 +66,7 @@ class Needle(Task):
     """
 
     unit: ClassVar[str] = "sentences"
+    paths: ClassVar[tuple[str, ...]] = ("words",)
 
     haystack: Hay = "noise"
     keys: Few = 1
@@ -106,6 +108,11 @@ class Needle(Task):
             context=f"{before}{text.removesuffix(end)}\n",
             turns=tuple(self._turn(keys, found) for keys in asked),
         )
+
+    def files(self) -> Mapping[str, pathlib.Path]:
+        """See `Task.files`; the essays, where these are the text."""
+        essays = essay_files(self.essays) if self.haystack == "essay" else {}
+        return {**super().files(), **essays}
 
     def score(self, item: Turn, reply: str) -> float:
         """Share of the values that the reply contains."""

@@ -1,12 +1,14 @@
 """RULER's variable tracking: which names hold this number, through assignments?"""
 
 import dataclasses
+import pathlib
 import random
 import string
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from kvjax.eval.tasks.base import Episode, Task, Turn
-from kvjax.eval.tasks.essays import passage, sentences
+from kvjax.eval.tasks.essays import essay_files, passage, sentences
 from kvjax.eval.tasks.filler import scatter
 from kvjax.eval.tasks.matching import share_found
 from kvjax.eval.tasks.ruler.needle import NOISE
@@ -71,6 +73,11 @@ class VariableTracking(Task):
             shot = f"{text}{one.question}{one.prefix}{one.answer}\n\n"
         text, all_turns = self._tracked(rng, size, 5, max(self.chains, turns))
         return Episode(context=shot + text, turns=tuple(all_turns[:turns]))
+
+    def files(self) -> Mapping[str, pathlib.Path]:
+        """See `Task.files`; the essays, where these are the text."""
+        essays = essay_files(self.essays) if self.haystack == "essay" else {}
+        return {**super().files(), **essays}
 
     def score(self, item: Turn, reply: str) -> float:
         """Share of the names that the reply contains."""

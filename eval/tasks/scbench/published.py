@@ -78,6 +78,7 @@ class SharedContext(FileTask):
     """
 
     name: ClassVar[str] = "scbench"
+    paths: ClassVar[tuple[str, ...]] = ("path",)
 
     path: str = ""
     kind: Annotated[str, OneOf(*KINDS)] = "kv"

@@ -32,6 +32,7 @@ class ManyShot(Task):
     """
 
     unit: ClassVar[str] = "examples"
+    paths: ClassVar[tuple[str, ...]] = ("path",)
 
     path: str = ""
     reply_tokens: Positive = 10
