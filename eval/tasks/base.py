@@ -11,9 +11,6 @@ from kvjax.eval.tasks.fitting import fitted
 from kvjax.fields import Checked, Count, Positive, Seed, fit
 from kvjax.places import expanded
 
-PATHS = ("path", "essays", "words", "exemplars")
-"""Fields of tasks that name a file or a folder."""
-
 HELD_OUT = "held-out"
 TRAIN = "train"
 
@@ -104,6 +101,7 @@ class Task(Checked, abc.ABC):
         chat: whether a model with a chat template is asked by it.
         stop: text that ends a reply, beside the end that the model writes itself.
         system: what a chat begins with.
+        paths: fields that name files or folders.
     """
 
     name: ClassVar[str]
@@ -112,6 +110,7 @@ class Task(Checked, abc.ABC):
     chat: ClassVar[bool] = True
     stop: ClassVar[str] = ""
     system: ClassVar[str] = ""
+    paths: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abc.abstractmethod
@@ -153,8 +152,8 @@ class Task(Checked, abc.ABC):
     def files(self) -> Mapping[str, pathlib.Path]:
         """Files that episodes are made of, by what the fields say."""
         found: dict[str, pathlib.Path] = {}
-        for field in dataclasses.fields(self):
-            given = getattr(self, field.name) if field.name in PATHS else ""
+        for name in self.paths:
+            given = getattr(self, name)
             path = expanded(given) if given else None
             if path is not None and path.is_dir():
                 files = (one for one in sorted(path.iterdir()) if one.is_file())

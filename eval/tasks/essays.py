@@ -62,6 +62,8 @@ def passage(rng: random.Random, text: Sequence[str], count: int) -> list[str]:
 
 def essay_files(path: str, field: str = "essays") -> dict[str, pathlib.Path]:
     """The files that `sentences` reads, by their paths."""
+    if not path and not _default():
+        return {}
     return {file: pathlib.Path(file) for file in _files(path, field)}
 
 
