@@ -72,7 +72,8 @@ def metric_names(metric: str, path: str, tasks: Iterable[str]) -> dict[str, str]
         metric: a name of `METRICS` for all of them, one of `FAMILIES`, or `auto`: the
             family that the path names, or the only one that has all the tasks.
         path: of the data.
-        tasks: what its rows are of; empty texts where they do not say.
+        tasks: what its rows are of, an empty text where they do not say; none: the
+            name and the path alone are checked.
 
     Raises:
         ValueError: no such metric, or none can be chosen; lists them.
@@ -87,6 +88,8 @@ def metric_names(metric: str, path: str, tasks: Iterable[str]) -> dict[str, str]
             f"{nearest(metric, known)}"
         )
     family = family_of(path) if metric == AUTO else metric
+    if not tasks:
+        return {}
     if family is None:
         fit = [name for name in FAMILIES if name not in _NAMELESS and _has(name, tasks)]
         family = fit[0] if len(fit) == 1 else None

@@ -14,7 +14,11 @@ from kvjax.eval.tasks.base import Turn as Turn
 from kvjax.eval.tasks.base import stream as stream
 from kvjax.eval.tasks.batch import ProblemBatch as ProblemBatch
 from kvjax.eval.tasks.chain import Chain as Chain
+from kvjax.eval.tasks.choosing import CSQA as CSQA
+from kvjax.eval.tasks.choosing import MMLU as MMLU
+from kvjax.eval.tasks.dataset import Dataset as Dataset
 from kvjax.eval.tasks.fact import Fact as Fact
+from kvjax.eval.tasks.gsm8k import GSM8K as GSM8K
 from kvjax.eval.tasks.induction import Induction as Induction
 from kvjax.eval.tasks.passkey import Passkey as Passkey
 from kvjax.eval.tasks.recall import Recall as Recall
@@ -39,6 +43,10 @@ TASKS: Mapping[str, type[Task]] = MappingProxyType(
         "passkey": Passkey,
         **BABILONG,
         **SCBENCH,
+        "dataset": Dataset,
+        "gsm8k": GSM8K,
+        "mmlu": MMLU,
+        "csqa": CSQA,
     }
 )
 

@@ -1,0 +1,133 @@
+"""Published benchmarks: contexts, questions and answers from a file or from the hub.
+
+The layout is that of kvpress' data sets (`simonjegou/ruler` and others): columns
+`context`, `question`, `answer`, perhaps `answer_prefix`, `max_new_tokens`, `task`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, final
+
+from kvjax.eval.metrics import AUTO, METRICS, metric_names, perfect
+from kvjax.eval.metrics.longbench import CLASSES
+from kvjax.eval.tasks.base import Episode, Turn
+from kvjax.eval.tasks.from_files import Draft, FileTask, draft
+from kvjax.eval.tasks.reading_files import Record, read_records
+from kvjax.fields import Positive
+from kvjax.messages import nearest, shown
+
+_COLUMNS = ("context", "question", "answer|answers|outputs")
+_FURTHER = ("answer_prefix", "max_new_tokens", "task", CLASSES)
+TYPICAL = 128
+"""Tokens of a reply where neither the data nor `new_tokens` says how many."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset(FileTask):
+    """Rows of a data set; those with the same context are questions of one episode.
+
+    Attributes:
+        path: a file (Parquet, JSON lines, CSV), a folder of these, or a hub id.
+        config: of a hub id or a folder: `"4096"` of `simonjegou/ruler`.
+        split: of a hub id or a folder.
+        task: only rows whose column `task` says this.
+        metric: a metric, a benchmark, which has one for each of its tasks, or `auto`:
+            the benchmark that the path names, or that has all these tasks.
+        new_tokens: of a reply, instead of what the column `max_new_tokens` says.
+    """
+
+    name: ClassVar[str] = "dataset"
+
+    path: str = ""
+    config: str = ""
+    split: str = "test"
+    task: str = ""
+    metric: str = AUTO
+    new_tokens: Positive | None = None
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Of replies whose turn does not say it."""
+        return self.new_tokens or TYPICAL
+
+    def drafts(self, turns: int) -> Sequence[Draft]:
+        """See `FileTask.drafts`; a context with more questions comes several times."""
+        if not self.path:
+            raise ValueError(
+                "Task 'dataset' needs `path`: a Parquet, JSON lines or CSV file, or a "
+                "hub id (simonjegou/ruler, with `config`)."
+            )
+        metric_names(self.metric, self.path, [])  # before much is read
+        rows = self._rows()
+        metrics = metric_names(self.metric, self.path, map(self._kind, rows))
+        groups: dict[str, list[Record]] = {}
+        for row in rows:
+            groups.setdefault(row.text("context", empty=True), []).append(row)
+        made = []
+        for context, group in groups.items():
+            asked = [self._turn(row, metrics[self._kind(row)]) for row in group]
+            for i in range(0, len(asked), turns):
+                episode = Episode(context=context, turns=tuple(asked[i : i + turns]))
+                made.append(draft(group[i].place, episode))
+        return made
+
+    def _rows(self) -> list[Record]:
+        rows = read_records(
+            self.path,
+            _COLUMNS,
+            optional=_FURTHER,
+            config=self.config,
+            split=self.split,
+        )
+        if not self.task:
+            return rows
+        kinds = list(dict.fromkeys(str(one.values.get("task", "")) for one in rows))
+        kept = [one for one in rows if one.values.get("task", "") == self.task]
+        if not kept:
+            raise ValueError(
+                f"{rows[0].place}: no row has `task` {shown(self.task)}; there is "
+                f"{shown(kinds)}.{nearest(self.task, kinds)}"
+            )
+        return kept
+
+    def _kind(self, row: Record) -> str:
+        """What a row is of; the configuration where the row does not say."""
+        return row.text("task") if "task" in row.values else self.config
+
+    def _turn(self, row: Record, metric: str) -> Turn:
+        answers = row.texts("answer")
+        prefix = ""
+        if "answer_prefix" in row.values:
+            prefix = row.text("answer_prefix", empty=True)
+        space = " " if prefix and not prefix[-1].isspace() else ""
+        meta: dict[str, Any] = {"metric": metric, "kind": self._kind(row)}
+        if row.values.get(CLASSES):
+            meta[CLASSES] = row.texts(CLASSES)
+        turn = Turn(
+            question=row.text("question", empty=True),
+            answer=space + perfect(metric, answers),
+            meta=meta,
+            prefix=prefix,
+            answers=answers,
+            max_new_tokens=self._tokens(row),
+        )
+        try:
+            METRICS[metric](turn, "")  # what it needs is there
+        except ValueError as wrong:
+            raise ValueError(f"{row.place}: {wrong}") from None
+        return turn
+
+    def _tokens(self, row: Record) -> int | None:
+        if self.new_tokens:
+            return self.new_tokens
+        if "max_new_tokens" not in row.values:
+            raise ValueError(
+                f"{row.place}: there is no `max_new_tokens`. Set `new_tokens`: how "
+                "many tokens a reply may have."
+            )
+        return row.whole("max_new_tokens", 1)
+
+    def score(self, item: Turn, reply: str) -> float:
+        """By the metric of the row."""
+        return METRICS[item.meta["metric"]](item, reply)
