@@ -19,6 +19,7 @@ from kvjax.eval.tasks.choosing import MMLU as MMLU
 from kvjax.eval.tasks.dataset import Dataset as Dataset
 from kvjax.eval.tasks.fact import Fact as Fact
 from kvjax.eval.tasks.gsm8k import GSM8K as GSM8K
+from kvjax.eval.tasks.humaneval import HumanEval as HumanEval
 from kvjax.eval.tasks.induction import Induction as Induction
 from kvjax.eval.tasks.passkey import Passkey as Passkey
 from kvjax.eval.tasks.recall import Recall as Recall
@@ -47,6 +48,7 @@ TASKS: Mapping[str, type[Task]] = MappingProxyType(
         "gsm8k": GSM8K,
         "mmlu": MMLU,
         "csqa": CSQA,
+        "humaneval": HumanEval,
     }
 )
 
