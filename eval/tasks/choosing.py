@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, final
+from typing import Annotated, Any, ClassVar, final
 
 from kvjax.eval.metrics.answers import said_letter
 from kvjax.eval.tasks.base import Turn
@@ -68,13 +68,7 @@ def csqa_options(row: Record) -> Options:
     asked, choices = row.values["question"], row.values.get("choices")
     if isinstance(asked, Mapping):
         asked, choices = asked.get("stem"), asked.get("choices")
-    if isinstance(choices, Mapping):  # columns of labels and of texts
-        labels, texts = choices.get("label"), choices.get("text")
-    elif isinstance(choices, list) and all(isinstance(one, Mapping) for one in choices):
-        labels = [one.get("label") for one in choices]
-        texts = [one.get("text") for one in choices]
-    else:
-        labels, texts = None, None
+    labels, texts = _columns(choices)
     right = row.text("answerKey").strip()
     if not isinstance(asked, str) or not asked.strip():
         raise row.wrong("question", "a text, or {stem: ..., choices: [...]}")
@@ -88,8 +82,19 @@ def csqa_options(row: Record) -> Options:
     return Options(question=asked.strip(), texts=tuple(texts), letter=right)
 
 
-def _listed(texts: object) -> bool:
-    if not isinstance(texts, list) or not 1 < len(texts) <= len(LETTERS):
+def _columns(choices: Any) -> tuple[list[Any], list[Any]]:
+    """Labels and texts of choices; empty where they are neither columns nor rows."""
+    if isinstance(choices, Mapping):
+        labels, texts = choices.get("label"), choices.get("text")
+        if isinstance(labels, list) and isinstance(texts, list):
+            return labels, texts
+    elif isinstance(choices, list) and all(isinstance(one, Mapping) for one in choices):
+        return [c.get("label") for c in choices], [c.get("text") for c in choices]
+    return [], []
+
+
+def _listed(texts: list[Any]) -> bool:
+    if not 1 < len(texts) <= len(LETTERS):
         return False
     return all(isinstance(one, str) and one.strip() for one in texts)
 

@@ -16,7 +16,7 @@ from kvjax.eval.tasks.base import (
     characters,
     stream,
 )
-from kvjax.eval.tasks.fitting import fitted
+from kvjax.eval.tasks.fitting import ENOUGH
 from kvjax.fields import Count, OneOf, Positive, Seed, fit
 
 DATA = "KVJAX_DATA"
@@ -25,6 +25,10 @@ DATA = "KVJAX_DATA"
 Long = Annotated[str, OneOf("refuse", "leave_out", "cut")]
 """What becomes of items that are too long: an error, others in their place, or less of
 them (text: without its middle; worked examples: fewer)."""
+
+
+FEW = 64
+"""Of so many parts that can be cut, exactly as many as fit are kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,16 +158,30 @@ class FileTask(Task):
         ]
 
     def _cut(self, one: Draft, length: int, measure: Measure) -> Episode:
-        def make(size: int) -> Episode:
-            episode, gone = one.make(min(size, one.size)), max(0, one.size - size)
-            turns = (
-                dataclasses.replace(turn, meta={**turn.meta, "cut": gone})
-                for turn in episode.turns
+        """The item with as much of it as fits, or nearly."""
+        best = one.make(0)
+        low, short = 0, measure(best)
+        if short > length:
+            raise ValueError(
+                f"Task {self.name!r}, {one.place}: this item does not fit into a "
+                f"length of {length}: it needs {short} without all that can be cut. "
+                "Raise the length, or set `long: leave_out`."
             )
-            return dataclasses.replace(episode, turns=tuple(turns))
-
-        what = f"task {self.name!r}, {one.place},"
-        return fitted(make, measure, smallest=0, most=length, what=what)
+        high, long, halve = one.size, measure(one.make(one.size)), False
+        while high - low > 1 and (high < FEW or short < ENOUGH * length):
+            share = 0.5 if halve else (length - short) / (long - short)
+            size = min(max(low + int(share * (high - low)), low + 1), high - 1)
+            made = one.make(size)
+            if (need := measure(made)) <= length:
+                best, low, short = made, size, need
+            else:
+                high, long = size, need
+            halve = not halve
+        turns = tuple(
+            dataclasses.replace(turn, meta={**turn.meta, "cut": one.size - low})
+            for turn in best.turns
+        )
+        return dataclasses.replace(best, turns=turns)
 
 
 def given_file(task: str, field: str, path: str, *default: str) -> str:

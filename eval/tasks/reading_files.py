@@ -5,7 +5,6 @@ row and its column, before anything is computed.
 """
 
 import csv
-import dataclasses
 import gzip
 import io
 import os
@@ -14,11 +13,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from kvjax.eval.tasks.lists import listed
+from kvjax.eval.tasks.row import Record as Record
 from kvjax.files import parse_json, regular
 from kvjax.messages import nearest, shown
 from kvjax.places import expanded
-from kvjax.plaintext import check_text, decoded
+from kvjax.plaintext import decoded
 
 PACKED = ".gz"
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -26,79 +25,6 @@ SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
 """Where a record stands in its file, and the record."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Record:
-    """The columns that were asked for, of one row.
-
-    Attributes:
-        place: file and row, for messages.
-        values: by column; optional columns that the row does not have are left out.
-    """
-
-    place: str
-    values: Mapping[str, Any]
-
-    def wrong(self, column: str, wanted: str) -> ValueError:
-        """The error of a column that holds something else than `wanted`."""
-        return ValueError(
-            f"{self.place}: `{column}` must be {wanted}; got "
-            f"{shown(self.values.get(column))}."
-        )
-
-    def text(self, column: str, *, empty: bool = False) -> str:
-        """The text of a column; `empty` says whether it may be of spaces alone.
-
-        Raises:
-            ValueError: it is no text, or an empty one; names file and row.
-        """
-        value = self.values.get(column)
-        if not isinstance(value, str):
-            raise self.wrong(column, "a text")
-        check_text(value, f"{self.place}: `{column}`")
-        if not empty and not value.strip():
-            raise self.wrong(column, "a text that is not empty")
-        return value
-
-    def texts(self, column: str) -> tuple[str, ...]:
-        """One text or more: a list of them, a number, or a text that shows a list.
-
-        `["a", "b"]` and `['a' 'b']`, as NumPy prints it, are lists; `[1, 2]` and
-        `[0, 5)` are texts, since answers of mathematics look so.
-
-        Raises:
-            ValueError: there is none, or an empty one; names file and row.
-        """
-        value = self.values.get(column)
-        if isinstance(value, str):
-            found = listed(value)
-            value = [value] if found is None else found
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            value = [value]
-        if not isinstance(value, list | tuple) or not value:
-            raise self.wrong(column, "a text or a list of texts, not empty")
-        made = [str(one) if _is_number(one) else one for one in value]
-        if not all(isinstance(one, str) and one.strip() for one in made):
-            raise self.wrong(column, "texts that are not empty")
-        for one in made:
-            check_text(one, f"{self.place}: `{column}`")
-        return tuple(made)
-
-    def whole(self, column: str, least: int = 0) -> int:
-        """A whole number of at least `least`; CSV has it as text.
-
-        Raises:
-            ValueError: it is none; names file and row.
-        """
-        value = self.values.get(column)
-        if isinstance(value, str) and value.strip().isdecimal():
-            value = int(value)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.wrong(column, f"a whole number >= {least}")
-        return value
 
 
 def read_records(
@@ -278,7 +204,8 @@ def _parquet(file: pathlib.Path) -> Rows:
     try:
         with pq.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
+                rows: list[Any] = batch.to_pylist()
+                for row in rows:
                     number += 1
                     yield f"row {number}", row
     except (pyarrow.ArrowException, OSError) as wrong:
@@ -305,7 +232,3 @@ def _hub(name: str, config: str, split: str) -> Rows:
         ) from None
     for number, row in enumerate(found, 1):
         yield f"{what}, row {number}", row
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
