@@ -16,18 +16,23 @@ from types import MappingProxyType
 from kvjax.eval.metrics.numbers import number
 from kvjax.eval.metrics.words import Asked, Metric, best
 
-_BOX = re.compile(r"\\?(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"(?:boxed|fbox)\s{0,9}\{|[{}]")
+LONGEST = 2000
+"""Characters of what a box holds."""
 
 
 def last_box(reply: str) -> str | None:
     """What the last box holds, up to the brace that closes it; None without one."""
-    for found in reversed([*_BOX.finditer(reply)]):
-        depth = 1
-        for at in range(found.end(), len(reply)):
-            depth += {"{": 1, "}": -1}.get(reply[at], 0)
-            if not depth:
-                return reply[found.end() : at]
-    return None
+    opened: list[tuple[int, bool]] = []
+    last = (-1, -1)
+    for found in _BRACE.finditer(reply):
+        if found[0] != "}":
+            opened.append((found.end(), len(found[0]) > 1))
+        elif opened:
+            begin, boxed = opened.pop()
+            last = max(last, (begin, found.start())) if boxed else last
+    begin, end = last
+    return reply[begin:end] if 0 <= end - begin <= LONGEST and begin >= 0 else None
 
 
 _SAME = (

@@ -16,7 +16,7 @@ from kvjax.eval.metrics.answers import said_letter, said_number
 from kvjax.eval.metrics.numbers import number
 
 _MARK = re.compile(r"\bAnswer_(\d{1,9})\b")
-_NEXT = re.compile(r"\n\s*\W*Question_\d")
+_NEXT = re.compile(r"\n[^\w\n]*Question_\d")
 _DECIMAL = re.compile(r"\d+(?:\.\d+)?")
 _SPAN = re.compile(r":\n(.*?)(?:\n\n|\Z)", re.DOTALL)
 PARTS = 10

@@ -148,7 +148,6 @@ class MMLU(Choosing):
     columns: ClassVar[tuple[str, ...]] = ("question", "choices", "answer")
     further: ClassVar[tuple[str, ...]] = ("subject",)
     given: ClassVar[tuple[str, ...]] = ("mmlu", "test.jsonl.gz")
-    shown: ClassVar[tuple[str, ...]] = ("mmlu", "dev.jsonl.gz")
     shots_split: ClassVar[str] = "dev"
 
     shots: Shots = 5
@@ -177,14 +176,11 @@ class CSQA(Choosing):
     columns: ClassVar[tuple[str, ...]] = ("question", "answerKey")
     further: ClassVar[tuple[str, ...]] = ("choices",)
     given: ClassVar[tuple[str, ...]] = ("csqa", "dev.jsonl.gz")
-    shown: ClassVar[tuple[str, ...]] = ("csqa", "train.jsonl.gz")
     shots_split: ClassVar[str] = "train"
+    among: ClassVar[bool] = True
 
     split: str = "dev"
     shots: Shots = 4
-
-    def _has_no_other(self) -> bool:
-        return True
 
     def problem(self, row: Record) -> Problem:
         return self._problem(row, csqa_options(row))

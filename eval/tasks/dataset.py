@@ -6,17 +6,17 @@ The layout is that of kvpress' data sets (`simonjegou/ruler` and others): column
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, final
+from typing import Annotated, Any, ClassVar, final
 
 from kvjax.eval.metrics import AUTO, METRICS, metric_names, perfect
 from kvjax.eval.metrics.longbench import CLASSES
 from kvjax.eval.tasks.base import Episode, Turn
 from kvjax.eval.tasks.from_files import Draft, FileTask, draft
 from kvjax.eval.tasks.reading_files import Record, read_records
-from kvjax.fields import Positive
+from kvjax.fields import OneOf, Positive
 from kvjax.messages import nearest, shown
 
-_COLUMNS = ("context", "question", "answer|answers|outputs")
+_ANSWER = "answer|answers|outputs"
 _FURTHER = ("answer_prefix", "max_new_tokens", "task", CLASSES)
 TYPICAL = 128
 """Tokens of a reply where neither the data nor `new_tokens` says how many."""
@@ -35,6 +35,8 @@ class Dataset(FileTask):
         metric: a metric, a benchmark, which has one for each of its tasks, or `auto`:
             the benchmark that the path names, or that has all these tasks.
         new_tokens: of a reply, instead of what the column `max_new_tokens` says.
+        unanswered: what becomes of rows with an empty answer: `refuse` (an error), or
+            `leave_out`.
     """
 
     name: ClassVar[str] = "dataset"
@@ -45,6 +47,7 @@ class Dataset(FileTask):
     task: str = ""
     metric: str = AUTO
     new_tokens: Positive | None = None
+    unanswered: Annotated[str, OneOf("refuse", "leave_out")] = "refuse"
 
     @property
     def max_new_tokens(self) -> int:
@@ -75,13 +78,25 @@ class Dataset(FileTask):
     def _rows(self) -> list[Record]:
         rows = read_records(
             self.path,
-            _COLUMNS,
+            ("context",),
+            nullable=("question", _ANSWER),
             optional=_FURTHER,
             config=self.config,
             split=self.split,
         )
-        if not self.task:
-            return rows
+        rows = self._of_task(rows) if self.task else rows
+        empty = [one for one in rows if one.values.get("answer", "") in ("", [], [""])]
+        if empty and self.unanswered == "refuse":
+            raise ValueError(
+                f"{empty[0].place}: `answer` is empty, as in {len(empty)} of "
+                f"{len(rows)} rows. Set `unanswered: leave_out` to ask the others."
+            )
+        if len(empty) == len(rows):
+            raise ValueError(f"{rows[0].place}: `answer` is empty, as in all rows.")
+        places = {one.place for one in empty}
+        return [one for one in rows if one.place not in places]
+
+    def _of_task(self, rows: list[Record]) -> list[Record]:
         kinds = list(dict.fromkeys(str(one.values.get("task", "")) for one in rows))
         kept = [one for one in rows if one.values.get("task", "") == self.task]
         if not kept:
@@ -96,7 +111,7 @@ class Dataset(FileTask):
         return row.text("task") if "task" in row.values else self.config
 
     def _turn(self, row: Record, metric: str) -> Turn:
-        answers = row.texts("answer")
+        answers, asks = row.texts("answer"), "question" in row.values
         prefix = ""
         if "answer_prefix" in row.values:
             prefix = row.text("answer_prefix", empty=True)
@@ -105,7 +120,7 @@ class Dataset(FileTask):
         if row.values.get(CLASSES):
             meta[CLASSES] = row.texts(CLASSES)
         turn = Turn(
-            question=row.text("question", empty=True),
+            question=row.text("question", empty=True) if asks else "",
             answer=space + perfect(metric, answers),
             meta=meta,
             prefix=prefix,

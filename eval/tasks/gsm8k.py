@@ -61,7 +61,6 @@ class GSM8K(FewShot):
     stop: ClassVar[str] = "\nQuestion:"
     columns: ClassVar[tuple[str, ...]] = ("question", "answer")
     given: ClassVar[tuple[str, ...]] = ("gsm8k", "test.jsonl.gz")
-    shown: ClassVar[tuple[str, ...]] = ("gsm8k", "train.jsonl.gz")
     shots_split: ClassVar[str] = "train"
 
     def problem(self, row: Record) -> Problem:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from collections.abc import Sequence
 from typing import ClassVar, final
 
@@ -46,8 +47,8 @@ class HumanEval(FewShot):
         "entry_point",
     )
     given: ClassVar[tuple[str, ...]] = ("humaneval", "HumanEval.jsonl.gz")
-    shown: ClassVar[tuple[str, ...]] = given
     shots_split: ClassVar[str] = "test"
+    among: ClassVar[bool] = True
 
     new_tokens: Positive = 512
     allow_code: bool = False
@@ -72,7 +73,15 @@ class HumanEval(FewShot):
 
     def drafts(self, turns: int) -> Sequence[Draft]:
         self._check_allowed()
-        return super().drafts(turns)
+        found = super().drafts(turns)
+        done = run_code("import math", seconds=30.0)
+        if not done.passed:
+            raise ValueError(
+                "Task 'humaneval' cannot run programs here: one that does nothing "
+                f"ended with {done.why!r}. It needs an interpreter ({sys.executable}), "
+                "a temporary folder, and processes of its own."
+            )
+        return found
 
     def score(self, item: Turn, reply: str) -> float:
         """1 if the function passes its tests; runs it."""

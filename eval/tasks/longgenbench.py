@@ -10,7 +10,7 @@ from kvjax.eval.tasks.choosing import CSQA, MMLU, Options, csqa_options, mmlu_op
 from kvjax.eval.tasks.from_files import Draft, FileTask, given_file
 from kvjax.eval.tasks.gsm8k import GSM8K, SAYS, solved
 from kvjax.eval.tasks.reading_files import Record, read_records
-from kvjax.eval.tasks.shots import FewShot, Shots
+from kvjax.eval.tasks.shots import FewShot, Shots, examples_of, no_examples
 from kvjax.fields import OneOf, Positive, Range
 
 
@@ -88,7 +88,8 @@ class LongGenBench(FileTask):
         problems: K.
         shots: worked examples; None: 8 of GSM8K, 5 of MMLU, 4 of CommonsenseQA.
         exemplars: the file that they are the first rows of (of MMLU the first of the
-            subject); empty: below `KVJAX_DATA`.
+            subject); empty: the split of examples beside `path`, or `path` itself where
+            there is none (CommonsenseQA); the problems are others then.
         order: of the problems of a reply: shortest first, or as in the file.
         scorer: `corrected`, or `published` with its faults
             (`kvjax.eval.metrics.long_reply`).
@@ -124,13 +125,13 @@ class LongGenBench(FileTask):
         """See `FileTask.drafts`; each has one question."""
         del turns
         kind, _, shots = _SOURCES[self.source]
-        split = self.split or kind.__dataclass_fields__["split"].default
-        entries = self._read("path", self.path, split, kind.given)
         shots = shots if self.shots is None else self.shots
+        split = self.split or kind.__dataclass_fields__["split"].default
+        path = given_file(self.name, "path", self.path, *kind.given)
+        entries = self._read("path", path, split)
         known: list[Entry] = []
-        if shots:
-            place = kind.shots_split, kind.shown
-            known = self._read("exemplars", self.exemplars, *place)
+        if place := shots and self._exemplars(path, split):
+            known = entries if place == path else self._read("exemplars", place)
         groups: dict[str, list[Entry]] = {}
         for one in entries:
             groups.setdefault(one.group, []).append(one)
@@ -153,19 +154,21 @@ class LongGenBench(FileTask):
             )
         return made
 
-    def _read(
-        self, field: str, path: str, split: str, default: tuple[str, ...]
-    ) -> list[Entry]:
+    def _exemplars(self, path: str, split: str) -> str:
+        kind = _SOURCES[self.source][0]
+        place = self.exemplars or examples_of(path, split, kind.shots_split)
+        if not place and not kind.among:
+            raise no_examples(self.name, "exemplars", path, kind.shots_split)
+        return place or path
+
+    def _read(self, field: str, path: str, split: str = "") -> list[Entry]:
         kind, read, _ = _SOURCES[self.source]
-        if field == "exemplars" and not path and self.source == "csqa":
-            path, split = self.path, self.split or "dev"  # there is no other by default
-            default = kind.given
         rows = read_records(
-            given_file(self.name, field, path, *default),
+            path,
             kind.columns,
             optional=kind.further,
             config=self.config,
-            split=split,
+            split=split or kind.shots_split,
             field=field,
         )
         return [read(row) for row in rows]

@@ -10,7 +10,7 @@ import io
 import os
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvjax.eval.tasks.row import Record as Record
@@ -23,6 +23,8 @@ PACKED = ".gz"
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 """Of files that are read; all but Parquet may be packed (`.jsonl.gz`)."""
 
+REQUIRED, NULLABLE, OPTIONAL = "required", "nullable", "optional"
+
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
 """Where a record stands in its file, and the record."""
 
@@ -31,6 +33,7 @@ def read_records(
     path: str | os.PathLike[str],
     columns: Sequence[str],
     *,
+    nullable: Sequence[str] = (),
     optional: Sequence[str] = (),
     config: str = "",
     split: str = "test",
@@ -43,6 +46,8 @@ def read_records(
             through `datasets` and kept on disk by it.
         columns: those that every row must have; `answer|answers` is whichever there
             is, under the first name.
+        nullable: those that every row must have and that may be empty there; they are
+            left out then.
         optional: further ones, left out where a row has none; as `columns`.
         config: of a hub id, its configuration; of a folder, the one below it.
         split: of a hub id or a folder (files whose names begin with it).
@@ -52,6 +57,8 @@ def read_records(
         ValueError: there is no such file, data set, configuration, split or column; a
             row lacks a column; a file is damaged or holds nothing.
     """
+    needs = {REQUIRED: columns, NULLABLE: nullable, OPTIONAL: optional}
+    wanted = [(one, need) for need, names in needs.items() for one in names]
     if not os.fspath(path):
         raise ValueError(f"`{field}` is empty; expected a file or a hub id.")
     place = expanded(path)
@@ -64,26 +71,24 @@ def read_records(
     elif there or _suffix(place) or str(path).count("/") != 1:
         files = [_known(place, field)]
     else:
-        return list(_records(_hub(str(path), config, split), columns, optional))
+        return list(_records(_hub(str(path), config, split), wanted))
     found: list[Record] = []
     for file in files:
-        found += _records(_of_file(file), columns, optional)
+        found += _records(_of_file(file), wanted)
     if not found:
         raise ValueError(f"{files[0]} holds no records.")
     return found
 
 
-def _records(
-    rows: Rows, columns: Sequence[str], optional: Sequence[str]
-) -> Iterator[Record]:
+def _records(rows: Rows, wanted: Sequence[tuple[str, str]]) -> Iterator[Record]:
     for place, row in rows:
         values = {}
-        for wanted in (*columns, *optional):
-            names = wanted.split("|")
+        for column, need in wanted:
+            names = column.split("|")
             name = next((one for one in names if row.get(one) is not None), None)
             if name is not None:
                 values[names[0]] = row[name]
-            elif wanted in columns:
+            elif need == REQUIRED or need == NULLABLE and not row.keys() & {*names}:
                 raise _lacking(place, names, row)
         yield Record(place=place, values=values)
 
@@ -221,7 +226,7 @@ def _hub(name: str, config: str, split: str) -> Rows:
     which = f", configuration {shown(config)}" if config else ""
     what = f"data set {shown(name)}{which}, split {shown(split)}"
     try:
-        found: Iterable[Any] = datasets.load_dataset(name, config or None, split=split)
+        found: Any = datasets.load_dataset(name, config or None, split=split)
     except Exception as wrong:  # the hub raises whatever its layers raise
         said = " ".join(str(wrong).split())[:600] or type(wrong).__name__
         raise ValueError(

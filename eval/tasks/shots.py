@@ -5,8 +5,7 @@ The context holds the examples, which are what is compressed; the question is a 
 
 import abc
 import dataclasses
-import os
-import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -55,6 +54,12 @@ class FewShot(FileTask):
     A problem is never its own example. `cut` leaves out examples, the last ones first.
 
     Attributes:
+        columns: of a row, which all have.
+        further: those that some have.
+        given: the file of problems below `KVJAX_DATA`.
+        shots_split: of the examples.
+        among: whether examples may be problems that are asked, where there is no split
+            for them.
         path: of the problems: a file, a folder or a hub id; empty: below `KVJAX_DATA`.
         config: of a hub id or a folder.
         split: of a hub id or a folder.
@@ -67,8 +72,8 @@ class FewShot(FileTask):
     columns: ClassVar[tuple[str, ...]]
     further: ClassVar[tuple[str, ...]] = ()
     given: ClassVar[tuple[str, ...]]
-    shown: ClassVar[tuple[str, ...]]
     shots_split: ClassVar[str]
+    among: ClassVar[bool] = False
 
     path: str = ""
     config: str = ""
@@ -129,30 +134,12 @@ class FewShot(FileTask):
             return []
         if self.shots_path:
             return self._read(self.shots_path, self.shots_split, "shots_path")
-        if not self.path:
-            beside = pathlib.Path(path).with_name(self.shown[-1])
-        elif os.path.isfile(path := str(expanded(path))):
-            name = pathlib.Path(path).name
-            beside = pathlib.Path(path).with_name(
-                name.replace(self.split, self.shots_split, 1)
-            )
-        elif self.shots_split == self.split:
+        place = examples_of(path, self.split, self.shots_split)
+        if place:
+            return self._read(place, self.shots_split, "shots_path")
+        if self.among:
             return asked
-        else:  # a folder, or the hub
-            return self._read(path, self.shots_split, "path")
-        if beside.is_file() and not beside.samefile(path):
-            return self._read(str(beside), self.shots_split, "shots_path")
-        if self.shots_split == self.split or self._has_no_other():
-            return asked
-        raise ValueError(
-            f"Task {self.name!r} needs `shots_path`: a file with problems for the "
-            f"{self.shots} worked examples (the split {self.shots_split!r}). There is "
-            f"none at {shown(str(beside))}. Without examples: `shots: 0`."
-        )
-
-    def _has_no_other(self) -> bool:
-        """Whether examples may come from among the problems that are asked."""
-        return False
+        raise no_examples(self.name, "shots_path", path, self.shots_split)
 
     def _shots_of(self, one: Problem, known: Sequence[Problem]) -> list[Problem]:
         found: list[Problem] = []
@@ -190,3 +177,30 @@ class FewShot(FileTask):
             choices=one.choices,
             max_new_tokens=self.new_tokens,
         )
+
+
+def examples_of(path: str, split: str, other: str) -> str:
+    """Where the split `other` is of the data whose `split` is at `path`.
+
+    That is the file beside it (`train.jsonl` of `test.jsonl`), or the same folder or
+    data set of the hub; empty: nowhere.
+    """
+    if split == other:
+        return ""
+    file = expanded(path)
+    if not file.is_file():
+        return path
+    for found in re.finditer(re.escape(split), file.name):
+        name = file.name[: found.start()] + other + file.name[found.end() :]
+        if file.with_name(name).is_file():
+            return str(file.with_name(name))
+    return ""
+
+
+def no_examples(task: str, field: str, path: str, split: str) -> ValueError:
+    """The error of worked examples that are nowhere."""
+    return ValueError(
+        f"Task {task!r} needs `{field}`: a file of problems for the worked examples "
+        f"(the split {split!r}); there is none beside {shown(path)}. Without examples: "
+        "`shots: 0`."
+    )
