@@ -202,6 +202,8 @@ OTHERS = (
     "os.kill",
     "os.setuid",
     "os.unshare",
+    "resource.setrlimit",
+    "resource.prlimit",
     "signal.pthread_kill",
     "sys.addaudithook",
 )
@@ -224,6 +226,7 @@ PLACES = {
     "os.removexattr": 1,
     "shutil.rmtree": 1,
     "shutil.move": 2,
+    "sqlite3.connect": 1,
 }
 """Events that change files, and how many of their arguments are paths."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

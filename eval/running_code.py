@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import secrets
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -100,15 +100,18 @@ def _said(process: subprocess.Popen, request: dict, reader: int, seconds: float)
     with contextlib.suppress(BrokenPipeError), process.stdin as file:
         file.write(json.dumps(request).encode())
     end, found = time.monotonic() + seconds, b""
+    watch = selectors.DefaultSelector()  # `select` takes no high descriptors
+    watch.register(reader, selectors.EVENT_READ)
     while (left := end - time.monotonic()) > 0 and len(found) < MOST_SAID:
         # The pipe stays open here, so its end is not seen: look at the process too.
-        if select.select([reader], [], [], min(left, 0.02))[0]:
+        if watch.select(min(left, 0.02)):
             found += os.read(reader, MOST_SAID)
             if b"\n" in found:
                 break
         elif process.poll() is not None:
             break
-    else:
+    watch.close()
+    if time.monotonic() >= end:
         return "time"
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(0.0, end - time.monotonic()))  # it clears up

@@ -1,5 +1,6 @@
 """What a reply that thinks aloud says in the end: a number, or a letter."""
 
+import itertools
 import re
 from fractions import Fraction
 
@@ -7,6 +8,8 @@ from kvjax.eval.metrics.boxed import last_box
 from kvjax.eval.metrics.numbers import number, numbers
 
 _SAYS = re.compile(r"\banswer\s*(?:is|:)", re.IGNORECASE)
+SENTENCE, MOST = 400, 100
+"""Characters behind `answer is` that are looked at, and how many times."""
 _HASHES = re.compile(r"####\s*([^\n]*)")
 
 
@@ -17,8 +20,9 @@ def said_number(reply: str) -> Fraction | None:
     its last `=`, if it has one), else that behind `####`, else that of the last box,
     else the last number.
     """
-    for found in _SAYS.finditer(reply):
-        sentence = re.split(r"\n|[.!?](?:\s|$)", reply[found.end() :], maxsplit=1)[0]
+    for found in itertools.islice(_SAYS.finditer(reply), MOST):
+        behind = reply[found.end() : found.end() + SENTENCE]
+        sentence = re.split(r"\n|[.!?](?:\s|$)", behind, maxsplit=1)[0]
         said = numbers(sentence.rpartition("=")[2]) or numbers(sentence)
         if said:
             return said[0]
@@ -42,8 +46,9 @@ def said_letter(reply: str, letters: str) -> str | None:
         letters: those that there are, `ABCD`.
     """
     alone = rf"(?<![A-Za-z'])[{letters}](?![A-Za-z'])"
-    for found in _SAYS.finditer(reply):
-        sentence = re.split(r"\n|\.\s", reply[found.end() :], maxsplit=1)[0]
+    for found in itertools.islice(_SAYS.finditer(reply), MOST):
+        behind = reply[found.end() : found.end() + SENTENCE]
+        sentence = re.split(r"\n|\.\s", behind, maxsplit=1)[0]
         if said := re.search(alone, sentence):
             return said[0]
     if said := re.match(rf"[\s(*]*({alone})", reply):

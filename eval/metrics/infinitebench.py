@@ -97,9 +97,9 @@ def code_choice(turn: Asked, reply: str) -> float:
 
 def _said(right: Sequence[str], text: str, letters: str, before: Sequence[str]) -> bool:
     """Whether it is the last letter of a line, or begins the text or the answer."""
-    alone = rf"\b[{letters}]\b"
-    last = re.search(rf"{alone}(?!.*{alone})", text)  # of the first line that has any
-    if last and last[0] in right:
+    lines = (re.findall(rf"\b[{letters}]\b", line) for line in text.split("\n"))
+    last = next((found[-1] for found in lines if found), None)  # of the first such line
+    if last in right:
         return True
     places = [text]
     for prefix in before:

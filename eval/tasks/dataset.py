@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, final
 
-from kvjax.eval.metrics import AUTO, METRICS, metric_names, perfect
+from kvjax.eval.metrics import AUTO, FAMILIES, METRICS, metric_names, perfect
 from kvjax.eval.metrics.longbench import CLASSES
 from kvjax.eval.tasks.base import Episode, Turn
 from kvjax.eval.tasks.from_files import Draft, FileTask, draft
@@ -45,7 +45,7 @@ class Dataset(FileTask):
     config: str = ""
     split: str = "test"
     task: str = ""
-    metric: str = AUTO
+    metric: Annotated[str, OneOf(AUTO, *FAMILIES, *METRICS)] = AUTO
     new_tokens: Positive | None = None
     unanswered: Annotated[str, OneOf("refuse", "leave_out")] = "refuse"
 

@@ -66,7 +66,7 @@ def read_records(
         there = os.path.lexists(place)
     except ValueError as wrong:  # a name with NUL in it
         raise ValueError(f"`{field}` is no path ({wrong}).") from None
-    if place.is_dir():
+    if os.path.isdir(place):  # `Path.is_dir` raises for names that are too long
         files = _of_folder(place, config, split)
     elif there or _suffix(place) or str(path).count("/") != 1:
         files = [_known(place, field)]
@@ -124,6 +124,13 @@ def _known(file: pathlib.Path, field: str) -> pathlib.Path:
 
 
 def _of_folder(folder: pathlib.Path, config: str, split: str) -> list[pathlib.Path]:
+    try:
+        return _of_split(folder, config, split)
+    except OSError as wrong:
+        raise ValueError(f"{folder} cannot be listed: {wrong.strerror}.") from None
+
+
+def _of_split(folder: pathlib.Path, config: str, split: str) -> list[pathlib.Path]:
     """The files of a split, as copies of hub data sets have them."""
     for below in (folder / config, folder / "data" / config, folder / config / "data"):
         if not below.is_dir():

@@ -1,13 +1,17 @@
 """What replies say in the end: numbers, letters, boxes, answers by their numbers."""
 
+import dataclasses
+import time
 from fractions import Fraction
 
 import pytest
 
+from kvjax.eval.metrics import METRICS
 from kvjax.eval.metrics.answers import said_letter, said_number
 from kvjax.eval.metrics.boxed import last_box, same_form
 from kvjax.eval.metrics.long_reply import corrected, published
 from kvjax.eval.metrics.numbers import number, numbers
+from kvjax.eval.tasks import Turn
 
 
 @pytest.mark.parametrize(
@@ -89,8 +93,16 @@ def test_boxes_and_their_forms():
     assert same_form("1,2") != same_form("12")
 
 
-def test_replies_of_nothing_but_lines_take_no_time():
-    assert corrected(["1"], 9, "Answer_9:" + "\n" * 20_000).right == (None,)
+@pytest.mark.parametrize("part", ["\n", "A ", "answer is ", "{", "boxed{", "1,", "'"])
+def test_replies_that_repeat_themselves_take_no_time(part):
+    reply = "Answer_9:" + part * 10_000
+    asked = Turn(question="", answer="C", meta={})
+    began = time.monotonic()
+    assert corrected(["2"], 9, reply).accuracy == 0
+    assert METRICS["choice"](asked, reply) == METRICS["boxed"](asked, reply) == 0
+    cloze = dataclasses.replace(asked, answer="{'a': 'b'}")
+    assert METRICS["cloze_exact"](cloze, reply) == 0
+    assert time.monotonic() - began < 5
 
 
 def test_a_long_reply_is_read_by_its_numbers():

@@ -134,6 +134,11 @@ def test_rows_with_one_context_are_turns_of_one_episode(fields):
     assert make("dataset", **fields["dataset"], new_tokens=7).max_new_tokens == 7
 
 
+def test_an_unknown_metric_is_refused_at_once():
+    with pytest.raises(ValueError, match="rouge_l.*Did you mean 'rouge_l'"):
+        make("dataset", metric="rouge-l")
+
+
 def test_rows_of_one_kind_alone(fields):
     task = make("dataset", **fields["dataset"], task="qa_1")
     assert len(task.drafts(1)) == 2

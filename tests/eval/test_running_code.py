@@ -36,6 +36,14 @@ def test_a_right_program_passes():
         ("import ctypes\nctypes.CDLL(None)", "refused"),
         ("import os\nos.kill(os.getppid(), 9)", "refused"),
         ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "refused"),
+        ("import resource as r\nr.setrlimit(r.RLIMIT_AS, (2**40, 2**40))", "refused"),
+        ("import sqlite3\nsqlite3.connect('/tmp/other.db')", "refused"),
+        (
+            "import threading\ndef f():\n while True: pass\n"
+            "threading.Thread(target=f).start()",
+            "",
+        ),
+        ("import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x')", ""),
         ("input()", "error: EOFError"),
         ("open('big', 'wb').write(bytes(2**21))", "error: OSError"),
         ("import faulthandler as f\nf._sigsegv()", "signal 11"),
