@@ -10,6 +10,7 @@ container or a virtual machine.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -24,8 +25,8 @@ import time
 GUARD = pathlib.Path(__file__).with_name("code_guard.py")
 MOST_SAID = 4096
 """Bytes of what is said about a program."""
-GRACE = 2.0
-"""Seconds that the guard has to clear up, beyond those of the program."""
+GRACE = 20.0
+"""Seconds that the guard has to start and to clear up, beyond those of the program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,12 @@ def run_code(
         os.close(reader)
         os.close(writer)
     return _outcome(said, token)
+
+
+@functools.cache
+def cannot_run() -> str:
+    """Why no program can be run here; empty: programs can."""
+    return run_code("import math", seconds=30.0).why
 
 
 def _said(process: subprocess.Popen, request: dict, reader: int, seconds: float) -> str:

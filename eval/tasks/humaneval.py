@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-from kvjax.eval.running_code import Outcome, run_code
+from kvjax.eval.running_code import Outcome, cannot_run, run_code
 from kvjax.eval.tasks.base import Turn
 from kvjax.eval.tasks.from_files import Draft
 from kvjax.eval.tasks.reading_files import Record
@@ -74,11 +74,10 @@ class HumanEval(FewShot):
     def drafts(self, turns: int) -> Sequence[Draft]:
         self._check_allowed()
         found = super().drafts(turns)
-        done = run_code("import math", seconds=30.0)
-        if not done.passed:
+        if why := cannot_run():
             raise ValueError(
                 "Task 'humaneval' cannot run programs here: one that does nothing "
-                f"ended with {done.why!r}. It needs an interpreter ({sys.executable}), "
+                f"ended with {why!r}. It needs an interpreter ({sys.executable}), "
                 "a temporary folder, and processes of its own."
             )
         return found
