@@ -17,7 +17,9 @@ from kvjax.fields import OneOf, Positive
 from kvjax.messages import nearest, shown
 
 _ANSWER = "answer|answers|outputs"
-_FURTHER = ("answer_prefix", "max_new_tokens", "task", CLASSES)
+_SAID = ("difficulty", "length")
+"""Columns that tell rows apart in some benchmarks, kept for whoever reads the rows."""
+_FURTHER = ("answer_prefix", "max_new_tokens", "task", CLASSES, *_SAID)
 TYPICAL = 128
 """Tokens of a reply where neither the data nor `new_tokens` says how many."""
 
@@ -117,6 +119,8 @@ class Dataset(FileTask):
             prefix = row.text("answer_prefix", empty=True)
         space = " " if prefix and not prefix[-1].isspace() else ""
         meta: dict[str, Any] = {"metric": metric, "kind": self._kind(row)}
+        told = {name: row.values.get(name) for name in _SAID}
+        meta |= {k: v for k, v in told.items() if isinstance(v, str | int | float)}
         if row.values.get(CLASSES):
             meta[CLASSES] = row.texts(CLASSES)
         turn = Turn(

@@ -130,8 +130,9 @@ class LongGenBench(FileTask):
         path = given_file(self.name, "path", self.path, *kind.given)
         entries = self._read("path", path, split)
         known: list[Entry] = []
-        if place := shots and self._exemplars(path, split):
-            known = entries if place == path else self._read("exemplars", place)
+        if shots:
+            place = self._exemplars(path, split)
+            known = self._read("exemplars", place) if place else entries
         groups: dict[str, list[Entry]] = {}
         for one in entries:
             groups.setdefault(one.group, []).append(one)
@@ -155,11 +156,12 @@ class LongGenBench(FileTask):
         return made
 
     def _exemplars(self, path: str, split: str) -> str:
+        """Where the examples are; empty: among the problems."""
         kind = _SOURCES[self.source][0]
         place = self.exemplars or examples_of(path, split, kind.shots_split)
         if not place and not kind.among:
             raise no_examples(self.name, "exemplars", path, kind.shots_split)
-        return place or path
+        return place
 
     def _read(self, field: str, path: str, split: str = "") -> list[Entry]:
         kind, read, _ = _SOURCES[self.source]

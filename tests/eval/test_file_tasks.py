@@ -181,7 +181,7 @@ def test_faulty_rows_are_named(tmp_path, change, said):
 
 
 def test_rows_without_an_answer_can_be_left_out(tmp_path):
-    rows = [*published.ruler(4)]
+    rows = [{**row, "length": "short"} for row in published.ruler(4)]
     rows[1] = {**rows[1], "answer": "", "question": None}
     path = write(tmp_path / "x.jsonl", rows)
     assert len(make("dataset", path=path, unanswered="leave_out").drafts(1)) == 3
@@ -191,6 +191,7 @@ def test_rows_without_an_answer_can_be_left_out(tmp_path):
     rows = [{**rows[0], "question": None}, {**rows[2]}]
     drafts = make("dataset", path=write(tmp_path / "x.jsonl", rows)).drafts(1)
     assert drafts[0].make(9).turns[0].question == ""
+    assert drafts[0].make(9).turns[0].meta["length"] == "short"
     del rows[1]["question"]
     with pytest.raises(ValueError, match="line 2: there is no column `question`"):
         make("dataset", path=write(tmp_path / "x.jsonl", rows)).drafts(1)

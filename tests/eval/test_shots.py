@@ -216,6 +216,18 @@ def test_long_replies_of_choices(fields, tmp_path):
         make("longgenbench", **{**fields["longgenbench"], "shots": 5}).drafts(1)
 
 
+@pytest.mark.parametrize("folder", [True, False])
+def test_examples_of_long_replies_are_of_the_other_split(tmp_path, folder):
+    path = write(tmp_path / "test.jsonl", published.gsm8k(8))
+    given = {"path": str(tmp_path) if folder else path, "problems": 4, "shots": 2}
+    with pytest.raises(ValueError, match="'train'"):
+        make("longgenbench", **given).drafts(1)
+    write(tmp_path / "train.jsonl", published.gsm8k(4, 100))
+    drafts = make("longgenbench", **given).drafts(1)
+    assert len(drafts) == 2
+    assert "Ann has 101 nuts" in drafts[0].make(2).context
+
+
 def test_the_published_scorer_takes_9_of_700_from_a_perfect_model(
     shared_data, monkeypatch
 ):
