@@ -252,7 +252,7 @@ def _refuse(folder):
         if event.startswith(OTHERS):
             raise Refused(f"{event} is not allowed")
         count = PLACES.get(event)
-        if not count or event == "open" and not arguments[2] & WRITES:
+        if not count or event == "open" and not (arguments[2] or 0) & WRITES:
             return
         for path in arguments[:count]:
             if not inside(path):
