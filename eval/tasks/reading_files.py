@@ -145,11 +145,13 @@ def _of_split(folder: pathlib.Path, config: str, split: str) -> list[pathlib.Pat
             )
         if files:
             return [regular(one) for one in files]
-    there = sorted(one.name for one in (folder / config).glob("*"))
+    place = folder / config if (folder / config).is_dir() else folder
+    there = sorted(one.name for one in place.iterdir())
     raise ValueError(
         f"{folder / config} has no file of the split {shown(split)} (a name that "
-        f"begins with it and ends in {', '.join(SUFFIXES)}); it has "
-        f"{shown(there) if there else 'nothing'}. Give `config` and `split`, or a file."
+        f"begins with it and ends in {', '.join(SUFFIXES)}); "
+        f"{place} has {shown(there) if there else 'nothing'}. Give `config` and "
+        "`split`, or a file."
     )
 
 

@@ -1,6 +1,7 @@
 """A row of published data, of which columns are asked strictly."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,7 +84,14 @@ class Record:
 
 
 def _written(value: Any) -> Any:
-    """A number as text, whole ones without a point; anything else as it is."""
+    """A number as text, whole ones without a point; anything else as it is.
+
+    A NaN is none: some writers put it where nothing is.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
-    return str(int(value) if float(value).is_integer() else value)
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        return value
+    return str(int(value) if value.is_integer() else value)

@@ -71,7 +71,8 @@ def test_a_missing_column_and_an_empty_cell_are_named(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "value", [[], "", "  ", ["a", " "], {"a": 1}, [None], True, [["a"]]]
+    "value",
+    [[], "", "  ", ["a", " "], {"a": 1}, [None], True, [["a"]], float("nan")],
 )
 def test_an_answer_that_is_none_names_its_row(tmp_path, value):
     file = write(tmp_path / "a.jsonl", [{"answer": "x"}, {"answer": value}])
@@ -99,6 +100,13 @@ def test_an_answer_that_is_none_names_its_row(tmp_path, value):
 )
 def test_lists_that_are_printed(text, items):
     assert listed(text) == items
+
+
+def test_numbers_are_texts_of_their_value(tmp_path):
+    values = (70, 70.0, 0.5, [7, 8], 10**400)
+    file = write(tmp_path / "a.jsonl", [{"answer": one} for one in values])
+    found = [one.texts("answer") for one in read_records(file, ["answer"])]
+    assert found == [("70",), ("70",), ("0.5",), ("7", "8"), ("1" + "0" * 400,)]
 
 
 def test_a_list_without_an_end_takes_no_time():
@@ -152,6 +160,20 @@ def test_places_where_nothing_is(tmp_path):
     write(tmp_path / "testing.jsonl", ROWS)
     with pytest.raises(ValueError, match="no file of the split 'test'.*testing.jsonl"):
         read_records(tmp_path, ["a"])
+
+
+def test_shards_of_a_split_are_read_in_their_order(tmp_path):
+    (tmp_path / "4096").mkdir()
+    for number, row in enumerate(ROWS):
+        write(tmp_path / "4096" / f"test-0000{number}-of-00002.parquet", [row])
+    found = read_records(tmp_path, ["n"], config="4096")
+    assert [one.whole("n") for one in found] == [3, 4]
+    for config in ("", "8192"):
+        with pytest.raises(ValueError, match=rf"{tmp_path.name} has \['4096'\]"):
+            read_records(tmp_path, ["n"], config=config)
+    write(tmp_path / "4096" / "test.jsonl", ROWS)
+    with pytest.raises(ValueError, match="jsonl.*parquet.*Give the one"):
+        read_records(tmp_path, ["n"], config="4096")
 
 
 def test_a_hub_that_cannot_be_reached_is_explained(monkeypatch):
