@@ -78,13 +78,14 @@ class Framing:
     def measure(self, task: Task, episode: Episode) -> int:
         """Tokens of an episode behind `begin`, with room for its replies.
 
-        Replies of records are as long as their answers, others have `max_new_tokens`.
+        Replies of records are as long as their answers, those in words have
+        `max_new_tokens`.
         """
         total, before = len(self.prompt(episode)) - len(self.begin), None
         for turn in episode.turns:
             total += len(self.asked(turn, before))
             before = turn
-        if task.stop:
+        if not task.chat:
             return total + len(self.tokenizer.encode(episode.turns[-1].answer))
         return total + limit(task, episode.turns[-1])
 

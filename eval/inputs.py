@@ -1,5 +1,6 @@
 """What an evaluation reads beside its configuration, by digests: see `kvjax.inputs`."""
 
+import dataclasses
 import hashlib
 import pathlib
 import re
@@ -67,7 +68,7 @@ def _asked(made: EvalPlan) -> str:
         if isinstance(group, QuestionGroup):
             rows += [one for turns in group.asked for one in turns]
             asked = (turn for one in group.episodes for turn in one.turns)
-            rows += [repr((t.answer, t.answers, t.choices)).encode() for t in asked]
+            rows += [repr(dataclasses.astuple(turn)).encode() for turn in asked]
         if isinstance(group, TextGroup):
             rows += [*group.follow]
         for row in rows:

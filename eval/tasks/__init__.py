@@ -21,8 +21,8 @@ from kvjax.eval.tasks.fact import Fact as Fact
 from kvjax.eval.tasks.gsm8k import GSM8K as GSM8K
 from kvjax.eval.tasks.humaneval import HumanEval as HumanEval
 from kvjax.eval.tasks.induction import Induction as Induction
-from kvjax.eval.tasks.passkey import Passkey as Passkey
 from kvjax.eval.tasks.longgenbench import LongGenBench as LongGenBench
+from kvjax.eval.tasks.passkey import Passkey as Passkey
 from kvjax.eval.tasks.recall import Recall as Recall
 from kvjax.eval.tasks.records import STOP as STOP
 from kvjax.eval.tasks.records import RecordTask as RecordTask

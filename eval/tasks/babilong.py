@@ -1,7 +1,6 @@
 """BABILong: facts of bAbI in pages of books, read from its published files."""
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, ClassVar
@@ -52,7 +51,7 @@ class BabiLong(FileTask):
         """See `FileTask.drafts`."""
         del turns
         kind = self.question
-        file = self._file()
+        file = self.place()
         parts = (INSTRUCTIONS[kind], EXAMPLES[kind], FORMATS[kind], "<context>\n")
         before = "\n\n".join(parts)
         found = []
@@ -71,11 +70,8 @@ class BabiLong(FileTask):
             found.append(inside(record.place, before, text, after, [turn]))
         return found
 
-    def files(self) -> Mapping[str, pathlib.Path]:
-        """See `Task.files`; without a path, the one that is looked for."""
-        return super(BabiLong, dataclasses.replace(self, path=self._file())).files()
-
-    def _file(self) -> str:
+    def place(self) -> str:
+        """See `FileTask.place`."""
         name = f"{self.question}_1k.jsonl.gz"
         return given_file(self.name, "path", self.path, "babilong", name)
 

@@ -5,14 +5,16 @@ The layout is that of kvpress' data sets (`simonjegou/ruler` and others): column
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, final
 
 from kvjax.eval.metrics import AUTO, FAMILIES, METRICS, metric_names, perfect
 from kvjax.eval.metrics.longbench import CLASSES
-from kvjax.eval.tasks.base import Episode, Turn
+from kvjax.eval.tasks.base import Episode, Task, Turn
 from kvjax.eval.tasks.from_files import Draft, FileTask, draft
 from kvjax.eval.tasks.reading_files import Record, read_records
+from kvjax.eval.tasks.stamps import stamp
 from kvjax.fields import OneOf, Positive
 from kvjax.messages import nearest, shown
 
@@ -56,13 +58,19 @@ class Dataset(FileTask):
         """Of replies whose turn does not say it."""
         return self.new_tokens or TYPICAL
 
+    def parts(self) -> Mapping[str, Task]:
+        """Rows of each `task` are scored apart."""
+        if self.task or not self.path:
+            return {"": self}
+        rows = self._every_row()
+        kinds = list(dict.fromkeys(str(row.values.get("task", "")) for row in rows))
+        if len(kinds) == 1:
+            return {"": self}
+        return {kind: dataclasses.replace(self, task=kind) for kind in kinds}
+
     def drafts(self, turns: int) -> Sequence[Draft]:
         """See `FileTask.drafts`; a context with more questions comes several times."""
-        if not self.path:
-            raise ValueError(
-                "Task 'dataset' needs `path`: a Parquet, JSON lines or CSV file, or a "
-                "hub id (simonjegou/ruler, with `config`)."
-            )
+        self.place()
         metric_names(self.metric, self.path, [])  # before much is read
         rows = self._rows()
         metrics = metric_names(self.metric, self.path, map(self._kind, rows))
@@ -78,14 +86,7 @@ class Dataset(FileTask):
         return made
 
     def _rows(self) -> list[Record]:
-        rows = read_records(
-            self.path,
-            ("context",),
-            nullable=("question", _ANSWER),
-            optional=_FURTHER,
-            config=self.config,
-            split=self.split,
-        )
+        rows = self._every_row()
         rows = self._of_task(rows) if self.task else rows
         empty = [one for one in rows if one.values.get("answer", "") in ("", [], [""])]
         if empty and self.unanswered == "refuse":
@@ -97,6 +98,18 @@ class Dataset(FileTask):
             raise ValueError(f"{rows[0].place}: `answer` is empty, as in all rows.")
         places = {one.place for one in empty}
         return [one for one in rows if one.place not in places]
+
+    def place(self) -> str:
+        """See `FileTask.place`."""
+        if not self.path:
+            raise ValueError(
+                "Task 'dataset' needs `path`: a Parquet, JSON lines or CSV file, or a "
+                "hub id (simonjegou/ruler, with `config`)."
+            )
+        return self.path
+
+    def _every_row(self) -> list[Record]:
+        return _read(self.path, self.config, self.split, *stamp(self.path))
 
     def _of_task(self, rows: list[Record]) -> list[Record]:
         kinds = list(dict.fromkeys(str(one.values.get("task", "")) for one in rows))
@@ -150,3 +163,16 @@ class Dataset(FileTask):
     def score(self, item: Turn, reply: str) -> float:
         """By the metric of the row."""
         return METRICS[item.meta["metric"]](item, reply)
+
+
+@functools.lru_cache(1)  # its parts read it one after the other
+def _read(path: str, config: str, split: str, *stamps: int) -> list[Record]:
+    del stamps
+    return read_records(
+        path,
+        ("context",),
+        nullable=("question", _ANSWER),
+        optional=_FURTHER,
+        config=config,
+        split=split,
+    )

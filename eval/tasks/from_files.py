@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from kvjax.eval.tasks.base import (
@@ -67,11 +67,36 @@ class FileTask(Task):
     Attributes:
         long: `refuse` (an error before anything is computed), `leave_out` (others are
             taken), or `cut`.
+        path: of the items.
     """
 
     unit: ClassVar[str] = "items"
+    paths: ClassVar[tuple[str, ...]] = ("path",)
 
     long: Long = "refuse"
+    path: str = ""
+
+    def place(self) -> str:
+        """Where items are read: a file, a folder or a hub id; empty: they are made.
+
+        Raises:
+            ValueError: nothing is given, and nothing is there by default.
+        """
+        return self.path
+
+    def lacks(self) -> str:
+        """Why there are no items."""
+        try:
+            self.place()
+        except ValueError as wrong:
+            return str(wrong)
+        return ""
+
+    def files(self) -> Mapping[str, pathlib.Path]:
+        """See `Task.files`; with what is read by default."""
+        if self.lacks():
+            return {}
+        return super(FileTask, dataclasses.replace(self, path=self.place())).files()
 
     @abc.abstractmethod
     def drafts(self, turns: int) -> Sequence[Draft]:

@@ -9,12 +9,7 @@ from kvjax.eval.tasks.from_files import Draft, FileTask
 
 
 class GivenOrMade(FileTask):
-    """A task whose items are made, or read from `path` where that is given.
-
-    A subclass is a dataclass with a field `path`.
-    """
-
-    path: str
+    """A task whose items are made, or read from `path` where that is given."""
 
     @abc.abstractmethod
     def made(self, rng: random.Random, size: int, turns: int) -> Episode:

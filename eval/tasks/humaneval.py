@@ -95,14 +95,20 @@ class HumanEval(FewShot):
         self._check_allowed()
         return run_code(program(item, reply), seconds=float(self.seconds))
 
+    def lacks(self) -> str:
+        """The file, or leave to run code."""
+        if self.allow_code:
+            return super().lacks()
+        return (
+            "it runs code that the model writes, with the rights of this user: it can "
+            "read what you can read, and what keeps it from writing and from the "
+            "network guards against accidents only. Allow that with `allow_code: true` "
+            "(--allow-code), best in a container."
+        )
+
     def _check_allowed(self) -> None:
         if not self.allow_code:
-            raise ValueError(
-                "Task 'humaneval' runs code that the model writes, with the rights of "
-                "this user: it can read what you can read, and what keeps it from "
-                "writing and from the network guards against accidents only. Allow "
-                "that with `allow_code: true` (--allow-code), best in a container."
-            )
+            raise ValueError(f"Task 'humaneval': {self.lacks()}")
 
 
 def program(item: Turn, reply: str) -> str:

@@ -121,13 +121,18 @@ class LongGenBench(FileTask):
         """As the field says."""
         return self.new_tokens
 
+    def place(self) -> str:
+        """See `FileTask.place`."""
+        kind = _SOURCES[self.source][0]
+        return given_file(self.name, "path", self.path, *kind.given)
+
     def drafts(self, turns: int) -> Sequence[Draft]:
         """See `FileTask.drafts`; each has one question."""
         del turns
         kind, _, shots = _SOURCES[self.source]
         shots = shots if self.shots is None else self.shots
         split = self.split or kind.__dataclass_fields__["split"].default
-        path = given_file(self.name, "path", self.path, *kind.given)
+        path = self.place()
         entries = self._read("path", path, split)
         known: list[Entry] = []
         if shots:

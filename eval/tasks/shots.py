@@ -69,6 +69,7 @@ class FewShot(FileTask):
     """
 
     unit: ClassVar[str] = "shots"
+    paths: ClassVar[tuple[str, ...]] = ("path", "shots_path")
     columns: ClassVar[tuple[str, ...]]
     further: ClassVar[tuple[str, ...]] = ()
     given: ClassVar[tuple[str, ...]]
@@ -100,9 +101,13 @@ class FewShot(FileTask):
         del group
         return ""
 
+    def place(self) -> str:
+        """See `FileTask.place`."""
+        return given_file(self.name, "path", self.path, *self.given)
+
     def drafts(self, turns: int) -> Sequence[Draft]:
         """See `FileTask.drafts`; problems of the same examples are asked in turn."""
-        path = given_file(self.name, "path", self.path, *self.given)
+        path = self.place()
         asked = self._read(path, self.split, "path")
         known: dict[str, list[Problem]] = {}
         for one in self._examples(path, asked):

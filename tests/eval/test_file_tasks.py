@@ -211,3 +211,12 @@ def test_what_a_metric_needs_is_looked_at_before_anything_is_computed(tmp_path):
 def test_items_of_files_are_items(fields):
     (item,) = make("gsm8k", **fields["gsm8k"]).generate(0, 1, EVERY)
     assert isinstance(item, Item) and item.meta["index"] == 0
+
+
+def test_rows_of_each_task_are_scored_apart(tmp_path):
+    path = published.write(tmp_path / "test.jsonl", published.ruler())
+    parts = make_task("dataset", path=path).parts()
+    assert sorted(parts) == ["niah_multivalue", "qa_1"]
+    assert parts["qa_1"].episodes(0, 1, 10**6)[0].turns[0].meta["kind"] == "qa_1"
+    alone = make_task("dataset", path=path, task="qa_1")
+    assert alone.parts() == {"": alone}

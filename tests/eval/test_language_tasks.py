@@ -15,9 +15,14 @@ from kvjax.eval.tasks import (
     make_task,
     stream,
 )
+from kvjax.eval.tasks.dataset import Dataset
+from kvjax.eval.tasks.longgenbench import LongGenBench
+from kvjax.eval.tasks.shots import FewShot
 from tests.eval.languages import essay, fields_of
 
-NAMES = sorted(name for name, one in TASKS.items() if not issubclass(one, RecordTask))
+OTHERS = (RecordTask, Dataset, FewShot, LongGenBench)
+"""Tasks that have tests of their own: `test_tasks`, `test_file_tasks`."""
+NAMES = sorted(name for name, one in TASKS.items() if not issubclass(one, OTHERS))
 READ = {name for name in NAMES if name == "scbench" or name.startswith("babilong")}
 """Tasks whose items are in files, as long as they are, and not trained on."""
 EXACT = {"scbench", "scbench_kv", "scbench_prefix_suffix"}
@@ -116,8 +121,11 @@ def test_fields_are_documented(name):
 
 def test_the_page_of_tasks_is_current(repo):
     page = (repo / "docs/tasks.md").read_text()
-    rows = re.findall(r"^\| (`.*?) \| ", page.split("## Fields")[0], re.M)
+    rows = re.findall(r"^\| (`.*?) \| ", page.split("## How")[0], re.M)
     assert sorted(one for row in rows for one in re.findall("`(.+?)`", row)) == NAMES
+    other = (repo / "docs/benchmarks_published.md").read_text().split("**Choice")[0]
+    asked = {name for name, one in TASKS.items() if issubclass(one, OTHERS[1:])}
+    assert {*re.findall(r"^\| `(.*?)` \| ", other, re.M)} == asked
     (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
     exec(code, {})  # noqa: S102 - of our own page
 

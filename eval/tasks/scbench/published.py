@@ -78,7 +78,6 @@ class SharedContext(FileTask):
     """
 
     name: ClassVar[str] = "scbench"
-    paths: ClassVar[tuple[str, ...]] = ("path",)
 
     path: str = ""
     kind: Annotated[str, OneOf(*KINDS)] = "kv"
@@ -88,15 +87,19 @@ class SharedContext(FileTask):
         """As published."""
         return KINDS[self.kind].max_new_tokens
 
-    def drafts(self, turns: int) -> Sequence[Draft]:
-        """See `FileTask.drafts`."""
+    def place(self) -> str:
+        """See `FileTask.place`."""
         if not self.path:
             raise ValueError(
                 f"Task {self.name!r} needs `path`: a file of SCBench with the columns "
                 "`context` and `multi_turns`. None is shipped; without one there are "
                 "scbench_kv, scbench_vt and others, which are generated."
             )
-        records = read_records(self.path, ("context", "multi_turns"))
+        return self.path
+
+    def drafts(self, turns: int) -> Sequence[Draft]:
+        """See `FileTask.drafts`."""
+        records = read_records(self.place(), ("context", "multi_turns"))
         return [self._draft(one, turns) for one in records]
 
     def score(self, item: Turn, reply: str) -> float:

@@ -73,12 +73,18 @@ class ManyShot(Task):
         """1 if the reply contains the label, whatever its case."""
         return any_found(reply, item.answers)
 
+    def lacks(self) -> str:
+        """The file."""
+        if self.path:
+            return ""
+        return (
+            "it needs `path`: a file of examples with the columns `text` and `label`, "
+            "JSON lines say. None is shipped."
+        )
+
     def _read(self) -> Sequence[tuple[str, str]]:
-        if not self.path:
-            raise ValueError(
-                f"Task {self.name!r} needs `path`: a file of examples with the columns "
-                "`text` and `label`, JSON lines say. None is shipped."
-            )
+        if lacks := self.lacks():
+            raise ValueError(f"Task {self.name!r}: {lacks}")
         return _examples(self.path, *stamp(str(expanded(self.path))))
 
 
