@@ -135,11 +135,31 @@ def compare(
     targets: Int[Array, "B M"],
 ) -> tuple[Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
     """Mean NLL, KL and top-1 agreement of each row."""
+    by_token = compare_tokens(full, compressed, targets)
+    nll, kl, same = (by_token[name].mean(1) for name in ("nll", "kl", "agrees"))
+    return nll, kl, same
+
+
+@jax.jit
+def compare_tokens(
+    full: Float[Array, "B M V"],
+    compressed: Float[Array, "B M V"],
+    targets: Int[Array, "B M"],
+) -> dict[str, Float[Array, "B M"]]:
+    """NLL of each token, that of the full cache, KL and top-1 agreement (0 or 1)."""
     p, q = jax.nn.log_softmax(full), jax.nn.log_softmax(compressed)
-    nll = -jnp.take_along_axis(q, targets[..., None], axis=-1)[..., 0]
+    nll, before = (
+        -jnp.take_along_axis(logs, targets[..., None], axis=-1)[..., 0]
+        for logs in (q, p)
+    )
     kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
     same = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
-    return nll.mean(1), kl.mean(1), same.astype(jnp.float32).mean(1)
+    return {
+        "nll": nll,
+        "nll_full": before,
+        "kl": kl,
+        "agrees": same.astype(jnp.float32),
+    }
 
 
 def check_split(context: int, continuation: int, calls: int) -> None:
@@ -227,8 +247,12 @@ class TextGroup(AbstractGroup):
             {"nll": float(nll), "kl": float(kl), "agrees": float(agreement)}
             for nll, kl, agreement in rows
         )
+        told = None
+        if index[0] == 0:  # see `kvjax.eval.maps`
+            first = compare_tokens(full[:1], fed.value[:1], follow[:1, 1:])
+            told = {name: np.asarray(row[0]) for name, row in first.items()}
         # Teacher-forced in large steps: there is no time per token.
-        return [Answers(items=items, compile_s=fed.compile_s)]
+        return [Answers(items=items, compile_s=fed.compile_s, told=told)]
 
     def _full(
         self, reader: PromptReader, index: np.ndarray, follow: jax.Array

@@ -33,6 +33,8 @@ class Answers:
         decode_s: the same of decoding.
         steps: decode steps that ran.
         compile_s: time spent compiling.
+        told: of the first prompt of all, by name a number for each token that was
+            predicted; None where nothing was told.
     """
 
     items: tuple[Mapping[str, Any] | None, ...]
@@ -40,6 +42,7 @@ class Answers:
     decode_s: float = 0.0
     steps: int = 0
     compile_s: float = 0.0
+    told: Mapping[str, np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

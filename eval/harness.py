@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.cache import KVCache
 from kvjax.compress.observe import wants_mass
 from kvjax.eval.config import EvalConfig
 from kvjax.eval.groups import AbstractGroup, Answers
 from kvjax.eval.header import RECORD, read_header
 from kvjax.eval.inputs import inputs_of
+from kvjax.eval.maps import MapMaker, entry
 from kvjax.eval.methods import NONE, Method
 from kvjax.eval.plan import Cell, EvalPlan, plan
 from kvjax.eval.reading import PromptReader
@@ -30,9 +30,6 @@ from kvjax.models.adapters import base_directory, tokenizer_directory
 from kvjax.models.decoder import Decoder
 from kvjax.narrow import narrow
 from kvjax.places import busy, held
-
-MAP_TOKENS = 8192
-"""Longest prompt whose kept positions are written: a map lists all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +80,7 @@ class _Tally:
     resident: list[float] = dataclasses.field(default_factory=list)
     compress_s: list[float] = dataclasses.field(default_factory=list)
     compile_s: float = 0.0
-    maps: dict[int, list[list[list[int]]]] = dataclasses.field(default_factory=dict)
+    maps: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @narrow
@@ -162,6 +159,7 @@ class _Runner:
             share=made.config.share_passes,
             mass=any(wants_mass(method.base) for method in made.methods),
         )
+        self.maps = MapMaker(model)
         self.progress: Callback | None = progress
         self.rows: list[dict[str, Any]] = []
         # All of it now: a damaged file is found before anything is computed.
@@ -214,23 +212,9 @@ class _Runner:
                 tally.resident.append(packed.value.nbytes / len(index))
                 tally.compress_s.append(packed.run_s)
                 tally.compile_s += packed.compile_s
-                self._map(group, packed.value, index, tally)
+                read_and_packed = (packed.value, read.value, answers[0], index)
+                tally.maps |= self.maps.made(group, c, *read_and_packed)
         return 1e3 * float(np.mean(prefill_s or [0.0])), compile_s, tallies
-
-    def _map(self, group: AbstractGroup, cache: KVCache, index, tally: _Tally) -> None:
-        """Kept positions of the first item of each depth."""
-        wanted = [
-            (row, int(item))
-            for row, item in enumerate(index[: group.scored(index)])
-            if item % group.per_depth == 0
-        ]
-        if not wanted or group.width > MAP_TOKENS:
-            return
-        kept = [cache.kept_positions(layer) for layer in range(cache.num_layers)]
-        for row, item in wanted:
-            tally.maps[item] = [
-                [head.tolist() for head in layer[row]] for layer in kept
-            ]
 
     def _refer(self, cells: Sequence[Cell], tallies: Mapping[Any, _Tally]) -> None:
         """Remember the uncompressed replies, computed now or earlier."""
@@ -269,7 +253,9 @@ class _Runner:
         }
         # Cells of one call share their programs: they count in the first.
         tally.compile_s = turn.compile_s = 0.0
-        kept = _kept(cell, tally, cell.items[0]) if (cell.turn or 1) == 1 else None
+        first = cell.items[0]
+        found = tally.maps.get(first) if (cell.turn or 1) == 1 else None
+        kept = None if found is None else entry(cell, first, found)
         self.store.write(cell.name, row, items, kept)
         return row
 
@@ -277,19 +263,3 @@ class _Runner:
         if self.progress is not None:
             done, total = len(self.rows), len(self.old)
             self.progress(EvalProgress(done, total, cell.name, row, resumed))
-
-
-def _kept(cell: Cell, tally: _Tally, item: int) -> dict[str, Any] | None:
-    if item not in tally.maps:
-        return None
-    group = cell.group
-    text, question = group.shown(item)
-    return {
-        "text": text,
-        "question": question,
-        "compression": cell.method.name,
-        "keep": cell.keep,
-        "task": group.title,
-        "tokens": [group.tokenizer.piece(token) for token in group.prompts[item]],
-        "kept": tally.maps[item],
-    }

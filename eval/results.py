@@ -3,7 +3,7 @@
 RUN/run.json               what ran: schema, versions, model, configuration
 RUN/rows/<cell>.parquet    one row; its presence says that the cell is finished
 RUN/items/<cell>.parquet   one row per item
-RUN/maps/<cell>.json       which positions the first item kept
+RUN/maps/<cell>.json       which positions the first item kept, see `kvjax.eval.maps`
 """
 
 import dataclasses
