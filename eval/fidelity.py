@@ -75,6 +75,36 @@ def fidelity(
         ValueError: see `kvjax.prefill`; a context that leaves nothing to predict;
             logits that are not finite.
     """
+    full, compressed, resident = _both(model, tokens, context, c, calls)
+    targets = jnp.asarray(tokens)[:, context + 1 :]
+    nll, kl, agreement = map(np.asarray, compare(full, compressed, targets))
+    check_rows(model.dtype, np.isfinite(nll), " on the text")
+    return Fidelity(nll=nll, kl=kl, agreement=agreement, resident_bytes=resident)
+
+
+@narrow
+def told(
+    model: Decoder, tokens: Tokens, context: int, c: Compression, *, calls: int = 1
+) -> dict[str, np.ndarray]:
+    """`fidelity`, token by token: `[B, T - context - 1]` numbers by name.
+
+    Args and errors are those of `fidelity`.
+
+    Returns:
+        `nll` and `kl` as there, `nll_full` of the uncompressed cache, and whether the
+        most likely token `agrees`, 0 or 1.
+    """
+    full, compressed, _ = _both(model, tokens, context, c, calls)
+    found = compare_tokens(full, compressed, jnp.asarray(tokens)[:, context + 1 :])
+    numbers = {name: np.asarray(values) for name, values in found.items()}
+    check_rows(model.dtype, np.isfinite(numbers["nll"]).all(axis=1), " on the text")
+    return numbers
+
+
+def _both(
+    model: Decoder, tokens: Tokens, context: int, c: Compression, calls: int
+) -> tuple[Float[Array, "B M V"], Float[Array, "B M V"], float]:
+    """Logits by the full cache and by the compressed one, and its bytes per row."""
     tokens, _ = checks.prompt(checks.model(model), tokens, None)
     checks.count("context", context, 1)
     check_split(context, tokens.shape[1] - context, calls)
@@ -86,9 +116,7 @@ def fidelity(
         full, compressed = compressed, feed(model, cache, follow, calls)
         resident = cache.nbytes / tokens.shape[0]
     assert full is not None and compressed is not None
-    nll, kl, agreement = map(np.asarray, compare(full, compressed, follow[:, 1:]))
-    check_rows(model.dtype, np.isfinite(nll), " on the text")
-    return Fidelity(nll=nll, kl=kl, agreement=agreement, resident_bytes=resident)
+    return full, compressed, resident
 
 
 def feed(

@@ -1,5 +1,6 @@
-"""Files of `maps/`: which positions the first item of a cell kept, read strictly."""
+"""Files of `maps/`, read strictly; see `kvjax.eval.maps` for what they hold."""
 
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,6 +39,12 @@ def read_map(file: pathlib.Path) -> Mapping[str, Any]:
         raise ValueError(
             f"{file}: 'kept' has position {shown(last)} of {most}. {remedy}"
         )
+    for name, fits in _MORE.items():
+        if found.get(name) is not None and not fits(found, found[name]):
+            raise ValueError(
+                f"{file}: {name!r} is not what an evaluation writes: "
+                f"{shown(found[name])}. {remedy}"
+            )
     return found
 
 
@@ -75,3 +82,71 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "tokens": (_texts, "a list of texts or null"),
     "kept": (_positions, "a list of layers, of heads, of positions"),
 }
+
+
+def _number(value: Any) -> bool:
+    whole = type(value) is int and abs(value) < 2**63
+    return whole or isinstance(value, float)
+
+
+def _following(entry: Mapping[str, Any], value: Any) -> bool:
+    """Texts of tokens, and numbers of all but the first."""
+    if not isinstance(value, dict) or not _texts(value.get("tokens") or None):
+        return False
+    count = len(value["tokens"] or ()) - 1
+    return count > 0 and all(
+        isinstance(value.get(name), list)
+        and len(value[name]) == count
+        and all(map(_number, value[name]))
+        for name in ("nll", "nll_full", "kl", "agrees")
+    )
+
+
+def _departures(entry: Mapping[str, Any], value: Any) -> bool:
+    """Texts of later tokens, when was looked, and when each head lost each token."""
+    if not isinstance(value, dict) or not isinstance(value.get("tokens"), list):
+        return False
+    times, later = value.get("times"), value["tokens"]
+    if not _texts(later) or not isinstance(times, list) or not times:
+        return False
+    if any(type(t) is not int for t in times) or times[0] != 0:
+        return False
+    if sorted(set(times)) != times or times[-1] != len(later):
+        return False
+    known = {None, *times}
+    return _shaped(
+        entry,
+        value.get("left"),
+        len(later),
+        lambda n: (n is None or type(n) is int) and n in known,
+    )
+
+
+def _worth(entry: Mapping[str, Any], value: Any) -> bool:
+    """A finite number for each token of each head."""
+    return _shaped(entry, value, 0, lambda n: _number(n) and math.isfinite(n))
+
+
+def _shaped(
+    entry: Mapping[str, Any], value: Any, more: int, holds: Callable[[Any], bool]
+) -> bool:
+    """By layer and head of `kept`, one value for each token and `more`."""
+    if not entry.get("tokens") or not isinstance(value, list):
+        return False
+    count = len(entry["tokens"]) + more
+    heads = [len(layer) for layer in entry["kept"]]
+    if [isinstance(layer, list) and len(layer) for layer in value] != heads:
+        return False
+    lines = [line for layer in value for line in layer]
+    return all(
+        isinstance(line, list) and len(line) == count and all(map(holds, line))
+        for line in lines
+    )
+
+
+_MORE: Mapping[str, Callable[[Mapping[str, Any], Any], bool]] = {
+    "following": _following,
+    "departures": _departures,
+    "worth": _worth,
+}
+"""What the first item of a cell may have besides."""

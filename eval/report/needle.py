@@ -26,7 +26,7 @@ def needle_figure(rows: Sequence[CellRow], title: str) -> Figure:
             label = "all kept" if keep is None else f"keep {keep:g}"
             panel.set_title(label, fontsize=9, fontweight="normal")
         panels[0].set_ylabel("depth of the needle")
-        figure.supxlabel("length", fontsize=9.5)
+        figure.supxlabel("length in tokens", fontsize=9.5)
     return figure
 
 
@@ -41,7 +41,7 @@ def _panel(axes: Axes, rows: Sequence[CellRow], lengths: list, depths: list) -> 
                 ink = "white" if value < 0.55 else "black"
                 text = percent(value, 0)
                 axes.text(j, i, text, ha="center", va="center", color=ink, fontsize=8)
-    axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+    axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
     axes.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
     axes.tick_params(length=0)
     for spine in axes.spines.values():

@@ -1,18 +1,12 @@
 """The report's HTML page: parts as text, everything inlined, everything escaped."""
 
-import html
 import importlib.resources
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from kvjax.eval.report.flow import escape as escape
 from kvjax.eval.report.run import CellRow, LoadedRun
-from kvjax.eval.report.token_map import (
-    heads_kept,
-    pieces_of,
-    question_pieces,
-    visible,
-)
 from kvjax.summary import bytes_label
 
 _WORDS = ("task", "compression", "visibility")
@@ -62,7 +56,7 @@ def page(run: LoadedRun, sections: Iterable[tuple[str, str, str]]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_asset('page.css')}</style></head>"
+        f"<title>{escape(title)}</title><style>{_asset('page.css')}{_asset('flow.css')}</style></head>"
         f"<body><header><h1>{escape(title)}</h1>{_lead(run)}<nav>{links}</nav></header>"
         f"<main>{body}</main><footer>Made by <code>kvjax report</code> from "
         f"{len(run.rows)} cells.</footer>"
@@ -81,11 +75,6 @@ def _lead(run: LoadedRun) -> str:
 def _asset(name: str) -> str:
     folder = importlib.resources.files("kvjax") / "eval" / "report" / "assets"
     return (folder / name).read_text(encoding="utf-8")
-
-
-def escape(value: Any) -> str:
-    """`value` as text that is text in HTML, attributes included."""
-    return html.escape(str(value), quote=True)
 
 
 def empty(why: str) -> str:
@@ -134,43 +123,6 @@ def shown(name: str, value: Any) -> str:
         digits = 3 if name.startswith(("score", "agree", "nll", "kl")) else 2
         return f"{value:g}" if name in ("keep", "depth") else f"{value:.{digits}f}"
     return str(value)
-
-
-def token_section(maps: Sequence[Mapping[str, Any]]) -> str:
-    """The text of one item, method by method, with bands per layer."""
-    heads = max(len(layer) for entry in maps for layer in entry["kept"])
-    layers = max(len(entry["kept"]) for entry in maps)
-    steps = "".join(
-        f'<i style="background:rgba(var(--cell),{0.07 + 0.93 * n / heads:.2f})"></i>'
-        for n in range(heads + 1)
-    )
-    asked = any(question_pieces(entry) for entry in maps)
-    asked = "<span>line above: the question</span>" if asked else ""
-    legend = (
-        f'<p class="legend"><span>0 <span class="scale">{steps}</span> {heads} '
-        f"KV heads kept it</span><span>bands: layers 0 to {layers - 1}, top down</span>"
-        f"{asked}<span>point at a character for its heads</span></p>"
-    )
-    return legend + "".join(_map(entry) for entry in maps)
-
-
-def _map(entry: Mapping[str, Any]) -> str:
-    pieces = [visible(piece) for piece in pieces_of(entry)]
-    counts = heads_kept(entry["kept"], len(pieces))
-    total = sum(len(layer) for layer in entry["kept"]) * len(pieces)
-    name = f"{entry['compression']}, {entry['task']}"
-    if entry.get("keep") is not None:
-        name += f", keep {entry['keep']:g}"
-    start = len(pieces) - question_pieces(entry)
-    data = {"pieces": pieces, "kept": entry["kept"], "question": start}
-    # Nothing inside may end the script element.
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return (
-        f"<h3>{escape(name)} <span class='note'>({100 * counts.sum() / total:.0f} % of "
-        "the slots of all heads)</span></h3>"
-        f'<div class="map"></div><script type="application/json" class="tokens">{text}'
-        "</script>"
-    )
 
 
 def provenance(run: LoadedRun) -> str:

@@ -2,43 +2,61 @@
 
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from kvjax.eval.report import page
+from kvjax.eval.report.chosen import (
+    chosen_maps,
+    chosen_pairs,
+    told_maps,
+    watched_maps,
+    weighed_maps,
+)
 from kvjax.eval.report.curves import cost_figure, score_figure
+from kvjax.eval.report.kept import label_of, pieces_of
+from kvjax.eval.report.leaving import departure_figure, departures_of, leaving_section
 from kvjax.eval.report.needle import needle_figure
+from kvjax.eval.report.pair_page import pair_section
+from kvjax.eval.report.pairs import difference_map
 from kvjax.eval.report.run import CellRow, LoadedRun, group, load_run, methods
+from kvjax.eval.report.strips import kl_figure, kl_map, strip_section
 from kvjax.eval.report.style import look, png, svg
-from kvjax.eval.report.token_map import pieces_of, token_map
+from kvjax.eval.report.token_map import token_map
+from kvjax.eval.report.token_page import token_section
+from kvjax.eval.report.worth import TokenWorth, worth_section
 from kvjax.files import write_bytes, write_text
 from kvjax.places import check_place
-
-MOST_MAPS = 8
-LONGEST_MAP = 4096
 
 Named = Iterator[tuple[str, Figure]]
 
 
 def write_report(
-    directory: str | pathlib.Path, out: str | pathlib.Path | None = None
+    directory: str | pathlib.Path,
+    out: str | pathlib.Path | None = None,
+    *,
+    compare: Sequence[str] | None = None,
 ) -> pathlib.Path:
     """Write the report of a run.
 
     Args:
         directory: of an evaluation, finished or not.
         out: folder for `report.html` and the PNG files; None: `report/` in the run.
+        compare: names of two methods whose kept tokens are shown side by side; None:
+            the first two of the run.
 
     Returns:
         The path of the page, which needs no other file and no network.
 
     Raises:
-        ValueError: the directory is not one of an evaluation, or is damaged.
+        ValueError: the directory is not one of an evaluation, or is damaged; it has no
+            kept tokens of the methods to compare.
     """
     folder = pathlib.Path(directory) / "report" if out is None else pathlib.Path(out)
     run = load_run(directory)
+    chosen_pairs(run, compare)  # before anything is written
     check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sections = [
@@ -46,6 +64,9 @@ def write_report(
         ("text", "Fidelity on text", _fidelity(run, folder)),
         ("time", "Time per token against bytes", _times(run, folder)),
         ("tokens", "Which tokens were kept", _tokens(run, folder)),
+        ("pairs", "Two methods side by side", _pairs(run, folder, compare)),
+        ("leaving", "When tokens left", _leaving(run, folder)),
+        ("worth", "What tokens are worth", _worth(run, folder)),
         ("needle", "Needle in a haystack", _needles(run, folder)),
         ("rows", "All rows", page.table(_ordered(run))),
         ("provenance", "Where the numbers come from", page.provenance(run)),
@@ -72,8 +93,8 @@ def _ordered(run: LoadedRun) -> list[CellRow]:
 def _figures(figures: Named, folder: pathlib.Path, kind: str = "") -> str:
     images = []
     for name, figure in figures:
-        name = re.sub(r"[^\w.-]+", "_", name)
-        write_bytes(folder / f"{name}.png", png(figure))
+        name = _plain(name)
+        _keep(folder, name, figure)
         images.append(svg(figure, name, page.escape(name.replace("_", " "))))
     return page.plots(images, kind)
 
@@ -118,7 +139,20 @@ def _fidelity(run: LoadedRun, folder: pathlib.Path) -> str:
         "<p class='note'>How far the next-token distribution is from that of the "
         "uncompressed model; lower is better.</p>"
     )
-    return note + _figures(figures(), folder)
+    return note + _figures(figures(), folder) + _told(run, folder)
+
+
+def _told(run: LoadedRun, folder: pathlib.Path) -> str:
+    """Divergence token by token, of one text."""
+    maps = told_maps(run)
+    if not maps:
+        return ""
+    kl = {entry["compression"]: entry["following"]["kl"] for entry in maps}
+    task, pieces = maps[0]["task"], maps[0]["following"]["tokens"][1:]
+    title = f"KL token by token, {task}"
+    _keep(folder, f"kl_by_token_{task}", kl_map(pieces, kl, title=title))
+    along = (f"kl_along_{task}", kl_figure(kl, title=title))
+    return _figures(iter([along]), folder, "wide") + strip_section(maps)
 
 
 def _times(run: LoadedRun, folder: pathlib.Path) -> str:
@@ -144,48 +178,71 @@ def _tokens(run: LoadedRun, folder: pathlib.Path) -> str:
     maps = chosen_maps(run)
     if not maps:
         return page.empty(
-            "This run recorded no kept tokens (maps/): no method of it evicts, or maps "
-            "were turned off."
+            "This run recorded no kept tokens (maps/): no method of it evicts, or its "
+            "texts are too long."
         )
     for entry in maps:
-        name = re.sub(
-            r"[^\w.-]+", "_", f"tokens_{entry['task']}_{entry['compression']}"
+        title = f"{label_of(entry)}, {entry['task']}"
+        name = f"tokens_{entry['task']}_{entry['compression']}"
+        _keep(folder, name, token_map(entry, pieces_of(entry), title=title))
+    return token_section(maps)
+
+
+def _pairs(run: LoadedRun, folder: pathlib.Path, compare: Sequence[str] | None) -> str:
+    """Two methods at one text and budget."""
+    pairs = chosen_pairs(run, compare)
+    if not pairs:
+        return page.empty(
+            "This run has no two methods that evict, on one text at one budget."
         )
-        title = f"{entry['compression']}, {entry['task']}"
-        figure = token_map(entry, pieces_of(entry), title=title.replace("$", r"\$"))
-        write_bytes(folder / f"{name}.png", png(figure))
-    return page.token_section(maps)
+    for one, other in pairs:
+        names = (one["compression"], other["compression"])
+        figure = difference_map(one, other, pieces_of(one), names=names)
+        _keep(folder, f"difference_{one['task']}_{names[0]}_{names[1]}", figure)
+    return pair_section(pairs)
 
 
-def chosen_maps(run: LoadedRun) -> list[Mapping[str, Any]]:
-    """Maps of one text: the task most methods share, each at its middle budget."""
-    by_text: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for entry in run.maps:
-        evicts = len({len(p) for layer in entry["kept"] for p in layer}) > 1 or any(
-            len(p) < len(pieces_of(entry)) for layer in entry["kept"] for p in layer
+def _leaving(run: LoadedRun, folder: pathlib.Path) -> str:
+    """Tokens against time."""
+    maps, images = watched_maps(run), []
+    if not maps:
+        return page.empty(
+            "No method of this run evicts while decoding (`schedule: every_tokens`, as "
+            "in h2o_decode)."
         )
-        if evicts and len(entry["text"]) <= LONGEST_MAP:
-            by_text.setdefault((entry["task"], entry["text"]), []).append(entry)
-    if not by_text:
-        return []
-    # The text that most entries show, of the task that comes first.
-    tasks = list(dict.fromkeys(entry["task"] for entry in _listed(run)))
-    best = max(by_text, key=lambda key: (len(by_text[key]), -tasks.index(key[0])))
-    out = []
-    for entries in group(by_text[best], "compression").values():
-        ranked = sorted(entries, key=lambda entry: entry.get("keep") or 1.0)
-        out.append(ranked[len(ranked) // 2])
-    out.sort(key=lambda entry: entry["compression"] == "random")
-    return out[:MOST_MAPS]
+    for entry in maps:
+        found, _ = departures_of(entry)
+        title = f"{label_of(entry)}, {entry['task']}"
+        figure = departure_figure(found, title=title)
+        name = f"departures_{entry['task']}_{entry['compression']}"
+        images.append(svg(figure, _plain(name), page.escape(f"departures, {title}")))
+        _keep(folder, name, figure)
+    return leaving_section(maps, images)
 
 
-def _listed(run: LoadedRun) -> list[Mapping[str, Any]]:
-    """Rows, those of tasks that the configuration names first before others."""
-    tasks = run.about.get("config", {}).get("tasks", ())
-    named = [t.get("label") or t["name"] for t in tasks if isinstance(t, Mapping)]
-    ranks = {name: rank for rank, name in enumerate(named)}
-    rows = [*run.rows, *run.maps]
-    return sorted(rows, key=lambda row: ranks.get(row["task"], len(ranks)))
+def _worth(run: LoadedRun, folder: pathlib.Path) -> str:
+    """What tokens are worth, where that was computed."""
+    maps = weighed_maps(run)
+    if not maps:
+        return page.empty(
+            "This run does not know what tokens are worth: evaluate the preset "
+            "`oracle`, too, on a text that is not too long."
+        )
+    entry = maps[0]
+    worth = np.stack([np.array(layer) for layer in entry["worth"]])
+    made = TokenWorth(worth=worth, pieces=tuple(pieces_of(entry)))
+    title = f"What tokens are worth, {entry['task']}"
+    _keep(folder, f"worth_{entry['task']}", made.figure(title=title))
+    return worth_section(maps)
+
+
+def _keep(folder: pathlib.Path, name: str, figure: Figure) -> None:
+    write_bytes(folder / f"{_plain(name)}.png", png(figure))
+
+
+def _plain(name: str) -> str:
+    """As a file can be called."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def _needles(run: LoadedRun, folder: pathlib.Path) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, final
 import tyro
 from rich.console import Console
 
-from kvjax.cli.base import UI, Command, Folder, Output
+from kvjax.cli.base import UI, Command, Folder, Output, optional
 
 
 @final
@@ -21,20 +21,26 @@ class Report(Command):
     examples: ClassVar[str] = (
         "  kvjax report results/demo\n"
         "  kvjax report results/demo --out report      somewhere else\n"
+        "  kvjax report results/demo --compare snapkv,h2o\n"
     )
 
     run_dir: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="RUN")]
     """Directory that `kvjax eval` or `kvjax demo` wrote, finished or not."""
     out: Folder = None
     """Folder for report.html and the PNG files; RUN/report if left out."""
+    compare: Annotated[str | None, optional("A,B")] = None
+    """Two compressions whose kept tokens stand side by side; else the first two."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:
         """See `Command.run`."""
         from kvjax.eval.report import write_report
 
+        compare = None
+        if self.compare is not None:
+            compare = [name.strip() for name in self.compare.split(",")]
         with ui.status("drawing"):
-            page = write_report(self.run_dir, self.out)
+            page = write_report(self.run_dir, self.out, compare=compare)
         figures = sorted(str(file) for file in page.parent.glob("*.png"))
         return {"report": str(page), "figures": figures}
 

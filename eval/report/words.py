@@ -1,0 +1,163 @@
+"""Figures of a text in words: below each token, cells in the colour of its numbers."""
+
+import functools
+import unicodedata
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager, rc_context
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+
+from kvjax.eval.report.kept import Cell, cells_of, visible
+from kvjax.eval.report.style import SETTINGS, NotebookFigure
+
+MOST_TOKENS = 4096
+"""Of a text that is drawn."""
+MOST_BANDS = 8
+"""Rows of cells below a line; more layers are averaged with their neighbours."""
+
+_FONT, _SIZE = "DejaVu Sans Mono", 8.222
+_WIDE = 11 / 160  # inches of a character: 11 dots in the PNG, so that none is rounded
+_HIGH, _BAND, _GAP, _LEFT = 0.16, 0.085, 0.09, 0.82
+
+Placed = list[tuple[int, int, Cell]]
+
+
+def words_figure(
+    pieces: Sequence[str],
+    bands: np.ndarray,
+    *,
+    colors: str = "Blues",
+    columns: int = 100,
+    title: str = "",
+    labels: Sequence[str] = (),
+    every_label: bool = False,
+    scale: Sequence[str] = (),
+) -> NotebookFigure:
+    """A text, and below each of its tokens a cell per band.
+
+    Args:
+        pieces: text of each token.
+        bands: `[R, S]` in [0, 1]; NaN is blank.
+        colors: a color map of matplotlib.
+        columns: characters per line.
+        title: above the figure.
+        labels: of the bands; the first and the last stand beside each line.
+        every_label: all of them stand there.
+        scale: what the ends of the colors mean, or any number of steps between.
+
+    Raises:
+        ValueError: too many tokens to be seen.
+    """
+    if len(pieces) > MOST_TOKENS:
+        raise ValueError(
+            f"a figure shows at most {MOST_TOKENS} tokens; got {len(pieces)}. Take a "
+            "shorter text."
+        )
+    lines = lines_of(cells_of([visible(piece) for piece in pieces]), columns)
+    step = _HIGH + _BAND * len(bands) + _GAP
+    top, bottom = 0.42 if title else 0.12, 0.36 if scale else 0.06
+    size = (_LEFT + _WIDE * columns + 0.1, top + step * max(len(lines), 1) + bottom)
+    with rc_context({**SETTINGS, "font.family": _FONT, "font.size": _SIZE}):
+        figure = NotebookFigure(figsize=size)
+        place = (_LEFT / size[0], 0, _WIDE * columns / size[0], 1)
+        axes = figure.add_axes(place, xlim=(0, columns), ylim=(size[1], 0))
+        axes.set_axis_off()
+        if title:
+            left = -_LEFT / _WIDE + 1
+            style = {"fontsize": 10, "fontweight": "bold", "parse_math": False}
+            axes.text(left, 0.24, title, family="DejaVu Sans", **style)
+        cmap = matplotlib.colormaps[colors]
+        ends = range(len(labels)) if every_label else {0, max(0, len(labels) - 1)}
+        shown = [name if row in ends else "" for row, name in enumerate(labels)]
+        for number, line in enumerate(lines):
+            _line(axes, line, bands, cmap, top + step * number, shown)
+        if scale:
+            _scale(axes, cmap, scale, size[1] - 0.2)
+    return figure
+
+
+def _line(axes: Axes, line: Placed, bands, cmap, y: float, labels) -> None:
+    for start, _, cell in line:
+        axes.text(start, y + _HIGH - 0.045, drawable(cell.text), parse_math=False)
+    for row, band in enumerate(bands):
+        low = y + _HIGH + _BAND * row
+        high, boxes, shades = low + 0.82 * _BAND, [], []
+        for start, stop, cell in line:
+            value = float(np.mean(band[cell.start : cell.stop]))
+            if np.isnan(value):
+                continue
+            edges = (start + 0.06, stop - 0.06)
+            left, right = edges
+            boxes.append([(left, low), (right, low), (right, high), (left, high)])
+            shades.append(cmap(value))
+        axes.add_collection(PolyCollection(boxes, facecolors=shades, linewidth=0))
+    for row, name in enumerate(labels):
+        where = y + _HIGH + _BAND * (row + 0.4)
+        style = {"fontsize": 6, "parse_math": False}
+        axes.text(-0.8, where, name, ha="right", va="center", **style)
+
+
+def _scale(axes: Axes, cmap, scale: Sequence[str], y: float) -> None:
+    """Steps of color between the words for their ends."""
+    first, *_, last = scale
+    axes.text(0, y + 0.1, first, fontsize=7)
+    x = len(first) * 7 / _SIZE + 1
+    for n in range(9):
+        box = [(x, y), (x + 1.8, y), (x + 1.8, y + 0.1), (x, y + 0.1)]
+        shade = PolyCollection([box], facecolors=[cmap(n / 8)], linewidth=0)
+        axes.add_collection(shade)
+        x += 1.9
+    axes.text(x + 0.8, y + 0.1, last, fontsize=7)
+
+
+def lines_of(cells: Sequence[Cell], columns: int) -> list[Placed]:
+    """Cells as lines of `columns` characters: where each starts and stops.
+
+    A cell that is longer than a line is cut, with an ellipsis.
+    """
+    lines: list[Placed] = [[]]
+    at = 0
+    for cell in cells:
+        text = cell.text or "·"
+        if len(text) > columns:
+            text = text[: columns - 1] + "…"
+        if at + len(text) > columns:
+            lines.append([])
+            at = 0
+        lines[-1].append((at, at + len(text), cell._replace(text=text)))
+        at += len(text)
+    return lines
+
+
+def layer_bands(share: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """`[L, S]` as at most `MOST_BANDS` rows, neighbours averaged, and their labels."""
+    groups = np.array_split(np.arange(len(share)), min(len(share), MOST_BANDS))
+    ends = [(group[0], group[-1]) for group in groups]
+    names = [f"{a}" if a == b else f"{a}-{b}" for a, b in ends]
+    word = "layer" if "-" not in names[0] else "layers"
+    names[0] = f"{word} {names[0]}"
+    return np.stack([share[group].mean(axis=0) for group in groups]), names
+
+
+def drawable(text: str) -> str:
+    """The text with a box for each character that the font of figures lacks.
+
+    Marks that go with the character before, and characters of double width, would
+    move what follows, so they are boxes, too.
+    """
+    known = _known()
+    return "".join(c if ord(c) in known and _plain(c) else "□" for c in text)
+
+
+def _plain(c: str) -> bool:
+    wide = unicodedata.east_asian_width(c) in "WF"
+    return not wide and not unicodedata.combining(c)
+
+
+@functools.cache
+def _known() -> frozenset[int]:
+    path = font_manager.findfont(_FONT)
+    return frozenset(font_manager.get_font(path).get_charmap())
