@@ -159,7 +159,7 @@ class _Runner:
             share=made.config.share_passes,
             mass=any(wants_mass(method.base) for method in made.methods),
         )
-        self.maps = MapMaker(model)
+        self.maps = MapMaker(model, made.config.keeps)
         self.progress: Callback | None = progress
         self.rows: list[dict[str, Any]] = []
         # All of it now: a damaged file is found before anything is computed.
@@ -212,8 +212,8 @@ class _Runner:
                 tally.resident.append(packed.value.nbytes / len(index))
                 tally.compress_s.append(packed.run_s)
                 tally.compile_s += packed.compile_s
-                read_and_packed = (packed.value, read.value, answers[0], index)
-                tally.maps |= self.maps.made(group, c, *read_and_packed)
+                made = (packed.value, read.value, answers[0], index)
+                tally.maps |= self.maps.made(group, c, keep, *made)
         return 1e3 * float(np.mean(prefill_s or [0.0])), compile_s, tallies
 
     def _refer(self, cells: Sequence[Cell], tallies: Mapping[Any, _Tally]) -> None:

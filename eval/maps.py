@@ -43,16 +43,20 @@ class MapMaker:
 
     Args:
         model: what is evaluated.
+        keeps: its budgets.
     """
 
-    def __init__(self, model: Decoder):
+    def __init__(self, model: Decoder, keeps: Sequence[float]):
         self.model = model
+        # The one that a report shows: watching compiles a step of one token.
+        self.watched = {None, sorted(keeps)[len(keeps) // 2]}
         self._worth: tuple[AbstractGroup | None, Any] = (None, None)
 
     def made(
         self,
         group: AbstractGroup,
         c: Compression,
+        keep: float | None,
         cache: KVCache,
         prompt: Prompt,
         answers: Answers,
@@ -63,6 +67,7 @@ class MapMaker:
         Args:
             group: whose prompts they are.
             c: what was done to them.
+            keep: its budget in the evaluation.
             cache: of the prompts, compressed.
             prompt: what it was made of.
             answers: what came of it.
@@ -78,11 +83,17 @@ class MapMaker:
             for row in wanted
         }
         if items[0] == 0:
-            found[0] |= dict(self._first(group, c, cache, prompt, answers, index))
+            watched = (cache, prompt) if keep in self.watched else None
+            found[0] |= dict(self._first(group, c, watched, answers, index))
         return found
 
     def _first(
-        self, group, c, cache, prompt: Prompt, answers: Answers, index
+        self,
+        group: AbstractGroup,
+        c: Compression,
+        watched: tuple[KVCache, Prompt] | None,
+        answers: Answers,
+        index: np.ndarray,
     ) -> Iterator[tuple[str, Any]]:
         """What is known of the very first item alone."""
         if answers.told is not None:
@@ -91,8 +102,8 @@ class MapMaker:
             values = {name: _short(row) for name, row in answers.told.items()}
             pieces = _behind_pieces(group, [*group.prompts[0], *tokens[0]])
             yield "following", {"tokens": pieces, **values}
-        if evicts_later(c):
-            left = _departures(self.model, group, cache, prompt, index)
+        if evicts_later(c) and watched is not None:
+            left = _departures(self.model, group, *watched, index)
             pieces = _behind_pieces(group, left.tokens)
             lists = [_whole(layer) for layer in left.left]
             yield "departures", {"tokens": pieces, "times": left.times, "left": lists}
@@ -184,7 +195,7 @@ def _worth(model: Decoder, group: AbstractGroup) -> list | None:
     return [[_short(head) for head in layer] for layer in own]
 
 
-def _behind_pieces(group: AbstractGroup, tokens: Sequence[int]) -> list[str]:
+def _behind_pieces(group: AbstractGroup, tokens: Any) -> list[str]:
     """Text of each token behind the first prompt, of all tokens."""
     return token_pieces(group.tokenizer.raw, tokens)[len(group.prompts[0]) :]
 

@@ -12,6 +12,8 @@ Entry = Mapping[str, Any]
 
 MOST_MAPS = 8
 """Methods of which the page shows a text."""
+MOST_SHOWN = 12_000
+"""Tokens that a section writes out; of further methods it has the strip alone."""
 MOST_WATCHED = 3
 """Methods of which it shows when tokens left."""
 
@@ -19,6 +21,11 @@ MOST_WATCHED = 3
 def chosen_maps(run: LoadedRun) -> list[Entry]:
     """Maps of one text: the task most methods share, each at its middle budget."""
     return _of_one_text(run, _evicts)[:MOST_MAPS]
+
+
+def in_full(tokens: int) -> int:
+    """Of how many methods a section writes out a text of so many tokens."""
+    return max(1, MOST_SHOWN // max(tokens, 1))
 
 
 def told_maps(run: LoadedRun) -> list[Entry]:

@@ -68,6 +68,11 @@ def legend(*parts: str) -> str:
     return f'<p class="legend">{"".join(spans)}</p>'
 
 
+TOO_LONG = (
+    '<p class="note">The text is long: it is written out for the first methods only. '
+    "Evaluate this one alone to read it.</p>"
+)
+
 BINS = 240
 """Of a strip: a long text has several tokens in each."""
 

@@ -30,6 +30,17 @@ def needle_figure(rows: Sequence[CellRow], title: str) -> Figure:
     return figure
 
 
+def needle_words(rows: Sequence[CellRow], title: str) -> str:
+    """What the figure shows, for those who cannot see it."""
+    parts = []
+    for key, same in group(rows, "keep", "length", "depth").items():
+        keep, length, depth = key
+        budget = "all kept" if keep is None else f"keep {keep:g}"
+        score = percent(mean(same, "score"), 0) or "no"
+        parts.append(f"{budget}, {length} tokens, depth {depth:g}: {score} %")
+    return f"{title}. {'; '.join(parts)}"
+
+
 def _panel(axes: Axes, rows: Sequence[CellRow], lengths: list, depths: list) -> None:
     cells = group(rows, "depth", "length")
     grid = [[mean(cells.get((d, n), ()), "score") for n in lengths] for d in depths]

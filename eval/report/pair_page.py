@@ -39,7 +39,7 @@ def _pair(first: Entry, second: Entry, *, open_: bool) -> str:
     pieces = pieces_of(first)
     cells, start = cells_of(pieces), len(pieces) - question_pieces(first)
     sides = [held(entry["kept"], len(pieces)) for entry in (first, second)]
-    found, names = overlap(*sides), [label_of(entry) for entry in (first, second)]
+    found, names = overlap(*sides), [e["compression"] for e in (first, second)]
     key = legend(
         f'<span><b class="flow pair"><i class="a8 b0">line above</i></b>: '
         f"{escape(names[0])}</span>",
@@ -56,7 +56,8 @@ def _pair(first: Entry, second: Entry, *, open_: bool) -> str:
     )
     share = 100 * float(found.all.jaccard)
     summary = (
-        f"<b>{escape(names[0])} and {escape(names[1])}, {escape(first['task'])}</b> "
+        f"<b>{escape(names[0])} and {escape(label_of(second))}, "
+        f"{escape(first['task'])}</b> "
         f"<span class='note'>{share:.0f} % of the slots that either kept, both kept; "
         f"by layer {100 * found.jaccard.min():.0f} to {100 * found.jaccard.max():.0f} %"
         "</span>"

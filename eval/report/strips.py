@@ -8,14 +8,15 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.ticker import NullLocator
 
-from kvjax.eval.report.flow import escape, flow, folded, legend, named, strip
+from kvjax.eval.report.chosen import in_full
+from kvjax.eval.report.flow import TOO_LONG, escape, flow, folded, legend, named, strip
 from kvjax.eval.report.kept import cells_of, label_of
 from kvjax.eval.report.style import PALETTE, SETTINGS, NotebookFigure, new_figure
 from kvjax.eval.report.words import words_figure
 
 Entry = Mapping[str, Any]
 
-LEAST = 1e-4
+LEAST = 1e-3
 """Nats at the lower end of a strip: less is nothing."""
 
 LEVELS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -108,14 +109,17 @@ def strip_section(maps: Sequence[Entry]) -> str:
         f'<span>KL from <b class="flow kl">{steps}</b> nats</span>',
         "underlined: the most likely token is another",
     )
+    full = in_full(len(maps[0]["following"]["tokens"]))
     return (
         "<h3>Token by token</h3>"
         + key
-        + "".join(_map(entry, number == 0) for number, entry in enumerate(maps))
+        + "".join(
+            _map(entry, number == 0, number < full) for number, entry in enumerate(maps)
+        )
     )
 
 
-def _map(entry: Entry, first: bool) -> str:
+def _map(entry: Entry, first: bool, full: bool) -> str:
     found = entry["following"]
     kl, cells = found["kl"], cells_of(found["tokens"])
     looks, titles = [], []
@@ -131,7 +135,7 @@ def _map(entry: Entry, first: bool) -> str:
         said = f"KL {kl[worst]:.3g}, NLL {found['nll'][worst]:.3g}"
         said += f" (uncompressed {found['nll_full'][worst]:.3g})"
         titles.append(named(cell, said))
-    text = flow(cells, looks, titles, "kl")
+    text = flow(cells, looks, titles, "kl") if full else TOO_LONG
     finite = [value for value in kl if math.isfinite(value)]
     mean = float(np.mean(finite)) if finite else math.nan
     heights = np.array([shade_of(value) / 8 for value in kl])

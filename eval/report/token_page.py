@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from kvjax.eval.report.chosen import in_full
 from kvjax.eval.report.flow import (
+    TOO_LONG,
     escape,
     flow,
     folded,
@@ -29,8 +31,8 @@ from kvjax.eval.report.kept import (
 
 Entry = Mapping[str, Any]
 
-MOST_BITS = 24 * 2**20
-"""Heads times tokens of which a page holds every single one: 4 MiB as text."""
+MOST_BITS = 2**23
+"""Heads times tokens of which a page holds every single one: 1.4 MB as text."""
 
 
 def token_section(maps: Sequence[Entry]) -> str:
@@ -42,33 +44,29 @@ def token_section(maps: Sequence[Entry]) -> str:
         *(["line above: the question"] if asked else []),
         "point at a token for its number of heads, or choose a layer and a head",
     )
-    left, parts = MOST_BITS, []
-    for number, entry in enumerate(maps):
-        layers = held(entry["kept"], len(pieces_of(entry)))
-        left -= sum(layer.size for layer in layers)
-        parts.append(_map(entry, layers, number == 0, single=left >= 0))
+    full = in_full(len(pieces_of(maps[0])))
+    parts = [_map(entry, n == 0, n < full) for n, entry in enumerate(maps)]
     return key + "".join(parts)
 
 
-def _map(entry: Entry, layers: list[np.ndarray], first: bool, single: bool) -> str:
+def _map(entry: Entry, first: bool, full: bool) -> str:
     pieces = pieces_of(entry)
-    cells, start = cells_of(pieces), len(pieces) - question_pieces(entry)
+    layers, cells = held(entry["kept"], len(pieces)), cells_of(pieces)
     heads = np.concatenate(layers)
     share = by_cell(heads.mean(axis=0), cells)
-    titles = kept_titles(cells, layers)
-    body = flow(cells, [*map(shade, share)], titles, "kept", start)
-    if single:
-        body = f"{CHOICE}{body}{_ALL}{data(cells, layers)}"
-    else:
-        body += (
-            '<p class="note">Single heads are left out: the page would be large.</p>'
-        )
     name = f"{label_of(entry)}, {entry['task']}"
     summary = (
         f"<b>{escape(name)}</b> <span class='note'>{100 * heads.mean():.0f} % of the "
         f"slots of all heads</span>{strip(share, f'share of heads, {name}')}"
     )
-    return folded(summary, f'<div class="tokens">{body}</div>', open_=first)
+    if not full:
+        return folded(summary, TOO_LONG)
+    start = len(pieces) - question_pieces(entry)
+    titles = kept_titles(cells, layers)
+    text = flow(cells, [*map(shade, share)], titles, "kept", start)
+    if heads.size <= MOST_BITS:
+        text = f"{CHOICE}{text}{_ALL}{data(cells, layers)}"
+    return folded(summary, f'<div class="tokens">{text}</div>', open_=first)
 
 
 CHOICE = (

@@ -1,8 +1,9 @@
 """Figures of a text in words: below each token, cells in the colour of its numbers."""
 
 import functools
+import itertools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import matplotlib
 import numpy as np
@@ -20,6 +21,7 @@ MOST_BANDS = 8
 
 _FONT, _SIZE = "DejaVu Sans Mono", 8.222
 _WIDE = 11 / 160  # inches of a character: 11 dots in the PNG, so that none is rounded
+_CHUNK = 24  # characters that are written at once: at other sizes widths are rounded
 _HIGH, _BAND, _GAP, _LEFT = 0.16, 0.085, 0.09, 0.82
 
 Placed = list[tuple[int, int, Cell]]
@@ -72,45 +74,62 @@ def words_figure(
         cmap = matplotlib.colormaps[colors]
         ends = range(len(labels)) if every_label else {0, max(0, len(labels) - 1)}
         shown = [name if row in ends else "" for row, name in enumerate(labels)]
+        boxes, values = [], []
         for number, line in enumerate(lines):
-            _line(axes, line, bands, cmap, top + step * number, shown)
+            y = top + step * number
+            _write(axes, line, y, shown)
+            for more in _boxes(line, bands, y + _HIGH):
+                boxes.append(more[:4])
+                values.append(more[4])
         if scale:
-            _scale(axes, cmap, scale, size[1] - 0.2)
+            more = _scale(axes, scale, size[1] - 0.2)
+            boxes += more
+            values += np.linspace(0, 1, len(more)).tolist()
+        # All in one: a figure of thousands of parts takes minutes.
+        left, right, low, high = np.array(boxes).reshape(-1, 4).T
+        corners = [(left, low), (right, low), (right, high), (left, high)]
+        shapes = np.stack([np.stack(corner, axis=-1) for corner in corners], axis=1)
+        axes.add_collection(
+            PolyCollection(shapes, facecolors=cmap(values), linewidth=0)
+        )
     return figure
 
 
-def _line(axes: Axes, line: Placed, bands, cmap, y: float, labels) -> None:
-    for start, _, cell in line:
-        axes.text(start, y + _HIGH - 0.045, drawable(cell.text), parse_math=False)
-    for row, band in enumerate(bands):
-        low = y + _HIGH + _BAND * row
-        high, boxes, shades = low + 0.82 * _BAND, [], []
-        for start, stop, cell in line:
-            value = float(np.mean(band[cell.start : cell.stop]))
-            if np.isnan(value):
-                continue
-            edges = (start + 0.06, stop - 0.06)
-            left, right = edges
-            boxes.append([(left, low), (right, low), (right, high), (left, high)])
-            shades.append(cmap(value))
-        axes.add_collection(PolyCollection(boxes, facecolors=shades, linewidth=0))
+def _write(axes: Axes, line: Placed, y: float, labels: Sequence[str]) -> None:
+    """The text of a line, and the labels of its bands."""
+    for _, words in itertools.groupby(line, lambda cell: cell[0] // _CHUNK):
+        some = list(words)
+        text = "".join(cell.text for _, _, cell in some)
+        axes.text(some[0][0], y + _HIGH - 0.045, drawable(text), parse_math=False)
     for row, name in enumerate(labels):
-        where = y + _HIGH + _BAND * (row + 0.4)
-        style = {"fontsize": 6, "parse_math": False}
-        axes.text(-0.8, where, name, ha="right", va="center", **style)
+        if name:
+            where = y + _HIGH + _BAND * (row + 0.4)
+            style = {"fontsize": 6, "parse_math": False}
+            axes.text(-0.8, where, name, ha="right", va="center", **style)
 
 
-def _scale(axes: Axes, cmap, scale: Sequence[str], y: float) -> None:
-    """Steps of color between the words for their ends."""
+def _boxes(line: Placed, bands: np.ndarray, y: float) -> Iterator[tuple[float, ...]]:
+    """Left, right, low, high and value of the cells below a line."""
+    if not line:
+        return
+    starts = [cell.start for _, _, cell in line]
+    own = bands[:, starts[0] : line[-1][2].stop]
+    counts = [cell.stop - cell.start for _, _, cell in line]
+    means = np.add.reduceat(own, np.array(starts) - starts[0], axis=1) / counts
+    for row, values in enumerate(means.tolist()):
+        low = y + _BAND * row
+        for (start, stop, _), value in zip(line, values, strict=True):
+            if value == value:
+                yield start + 0.06, stop - 0.06, low, low + 0.82 * _BAND, value
+
+
+def _scale(axes: Axes, scale: Sequence[str], y: float) -> list[tuple[float, ...]]:
+    """The words for the ends of the colors; left, right, low and high of the steps."""
     first, *_, last = scale
-    axes.text(0, y + 0.1, first, fontsize=7)
-    x = len(first) * 7 / _SIZE + 1
-    for n in range(9):
-        box = [(x, y), (x + 1.8, y), (x + 1.8, y + 0.1), (x, y + 0.1)]
-        shade = PolyCollection([box], facecolors=[cmap(n / 8)], linewidth=0)
-        axes.add_collection(shade)
-        x += 1.9
-    axes.text(x + 0.8, y + 0.1, last, fontsize=7)
+    axes.text(0, y + 0.1, first, fontsize=7, parse_math=False)
+    start = len(first) * 7 / _SIZE + 1
+    axes.text(start + 17.9, y + 0.1, last, fontsize=7, parse_math=False)
+    return [(start + 1.9 * n, start + 1.9 * n + 1.8, y, y + 0.1) for n in range(9)]
 
 
 def lines_of(cells: Sequence[Cell], columns: int) -> list[Placed]:

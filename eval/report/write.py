@@ -11,6 +11,7 @@ from kvjax.eval.report import page
 from kvjax.eval.report.chosen import (
     chosen_maps,
     chosen_pairs,
+    in_full,
     told_maps,
     watched_maps,
     weighed_maps,
@@ -18,7 +19,7 @@ from kvjax.eval.report.chosen import (
 from kvjax.eval.report.curves import cost_figure, score_figure
 from kvjax.eval.report.kept import label_of, pieces_of
 from kvjax.eval.report.leaving import departure_figure, departures_of, leaving_section
-from kvjax.eval.report.needle import needle_figure
+from kvjax.eval.report.needle import needle_figure, needle_words
 from kvjax.eval.report.pair_page import pair_section
 from kvjax.eval.report.pairs import difference_map
 from kvjax.eval.report.run import CellRow, LoadedRun, group, load_run, methods
@@ -181,7 +182,7 @@ def _tokens(run: LoadedRun, folder: pathlib.Path) -> str:
             "This run recorded no kept tokens (maps/): no method of it evicts, or its "
             "texts are too long."
         )
-    for entry in maps:
+    for entry in maps[: in_full(len(pieces_of(maps[0])))]:
         title = f"{label_of(entry)}, {entry['task']}"
         name = f"tokens_{entry['task']}_{entry['compression']}"
         _keep(folder, name, token_map(entry, pieces_of(entry), title=title))
@@ -254,12 +255,14 @@ def _needles(run: LoadedRun, folder: pathlib.Path) -> str:
             "niah`) to fill this section."
         )
 
-    def figures() -> Named:
-        for task, same in group(rows, "task").items():
-            for name in methods(same):
-                own = [row for row in same if row["compression"] == name]
-                title = f"{task[0]}: {name}".replace("$", r"\$")
-                yield f"needle_{task[0]}_{name}", needle_figure(own, title)
-
+    images = []
+    for (task,), same in group(rows, "task").items():
+        for name in methods(same):
+            own = [row for row in same if row["compression"] == name]
+            title, label = f"{task}: {name}", f"needle_{task}_{name}"
+            figure = needle_figure(own, title.replace("$", r"\$"))
+            _keep(folder, label, figure)
+            words = page.escape(needle_words(own, title))
+            images.append(svg(figure, _plain(label), words))
     note = "<p class='note'>Score in percent; 0 is the start of the text.</p>"
-    return note + _figures(figures(), folder, "needles")
+    return note + page.plots(images, "needles")

@@ -76,6 +76,36 @@ def make_rows(names, keeps=(0.5, 0.25, 0.1), needle: bool = True) -> list[dict]:
     return rows
 
 
+def full_map(name: str, words: list[str], seed: int = 0, keep: float = 0.25) -> dict:
+    """A map of words with all that a map can hold: 4 layers of 4 heads."""
+    draw, count = random.Random(seed), len(words)
+    later = [" and", " so", " on", "."]
+
+    def heads(value, size: int) -> list:
+        return [[[value() for _ in range(size)] for _ in range(4)] for _ in range(4)]
+
+    numbers = {
+        column: [round(draw.expovariate(5), 4) for _ in later[1:]]
+        for column in ("nll", "nll_full", "kl")
+    }
+    return {
+        "text": "".join(words),
+        "question": "",
+        "compression": name,
+        "keep": keep,
+        "task": "recall",
+        "tokens": words,
+        "kept": kept(count, keep, seed),
+        "following": {"tokens": later, **numbers, "agrees": [1.0, 0.0, 1.0]},
+        "departures": {
+            "tokens": later,
+            "times": [0, 2, 3, 4],
+            "left": heads(lambda: draw.choice([None, 0, 2, 3]), count + len(later)),
+        },
+        "worth": heads(lambda: round(draw.gauss(0, 0.01), 4), count),
+    }
+
+
 def make_run(path: pathlib.Path, names, **kwargs) -> pathlib.Path:
     """A run directory with those methods."""
     for folder in ("rows", "maps"):

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from kvjax.eval.report import token_map, write_report
+from kvjax.eval.report.kept import heads_kept, pieces_of, question_pieces
 from kvjax.eval.report.style import spread
-from kvjax.eval.report.token_map import heads_kept, pieces_of, question_pieces
 from tests.eval.synthetic import make_run
 
 EVIL = '<script>alert("x")</script>$&'
@@ -57,8 +57,8 @@ def test_page_is_whole_and_asks_for_nothing(page):
     document = Document(text)
     assert not re.search(r"https?:|url\((?!#)|@import|src=|<link", text)
     assert {"svg", "table", "section"} <= set(document.tags)
-    sections = {"score", "text", "time", "tokens", "needle", "rows", "provenance"}
-    assert sections <= set(document.ids)
+    sections = {"score", "text", "time", "tokens", "pairs", "leaving", "worth"}
+    assert sections | {"needle", "rows", "provenance"} <= set(document.ids)
 
 
 def test_names_are_text(page):
@@ -66,9 +66,9 @@ def test_names_are_text(page):
     document = Document(text)
     assert "alert(" in text
     assert "<script>alert" not in text
-    # Ours: the page's own, and one inert block of data per map.
+    # Ours: the page's own, and one inert block of data per map, two of the pair.
     maps = len(list((page.parent.parent / "maps").iterdir()))
-    assert document.tags.count("script") == 1 + maps
+    assert document.tags.count("script") == 1 + maps + 2
 
 
 def test_every_row_is_in_the_table(page):
@@ -93,7 +93,7 @@ def test_missing_pieces_say_so(tmp_path):
     run = make_run(tmp_path / "run", ["none"], needle=False)
     out = tmp_path / "elsewhere"
     text = write_report(run, out).read_text()
-    assert text.count('class="empty"') == 2  # no maps, no needle
+    assert text.count('class="empty"') == 5  # four that maps fill, and no needle
     assert (out / "score_recall_512.png").is_file()
     assert not (run / "report").exists()
 
