@@ -1,5 +1,6 @@
 """Kept positions as arrays, and tokens as the cells that people see."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ class Cell(NamedTuple):
 def cells_of(pieces: Sequence[str]) -> list[Cell]:
     """What is shown of a text: a token without text of its own goes with the last."""
     starts = [i for i, piece in enumerate(pieces) if piece or i == 0]
-    stops = [*starts[1:], len(pieces)]
-    return [Cell(pieces[a], a, b) for a, b in zip(starts, stops, strict=True) if b]
+    ends = itertools.pairwise([*starts, len(pieces)])
+    return [Cell(pieces[start], start, stop) for start, stop in ends]
 
 
 def by_cell(values: np.ndarray, cells: Sequence[Cell]) -> np.ndarray:

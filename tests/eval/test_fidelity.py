@@ -1,5 +1,7 @@
 """Perplexity and KL through the real cache, against the uncompressed one."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import kvjax
 from kvjax.eval import harness
 from kvjax.eval.fidelity import TextTask, compare, fidelity
+from kvjax.eval.rows import read_rows
 from kvjax.eval.text import Tokenizer
 from tests.eval import tiny
 
@@ -102,6 +105,16 @@ def test_text_as_a_task(model, text, tmp_path):
         assert row["length"] == 64 and row["items"] == 5
         assert row["nll"] > 0 and row["ms_per_token"] is None
     assert all(row["kl"] > 0 for row in rest)
+    for row in rows:  # the first window, token by token
+        name = row["cell"]
+        entry = json.loads((tmp_path / "run" / "maps" / f"{name}.json").read_text())
+        found = entry["following"]
+        (file,) = (tmp_path / "run" / "items").glob(f"{name}.parquet")
+        item = read_rows(file)[0]
+        for of_map, of_item in (("kl", "kl"), ("nll", "nll"), ("agrees", "agrees")):
+            assert len(found[of_map]) == 15
+            assert np.mean(found[of_map]) == pytest.approx(item[of_item], rel=1e-3)
+        assert "".join(found["tokens"]) == text.read_text()[47:63]
     again = harness.run(model, tiny.tokenizer(), config, tmp_path / "run")
     assert again == rows
 
