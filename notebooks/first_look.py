@@ -29,7 +29,7 @@ import os
 import jax.numpy as jnp
 
 import kvjax
-from kvjax.eval.report import token_map
+from kvjax.eval.report import difference_map, token_map, token_pieces
 from kvjax.eval.tasks import make_task
 
 SMOKE = bool(os.environ.get("SMOKE"))  # set by the tests: less of everything
@@ -84,12 +84,11 @@ def look(name, c):
     reply, cache = ask(c)
     right = task.score(item, reply)
     print(f"{name}: {reply!r}, score {right:g}, {cache.nbytes / 1024:.0f} KiB")
-    pieces = [tokenizer.decode(t) for t in tokenizer.encode(item.context)]
-    pieces[0] = "^"  # the mark of the beginning
-    return token_map(cache, pieces, title=name)
+    return token_map(cache, PIECES, title=name)
 
 
-full = look("nothing compressed", kvjax.compression("none"))
+PIECES = token_pieces(tokenizer, tokenizer.encode(item.context))
+look("nothing compressed", kvjax.compression("none"))
 
 # %% [markdown]
 # ## A quarter of it
@@ -109,7 +108,14 @@ look("SnapKV, a quarter", snapkv)
 # will matter. `random` is the floor that any method has to beat.
 
 # %%
-look("random, a quarter", kvjax.compression("random", **{"evict.budget.keep": 0.25}))
+random = kvjax.compression("random", **{"evict.budget.keep": 0.25})
+look("random, a quarter", random)
+
+# %% [markdown]
+# Two methods in one figure: what both kept, and what only one of them did.
+
+# %%
+difference_map(ask(snapkv)[1], ask(random)[1], PIECES, names=("SnapKV", "random"))
 
 # %% [markdown]
 # ## Change one field
