@@ -84,7 +84,7 @@ def fidelity(
 
 @narrow
 def told(
-    model: Decoder, tokens: Tokens, context: int, c: Compression, *, calls: int = 1
+    model: Decoder, tokens: TokensLike, context: int, c: Compression, *, calls: int = 1
 ) -> dict[str, np.ndarray]:
     """`fidelity`, token by token: `[B, T - context - 1]` numbers by name.
 
@@ -102,7 +102,7 @@ def told(
 
 
 def _both(
-    model: Decoder, tokens: Tokens, context: int, c: Compression, calls: int
+    model: Decoder, tokens: TokensLike, context: int, c: Compression, calls: int
 ) -> tuple[Float[Array, "B M V"], Float[Array, "B M V"], float]:
     """Logits by the full cache and by the compressed one, and its bytes per row."""
     tokens, _ = checks.prompt(checks.model(model), tokens, None)

@@ -90,7 +90,7 @@ def difference_map(
     sides = [held(kept_of(side, row), len(pieces)) for side in (first, second)]
     found = overlap(*sides).all
     a, b = (np.concatenate(side) for side in sides)
-    bands = np.stack([(x).mean(axis=0) for x in (a & b, a & ~b, b & ~a)])
+    bands = np.stack([kind.mean(axis=0) for kind in (a & b, a & ~b, b & ~a)])
     labels = ["both", f"only {names[0]}"[:14], f"only {names[1]}"[:14]]
     title = title or (
         f"{names[0]} and {names[1]}: {100 * found.jaccard:.0f} % of what either kept, "

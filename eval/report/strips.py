@@ -74,13 +74,8 @@ def kl_figure(kl: Mapping[str, Sequence[float]], *, title: str = "") -> Notebook
     most = max([LEAST * 10, *finite])
     with rc_context(SETTINGS):
         panels = figure.subplots(len(kl), 1, sharex=True, sharey=True, squeeze=False)
-        figure.suptitle(
-            title.replace("$", r"\$"),
-            fontsize=10.5,
-            fontweight="bold",
-            x=0.01,
-            ha="left",
-        )
+        title = title.replace("$", r"\$")
+        figure.suptitle(title, fontsize=10.5, fontweight="bold", x=0.01, ha="left")
         for axes, (name, values) in zip(panels[:, 0], kl.items(), strict=True):
             places = np.arange(1, len(values) + 1)
             height = np.maximum(np.nan_to_num(values, nan=0.0, posinf=most), LEAST)
@@ -110,13 +105,8 @@ def strip_section(maps: Sequence[Entry]) -> str:
         "underlined: the most likely token is another",
     )
     full = in_full(len(maps[0]["following"]["tokens"]))
-    return (
-        "<h3>Token by token</h3>"
-        + key
-        + "".join(
-            _map(entry, number == 0, number < full) for number, entry in enumerate(maps)
-        )
-    )
+    parts = [_map(entry, n == 0, n < full) for n, entry in enumerate(maps)]
+    return "".join(["<h3>Token by token</h3>", key, *parts])
 
 
 def _map(entry: Entry, first: bool, full: bool) -> str:

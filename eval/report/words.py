@@ -4,6 +4,7 @@ import functools
 import itertools
 import unicodedata
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -88,7 +89,7 @@ def words_figure(
         # All in one: a figure of thousands of parts takes minutes.
         left, right, low, high = np.array(boxes).reshape(-1, 4).T
         corners = [(left, low), (right, low), (right, high), (left, high)]
-        shapes = np.stack([np.stack(corner, axis=-1) for corner in corners], axis=1)
+        shapes: Any = np.stack([np.stack(one, axis=-1) for one in corners], axis=1)
         axes.add_collection(
             PolyCollection(shapes, facecolors=cmap(values), linewidth=0)
         )

@@ -104,6 +104,11 @@ def test_report(kvjax, tmp_path):
     result = json.loads(out)
     assert code == 0 and len(result["figures"]) >= 5
     assert (tmp_path / "out" / "report.html").is_file()
+    code, _, err = kvjax("report", run, "--compare", "random, snapvk")
+    assert code == 2 and "no map of 'snapvk'" in err
+    code, _, err = kvjax("report", run, "--compare", "random")
+    assert code == 2 and "as in snapkv,h2o" in err
+    assert not (run / "report").exists()
 
 
 def test_generate(kvjax, checkpoint, tmp_path):

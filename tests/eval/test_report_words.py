@@ -140,7 +140,7 @@ def test_overlap_by_hand():
     with pytest.raises(ValueError, match="one model and one text"):
         overlap(one, held([[[0]]], 4))
     entries = [full_map(name, WORDS, seed) for seed, name in enumerate("ab")]
-    figure = difference_map(*entries, WORDS, names=("a", "$b"))
+    figure = difference_map(entries[0], entries[1], WORDS, names=("a", "$b"))
     assert figure._repr_png_()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="position 9"):
         token_map(entries[0], WORDS[:9])
