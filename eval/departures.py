@@ -113,7 +113,9 @@ class Watch:
         self.look(cache, ())
 
     def look(self, cache: KVCache, tokens: Any) -> None:
-        """After it has read `tokens`."""
+        """After it has read `tokens`; without any, only at the start."""
+        if self.times and not len(tokens):
+            return
         self.tokens += [int(token) for token in tokens]
         time, count = len(self.tokens) - self.prompt, len(self.tokens)
         for layer, old in enumerate(self.left):
@@ -165,15 +167,15 @@ def read_on(
     """
     row = watch.row
     if asked is not None:
-        tokens, lengths = asked
-        logits, cache = ask(model, cache, tokens, lengths)
-        watch.look(cache, np.asarray(tokens)[row][: int(np.asarray(lengths)[row])])
+        logits, cache = ask(model, cache, *asked)
+        tokens, lengths = (np.asarray(side)[row] for side in asked)
+        watch.look(cache, tokens[:lengths])
     for step in range(steps):
+        some = np.asarray(jnp.argmax(logits, axis=-1))[:, None]
         if told is None:
             check_rows(model.dtype, jnp.isfinite(jnp.max(logits, axis=-1)))
-            some = np.asarray(jnp.argmax(logits, axis=-1))[:, None]
         else:
-            some = np.asarray(told)[:, step * width : (step + 1) * width]
+            some = np.asarray(told)[:, step * width :][:, :width]
         if some.shape[1] < width or (told is None and int(some[row, 0]) in stops):
             return
         every, cache = extend(model, cache, jnp.asarray(some, jnp.int32))

@@ -49,51 +49,57 @@ def words_figure(
         title: above the figure.
         labels: of the bands; the first and the last stand beside each line.
         every_label: all of them stand there.
-        scale: what the ends of the colors mean, or any number of steps between.
+        scale: what the two ends of the colors mean.
 
     Raises:
         ValueError: too many tokens to be seen.
     """
-    if len(pieces) > MOST_TOKENS:
-        raise ValueError(
-            f"a figure shows at most {MOST_TOKENS} tokens; got {len(pieces)}. Take a "
-            "shorter text."
-        )
+    _check_length(len(pieces))
     lines = lines_of(cells_of([visible(piece) for piece in pieces]), columns)
     step = _HIGH + _BAND * len(bands) + _GAP
     top, bottom = 0.42 if title else 0.12, 0.36 if scale else 0.06
-    size = (_LEFT + _WIDE * columns + 0.1, top + step * max(len(lines), 1) + bottom)
+    high = top + step * max(len(lines), 1) + bottom
+    ends = range(len(labels)) if every_label else {0, max(0, len(labels) - 1)}
+    shown = [name if row in ends else "" for row, name in enumerate(labels)]
     with rc_context({**SETTINGS, "font.family": _FONT, "font.size": _SIZE}):
-        figure = NotebookFigure(figsize=size)
-        place = (_LEFT / size[0], 0, _WIDE * columns / size[0], 1)
-        axes = figure.add_axes(place, xlim=(0, columns), ylim=(size[1], 0))
-        axes.set_axis_off()
-        if title:
-            left = -_LEFT / _WIDE + 1
-            style = {"fontsize": 10, "fontweight": "bold", "parse_math": False}
-            axes.text(left, 0.24, title, family="DejaVu Sans", **style)
-        cmap = matplotlib.colormaps[colors]
-        ends = range(len(labels)) if every_label else {0, max(0, len(labels) - 1)}
-        shown = [name if row in ends else "" for row, name in enumerate(labels)]
-        boxes, values = [], []
+        figure, axes = _sheet(columns, high, title)
+        boxes = []
         for number, line in enumerate(lines):
             y = top + step * number
             _write(axes, line, y, shown)
-            for more in _boxes(line, bands, y + _HIGH):
-                boxes.append(more[:4])
-                values.append(more[4])
-        if scale:
-            more = _scale(axes, scale, size[1] - 0.2)
-            boxes += more
-            values += np.linspace(0, 1, len(more)).tolist()
-        # All in one: a figure of thousands of parts takes minutes.
-        left, right, low, high = np.array(boxes).reshape(-1, 4).T
-        corners = [(left, low), (right, low), (right, high), (left, high)]
-        shapes: Any = np.stack([np.stack(one, axis=-1) for one in corners], axis=1)
-        axes.add_collection(
-            PolyCollection(shapes, facecolors=cmap(values), linewidth=0)
-        )
+            boxes += _boxes(line, bands, y + _HIGH)
+        boxes += _scale(axes, scale, high - 0.2) if scale else []
+        _fill(axes, boxes, colors)
     return figure
+
+
+def _fill(axes: Axes, boxes: Sequence[tuple[float, ...]], colors: str) -> None:
+    """All in one: a figure of thousands of parts takes minutes."""
+    left, right, low, up, values = np.array(boxes).reshape(-1, 5).T
+    corners = [(left, low), (right, low), (right, up), (left, up)]
+    shapes: Any = np.stack([np.stack(one, axis=-1) for one in corners], axis=1)
+    look = {"facecolors": matplotlib.colormaps[colors](values), "linewidth": 0}
+    axes.add_collection(PolyCollection(shapes, **look))
+
+
+def _check_length(tokens: int) -> None:
+    if tokens > MOST_TOKENS:
+        raise ValueError(
+            f"a figure shows at most {MOST_TOKENS} tokens; got {tokens}. Take a "
+            "shorter text."
+        )
+
+
+def _sheet(columns: int, high: float, title: str) -> tuple[NotebookFigure, Axes]:
+    """An empty figure, across in characters and down in inches."""
+    wide = _LEFT + _WIDE * columns + 0.1
+    figure = NotebookFigure(figsize=(wide, high))
+    place = (_LEFT / wide, 0, _WIDE * columns / wide, 1)
+    axes = figure.add_axes(place, xlim=(0, columns), ylim=(high, 0))
+    axes.set_axis_off()
+    style = {"fontsize": 10, "fontweight": "bold", "parse_math": False}
+    axes.text(1 - _LEFT / _WIDE, 0.24, title, family="DejaVu Sans", **style)
+    return figure, axes
 
 
 def _write(axes: Axes, line: Placed, y: float, labels: Sequence[str]) -> None:
@@ -125,12 +131,13 @@ def _boxes(line: Placed, bands: np.ndarray, y: float) -> Iterator[tuple[float, .
 
 
 def _scale(axes: Axes, scale: Sequence[str], y: float) -> list[tuple[float, ...]]:
-    """The words for the ends of the colors; left, right, low and high of the steps."""
-    first, *_, last = scale
+    """The words for the ends of the colors; the steps between, as `_boxes` has them."""
+    first, last = scale
     axes.text(0, y + 0.1, first, fontsize=7, parse_math=False)
     start = len(first) * 7 / _SIZE + 1
     axes.text(start + 17.9, y + 0.1, last, fontsize=7, parse_math=False)
-    return [(start + 1.9 * n, start + 1.9 * n + 1.8, y, y + 0.1) for n in range(9)]
+    lefts = [start + 1.9 * n for n in range(9)]
+    return [(x, x + 1.8, y, y + 0.1, n / 8) for n, x in enumerate(lefts)]
 
 
 def lines_of(cells: Sequence[Cell], columns: int) -> list[Placed]:

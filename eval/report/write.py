@@ -72,9 +72,8 @@ def write_report(
         ("rows", "All rows", page.table(_ordered(run))),
         ("provenance", "Where the numbers come from", page.provenance(run)),
     ]
-    target = folder / "report.html"
-    write_text(target, page.page(run, sections))
-    return target
+    write_text(folder / "report.html", page.page(run, sections))
+    return folder / "report.html"
 
 
 def _ordered(run: LoadedRun) -> list[CellRow]:
@@ -199,7 +198,8 @@ def _pairs(run: LoadedRun, folder: pathlib.Path, compare: Sequence[str] | None) 
     for one, other in pairs:
         names = (one["compression"], other["compression"])
         figure = difference_map(one, other, pieces_of(one), names=names)
-        _keep(folder, f"difference_{one['task']}_{names[0]}_{names[1]}", figure)
+        short = "_".join(name[:60] for name in (one["task"], *names))
+        _keep(folder, f"difference_{short}", figure)  # names of files are short
     return pair_section(pairs)
 
 

@@ -1,6 +1,7 @@
 """Run directories with damaged files: the file is named, and the others stay."""
 
 import json
+import math
 import pathlib
 import random
 import shutil
@@ -10,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from kvjax.eval.report import write_report
+from kvjax.eval.report.maps import read_map
 from kvjax.eval.report.run import load_run
 from kvjax.eval.results import open_run
 from kvjax.eval.rows import ROWS
-from tests.eval.synthetic import make_run
+from tests.eval.synthetic import full_map, make_run
 
 DRAWS = 60
 
@@ -104,6 +106,59 @@ def test_other_types_in_a_map(run, change):
     path = next((run / "maps").iterdir())
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     says(run, path.name, next(iter(change)), "Delete it")
+
+
+def changed(entry: dict, path: str, value) -> dict:
+    """`entry` with another value at a dotted path."""
+    held = entry
+    *way, last = path.split(".")
+    for name in way:
+        held = held[int(name) if name.isdigit() else name]
+    held[int(last) if last.isdigit() else last] = value
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("following", []),
+        ("following.tokens", []),
+        ("following.tokens", [" and"]),
+        ("following.kl", [0.1]),
+        ("following.kl.0", "0.1"),
+        ("following.nll.1", None),
+        ("following.agrees.1", True),
+        ("following.nll_full", None),
+        ("following.kl.0", 10**400),
+        ("departures", "never"),
+        ("departures.tokens", [1]),
+        ("departures.times", [0, 2, 3]),
+        ("departures.times", [1, 2, 3, 4]),
+        ("departures.times", [0, 3, 2, 4]),
+        ("departures.times", [0, 2.0, 3, 4]),
+        ("departures.left", [[]]),
+        ("departures.left.0", []),
+        ("departures.left.0.0", [0]),
+        ("departures.left.0.0.0", 1),
+        ("departures.left.0.0.0", -1),
+        ("departures.left.0.0.0", True),
+        ("departures.left.0.0.0", 0.0),
+        ("worth", {}),
+        ("worth.0", [[]]),
+        ("worth.0.0.0", math.nan),
+        ("worth.0.0.0", None),
+        ("worth.1.0", [0.5]),
+    ],
+    ids=str,
+)
+def test_other_shapes_in_the_first_items_map(tmp_path, path, value):
+    file = tmp_path / "0.json"
+    entry = full_map("snapkv", list("abcdef"))
+    file.write_text(json.dumps(entry))
+    assert read_map(file) == entry
+    file.write_text(json.dumps(changed(entry, path, value)))
+    with pytest.raises(ValueError, match=rf"0\.json: '{path.split('.')[0]}' is not"):
+        read_map(file)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"text"', "[1, 2", ""])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.eval.departures import STAYED, Departures, departures
+from kvjax.eval.departures import STAYED, Departures, Watch, departures
 from kvjax.eval.report import departure_figure, departure_map
 from kvjax.eval.report.leaving import lifetimes
 from tests.eval import tiny
@@ -57,6 +57,15 @@ def test_of_what_the_model_says_itself(model, tokens, found):
     assert (own.tokens[:24] == tokens[:24]).all()
     out = kvjax.generate(model, tokens[None, :24], None, C, max_new_tokens=STEPS)
     assert own.tokens[24:].tolist() == out.tokens[0].tolist()
+
+
+def test_a_look_without_tokens_is_none(model, tokens):
+    _, cache = kvjax.prefill(
+        model, tokens[None, :24], None, C, max_new_tokens=STEPS + 1
+    )
+    watch = Watch(cache, 0, tokens[:24])
+    watch.look(cache, [])
+    assert watch.seen().times == (0,)
 
 
 def test_bad_input(model, tokens):

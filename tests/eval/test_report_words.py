@@ -37,7 +37,6 @@ from kvjax.eval.report.kept import (
     question_pieces,
     visible,
 )
-from kvjax.eval.report.maps import read_map
 from kvjax.eval.report.pairs import overlap
 from kvjax.eval.report.run import load_run
 from kvjax.eval.report.strips import LEVELS, shade_of
@@ -287,54 +286,3 @@ def test_worth_in_a_notebook():
     ):
         with pytest.raises(ValueError, match=says):
             token_worth(model, rows, length)
-
-
-def changed(entry: dict, path: str, value) -> dict:
-    """`entry` with another value at a dotted path."""
-    held = entry
-    *way, last = path.split(".")
-    for name in way:
-        held = held[int(name) if name.isdigit() else name]
-    held[int(last) if last.isdigit() else last] = value
-    return entry
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("following", []),
-        ("following.tokens", []),
-        ("following.tokens", [" and"]),
-        ("following.kl", [0.1]),
-        ("following.kl.0", "0.1"),
-        ("following.nll.1", None),
-        ("following.agrees.1", True),
-        ("following.nll_full", None),
-        ("following.kl.0", 10**400),
-        ("departures", "never"),
-        ("departures.tokens", [1]),
-        ("departures.times", [0, 2, 3]),
-        ("departures.times", [1, 2, 3, 4]),
-        ("departures.times", [0, 3, 2, 4]),
-        ("departures.times", [0, 2.0, 3, 4]),
-        ("departures.left", [[]]),
-        ("departures.left.0", []),
-        ("departures.left.0.0", [0]),
-        ("departures.left.0.0.0", 1),
-        ("departures.left.0.0.0", -1),
-        ("departures.left.0.0.0", True),
-        ("departures.left.0.0.0", 0.0),
-        ("worth", {}),
-        ("worth.0", [[]]),
-        ("worth.0.0.0", math.nan),
-        ("worth.0.0.0", None),
-        ("worth.1.0", [0.5]),
-    ],
-    ids=str,
-)
-def test_damaged_maps_are_named(run, tmp_path, path, value):
-    entry = json.loads((run / "maps" / "0.json").read_text())
-    file = tmp_path / "0.json"
-    file.write_text(json.dumps(changed(entry, path, value)))
-    with pytest.raises(ValueError, match=rf"0\.json: '{path.split('.')[0]}' is not"):
-        read_map(file)
