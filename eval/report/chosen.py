@@ -35,9 +35,17 @@ def told_maps(run: LoadedRun) -> list[Entry]:
 
 
 def watched_maps(run: LoadedRun) -> list[Entry]:
-    """Maps of one text whose methods evict while decoding."""
-    found = _of_one_text(run, lambda entry: entry.get("departures") is not None)
-    return found[:MOST_WATCHED]
+    """Maps of one text, the one watched longest, whose methods evict while decoding."""
+    spans = [len(e["departures"]["tokens"]) for e in run.maps if e.get("departures")]
+
+    def longest(entry: Entry) -> bool:
+        own = entry.get("departures")
+        return own is not None and len(own["tokens"]) == max(spans)
+
+    first = _of_one_text(run, longest)
+    texts = {(entry["task"], entry["text"]) for entry in first}
+    wanted = [e for e in run.maps if (e["task"], e["text"]) in texts]
+    return _middle([e for e in wanted if e.get("departures")], run)[:MOST_WATCHED]
 
 
 def weighed_maps(run: LoadedRun) -> list[Entry]:

@@ -254,6 +254,18 @@ def test_texts_that_are_too_long_are_left_out(tmp_path):
         assert chosen(loaded) == []
 
 
+def test_the_text_that_was_watched_longest(tmp_path):
+    run = make(tmp_path / "run", ["snapkv", "h2o"])
+    short = full_map("h2o", ["Another", " text"])
+    left = [[[0, None]] * 4] * 4
+    short["departures"] = {"tokens": [], "times": [0], "left": left}
+    for number, name in enumerate(("snapkv", "h2o", "tova")):
+        text = json.dumps(short | {"compression": name})
+        (run / "maps" / f"short{number}.json").write_text(text)
+    found = watched_maps(load_run(run))
+    assert [len(entry["tokens"]) for entry in found] == [len(WORDS)] * 2
+
+
 def test_strips_are_bounded():
     assert len(strip(np.random.default_rng(0).random(10**5), "much")) < 6000
     assert 'viewBox="0 0 1 24"' in strip(np.zeros(0), "nothing")
