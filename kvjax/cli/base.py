@@ -77,8 +77,7 @@ class Command(abc.ABC):
     def check(self) -> None:
         """Options are what their annotations say, or a `ValueError` names one."""
         for name, hint in hints_of(type(self)).items():
-            inner, *_ = typing.get_args(hint) or (hint,)
-            if Literal not in (typing.get_origin(hint), typing.get_origin(inner)):
+            if not _is_choice(hint):  # which the parser has looked at
                 fit(getattr(self, name), hint, option(name))
 
     @abc.abstractmethod
@@ -98,6 +97,13 @@ class Command(abc.ABC):
             lines = [f"  {n:{wide}}  {headline(n)}" for n in compressions()]
             parts.append("compressions:\n" + "\n".join(lines))
         return "\n\n".join(parts)
+
+
+def _is_choice(hint: Any) -> bool:
+    """Whether one of some words is meant, perhaps or nothing."""
+    return typing.get_origin(hint) is Literal or any(
+        map(_is_choice, typing.get_args(hint))
+    )
 
 
 def option(name: str) -> str:

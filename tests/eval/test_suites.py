@@ -41,7 +41,8 @@ def test_fields_are_those_of_the_tasks_that_have_them():
 
 def test_the_command_line_asks_a_suite():
     words = ["--suite", "ruler", "--length", "1024", "--task-set", "vt.hops=2"]
-    config = configured(words)
+    config = configured([*words, "--chat", "never", "--export", "kvpress"])
+    assert config.chat == "never"
     assert len(config.tasks) == 11 and config.lengths == (1024,)
     assert {e.title: dict(e.fields) for e in config.tasks}["vt"] == {"hops": 2}
     both = configured([*words, "--tasks", "recall"])
