@@ -99,8 +99,9 @@ class EvalConfig(Checked):
             that small budgets of short prompts hold what a method protects. The delay
             of `dms` is one: 1 is immediate eviction.
         share_passes: methods that read prompts in the same way look at one pass over
-            each batch. Keeps queries, keys and values of all prompts of a task in
-            memory; `prefill_ms` is that of the pass and of the method's own statistics.
+            each batch, whose queries, keys and values are in memory meanwhile; a task
+            is then finished for all methods at once. `prefill_ms` is that of the pass
+            and of the method's own statistics.
         defaults: dotted paths to values, set wherever a compression has the field.
         everywhere: dotted paths to values; a compression without the field is an
             error. `none` and an unlisted `random` are left alone.

@@ -83,6 +83,15 @@ class _Tally:
     maps: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass
+class _Measured:
+    """What the batches of one method add up to, by budget; none where all is there."""
+
+    tallies: dict[float | None, _Tally]
+    prefill_s: list[float] = dataclasses.field(default_factory=list)
+    compile_s: float = 0.0
+
+
 @narrow
 def run(
     model: Decoder,
@@ -127,8 +136,7 @@ def run(
         about = header(model, config, inputs, of_stamps(files), old)
         runner = _Runner(model, made, open_run(path, about), progress)
         for group in made.groups:
-            for method in made.methods:
-                runner.method(group, method)
+            runner.group(group)
     return runner.rows
 
 
@@ -170,51 +178,70 @@ class _Runner:
         self.full: dict[float | None, dict[str, Any]] = {}  # rows of `none`, by depth
         self.replies: dict[tuple[int | None, int], str | None] = {}  # of `none`
 
-    def method(self, group: AbstractGroup, method: Method) -> None:
-        """All cells of one method on one group; finished ones are taken over."""
+    def group(self, group: AbstractGroup) -> None:
+        """All cells of a group; finished ones are taken over.
+
+        Methods that share passes go through each batch together, so that the passes of
+        one batch are held at a time; others one after the other, so that what is
+        finished when a run stops is more.
+        """
+        methods = self.made.methods
+        together = [methods] if self.reader.share else [(one,) for one in methods]
+        for some in together:
+            measured = [self._todo(group, method) for method in some]
+            for index in group.batches() if any(m.tallies for m in measured) else ():
+                for method, one in zip(some, measured, strict=True):
+                    if one.tallies:
+                        self._batch(group, method, one, index)
+            for method, one in zip(some, measured, strict=True):
+                self._cells(group, method, one)
+
+    def _todo(self, group: AbstractGroup, method: Method) -> _Measured:
+        """The budgets at which cells are missing."""
         cells = self.made.cells(group, method)
-        old = self.old
-        todo = [keep for keep in method.keeps(self.made.config.keeps)]
-        todo = [k for k in todo if any(not old[c.name] for c in cells if c.keep == k)]
-        prefill_ms, compile_s, tallies = self._measure(group, method, todo)
+        missing = {cell.keep for cell in cells if self.old[cell.name] is None}
+        keeps = [k for k in method.keeps(self.made.config.keeps) if k in missing]
+        turns = range(group.turns)
+        return _Measured({k: _Tally([_TurnTally() for _ in turns]) for k in keeps})
+
+    def _cells(self, group: AbstractGroup, method: Method, one: _Measured) -> None:
+        """Finish the cells of a method, all of whose batches were measured."""
+        cells = self.made.cells(group, method)
         if method.name == NONE:
-            self._refer(cells, tallies)
+            self._refer(cells, one.tallies)
+        prefill_ms = 1e3 * float(np.mean(one.prefill_s or [0.0]))
         for cell in cells:
-            row = old[cell.name]
+            row = self.old[cell.name]
             if row is None:
-                row = self._finish(cell, tallies[cell.keep], prefill_ms, compile_s)
-                compile_s = 0.0  # reading counts once, in the first cell
+                tally = one.tallies[cell.keep]
+                row = self._finish(cell, tally, prefill_ms, one.compile_s)
+                one.compile_s = 0.0  # reading counts once, in the first cell
             self.rows.append(row)
             if method.name == NONE:
                 self.full[cell.depth] = row
-            self._tell(cell, row, resumed=old[cell.name] is not None)
+            self._tell(cell, row, resumed=self.old[cell.name] is not None)
 
-    def _measure(
-        self, group: AbstractGroup, method: Method, keeps: Sequence[float | None]
-    ) -> tuple[float, float, dict[float | None, _Tally]]:
-        """Read each batch once, compress it to every budget, and answer."""
-        turns = range(group.turns)
-        tallies = {keep: _Tally([_TurnTally() for _ in turns]) for keep in keeps}
-        prefill_s, compile_s = [], 0.0
-        for index in group.batches() if keeps else ():
-            c = method.at(keeps[0], group.visibility)
-            read = self.reader.read(group, c, index)
-            prefill_s.append(read.run_s)
-            compile_s += read.compile_s
-            for keep, tally in tallies.items():
-                c = method.at(keep, group.visibility)
-                packed = timed(
-                    lambda c=c, p=read.value: p.compress(c, max_new_tokens=group.room)
-                )
-                answers = group.answer(self.reader, packed.value, read.value, index)
-                for turn, given in zip(tally.turns, answers, strict=True):
-                    turn.add(given)
-                tally.resident.append(packed.value.nbytes / len(index))
-                tally.compress_s.append(packed.run_s)
-                tally.compile_s += packed.compile_s
-                made = (packed.value, read.value, answers[0], index)
-                tally.maps |= self.maps.made(group, c, keep, *made)
-        return 1e3 * float(np.mean(prefill_s or [0.0])), compile_s, tallies
+    def _batch(
+        self, group: AbstractGroup, method: Method, one: _Measured, index: np.ndarray
+    ) -> None:
+        """Read a batch once, compress it to every budget, and answer."""
+        c = method.at(next(iter(one.tallies)), group.visibility)
+        read = self.reader.read(group, c, index)
+        one.prefill_s.append(read.run_s)
+        one.compile_s += read.compile_s
+        for keep, tally in one.tallies.items():
+            c = method.at(keep, group.visibility)
+            packed = timed(
+                lambda c=c, p=read.value: p.compress(c, max_new_tokens=group.room)
+            )
+            answers = group.answer(self.reader, packed.value, read.value, index)
+            for turn, given in zip(tally.turns, answers, strict=True):
+                turn.add(given)
+            tally.resident.append(packed.value.nbytes / len(index))
+            tally.compress_s.append(packed.run_s)
+            tally.compile_s += packed.compile_s
+            made = (packed.value, read.value, answers[0], index)
+            tally.maps |= self.maps.made(group, c, keep, *made)
 
     def _refer(self, cells: Sequence[Cell], tallies: Mapping[Any, _Tally]) -> None:
         """Remember the uncompressed replies, computed now or earlier."""

@@ -25,7 +25,7 @@ class PromptReader:
     Args:
         model: what reads.
         share: methods that read prompts in the same way look at one pass over each
-            batch, but for those that probe. The passes of one group are held at a
+            batch, but for those that probe. The passes of one batch are held at a
             time.
         mass: shared passes keep the attention each key received, for scores that sum
             it.
@@ -33,8 +33,8 @@ class PromptReader:
 
     def __init__(self, model: Decoder, *, share: bool = False, mass: bool = False):
         self.model, self.share, self.mass = model, share, mass
-        self._group: AbstractGroup | None = None
-        self._passes: dict[tuple[AbstractPrefill, int], Timed[SharedPass]] = {}
+        self._at: tuple[int, int] | None = None
+        self._passes: dict[AbstractPrefill, Timed[SharedPass]] = {}
 
     def read(
         self, group: AbstractGroup, c: Compression, index: np.ndarray
@@ -62,13 +62,12 @@ class PromptReader:
         self, group: AbstractGroup, c: Compression, index: np.ndarray
     ) -> Timed[SharedPass]:
         """The pass over a batch that methods share; only its first use compiles."""
-        if group is not self._group:
-            self._group, self._passes = group, {}
-        key = (c.prefill, int(index[0]))
-        if key in self._passes:
-            return dataclasses.replace(self._passes[key], compile_s=0.0)
+        if (at := (id(group), int(index[0]))) != self._at:
+            self._at, self._passes = at, {}
+        if c.prefill in self._passes:
+            return dataclasses.replace(self._passes[c.prefill], compile_s=0.0)
         tokens, lengths = group.read(index)
-        self._passes[key] = timed(
+        self._passes[c.prefill] = timed(
             lambda: read_shared(self.model, tokens, lengths, c.prefill, mass=self.mass)
         )
-        return self._passes[key]
+        return self._passes[c.prefill]
