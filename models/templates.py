@@ -35,15 +35,25 @@ def written(
     *,
     ask: bool = False,
     thinking: bool | None = None,
+    go_on: bool = False,
 ) -> str:
-    """The text of a chat, by the tokenizer's template; `ask` for another answer.
+    """The text of a chat, by the tokenizer's template.
 
-    `thinking` is what templates that ask for `enable_thinking` are told.
+    Args:
+        tokenizer: has the template.
+        messages: of the chat.
+        tools: that the template tells of.
+        ask: for another answer.
+        thinking: what templates that know `enable_thinking` are told.
+        go_on: without what ends the last message, which is to be continued.
 
     Raises:
         TemplateFault: the template refuses the chat.
         EndlessTemplate: it does not end.
     """
+    options: dict[str, Any] = {"continue_final_message": True} if go_on else {}
+    if thinking is not None:
+        options["enable_thinking"] = thinking
     try:
         check_steps(tokenizer.get_chat_template(tools=list(tools) if tools else None))
         with bounded():
@@ -53,7 +63,7 @@ def written(
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=ask,
-                **({} if thinking is None else {"enable_thinking": thinking}),
+                **options,
             )
     except (EndlessTemplate, TemplateFault):
         raise
