@@ -74,9 +74,9 @@ class Reader:
             checks.compression(self.model.config, self.c, jnp.asarray(lengths))
         except ValueError as wrong:
             raise ValueError(
-                f"{wrong} Rows are contexts of the harness, of which {lengths.min()} to "
-                f"{lengths.max()} tokens are compressed. More examples (num_fewshot) "
-                "or other tasks make them longer."
+                f"{wrong} Rows are contexts of the harness; {lengths.min()} to "
+                f"{lengths.max()} of their tokens are compressed. More examples "
+                "(num_fewshot) or other tasks make them longer."
             ) from wrong
 
     def batches(self, later: Sequence[tuple[Split, int]]) -> Iterator[list[int]]:
@@ -107,7 +107,7 @@ class Reader:
         """
         full = [*splits, *[splits[0]] * (rows - len(splits))]
         room = room_for(later + max(len(split.rest) for split in full))
-        width = bucket(max(len(split.front) for split in full))
+        width = bucket(max(len(split.front) for split in full), PROMPT)
         tokens, lengths = pad_rows([split.front for split in full], width)
         tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
         logits, cache = prefill(

@@ -22,6 +22,7 @@ from kvjax.cli.demo import Demo
 from kvjax.cli.evaluate import Eval
 from kvjax.cli.finetune import Finetune
 from kvjax.cli.generate import Generate
+from kvjax.cli.lm_eval import LmEval
 from kvjax.cli.report import Report
 from kvjax.files import is_full
 from kvjax.messages import nearest, shown
@@ -31,6 +32,7 @@ COMMANDS: Mapping[str, type[Command]] = MappingProxyType(
     {
         "demo": Demo,
         "eval": Eval,
+        "lm-eval": LmEval,
         "finetune": Finetune,
         "generate": Generate,
         "report": Report,
