@@ -59,8 +59,8 @@ class LmEval(Command):
         "  kvjax lm-eval --model DIR --tasks mine --include-path my_tasks \\\n"
         "      --compression snapkv --compress-at marker:Question:\n"
         "\n"
-        "What is in front of the point (--compress-at) is compressed, what is behind it\n"
-        "is read through the compressed cache: last:N is all but the last N tokens,\n"
+        "What is in front of the point (--compress-at) is compressed; what is behind\n"
+        "is read through the compressed cache. last:N is all but the last N tokens,\n"
         "marker:TEXT in front of the last occurrence of a text. Needs the extra\n"
         "lm-eval; `lm_eval ls tasks` lists the tasks."
     )

@@ -65,6 +65,14 @@ def lines(here: pathlib.Path) -> dict[str, list[str]]:
             *("--set", "batch=2", "--set", "overrides.snapkv.evict.score.kernel=7"),
             *("--compression.schedule", "after_prefill", "--out", "run", "--json"),
         ],
+        "lm-eval": [
+            *("--tasks", "kv_choice,kv_*", "--include-path", str(here / "tasks")),
+            *("--compression", own, "--keep", "0.5", "--set", "read=all"),
+            *("--compress-at", "marker:Question:", "--limit", "2", "--seed", "1"),
+            *("--num-fewshot", "1", "--lengths", "64,128", "--batch-size", "2"),
+            *("--max-length", "100", "--max-new-tokens", "8", "--rolling-from", "16"),
+            *("--out", "harness", "--model", "kvjax-tiny", "--json"),
+        ],
         "finetune": [
             *("--config", str(here / "recipe.yaml"), "--set", "seed=1"),
             *("--set", "optimizer.learning_rate=0.001", "--out", "trained", "--json"),

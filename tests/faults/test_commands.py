@@ -1,6 +1,7 @@
 """Command lines and YAML files with mistakes: a message each time, no traceback."""
 
 import contextlib
+import fnmatch
 import io
 import pathlib
 import random
@@ -16,6 +17,7 @@ from kvjax.train.run.directory import check_directory
 from kvjax.train.run.logs import check_writers
 from kvjax.train.run.model import check_shape, model_shape
 from tests.eval import tiny
+from tests.eval.harness_tasks import write_tasks
 from tests.eval.synthetic import make_run
 from tests.faults.commands import (
     evaluation,
@@ -28,11 +30,28 @@ from tests.faults.commands import (
 
 STOPPED = "stopped here"
 KNORM = "evict: {score: knorm, budget: {type: uniform, keep: 0.5}}\n"
-COMMANDS = ("generate", "bench", "eval", "finetune", "report", "convert", "demo")
+COMMANDS = (
+    *("generate", "bench", "eval", "lm-eval", "finetune", "report", "convert"),
+    "demo",
+)
 
 
 def _stop(*_, **__):
     raise ValueError(STOPPED)
+
+
+class Known:
+    """Tasks of the folder, without the thousands of the harness and without data."""
+
+    def __init__(self, include_defaults=True, include_path="", metadata=None):
+        files = pathlib.Path(include_path).glob("*.yaml") if include_path else ()
+        self.task_index = self.all_tasks = [file.stem for file in files]
+
+    def match_tasks(self, names):
+        return [name for name in self.task_index if fnmatch.filter([name], names[0])]
+
+    def load(self, names):
+        """Nothing."""
 
 
 class Nothing:
@@ -70,6 +89,7 @@ def here(tmp_path_factory) -> pathlib.Path:
     (path / "eval.yaml").write_text(yaml.safe_dump(evaluation(path)))
     (path / "recipe.yaml").write_text(yaml.safe_dump(trees_of("finetune", path)))
     make_run(path / "run", ["none"], keeps=(0.5,), needle=False)
+    write_tasks(path / "tasks")
     return path
 
 
@@ -85,12 +105,14 @@ def trees_of(kind: str, path: pathlib.Path):
 def _dry(monkeypatch, tmp_path):
     """Nothing is loaded or computed; files go to a directory of the test's own."""
     loaded = tiny.model(), tiny.tokenizer()
-    for name in ("bench", "convert", "evaluate", "generate"):
+    for name in ("bench", "convert", "evaluate", "generate", "lm_eval"):
         monkeypatch.setattr(f"kvjax.cli.{name}.load_model", lambda *_: loaded)
     monkeypatch.setattr("kvjax.models.inference.prefill", _stop)
     monkeypatch.setattr("kvjax.models.io.save", _stop)
     monkeypatch.setattr("kvjax.eval.report.write_report", _report)
     monkeypatch.setattr("kvjax.cli.demo.evaluate", _stop)
+    monkeypatch.setattr("lm_eval.simple_evaluate", _stop)
+    monkeypatch.setattr("kvjax.eval.lm_eval.running.Tasks", Known)
     monkeypatch.setattr("kvjax.train.run.run", _train)
     monkeypatch.setattr(harness, "_Runner", Nothing)
     deep = tmp_path / "a" / "b" / "c"
