@@ -14,6 +14,8 @@ from tests.eval.harness_tasks import write_tasks
 def tasks(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("tasks")
     write_tasks(folder)
+    broken = "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: no.json}\n"
+    (folder / "broken.yaml").write_text(broken)
     return folder
 
 
@@ -57,16 +59,13 @@ def test_a_run(kvjax, checkpoint, tasks, tmp_path):
         (["--tasks", "kv_choice", "--lengths", "0"], "--lengths"),
         (["--tasks", "kv_choice", "--out", "/dev/null"], "--out"),
         (["--tasks", "kv_choice", "--keep", "0.5"], "no token budget"),
-        (["--tasks", "kv_broken"], "lm-eval cannot load"),
+        (["--tasks", "broken"], "lm-eval cannot load"),
         (["--tasks", "kv_choice", "--include-path", "nowhere"], "no directory at"),
     ],
 )
 def test_mistakes_cost_no_model(kvjax, tasks, monkeypatch, words, said):
     monkeypatch.setattr("kvjax.cli.lm_eval.load_model", None)
     monkeypatch.setattr("lm_eval.tasks.manager.Path", lambda *_: tasks)
-    (tasks / "kv_broken.yaml").write_text(
-        "task: kv_broken\ndataset_path: nowhere.json\n"
-    )
     where = [] if "--include-path" in words else ["--include-path", tasks]
     code, _, err = kvjax("lm-eval", *where, *words)
     assert code == 2 and said in err

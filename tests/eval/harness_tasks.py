@@ -38,7 +38,7 @@ def write_tasks(folder: pathlib.Path, until: tuple[str, ...] = (".", "\n")) -> N
             "doc_to_text": ask,
             "doc_to_target": "label",
             "doc_to_choice": "choices",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+            "metric_list": [_mean("acc"), _mean("acc_norm")],
             "num_fewshot": 1,
         },
         "kv_reply": {
@@ -46,7 +46,7 @@ def write_tasks(folder: pathlib.Path, until: tuple[str, ...] = (".", "\n")) -> N
             "doc_to_text": ask,
             "doc_to_target": "word",
             "generation_kwargs": {"until": list(until), "max_gen_toks": 8},
-            "metric_list": [{"metric": "exact_match"}],
+            "metric_list": [_mean("exact_match")],
             "num_fewshot": 1,
         },
         "kv_text": {
@@ -59,6 +59,10 @@ def write_tasks(folder: pathlib.Path, until: tuple[str, ...] = (".", "\n")) -> N
     for name, fields in own.items():
         text = yaml.safe_dump({"task": name, **common, **fields})
         (folder / f"{name}.yaml").write_text(text)
+
+
+def _mean(metric: str) -> dict[str, Any]:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
 
 
 def real_tasks(folder: pathlib.Path, data: pathlib.Path) -> tuple[str, ...]:
@@ -91,7 +95,7 @@ def real_tasks(folder: pathlib.Path, data: pathlib.Path) -> tuple[str, ...]:
         "doc_to_target": "answerKey",
         "doc_to_choice": [letter for _, letter in LETTERS],
         "num_fewshot": 5,
-        "metric_list": [{"metric": "acc"}],
+        "metric_list": [_mean("acc")],
     }
     for tree in (gsm8k, csqa):
         (folder / f"{tree['task']}.yaml").write_text(yaml.safe_dump(tree))

@@ -448,6 +448,7 @@ def test_the_harness_knows_the_model_by_name(tmp_path):
             KvjaxLM.create_from_arg_string(wrong)
 
 
+@pytest.mark.sweep(0, 1)
 def test_real_data(shared_data, tmp_path):
     if not (shared_data / "eval").is_dir():
         pytest.skip(f"{shared_data} has no eval/")
