@@ -11,6 +11,7 @@ OUT.json has for each task its metrics and what the model answered:
 
 import json
 import sys
+from typing import Any
 
 import lm_eval
 from lm_eval.models.huggingface import HFLM
@@ -18,8 +19,10 @@ from lm_eval.tasks import TaskManager
 
 
 def main(out: str, model: str, folder: str, names: str, limit: str = "") -> None:
-    lm = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=4)
-    found = lm_eval.simple_evaluate(
+    hf: Any = HFLM
+    evaluate: Any = lm_eval.simple_evaluate
+    lm = hf(pretrained=model, dtype="float32", device="cpu", batch_size=4)
+    found = evaluate(
         model=lm,
         tasks=names.split(","),
         task_manager=TaskManager(include_path=folder, include_defaults=False),

@@ -33,7 +33,6 @@ from kvjax.narrow import narrow
 Whole = Annotated[int, Range(1, 2**31 - 1)]
 
 
-@register_model("kvjax")
 class KvjaxLM(TemplateLM):
     """A model and a compression, for `lm_eval.simple_evaluate(model=...)`.
 
@@ -287,6 +286,9 @@ class KvjaxLM(TemplateLM):
 
             score(self._reader, asked, tell)
         return out
+
+
+register_model("kvjax")(KvjaxLM)  # as a decorator it would hide the class's type
 
 
 def _bar(total: int, what: str, disabled: bool) -> tqdm:

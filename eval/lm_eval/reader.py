@@ -148,8 +148,8 @@ class Reader:
             lengths = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
             def caches(tokens: Array, lengths: Array) -> KVCache:
-                how = {"max_new_tokens": room}
-                return prefill(self.model, tokens, lengths, NONE, **how)[1]
+                read = (self.model, tokens, lengths, NONE)
+                return prefill(*read, max_new_tokens=room)[1]
 
             self._full[key] = nbytes(jax.eval_shape(caches, tokens, lengths))
         return self._full[key]

@@ -81,7 +81,9 @@ def settings(asked: Mapping[str, Any], most: int, eos: str | None) -> Settings:
 def _sampling(found: Mapping[str, Any]) -> Sampling:
     if not found["do_sample"]:
         return Sampling()
-    drawn = {name: found.get(name) for name in ("temperature", "top_k", "top_p")}
+    drawn: dict[str, Any] = {
+        name: found.get(name) for name in ("temperature", "top_k", "top_p")
+    }
     if not drawn["temperature"]:
         raise ValueError("do_sample needs a temperature above 0")
     if drawn["top_k"] == 0:  # as transformers says: all of them

@@ -167,12 +167,13 @@ class LmEval(Command):
 
     def _evaluated(self, lm: Any, tasks: Any) -> Mapping[str, Any]:
         """Run the tasks, and write what came of them."""
-        from lm_eval import simple_evaluate
+        import lm_eval
 
         from kvjax.eval.lm_eval.running import RESULTS, plain, rows_of
 
         names = ("random_seed", "numpy_random_seed", "fewshot_random_seed")
-        found: Any = simple_evaluate(
+        evaluate: Any = lm_eval.simple_evaluate
+        found = evaluate(
             model=lm,
             model_args={"pretrained": self.model, "dtype": lm.model.dtype.name},
             tasks=list(split(self.tasks)),

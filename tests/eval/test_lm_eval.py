@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import random
+from typing import Any
 
 import lm_eval
 import numpy as np
@@ -66,7 +67,8 @@ def logits_of(ids: list[int], front: int, c=NONE) -> np.ndarray:
     width = -(-len(ids) // 64) * 64
     tokens = np.zeros((1, width), np.int32)
     tokens[0, : len(ids)] = ids
-    return np.asarray(kvjax.simulate(small()[0], tokens, [len(ids)], [front], c))[0]
+    lengths, points = np.array([len(ids)]), np.array([front])
+    return np.asarray(kvjax.simulate(small()[0], tokens, lengths, points, c))[0]
 
 
 def expected(context: list[int], ids: list[int], front: int, c=NONE):
@@ -166,7 +168,8 @@ def test_programs_are_few():
 
 
 def programs() -> int:
-    return inference._prefill._cache_size() + inference._extend._cache_size()
+    jitted: Any = (inference._prefill, inference._extend)
+    return sum(one._cache_size() for one in jitted)
 
 
 def test_long_contexts_lose_their_beginning(caplog):
@@ -388,7 +391,8 @@ def tasks(tmp_path_factory) -> pathlib.Path:
 
 
 def evaluated(lm, folder: pathlib.Path, names=TASKS, limit=None):
-    return lm_eval.simple_evaluate(
+    evaluate: Any = lm_eval.simple_evaluate
+    return evaluate(
         model=lm,
         tasks=list(names),
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
