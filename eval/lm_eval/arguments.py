@@ -57,7 +57,9 @@ def from_arguments(
             raise ValueError(f"`{own}` is given twice: as {name}, too. Give it once.")
         found[own] = value
     _check_names(found)
-    fields = {n.removeprefix(FIELD): found.pop(n) for n in [*found] if FIELD in n}
+    fields = {
+        n.removeprefix(FIELD): found.pop(n) for n in [*found] if n.startswith(FIELD)
+    }
     name, dtype = found.pop("pretrained"), found.pop("dtype", "auto")
     chosen = compression_of(found.pop("compression", None), None, **fields)
     if dtype == "auto":

@@ -72,6 +72,8 @@ class Command(abc.ABC):
     summary: ClassVar[str]
     examples: ClassVar[str]
     presets: ClassVar[bool] = True
+    resumes: ClassVar[bool] = True
+    """Whether an interrupted call leaves something that the same call goes on with."""
     output: Output
 
     def check(self) -> None:

@@ -51,6 +51,7 @@ Whole = Annotated[int, Range(1, MOST)]
 class LmEval(Command):
     """Tasks of lm-evaluation-harness with a compressed cache."""
 
+    resumes: ClassVar[bool] = False
     summary: ClassVar[str] = "Run tasks of lm-evaluation-harness with a compression."
     examples: ClassVar[str] = (
         "  kvjax lm-eval --model DIR --compression snapkv --keep 0.5 \\\n"
@@ -159,7 +160,8 @@ class LmEval(Command):
         if self.out is None:
             return
         check_place(self.out)
-        if self.out.is_dir() and any(self.out.iterdir()):
+        left = ".*.tmp"  # of a writer that was killed
+        if self.out.is_dir() and not all(p.match(left) for p in self.out.iterdir()):
             raise ValueError(
                 f"{shown(str(self.out))} is not empty, and results of another run are "
                 "never written over. Give a new directory with --out."

@@ -203,7 +203,8 @@ def execute(command: Command) -> int:
         else:
             command.show(result, Console())
     except KeyboardInterrupt:
-        _complain("interrupted. What is finished is kept; the same command goes on.")
+        kept = "What is finished is kept; the same command goes on."
+        _complain(f"interrupted. {kept if command.resumes else 'Nothing is kept.'}")
         return INTERRUPTED
     except BrokenPipeError:
         raise

@@ -71,6 +71,15 @@ def test_mistakes_cost_no_model(kvjax, tasks, monkeypatch, words, said):
     assert code == 2 and said in err
 
 
+def test_what_is_left_of_an_interrupted_run(kvjax, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LmEval, "run", stop)
+    code, _, err = kvjax("lm-eval", "--tasks", "gsm8k")
+    assert code == 130 and "Nothing is kept" in err and "goes on" not in err
+
+
 def test_without_the_harness(kvjax, monkeypatch):
     find = importlib.util.find_spec
 
