@@ -27,8 +27,8 @@ class Tasks(TaskManager):
             except Exception as wrong:
                 raise ValueError(
                     f"lm-eval cannot load {shown(task_list)} ({type(wrong).__name__}: "
-                    f"{str(wrong)[:400]}). Its data may need the network, or its files "
-                    "a correction."
+                    f"{str(wrong)[:400]}). It may need the network, a package, or a "
+                    "correction of its files."
                 ) from wrong
         return self.loaded
 
