@@ -15,6 +15,7 @@ from kvjax.files import read_json
 from kvjax.messages import nearest
 from kvjax.models.adapter_settings import REMEDY, read_lora, refuse, typed
 from kvjax.models.families.settings import Settings
+from kvjax.models.gguf import gguf_weights, is_gguf
 from kvjax.models.hub import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -37,7 +38,7 @@ _UPDATE = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weigh
 
 
 def base_directory(directory: pathlib.Path) -> pathlib.Path:
-    """The directory of an adapter's base model; any other directory as it is.
+    """The directory or file of an adapter's base model; any other one as it is.
 
     Raises:
         ValueError: an adapter whose base model cannot be found.
@@ -54,7 +55,7 @@ def base_directory(directory: pathlib.Path) -> pathlib.Path:
         raise ValueError(f"{path} names no base model; got {name!r:.80}. {remedy}")
     beside = directory / name
     try:
-        base = beside if os.path.isdir(beside) else None
+        base = beside if os.path.isdir(beside) or is_gguf(beside) else None
         base = base or checkpoint_directory(name, revision or None)
         check_snapshot(base)
     except ValueError as error:
@@ -75,10 +76,14 @@ def tokenizer_directory(directory: pathlib.Path) -> pathlib.Path:
 def opened(directory: pathlib.Path) -> Source:
     """The tensors of a checkpoint or, merged, of an adapter and its base model."""
     folder = base_directory(directory)
+    base = gguf_weights(folder) if is_gguf(folder) else _shards(folder)
+    return Merged(base, directory) if _is_adapter(directory) else base
+
+
+def _shards(folder: pathlib.Path) -> Source:
     shards, config = Shards(folder), read_json(folder / CONFIG)
     check_save(shards, config)
-    base = unquantised(shards, config)
-    return Merged(base, directory) if _is_adapter(directory) else base
+    return unquantised(shards, config)
 
 
 def _is_adapter(directory: pathlib.Path) -> bool:

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a directory, or fetched from the Hugging Face hub.
+"""Where a checkpoint is: a directory, a file, or fetched from the Hugging Face hub.
 
 Of a repository, only what will be loaded is fetched. Many hold the weights twice (a
 `consolidated.safetensors`, an `original/`) or the checkpoints of their training.
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from kvjax.files import read_json
 from kvjax.messages import shown
+from kvjax.models.gguf.header import is_gguf
 from kvjax.models.shards import CONFIG, INDEX, SINGLE
 from kvjax.places import given_path
 
@@ -40,25 +41,25 @@ _SMALL = (
 def checkpoint_directory(
     path_or_hub_id: str | os.PathLike[str], revision: str | None = None
 ) -> pathlib.Path:
-    """The directory of a checkpoint, fetched from the hub where it is an id.
+    """The place of a checkpoint, fetched from the hub where it is an id.
 
     Args:
-        path_or_hub_id: directory, or `owner/name`.
+        path_or_hub_id: directory, GGUF file, or `owner/name`.
         revision: branch, tag or commit on the hub; None: its main branch.
 
     Raises:
-        ValueError: neither a directory nor an id, or it could not be fetched.
+        ValueError: none of these, or it could not be fetched.
     """
     path = given_path(
-        path_or_hub_id, "a directory or a hub id of the form 'owner/name'"
+        path_or_hub_id, "a directory, a GGUF file or a hub id of the form 'owner/name'"
     )
-    if os.path.isdir(path):
+    if os.path.isdir(path) or is_gguf(path):
         return path
     name = os.fspath(path_or_hub_id)
     if os.path.lexists(path) or not _HUB_ID.fullmatch(name):
         raise ValueError(
-            f"{shown(name)} is neither a directory nor a hub id of the form "
-            "'owner/name'."
+            f"{shown(name)} is neither a directory, a GGUF file nor a hub id of the "
+            "form 'owner/name'."
         )
     try:
         return _fetched(name, revision)

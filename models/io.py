@@ -18,6 +18,7 @@ from kvjax.models.adapters import base_directory, opened, tokenizer_directory
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.families import read_config
+from kvjax.models.gguf import gguf_config, gguf_tokenizer, is_gguf
 from kvjax.models.hub import checkpoint_directory
 from kvjax.models.saving import alone, check_target, clear, contents, move
 from kvjax.models.shards import CONFIG, SAVE
@@ -50,8 +51,9 @@ def load(
 
     Args:
         path_or_hub_id: directory with `config.json`, `*.safetensors` and a tokenizer,
-            or the id of one on the Hugging Face hub (`owner/name`). A LoRA adapter of
-            PEFT is merged into the base model that it names.
+            or the id of one on the Hugging Face hub (`owner/name`); a GGUF file; or a
+            model that `kvjax fetch` has fetched, by its name. A LoRA adapter of PEFT is
+            merged into the base model that it names.
         dtype: of the parameters: `bfloat16`, `float16` or `float32`.
         mesh: devices to place parameters on; None is the default device.
         rules: logical axes to mesh axes, see `models.sharding`.
@@ -70,7 +72,7 @@ def load(
     source = opened(directory)
     check_names(source, config)  # before anything is built that follows the config
     # Tokenizer first: it is quick, and its absence should not cost a long load.
-    words = load_tokenizer(tokenizer_directory(directory)) if tokenizer else None
+    words = _tokenizer(tokenizer_directory(directory)) if tokenizer else None
     if mesh is not None:
         mesh = sharding.automatic(mesh)
         sharding.check_heads(config.num_heads, config.num_kv_heads, mesh, rules)
@@ -84,13 +86,15 @@ def load(
 
 
 def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
-    """`DecoderConfig` of a checkpoint directory; weights are not touched.
+    """`DecoderConfig` of a checkpoint directory or a GGUF file; weights stay there.
 
     Raises:
         ValueError: a file that cannot be read, or a setting that is missing, of
             another type, out of range or not supported; names file and setting.
     """
     folder = base_directory(given_path(directory))
+    if is_gguf(folder):
+        return gguf_config(folder)
     path = folder / CONFIG
     raw = read_json(path)
     try:
@@ -149,6 +153,10 @@ def _write(
     number = write_weights(model, staging, text)
     write_json(staging / CONFIG, {**settings, SAVE: number})
     load_config(staging)
+
+
+def _tokenizer(place: pathlib.Path) -> Any:
+    return gguf_tokenizer(place) if is_gguf(place) else load_tokenizer(place)
 
 
 def _dtype(dtype: Any) -> np.dtype:

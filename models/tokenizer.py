@@ -47,7 +47,7 @@ def load_tokenizer(directory: pathlib.Path) -> Any:
             f"{directory} has no tokenizer (none of {list(_FILES)}). Pass "
             f"`tokenizer=False` to load the weights alone."
         )
-    with _named(f"Cannot read the tokenizer in {directory} ({found})"):
+    with named(f"Cannot read the tokenizer in {directory} ({found})"):
         return _loaded(directory, found)
 
 
@@ -107,7 +107,7 @@ def _probed(directory: pathlib.Path) -> list[list[int]] | None:
 
 
 def _ids(encode: Callable[..., Any]) -> list[list[int]] | None:
-    with contextlib.suppress(ValueError), _named("probes"):
+    with contextlib.suppress(ValueError), named("probes"):
         return [list(encode(text, add_special_tokens=False)) for text in _PROBES]
     return None
 
@@ -120,7 +120,7 @@ def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
     """
     place = getattr(tokenizer, "name_or_path", None)
     which = f"The tokenizer in {shown(place)}" if place else "The tokenizer"
-    with _named(f"{which} cannot encode {shown(text)}"):
+    with named(f"{which} cannot encode {shown(text)}"):
         found = list(tokenizer.encode(text, **options))
         # A wrapper that only encodes is a tokenizer, too, and has no size.
         size = getattr(tokenizer, "__len__", lambda: 2**31)()
@@ -140,7 +140,7 @@ def _is_token(tokenizer: Any, one: int) -> bool:
 
 
 @contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
+def named(what: str) -> Iterator[None]:
     """While inside, what the Rust and Python layers of a tokenizer raise is worded."""
     try:
         yield

@@ -311,7 +311,7 @@ def test_directories_that_are_no_checkpoints(tmp_path, gemma):
 )
 def test_names_that_are_neither_directory_nor_hub_id(name):
     if name:
-        fails(pathlib.Path(name), "neither a directory nor a hub id")
+        fails(pathlib.Path(name), "neither a directory, a GGUF file nor a hub id")
     else:
         with pytest.raises(ValueError):
             load(name)
@@ -340,7 +340,9 @@ def test_hub_ids(saved, monkeypatch):
 @wrong_types
 @pytest.mark.parametrize("given", [None, b"x", 3, ["owner/name"], object()])
 def test_arguments_of_other_types(given, tmp_path):
-    with pytest.raises(ValueError, match="a directory or a hub id of the form.* got "):
+    with pytest.raises(
+        ValueError, match="a directory, a GGUF file or a hub id of the form.* got "
+    ):
         load(given)
     with pytest.raises(ValueError, match="path of a directory; got "):
         load_config(given)
