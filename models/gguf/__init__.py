@@ -5,6 +5,7 @@ from typing import Any
 
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families import read_config
+from kvjax.models.gguf.config import as_config
 from kvjax.models.gguf.header import is_gguf as is_gguf
 from kvjax.models.gguf.header import read_header
 from kvjax.models.gguf.metadata import Metadata
@@ -17,7 +18,7 @@ def gguf_config(path: pathlib.Path) -> DecoderConfig:
     Raises:
         ValueError: the file or a setting is wrong; names both.
     """
-    raw = Metadata(read_header(path)).config()
+    raw = as_config(Metadata(read_header(path)))
     try:
         return read_config(raw)
     except ValueError as wrong:

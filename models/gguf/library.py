@@ -84,10 +84,10 @@ def read(
     Raises:
         ValueError: the file ended in the meantime.
     """
-    rows = tensor.size // tensor.row_bytes
-    each = rows // tensor.shape[0] if len(tensor.shape) > 1 else 1
-    stop = tensor.shape[0] if stop is None else stop
-    count = (stop - start) * each if len(tensor.shape) > 1 else 1
+    first, *others = tensor.shape
+    each = tensor.size // tensor.row_bytes // first if others else 1
+    start, stop = (start, first if stop is None else stop) if others else (0, 1)
+    count = (stop - start) * each
     with path.open("rb") as file:
         file.seek(tensor.start + start * each * tensor.row_bytes)
         data = file.read(count * tensor.row_bytes)
@@ -98,4 +98,4 @@ def read(
         )
     raw = np.frombuffer(data, np.uint8).reshape(count, tensor.row_bytes)
     found = floats(raw, tensor.kind)
-    return found.reshape(-1, *tensor.shape[1:]) if len(tensor.shape) > 1 else found
+    return found.reshape(-1, *others) if others else found

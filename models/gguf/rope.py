@@ -7,56 +7,46 @@ came from, by trying those that models have.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kvjax.fields import Factor, Positive, PositiveReal
 from kvjax.messages import shown
-from kvjax.models.gguf.header import Header
 from kvjax.models.gguf.library import read
+from kvjax.models.gguf.metadata import Metadata
 from kvjax.models.gguf.names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
-
-if TYPE_CHECKING:
-    from kvjax.models.gguf.metadata import Metadata
 
 _KINDS = ("none", "linear", "yarn", "longrope")
 _RANGES = (8192, *(2**power for power in range(5, 20)))
 _BANDS = ((1.0, 4.0), (1.0, 8.0), (1.0, 2.0))
 
 
-class RopeTensors:
-    """The tensors of a file that are settings."""
+def _factors(about: Metadata, name: str, count: int) -> tuple[float, ...] | None:
+    """A tensor's number for each of `count` angles, or None.
 
-    def __init__(self, header: Header):
-        self.header = header
-
-    def factors(self, name: str, count: int) -> tuple[float, ...] | None:
-        """A number for each of `count` angles, or None.
-
-        Raises:
-            ValueError: there are others than that many positive numbers.
-        """
-        tensor = self.header.tensors.get(name)
-        if tensor is None:
-            return None
-        if tensor.shape != (count,):
-            raise ValueError(
-                f"{self.header.path}: {name!r} has the shape {shown(tensor.shape)}; "
-                f"expected {(count,)}, a number for each angle."
-            )
-        found = read(self.header.path, tensor)[0]
-        if not (np.isfinite(found) & (found > 0)).all():
-            raise ValueError(
-                f"{self.header.path}: {name!r} holds numbers that are not positive and "
-                "finite. The file is damaged."
-            )
-        return tuple(float(f"{one:.7g}") for one in found)
+    Raises:
+        ValueError: there are others than that many positive numbers.
+    """
+    header = about.header
+    tensor = header.tensors.get(name)
+    if tensor is None:
+        return None
+    if tensor.shape != (count,):
+        raise ValueError(
+            f"{header.path}: {name!r} has the shape {shown(tensor.shape)}; expected "
+            f"{(count,)}, a number for each angle."
+        )
+    found = read(header.path, tensor)[0]
+    if not (np.isfinite(found) & (found > 0)).all():
+        raise ValueError(
+            f"{header.path}: {name!r} holds numbers that are not positive and finite. "
+            "The file is damaged."
+        )
+    return tuple(float(f"{one:.7g}") for one in found)
 
 
-def rope_settings(
-    about: "Metadata", head_dim: int, tensors: RopeTensors
-) -> dict[str, Any]:
+def rope_settings(about: Metadata, head_dim: int) -> dict[str, Any]:
     """The base, the share of channels that is turned, and the scaling.
 
     Raises:
@@ -81,13 +71,11 @@ def rope_settings(
     trained = about.own("rope.scaling.original_context_length", Positive, None)
     if about.architecture == "phi3" and trained:
         out["original_max_position_embeddings"] = trained
-    found = _scaling(about, tensors, width, theta)
+    found = _scaling(about, width, theta)
     return out | ({"rope_scaling": found} if found else {})
 
 
-def _scaling(
-    about: "Metadata", tensors: RopeTensors, width: int, theta: float
-) -> dict[str, Any] | None:
+def _scaling(about: Metadata, width: int, theta: float) -> dict[str, Any] | None:
     kind = about.own("rope.scaling.type", str, None)
     legacy = about.own("rope.scale_linear", Factor, None)
     kind = kind or ("none" if legacy in (None, 1) else "linear")
@@ -97,7 +85,7 @@ def _scaling(
             f"{where}.type` is {shown(kind)}; expected one of {list(_KINDS)}."
         )
     short, long, plain = (
-        tensors.factors(name, width // 2)
+        _factors(about, name, width // 2)
         for name in (SHORT_FACTORS, LONG_FACTORS, ROPE_FACTORS)
     )
     if (short is None) != (long is None):
@@ -141,7 +129,7 @@ def _scaling(
 
 
 def _longrope(
-    about: "Metadata", short: Sequence[float], long: Sequence[float], amplitude: float
+    about: Metadata, short: Sequence[float], long: Sequence[float], amplitude: float
 ) -> dict[str, Any]:
     trained = about.own("rope.scaling.original_context_length", Positive)
     factor = about.own("context_length", Positive) / trained
@@ -160,7 +148,7 @@ def _longrope(
 
 
 def _llama3(
-    about: "Metadata", factors: Sequence[float], width: int, theta: float
+    about: Metadata, factors: Sequence[float], width: int, theta: float
 ) -> dict[str, Any] | None:
     """The settings whose factors these are."""
     wanted = np.asarray(factors)

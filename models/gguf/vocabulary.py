@@ -12,6 +12,7 @@ from kvjax.messages import nearest, shown
 from kvjax.models.gguf.metadata import Metadata
 from kvjax.models.gguf.pieces import merges_by_score, merges_of
 from kvjax.models.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from kvjax.models.gguf.walk import Array
 from kvjax.models.tokenizer import named
 
 _KINDS = ("gpt2", "llama")
@@ -105,11 +106,13 @@ def _numbers(about: Metadata, short: str, count: int, kind: type) -> list[Any] |
     header, name = about.header, f"tokenizer.ggml.{short}"
     if name not in header.metadata:
         return None
-    found = header.items(name)
+    array = header.metadata[name]
+    same = isinstance(array, Array) and array.count == count
+    found = header.items(name) if same else []
     if len(found) != count or not all(type(one) is kind for one in found):
         raise ValueError(
             f"{header.path}: `{name}` must be {count} numbers, one for each token; got "
-            f"{len(found)}, {shown(found)}."
+            f"{shown(found or array)}."
         )
     return found
 
