@@ -122,8 +122,13 @@ TEMPLATES = "additional_chat_templates"
 def checkpoint_files(
     name: str, directory: str | os.PathLike[str]
 ) -> dict[str, pathlib.Path]:
-    """The files of a checkpoint, by `name/FILE`, its further templates among them."""
+    """The files of a checkpoint, by `name/FILE`, its further templates among them.
+
+    One that is a file itself is `name`.
+    """
     folder = pathlib.Path(directory)
+    if folder.is_file():
+        return {name: folder}
     found = sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")])
     files = [one for one in found if one.suffix in SUFFIXES and one.is_file()]
     return {f"{name}/{one.relative_to(folder)}": one for one in files}

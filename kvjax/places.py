@@ -19,6 +19,17 @@ def expanded(name: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(name))
 
 
+def cache_folder() -> pathlib.Path | None:
+    """What can be had again is kept here: `KVJAX_CACHE_DIR`, or the user's cache.
+
+    None where that is in a home that nobody has.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    own = os.environ.get("KVJAX_CACHE_DIR") or os.path.join(base, "kvjax")
+    folder = expanded(own)
+    return None if own.startswith("~") and not folder.is_absolute() else folder
+
+
 def given_path(name: Any, wanted: str = "the path of a directory") -> pathlib.Path:
     """`expanded` of a path that a caller gave, if it is one.
 

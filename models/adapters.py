@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from kvjax.files import read_json
 from kvjax.messages import nearest
 from kvjax.models.adapter_settings import REMEDY, read_lora, refuse, typed
 from kvjax.models.families.settings import Settings
-from kvjax.models.gguf import gguf_weights, is_gguf
+from kvjax.models.gguf import gguf_tokenizer, gguf_weights, is_gguf
 from kvjax.models.hub import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -32,7 +33,7 @@ from kvjax.models.shards import (
     check_save,
     finite,
 )
-from kvjax.models.tokenizer import has_tokenizer
+from kvjax.models.tokenizer import has_tokenizer, load_tokenizer
 
 _UPDATE = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
@@ -71,6 +72,15 @@ def base_directory(directory: pathlib.Path) -> pathlib.Path:
 def tokenizer_directory(directory: pathlib.Path) -> pathlib.Path:
     """Where the tokenizer is: an adapter's own comes before that of its base model."""
     return directory if has_tokenizer(directory) else base_directory(directory)
+
+
+def read_tokenizer(place: pathlib.Path) -> Any:
+    """The tokenizer of a directory or of a GGUF file.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    return gguf_tokenizer(place) if is_gguf(place) else load_tokenizer(place)
 
 
 def opened(directory: pathlib.Path) -> Source:

@@ -7,7 +7,9 @@ from kvjax.files import yaml_mapping
 from kvjax.messages import nearest, shown
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families import read_config
+from kvjax.models.gguf import is_gguf
 from kvjax.models.io import load_config
+from kvjax.models.published import fetched
 from kvjax.places import given_path
 
 DEFAULT = "kvjax-tiny"
@@ -25,10 +27,16 @@ def bundled_models() -> tuple[str, ...]:
 
 
 def model_directory(name: str) -> str:
-    """Path of a bundled model, or `name` as it is."""
-    if name not in bundled_models() or os.path.isdir(name):
+    """Path of a bundled or a fetched model, or `name` as it is.
+
+    Raises:
+        ValueError: it can be fetched, and has not been.
+    """
+    if os.path.isdir(name):
         return name
-    return str(_folder("model") / name)
+    if (own := fetched(name)) is not None:
+        return str(own)
+    return str(_folder("model") / name) if name in bundled_models() else name
 
 
 def shapes() -> tuple[str, ...]:
@@ -41,7 +49,8 @@ def shape_of(name: str) -> DecoderConfig:
     """The shape of a model, without weights and without the network.
 
     Args:
-        name: a bundled model, a directory with a `config.json`, or an id of `shapes()`.
+        name: a bundled or fetched model, a directory with a `config.json`, a GGUF file,
+            or an id of `shapes()`.
 
     Raises:
         ValueError: it is none of these.
@@ -49,7 +58,7 @@ def shape_of(name: str) -> DecoderConfig:
     directory = given_path(
         model_directory(name), "a model: its name, or a directory with a config.json"
     )
-    if os.path.isdir(directory):
+    if os.path.isdir(directory) or is_gguf(directory):
         return load_config(directory)
     if name not in shapes():
         raise ValueError(

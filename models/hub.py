@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from kvjax.files import read_json
 from kvjax.messages import shown
 from kvjax.models.gguf.header import is_gguf
+from kvjax.models.published import fetched
 from kvjax.models.shards import CONFIG, INDEX, SINGLE
 from kvjax.places import given_path
 
@@ -44,12 +45,15 @@ def checkpoint_directory(
     """The place of a checkpoint, fetched from the hub where it is an id.
 
     Args:
-        path_or_hub_id: directory, GGUF file, or `owner/name`.
+        path_or_hub_id: directory, GGUF file, `owner/name`, or the name of a model that
+            `kvjax fetch` has fetched.
         revision: branch, tag or commit on the hub; None: its main branch.
 
     Raises:
         ValueError: none of these, or it could not be fetched.
     """
+    if (own := fetched(path_or_hub_id)) is not None:
+        return own
     path = given_path(
         path_or_hub_id, "a directory, a GGUF file or a hub id of the form 'owner/name'"
     )
@@ -144,5 +148,5 @@ def _say_what_there_is(name: str, revision: str | None) -> None:
     weights = [file for file in found if file.endswith(large)]
     raise ValueError(
         f"it has neither {SINGLE} nor {INDEX}; its weights are {weights[:10]}. Convert "
-        f"them to safetensors first."
+        "them to safetensors first, or download a GGUF file and name that."
     )

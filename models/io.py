@@ -14,11 +14,16 @@ from jax.sharding import Mesh
 from kvjax.files import read_json, write_json
 from kvjax.messages import nearest, shown
 from kvjax.models import sharding
-from kvjax.models.adapters import base_directory, opened, tokenizer_directory
+from kvjax.models.adapters import (
+    base_directory,
+    opened,
+    read_tokenizer,
+    tokenizer_directory,
+)
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.families import read_config
-from kvjax.models.gguf import gguf_config, gguf_tokenizer, is_gguf
+from kvjax.models.gguf import gguf_config, is_gguf
 from kvjax.models.hub import checkpoint_directory
 from kvjax.models.saving import alone, check_target, clear, contents, move
 from kvjax.models.shards import CONFIG, SAVE
@@ -28,7 +33,6 @@ from kvjax.models.stored_generation import generation_settings, with_generation
 from kvjax.models.tokenizer import (
     check_kept,
     check_tokenizer,
-    load_tokenizer,
     save_tokenizer,
 )
 from kvjax.models.weights import check_names, dotted, stream_parameters, write_weights
@@ -72,7 +76,7 @@ def load(
     source = opened(directory)
     check_names(source, config)  # before anything is built that follows the config
     # Tokenizer first: it is quick, and its absence should not cost a long load.
-    words = _tokenizer(tokenizer_directory(directory)) if tokenizer else None
+    words = read_tokenizer(tokenizer_directory(directory)) if tokenizer else None
     if mesh is not None:
         mesh = sharding.automatic(mesh)
         sharding.check_heads(config.num_heads, config.num_kv_heads, mesh, rules)
@@ -153,10 +157,6 @@ def _write(
     number = write_weights(model, staging, text)
     write_json(staging / CONFIG, {**settings, SAVE: number})
     load_config(staging)
-
-
-def _tokenizer(place: pathlib.Path) -> Any:
-    return gguf_tokenizer(place) if is_gguf(place) else load_tokenizer(place)
 
 
 def _dtype(dtype: Any) -> np.dtype:

@@ -19,7 +19,8 @@ from kvjax.config import parse_assignments
 from kvjax.fields import Range, fit, hints_of
 from kvjax.messages import shown
 from kvjax.models.bundled import bundled_models, model_directory
-from kvjax.places import expanded
+from kvjax.models.published import PUBLISHED
+from kvjax.places import cache_folder
 
 
 def optional(metavar: str, text: str | None = None) -> Any:
@@ -31,8 +32,9 @@ def optional(metavar: str, text: str | None = None) -> Any:
 
 
 MODELS = (
-    "Checkpoint directory, hub id (owner/name), or a bundled model: "
-    f"{', '.join(bundled_models())}."
+    "Checkpoint directory, GGUF file, hub id (owner/name), a bundled model: "
+    f"{', '.join(bundled_models())}; or one that `kvjax fetch` gets: "
+    f"{', '.join(PUBLISHED)}."
 )
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Assignments = Annotated[
@@ -166,12 +168,10 @@ def compile_cache() -> None:
 
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    own = os.environ.get("KVJAX_CACHE_DIR") or os.path.join(base, "kvjax")
-    folder = expanded(own) / "jax"
-    if not folder.is_absolute() and own.startswith("~"):  # nobody has this home
+    folder = cache_folder()
+    if folder is None:
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", str(folder / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -273,7 +273,7 @@ def evaluate(
                 tokenizer,
                 config,
                 out,
-                checkpoint=checkpoint if checkpoint.is_dir() else None,
+                checkpoint=checkpoint if checkpoint.exists() else None,
                 progress=tell,
             )
         bar.update(task, description="done")

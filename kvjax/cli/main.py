@@ -20,6 +20,7 @@ from kvjax.cli.bench import Bench
 from kvjax.cli.convert import Convert
 from kvjax.cli.demo import Demo
 from kvjax.cli.evaluate import Eval
+from kvjax.cli.fetch import Fetch
 from kvjax.cli.finetune import Finetune
 from kvjax.cli.generate import Generate
 from kvjax.cli.lm_eval import LmEval
@@ -38,6 +39,7 @@ COMMANDS: Mapping[str, type[Command]] = MappingProxyType(
         "report": Report,
         "bench": Bench,
         "convert": Convert,
+        "fetch": Fetch,
     }
 )
 
@@ -60,8 +62,8 @@ def overview() -> str:
         "  kvjax eval --compression snapkv,h2o --keep 0.5,0.25 --tasks recall\n"
         "  kvjax COMMAND --help      every option of a command, and all compressions\n"
         "\n"
-        "Compiled programs are kept in KVJAX_CACHE_DIR (default: kvjax in the user's\n"
-        "cache folder). --version prints the version."
+        "Compiled programs and fetched models are kept in KVJAX_CACHE_DIR (default:\n"
+        "kvjax in the user's cache folder). --version prints the version."
     )
 
 

@@ -10,14 +10,13 @@ import numpy as np
 from kvjax.eval.framing import Framing, framing
 from kvjax.eval.tasks import TRAIN, Task, stream
 from kvjax.eval.text import Tokenizer
-from kvjax.models.adapters import tokenizer_directory
+from kvjax.models.adapters import read_tokenizer, tokenizer_directory
 from kvjax.models.bundled import model_directory
 from kvjax.models.hub import checkpoint_directory
 from kvjax.models.io import load_config
 from kvjax.models.tokenizer import (
     encoded,
     has_tokenizer,
-    load_tokenizer,
     save_tokenizer,
 )
 from kvjax.plaintext import check_text
@@ -176,7 +175,7 @@ def words_of(config: TrainConfig) -> Words:
     vocab_size, directory = load_config(found).vocab_size, tokenizer_directory(found)
     if vocab_size == CHARACTERS.vocab_size and not has_tokenizer(directory):
         return CHARACTERS
-    tokenizer = load_tokenizer(directory)
+    tokenizer = read_tokenizer(directory)
     if tokenizer.get_vocab() != characters.VOCABULARY:
         return Words(tokenizer, vocab_size)
     _check_characters(vocab_size)
