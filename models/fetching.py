@@ -105,6 +105,8 @@ def _made(
     model: Published, origin: str, work: pathlib.Path, out: pathlib.Path, say: Say
 ) -> None:
     """The model in `out`, with the record of where it is from."""
+    if model.terms:
+        say(f"{model.title} comes under the {model.licence}: {model.terms}")
     if origin != "index":
         try:
             found = checkpoint_directory(model.hub)

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import IO, Annotated, Any, ClassVar, final
 
 import numpy as np
@@ -30,6 +30,8 @@ from kvjax.cli.base import (
     optional,
     pick,
 )
+from kvjax.cli.questions import Asking
+from kvjax.cli.stream import Stream
 from kvjax.fields import Range
 from kvjax.messages import shown
 from kvjax.models import checks
@@ -43,7 +45,7 @@ Temperature = Annotated[float | None, Range(0), optional("NUMBER")]
 MOST_BYTES = 64 * 2**20
 """Of a prompt's file."""
 
-Stops = Annotated[
+Texts = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")
 ]
 
@@ -58,6 +60,8 @@ class Generate(Command):
         "  kvjax generate --prompt '[KQ=ab3d] The sun is low. ? [KQ=' --stop ']'\n"
         "  kvjax generate --model DIR --prompt-file long.txt --compression snapkv \\\n"
         "      --keep 0.1 --max-new-tokens 200\n"
+        "  kvjax generate --model smollm2 --prompt-file notes.txt --keep 0.25 \\\n"
+        "      --compression snapkv --question 'Who came?' --question 'Why?'\n"
         "  kvjax generate --model DIR --prompt Hi --compression snapkv_kivi \\\n"
         "      --set evict.score.window=16 --set store.keys.bits=8\n"
     )
@@ -67,6 +71,10 @@ class Generate(Command):
     """What to continue."""
     prompt_file: File = None
     """File with what to continue; - is standard input."""
+    question: Texts = ()
+    """Ask this about the prompt; give it again for more. The prompt is read and
+    compressed once, before any question is seen, and all are answered from that cache.
+    Both go through the model's chat template, if it has one."""
     chat: Flag = False
     """Wrap the prompt as a user's message with the model's chat template."""
     compression: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "none"
@@ -77,7 +85,7 @@ class Generate(Command):
     """Set a field of the compression: --set evict.score.window=16."""
     max_new_tokens: Annotated[int, Range(1, MOST)] = 64
     """Tokens to make at most."""
-    stop: Stops = ()
+    stop: Texts = ()
     """A text of one token that ends the reply, as the model's own end tokens do."""
     temperature: Temperature = None
     """0 takes the likeliest token; above it, tokens are drawn. Left out, this and the
@@ -103,8 +111,13 @@ class Generate(Command):
         c = pick(self.compression, self.keep, self.set)
         model, tokenizer = load_model(self.model, self.dtype, ui)
         drawing = self._sampling(model.config.generation_settings, ui)
-        ids = self._encode(tokenizer, text)
         stops = [*model.config.eos_tokens, *self._stops(tokenizer)]
+        if self.question:
+            how = {"seed": self.seed or 0, "most": self.max_new_tokens}
+            asking = Asking(model=model, tokenizer=tokenizer, c=c, stops=stops, **how)
+            made = asking.about(text, self.question, drawing, ui)
+            return made | {"compression": self.compression, "keep": c.keep}
+        ids = self._encode(tokenizer, text)
         printer = Stream(tokenizer, sys.stdout, quiet=ui.json)
         out, times, sizes = self._generate(model, ids, c, drawing, stops, printer, ui)
         reply = np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist()
@@ -122,7 +135,8 @@ class Generate(Command):
     def show(self, result: Mapping[str, Any], console: Console) -> None:
         """See `Command.show`; the text itself was streamed."""
         print()
-        made, seconds = len(result["tokens"]), result["decode_s"]
+        made = sum(len(one["tokens"]) for one in result.get("answers", (result,)))
+        seconds = result["decode_s"]
         note = (
             f"{result['prompt_tokens']} prompt tokens, cache "
             f"{result['resident_bytes'] / 1024:.0f} KiB ({result['compression']}); "
@@ -256,28 +270,3 @@ def _prompt(file: IO[bytes], name: str) -> str:
     if len(data) > MOST_BYTES:
         raise ValueError(f"{name} has more than {MOST_BYTES} bytes; no prompt has.")
     return decoded(data, name)
-
-
-class Stream:
-    """Prints a reply as it grows; characters are held back until they are whole."""
-
-    def __init__(self, tokenizer, file, *, quiet: bool):
-        self._tokenizer, self._file, self._quiet = tokenizer, file, quiet
-        self._printed, self._text = 0, ""
-
-    def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Print what is new."""
-        ids: Sequence[int] = tokens[0, : int(lengths[0])].tolist()
-        self._text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        # A byte-level token may end inside a character.
-        self._print(len(self._text.rstrip("\ufffd")))
-
-    def close(self) -> None:
-        """Print what was held back."""
-        self._print(len(self._text))
-
-    def _print(self, end: int) -> None:
-        if not self._quiet and end > self._printed:
-            self._file.write(self._text[self._printed : end])
-            self._file.flush()
-            self._printed = end
