@@ -28,6 +28,7 @@ from kvjax.eval.timing import timed
 from kvjax.inputs import checkpoint_files, of_stamps
 from kvjax.models.adapters import base_directory, tokenizer_directory
 from kvjax.models.decoder import Decoder
+from kvjax.models.published import source_of
 from kvjax.narrow import narrow
 from kvjax.places import busy, held
 
@@ -134,6 +135,8 @@ def run(
         old = read_header(path) if (path / RECORD).exists() else {}
         inputs = inputs_of(made, words, old.get("inputs", {}))
         about = header(model, config, inputs, of_stamps(files), old)
+        if checkpoint is not None and (source := source_of(checkpoint)):
+            about["source"] = source  # of a fetched model: which weights these are
         runner = _Runner(model, made, open_run(path, about), progress)
         for group in made.groups:
             runner.group(group)

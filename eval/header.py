@@ -79,6 +79,7 @@ def _configuration(value: Any) -> bool:
 
 _KINDS: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("model", "dtype", "device", "date", "model_fingerprint"), _text),
+    "source": _text,
     "config": _configuration,
     "inputs": _digests,
     "checkpoint": _texts,

