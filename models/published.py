@@ -189,5 +189,6 @@ def source_of(directory: str | os.PathLike[str]) -> str:
         return ""
     said = read_json(path)
     names = ("model", "from", "file", "sha256", "licence")
-    parts = [str(said[name]) for name in names if said.get(name)]
+    marks = {"sha256": "sha256 "}
+    parts = [f"{marks.get(n, '')}{said[n]}" for n in names if said.get(n)]
     return ", ".join(parts)[:400]

@@ -21,10 +21,12 @@ class Convert(Command):
     examples: ClassVar[str] = (
         "  kvjax convert path/to/model path/to/copy --dtype bfloat16\n"
         "  kvjax convert owner/name path/to/copy       from the Hugging Face hub\n"
+        "  kvjax convert model.gguf path/to/copy --dtype float32\n"
     )
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """Checkpoint directory (config.json, *.safetensors, tokenizer) or hub id."""
+    """Checkpoint directory (config.json, *.safetensors, tokenizer), GGUF file or hub
+    id."""
     out: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="OUT")]
     """Directory to write."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

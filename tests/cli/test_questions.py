@@ -26,36 +26,15 @@ def test_questions_are_answered_from_one_cache(kvjax, checkpoint):
     one, two = ("--question", "Who?"), ("--question", "What is it?")
     both = asked(kvjax, checkpoint, *SNAPKV, *one, *two)
     assert [a["question"] for a in both["answers"]] == ["Who?", "What is it?"]
+    assert both["keep"] == 0.25
     # None of them sees another one, and the text was compressed without any.
     turned = asked(kvjax, checkpoint, *SNAPKV, *two, *one)
     assert turned["answers"] == both["answers"][::-1]
-    whole = asked(kvjax, checkpoint, *one)
-    assert both["prompt_tokens"] == len(TEXT.strip()) + 2 == whole["prompt_tokens"]
-    assert both["resident_bytes"] < whole["resident_bytes"] and both["keep"] == 0.25
-    # With the whole cache, it is what the prompt with the question gives.
-    prompt = f"{TEXT.strip()}\n\nQuestion: Who?\nAnswer:"
-    plain = ("generate", "--model", checkpoint, "--prompt", prompt, *ASK, "--json")
-    code, out, _ = kvjax(*plain)
-    assert code == 0 and json.loads(out)["tokens"] == whole["answers"][0]["tokens"]
-
-
-def test_questions_are_printed(kvjax, checkpoint):
     words = ("generate", "--model", checkpoint, "--prompt", TEXT, *ASK, *SNAPKV)
-    code, out, err = kvjax(*words, "--question", "Who?", "--question", "Why?")
-    assert code == 0 and out.startswith("> Who?\n") and "\n\n> Why?\n" in out
-    assert f"{len(TEXT.strip()) + 2} prompt tokens, cache " in err
-
-
-@pytest.fixture
-def chatting(checkpoint, tmp_path):
-    """A function of a template: the checkpoint with it."""
-
-    def build(template: str):
-        folder = shutil.copytree(checkpoint, tmp_path / "chat")
-        (folder / "chat_template.jinja").write_text(template)
-        return folder
-
-    return build
+    code, out, err = kvjax(*words, *one, *two)
+    assert code == 0 and f"{both['prompt_tokens']} prompt tokens, cache " in err
+    said = [f"> {a['question']}\n{a['text']}" for a in both["answers"]]
+    assert out.split() == "\n".join(said).split() and "\n\n> What is" in out
 
 
 CHAT = (
@@ -64,14 +43,23 @@ CHAT = (
 )
 
 
-def test_a_chat_template_is_used(kvjax, chatting):
-    folder = chatting(CHAT)
+@pytest.mark.parametrize("template", ["", CHAT])
+def test_the_whole_cache_answers_as_one_prompt(kvjax, checkpoint, tmp_path, template):
+    """With the model's template, if there is one, and the question behind the text."""
+    folder, text = shutil.copytree(checkpoint, tmp_path / "chat"), TEXT.strip()
+    prompt = f"{text}\n\nQuestion: Who?\nAnswer:"
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+        prompt = f"[{text}\n\nWho?]="
     found = asked(kvjax, folder, "--question", " Who? ")
-    prompt = f"[{TEXT.strip()}\n\nWho?]="
-    assert found["prompt_tokens"] == len(TEXT.strip()) + 3
-    plain = ("generate", "--model", folder, "--prompt", prompt, *ASK, "--json")
-    code, out, _ = kvjax(*plain)
-    assert code == 0 and json.loads(out)["tokens"] == found["answers"][0]["tokens"]
+    # The begin token or the bracket, the text, two line breaks.
+    assert found["prompt_tokens"] == 1 + len(text) + 2
+    tokenizer = library.load(folder)[1]
+    ids = tokenizer.encode(prompt, add_special_tokens=not template)
+    model = library.load(folder, "float32", tokenizer=False)[0]
+    out = library.generate(model, jnp.asarray([ids]), max_new_tokens=5)
+    made = out.tokens[0, : int(out.lengths[0])].tolist()
+    assert found["answers"][0]["tokens"] == made
 
 
 @pytest.mark.parametrize(
@@ -80,15 +68,17 @@ def test_a_chat_template_is_used(kvjax, chatting):
         (CHAT, " \n", "--question is empty"),
         (CHAT.replace("m.content", "m.content | upper"), "Who?", "changes the text"),
         (CHAT + "{{ raise_exception('no') }}", "Who?", "the chat template refuses"),
-        ("{{ messages[0].content | length }}" + CHAT, "Who?", None),
         ("{{ messages[0].content | length }}" + CHAT, "Why is it?", "another text for"),
     ],
 )
-def test_questions_that_cannot_be_asked(kvjax, chatting, template, question, match):
-    folder = chatting(template)
+def test_questions_that_cannot_be_asked(
+    kvjax, checkpoint, tmp_path, template, question, match
+):
+    folder = shutil.copytree(checkpoint, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text(template)
     words = ("generate", "--model", folder, "--prompt", TEXT, *ASK)
     code, _, err = kvjax(*words, "--question", question, "--question", "Who?")
-    assert (code, match is None or match in err) == (0 if match is None else 2, True)
+    assert code == 2 and match in err
 
 
 def test_a_gguf_file_in_every_command(kvjax, tmp_path):

@@ -287,6 +287,8 @@ def test_places_that_are_no_file(tmp_path, path):
     (tmp_path / "folder.gguf").mkdir()
     with pytest.raises(ValueError, match="folder.gguf"):
         load(tmp_path / "folder.gguf")
+    with pytest.raises(ValueError, match=r"holds GGUF files: \['model.gguf'\]. Give"):
+        load(path.parent)
     with pytest.raises(ValueError, match="nowhere.gguf"):
         load(tmp_path / "nowhere.gguf")
     os.mkfifo(tmp_path / "pipe.gguf")

@@ -110,10 +110,10 @@ def test_from_the_index(tiny, tmp_path):
     assert shape_of("tiny") == model.config
     # Where it is from.
     record = json.loads((found.directory / SOURCE).read_text())
-    assert record["from"] == "package index, tiny-one==1.0, tiny-two==1.0"
+    assert record["from"] == "package index, tiny-one==1.0 and 1 more"
     assert record["sha256"] == tiny.sha256
     assert source_of(found.directory) == ", ".join(
-        ["Tiny", record["from"], "tiny.gguf", tiny.sha256, "CC0-1.0"]
+        ["Tiny", record["from"], "tiny.gguf", f"sha256 {tiny.sha256}", "CC0-1.0"]
     )
     assert source_of(tmp_path) == ""
     # Once is enough.
