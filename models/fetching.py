@@ -84,8 +84,8 @@ def fetch(
             raise busy(place.parent)
         for left in place.parent.glob(f".{place.name}.*.tmp"):  # of killed calls
             shutil.rmtree(left, ignore_errors=True)
-        mark = {"prefix": f".{place.name}.", "suffix": ".tmp"}
-        with tempfile.TemporaryDirectory(dir=place.parent, **mark) as work:
+        front = f".{place.name}."
+        with tempfile.TemporaryDirectory(".tmp", front, place.parent) as work:
             made = pathlib.Path(work) / "model"
             _made(model, origin, pathlib.Path(work), made, say)
             os.replace(made, place)

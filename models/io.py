@@ -100,7 +100,8 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
     if is_gguf(folder):
         return gguf_config(folder)
     path = folder / CONFIG
-    if not path.exists() and (files := sorted(folder.glob("*.gguf"))):
+    there = os.path.isdir(folder) and not os.path.lexists(path)
+    if there and (files := sorted(folder.glob("*.gguf"))):
         raise ValueError(
             f"{folder} has no {CONFIG}, and holds GGUF files: "
             f"{shown([file.name for file in files])}. Give the path of one of them."

@@ -217,7 +217,7 @@ def test_the_tokenizer_is_the_adapters_or_the_bases(one, tmp_path):
         ({"rank_pattern": {"(": 4}}, "'\\(', which is no regular expression"),
         ({"base_model_name_or_path": None}, "names no base model; got None. Set"),
         ({"base_model_name_or_path": " "}, "names no base model"),
-        ({"base_model_name_or_path": "x"}, "'x' is neither a directory .* Set `base_"),
+        ({"base_model_name_or_path": "x"}, "'x' is neither a directory.* Set `base_"),
         ({"base_model_name_or_path": "/gone/x"}, "'/gone/x' is neither .* Set `base_"),
         ({"base_model_name_or_path": "."}, "itself an adapter: .*kvjax convert"),
     ],

@@ -7,6 +7,7 @@ import json
 import pathlib
 import zipfile
 from types import MappingProxyType
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +46,7 @@ def shelf(tmp_path_factory) -> pathlib.Path:
 
 def wheel(shelf: pathlib.Path, half: str, **fields) -> Wheel:
     file = shelf / f"tiny_{half}-1.0-py3-none-any.whl"
-    given = {
+    given: dict[str, Any] = {
         "name": f"tiny-{half}",
         "version": "1.0",
         "sha256": sha256(file.read_bytes()),
