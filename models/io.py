@@ -100,11 +100,10 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
     if is_gguf(folder):
         return gguf_config(folder)
     path = folder / CONFIG
-    there = os.path.isdir(folder) and not os.path.lexists(path)
-    if there and (files := sorted(folder.glob("*.gguf"))):
+    if not os.path.lexists(path) and (files := _gguf_files(folder)):
         raise ValueError(
-            f"{folder} has no {CONFIG}, and holds GGUF files: "
-            f"{shown([file.name for file in files])}. Give the path of one of them."
+            f"{folder} has no {CONFIG}, and holds GGUF files: {shown(files)}. Give the "
+            "path of one of them."
         )
     raw = read_json(path)
     try:
@@ -112,6 +111,12 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
     except ValueError as wrong:
         raise ValueError(f"{path}: {wrong}") from None
     return with_generation(config, folder)
+
+
+def _gguf_files(folder: pathlib.Path) -> list[str]:
+    with contextlib.suppress(OSError, ValueError):  # who reads the config says it
+        return sorted(file.name for file in folder.iterdir() if is_gguf(file))
+    return []
 
 
 @narrow

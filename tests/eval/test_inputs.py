@@ -158,6 +158,16 @@ def test_a_fetched_model_says_where_it_is_from(files, model):
         read_header(files / "run")
 
 
+def test_a_checkpoint_that_is_one_file(files, model):
+    path = files / "model.gguf"
+    path.write_bytes(b"GGUF")
+    for _ in range(2):
+        config = tiny.config(model=str(path), items=2)
+        where = files / "run"
+        harness.run(model, tiny.tokenizer(), config, where, checkpoint=path)
+    assert [*read_header(where)["checkpoint"]] == [str(path)]
+
+
 def changed(model, change):
     """A copy with other values in one weight."""
     copy = nnx.clone(model)

@@ -97,6 +97,39 @@ def test_quantised(kind, tmp_path, monkeypatch):
         assert kind == "F16" or not np.array_equal(new[name], old[name])
 
 
+def test_every_type_that_the_library_reads(tmp_path, monkeypatch):
+    """Of rows of any bytes, in pieces and in llama's order of rows."""
+    from kvjax.models.gguf import gguf_weights, library, weights
+    from tests.gguf_files import permuted
+
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 4 * 256 * 3)
+    readable, rng = library._readable(), np.random.default_rng(0)
+    names = {name for name, *_ in readable.values()}
+    assert names > {"F16", "BF16", "Q4_K", "Q6_K", "IQ4_NL", "IQ2_XXS", "IQ1_S"}
+    rows = 16
+    for number, (name, block, size) in readable.items():
+        kind = gguf.GGMLQuantizationType(number)
+        data = rng.integers(0, 256, (rows, 256 // block * size), np.uint8)
+        path = tmp_path / f"{name}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_head_count(4)
+        for tensor in ("token_embd.weight", "blk.0.attn_q.weight"):
+            writer.add_tensor(tensor, data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with np.errstate(all="ignore"):
+            wanted = gguf.quants.dequantize(data, kind).astype(np.float32)
+        held = gguf_weights(path)
+        found = np.concatenate([*held.rows("model.embed_tokens.weight", 0, rows)])
+        np.testing.assert_array_equal(found, wanted, err_msg=name)
+        found = [*held.rows("model.layers.0.self_attn.q_proj.weight", 0, rows)]
+        assert len(found) > 1
+        turned = permuted(np.concatenate(found), 4)
+        np.testing.assert_array_equal(turned, wanted, err_msg=name)
+
+
 def test_float16_of_a_file_that_is_named_otherwise(tmp_path):
     path = write_gguf(tmp_path / "model.bin", model_of(CASES["qwen3"]))
     found, _ = load(path, "float16")

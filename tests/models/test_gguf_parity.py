@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kvjax.models import DecoderConfig, load
+from kvjax.models.tokenizer import load_tokenizer
 from kvjax.rope import Rope
 from tests.gguf_files import write_gguf
 from tests.torch_env import find_torch_python, run_reference
@@ -77,6 +78,7 @@ def test_logits_match(files, case):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_published_model_token_by_token(torch_python, smollm2, tmp_path):
     """Fed transformers' story, it chooses each next token of it."""
     del torch_python
@@ -92,7 +94,7 @@ def test_a_published_model_token_by_token(torch_python, smollm2, tmp_path):
 
 def test_a_published_model_knows_its_chat(smollm2):
     """Its tokens are those that its authors document, and its turns end."""
-    tokenizer = load(smollm2, "float16")[1]
+    tokenizer = load_tokenizer(smollm2)
     assert tokenizer.encode("Hello world! 123") == [19556, 905, 17, 216, 33, 34, 35]
     text = "  multiple   spaces\n\n\tCafé déjà vu."
     assert tokenizer.decode(tokenizer.encode(text)) == text

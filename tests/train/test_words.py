@@ -53,6 +53,18 @@ def test_a_model_of_characters_keeps_its_chat_template(base, tmp_path):
     assert words_of(recipe()) is CHARACTERS
 
 
+def test_the_words_of_a_gguf_file(tmp_path):
+    pytest.importorskip("gguf", reason="no gguf: pip install kvjax[gguf]")
+    from kvjax.train.run.inputs import inputs_of
+    from tests.gguf_files import write_gguf
+    from tests.models.test_gguf import CASES, model_of
+
+    path = write_gguf(tmp_path / "model.gguf", model_of(CASES["llama"]))
+    config = recipe(model=None, init=str(path))
+    assert words_of(config).decode([5, 6]) == "word1word2"
+    assert str(path) in inputs_of(config, {})[f"init {str(path)!r}"]
+
+
 def test_a_model_stops_where_its_answers_end(base):
     shape = load_config(base)
     model = nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(0)))
