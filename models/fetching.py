@@ -79,6 +79,12 @@ def fetch(
         )
     check_place(place)
     _check_terms(name, model, accept_terms)
+    _fetch_to(place, model, origin, say)
+    return Fetched(directory=place, new=True)
+
+
+def _fetch_to(place: pathlib.Path, model: Published, origin: str, say: Say) -> None:
+    """The model at `place`, all of it or nothing."""
     with held(place.parent) as mine:
         if not mine:
             raise busy(place.parent)
@@ -89,7 +95,6 @@ def fetch(
             made = pathlib.Path(work) / "model"
             _made(model, origin, pathlib.Path(work), made, say)
             os.replace(made, place)
-    return Fetched(directory=place, new=True)
 
 
 def _check_terms(name: str, model: Published, accepted: bool) -> None:

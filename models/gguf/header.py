@@ -143,7 +143,7 @@ def _read(walk: Walk) -> Header:
 
 
 def _tensors(walk: Walk, count: int, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Where the tensors are: inside of the file, and nowhere twice."""
+    """Where the tensors are: inside of the file, each once, and none over another."""
     said: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for number in range(count):
         name = walk.text(f"the name of tensor {number}", MOST_NAME)
@@ -158,9 +158,20 @@ def _tensors(walk: Walk, count: int, metadata: Mapping[str, Any]) -> dict[str, T
             walk.fail(f"{what} has the sizes {shown(sizes)}")
         kind = walk.number("I", what)
         said[name] = (tuple(reversed(sizes)), kind, walk.number("Q", what))
+    return _placed(walk, said, _alignment(walk, metadata))
+
+
+def _alignment(walk: Walk, metadata: Mapping[str, Any]) -> int:
     align = metadata.get("general.alignment", 32)
     if type(align) is not int or not 0 < align <= 2**20 or align & (align - 1):
         walk.fail(f"`general.alignment` is {shown(align)}; expected a power of two")
+    return align
+
+
+def _placed(
+    walk: Walk, said: Mapping[str, tuple[tuple[int, ...], int, int]], align: int
+) -> dict[str, Tensor]:
+    """Tensors of a shape, a type and an offset, which end in the file one by one."""
     data = -(-walk.at // align) * align
     out, taken = {}, []
     for name, (shape, kind, offset) in said.items():

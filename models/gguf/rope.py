@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.fields import Factor, Positive, PositiveReal
-from kvjax.messages import shown
+from kvjax.messages import nearest, shown
 from kvjax.models.gguf.library import read
 from kvjax.models.gguf.metadata import Metadata
 from kvjax.models.gguf.names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
@@ -76,30 +76,9 @@ def rope_settings(about: Metadata, head_dim: int) -> dict[str, Any]:
 
 
 def _scaling(about: Metadata, width: int, theta: float) -> dict[str, Any] | None:
-    kind = about.own("rope.scaling.type", str, None)
-    legacy = about.own("rope.scale_linear", Factor, None)
-    kind = kind or ("none" if legacy in (None, 1) else "linear")
+    kind = _kind(about)
     where = f"{about.header.path}: `{about.architecture}.rope.scaling"
-    if kind not in _KINDS:
-        raise ValueError(
-            f"{where}.type` is {shown(kind)}; expected one of {list(_KINDS)}."
-        )
-    short, long, plain = (
-        _factors(about, name, width // 2)
-        for name in (SHORT_FACTORS, LONG_FACTORS, ROPE_FACTORS)
-    )
-    if (short is None) != (long is None):
-        raise ValueError(
-            f"{about.header.path} has only one of {SHORT_FACTORS!r} and "
-            f"{LONG_FACTORS!r}. It is damaged; convert it again."
-        )
-    told = [n for n in (short, plain) if n is not None]
-    if len(told) > 1 or (told and kind not in ("none", "longrope")):
-        raise ValueError(
-            f"{where}.type` is {kind!r}, and factors stand in tensors "
-            f"({[n for n in about.header.tensors if n.startswith('rope_')]}). The file "
-            "contradicts itself."
-        )
+    short, long, plain = _tables(about, width // 2, kind)
     amplitude = about.own("rope.scaling.attn_factor", PositiveReal, 1.0)
     if short is not None and long is not None:
         return _longrope(about, short, long, amplitude)
@@ -111,11 +90,51 @@ def _scaling(about: Metadata, width: int, theta: float) -> dict[str, Any] | None
         )
     if plain is not None:
         return _llama3(about, plain, width, theta)
-    if kind == "none":
-        return None
+    return None if kind == "none" else _by_factor(about, kind)
+
+
+def _kind(about: Metadata) -> str:
+    """The kind of scaling; a factor alone, in old files, is a linear one."""
+    kind = about.own("rope.scaling.type", str, None)
+    if kind is None:
+        factor = about.own("rope.scale_linear", Factor, 1.0)
+        return "none" if factor == 1 else "linear"
+    if kind not in _KINDS:
+        raise ValueError(
+            f"{about.header.path}: `{about.architecture}.rope.scaling.type` is "
+            f"{shown(kind)}; expected one of {list(_KINDS)}.{nearest(kind, _KINDS)}"
+        )
+    return kind
+
+
+def _tables(about: Metadata, count: int, kind: str) -> list[tuple[float, ...] | None]:
+    """Factors of short and of long contexts, and those of Llama 3."""
+    path, names = about.header.path, (SHORT_FACTORS, LONG_FACTORS, ROPE_FACTORS)
+    short, long, plain = found = [_factors(about, name, count) for name in names]
+    if (short is None) != (long is None):
+        raise ValueError(
+            f"{path} has only one of {SHORT_FACTORS!r} and {LONG_FACTORS!r}. It is "
+            "damaged; convert it again."
+        )
+    there = [name for name in names if name in about.header.tensors]
+    both = short is not None and plain is not None
+    if there and (both or kind not in ("none", "longrope")):
+        raise ValueError(
+            f"{path} contradicts itself: its RoPE scaling is {kind!r}, and its tensors "
+            f"{there} say another one."
+        )
+    return found
+
+
+def _by_factor(about: Metadata, kind: str) -> dict[str, Any] | None:
+    """`linear` and `yarn`."""
+    legacy = about.own("rope.scale_linear", Factor, None)
     factor = about.own("rope.scaling.factor", Factor, legacy)
     if factor is None:
-        raise ValueError(f"{where}.type` is {kind!r}, without a `rope.scaling.factor`.")
+        raise ValueError(
+            f"{about.header.path}: `{about.architecture}.rope.scaling.type` is "
+            f"{kind!r}, without a `rope.scaling.factor`."
+        )
     found: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if kind == "linear":
         return None if factor == 1 else found
@@ -161,7 +180,7 @@ def _llama3(
             turns = trained * angles / (2 * math.pi)
             blend = np.clip((turns - low) / (high - low), 0, 1)
             made = 1 / ((1 - blend) / factor + blend)
-            if np.allclose(made, wanted, rtol=1e-4):
+            if np.allclose(made, wanted, rtol=2e-5, atol=0):
                 return {
                     "rope_type": "llama3",
                     "factor": factor,

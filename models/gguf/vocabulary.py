@@ -109,7 +109,8 @@ def _numbers(about: Metadata, short: str, count: int, kind: type) -> list[Any] |
     array = header.metadata[name]
     same = isinstance(array, Array) and array.count == count
     found = header.items(name) if same else []
-    if len(found) != count or not all(type(one) is kind for one in found):
+    fine = len(found) == count and all(type(x) is kind and x == x for x in found)
+    if not fine:  # x == x: no NaN
         raise ValueError(
             f"{header.path}: `{name}` must be {count} numbers, one for each token; got "
             f"{shown(found or array)}."
@@ -155,25 +156,7 @@ def _pieces(about: Metadata, words: Vocabulary) -> Any:
     """SentencePiece BPE: spaces are a character, and what is no piece becomes bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    header = about.header
-    pre = about.get("tokenizer.ggml.pre", str, "default")
-    if pre != "default":
-        raise ValueError(
-            f"{header.path}: `tokenizer.ggml.pre` is {shown(pre)} for pieces of "
-            "SentencePiece; expected 'default' or none."
-        )
-    if about.get("tokenizer.ggml.remove_extra_whitespaces", bool, False):
-        raise ValueError(
-            f"{header.path}: `tokenizer.ggml.remove_extra_whitespaces` is true, which "
-            "is not done here. Pass `tokenizer=False`."
-        )
-    count = len(words.tokens)
-    scores = _numbers(about, "scores", count, float)
-    if scores is None:
-        raise ValueError(
-            f"{header.path} lacks `tokenizer.ggml.scores`, from which merges of "
-            "SentencePiece follow. Convert it again."
-        )
+    scores = _scores(about, len(words.tokens))
     vocab = {token: at for at, token in enumerate(words.tokens)}
     plain = {words.tokens[at]: scores[at] for at in words.of(NORMAL)}
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -183,7 +166,7 @@ def _pieces(about: Metadata, words: Vocabulary) -> Any:
     merges = merges_by_score(plain, vocab)
     whole = all(one in vocab for one in bytes_)
     options: Any = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": whole}
-    with named(_CANNOT.format(header.path)):
+    with named(_CANNOT.format(about.header.path)):
         made = Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
     prefix = about.get("tokenizer.ggml.add_space_prefix", bool, True)
     replaced = normalizers.Replace(" ", _SPACE)
@@ -197,6 +180,33 @@ def _pieces(about: Metadata, words: Vocabulary) -> Any:
     if (ends := _ends(about, words, True)) is not None:
         made.post_processor = ends
     return made
+
+
+def _scores(about: Metadata, count: int) -> list[float]:
+    """Of pieces, from which their merges follow.
+
+    Raises:
+        ValueError: there are none, or texts are changed in ways that are not done here.
+    """
+    header = about.header
+    pre = about.get("tokenizer.ggml.pre", str, "default")
+    if pre != "default":
+        raise ValueError(
+            f"{header.path}: `tokenizer.ggml.pre` is {shown(pre)} for pieces of "
+            "SentencePiece; expected 'default' or none."
+        )
+    if about.get("tokenizer.ggml.remove_extra_whitespaces", bool, False):
+        raise ValueError(
+            f"{header.path}: `tokenizer.ggml.remove_extra_whitespaces` is true, which "
+            "is not done here. Pass `tokenizer=False`."
+        )
+    scores = _numbers(about, "scores", count, float)
+    if scores is None:
+        raise ValueError(
+            f"{header.path} lacks `tokenizer.ggml.scores`, from which merges of "
+            "SentencePiece follow. Convert it again."
+        )
+    return scores
 
 
 def _ends(about: Metadata, words: Vocabulary, bos: bool) -> Any:

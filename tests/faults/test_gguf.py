@@ -248,6 +248,20 @@ def test_settings_that_contradict_or_are_not_read(tmp_path, settings, match):
     fails(path, match)
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_rope_that_is_said_twice(tmp_path, kind):
+    said = {"llama.rope.scaling.type": kind, "llama.rope.scaling.factor": 2.0}
+    extra = {"rope_freqs.weight": np.ones(2, "f4")}
+    path = write_gguf(tmp_path / NAME, model(), settings=said, extra=extra)
+    fails(path, f"its RoPE scaling is '{kind}', and its tensors .'rope_freqs.weight'.")
+    extra = {"rope_freqs.weight": np.ones(3, "f4")}
+    path = write_gguf(tmp_path / NAME, model(), extra=extra)
+    fails(path, r"'rope_freqs.weight' has the shape \(3,\); expected \(2,\)")
+    extra = {"rope_freqs.weight": np.asarray([1, np.nan], "f4")}
+    path = write_gguf(tmp_path / NAME, model(), extra=extra)
+    fails(path, "'rope_freqs.weight' holds numbers that are not positive and finite")
+
+
 def test_gemma_settings_are_refused_by_other_families(tmp_path):
     path = write_gguf(
         tmp_path / NAME, model("qwen2"), settings={"qwen2.attention.sliding_window": 8}

@@ -289,6 +289,7 @@ def test_what_is_not_a_tokenizer(tmp_path, settings, match):
     [
         ({"scores": None}, "lacks `tokenizer.ggml.scores`"),
         ({"scores": [1.0]}, "`tokenizer.ggml.scores` must be 271 numbers"),
+        ({"scores": [float("nan")] * 271}, "`tokenizer.ggml.scores` must be 271 num"),
         ({"pre": "llama-bpe"}, "`tokenizer.ggml.pre` is 'llama-bpe' for pieces"),
         ({"remove_extra_whitespaces": True}, "`tokenizer.ggml.remove_extra_whitesp"),
     ],
