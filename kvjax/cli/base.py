@@ -32,8 +32,8 @@ def optional(metavar: str, text: str | None = None) -> Any:
 
 
 MODELS = (
-    "Checkpoint directory, GGUF file, hub id (owner/name), a bundled model: "
-    f"{', '.join(bundled_models())}; or one that `kvjax fetch` gets: "
+    "Checkpoint directory, GGUF file, hub id (owner/name), or a bundled model: "
+    f"{', '.join(bundled_models())}. Or one that `kvjax fetch` has fetched: "
     f"{', '.join(PUBLISHED)}."
 )
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]

@@ -15,10 +15,13 @@ from kvjax.compress import compressions
 from kvjax.eval.config import bundled_evaluations
 from kvjax.eval.tasks import TASKS
 from kvjax.models.bundled import DEFAULT, bundled_models, model_directory
+from kvjax.models.published import PUBLISHED
 from kvjax.pallas_kernels.targets import TARGETS
 from kvjax.train.data.tokenizer import build_tokenizer
 from kvjax.train.recipe import bundled_recipes
 from tests.eval.synthetic import make_run
+
+NAMES = (*bundled_models(), *PUBLISHED)
 
 
 def test_overview(kvjax):
@@ -42,7 +45,7 @@ def test_help(kvjax, name):
 @pytest.mark.parametrize(
     ("name", "known"),
     [
-        *((name, bundled_models()) for name in ("bench", "eval", "generate")),
+        *((name, NAMES) for name in ("bench", "eval", "generate")),
         ("eval", (*bundled_evaluations(), *TASKS)),
         ("finetune", (*bundled_recipes(), *TARGETS)),
     ],
