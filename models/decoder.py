@@ -29,17 +29,21 @@ class Attending:
     """Attention that hands something on from layer to layer, or leaves something.
 
     Attributes:
-        step: `(inputs, state) -> (out, state, left)`; `out` is `[B H T D]`.
+        step: `(inputs, state) -> (out, state, left)`; `out` is `[B H T D]`. With
+            `past` it is given what the layer has of it as a third argument.
         state: of the first layer.
         kinds: of every layer, where attention does not do the same in all that the
             model itself has alike (`LayerInputs.depth.kind`); empty otherwise.
         loops: over the layers, where they are settled already; empty: by their kinds.
+        past: for every group of `loops` what its layers have of earlier tokens, stacked
+            along a first axis; empty: nothing.
     """
 
-    step: Callable[[LayerInputs, Any], tuple[Array, Any, Any]]
+    step: Callable[..., tuple[Array, Any, Any]]
     state: Any = None
     kinds: tuple[Hashable, ...] = ()
     loops: tuple[Loop, ...] = ()
+    past: tuple[Any, ...] = ()
 
 
 def attending(attention: Attention | Attending) -> Attending:
@@ -146,9 +150,11 @@ class Decoder(nnx.Module):
         loops = asked.loops or loops_of(specs, kinds)
         first = [group.start for group in members(loops)]
         graph, weights = nnx.split(self.layers)
+        none = (None,) * len(first)
+        own, past = grouped(loops, weights) if trained else none, asked.past or none
 
-        def step(depth: Depth, carry: Any, given: Any):
-            x, state = carry
+        def step(depth: Depth, carry: Any, item: Any):
+            (x, state), (given, before) = carry, item
             if given is None:  # read where they lie
 
                 def read(stack: Array) -> Array:
@@ -157,7 +163,7 @@ class Decoder(nnx.Module):
                 given = jax.tree.map(read, weights)
 
             def attend(inputs: LayerInputs):
-                return asked.step(inputs, state)
+                return asked.step(inputs, state, *((before,) if asked.past else ()))
 
             layer: Layer = nnx.merge(graph, given)
             at = first[depth.group]
@@ -169,7 +175,7 @@ class Decoder(nnx.Module):
             loops,
             step,
             (self.embed(tokens), asked.state),
-            grouped(loops, weights) if trained else None,
+            tuple(zip(own, past, strict=True)),
             remat=remat,
             apart=trained,
             unroll=unroll,

@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
-from kvjax.cache import levelled
+from kvjax.cache import Memory, levelled
 from kvjax.compress.observe import Observed
 from kvjax.compress.plan import Eviction
 from kvjax.compress.survey import Share
@@ -22,15 +23,21 @@ def held_of(
     return Held.of_rows(*rows, layer=layer, spec=observed.spec)
 
 
-def priorities_of(
-    observed: Observed, held: Held, lengths: Lengths, evict: Eviction, share: Share
+def ranked(
+    memory: Memory, held: Held, evict: Eviction, counts: Int[Array, "B"]
 ) -> Scores:
-    """Priorities of all prompt tokens; padding and dead tokens are `-inf`."""
-    assert observed.memory is not None
+    """Scores of what is held in the form that is compared; `-inf` cannot be kept.
+
+    Args:
+        memory: of the score.
+        held: the tokens, of a whole prompt or of any part of one.
+        evict: what ranks them.
+        counts: tokens per head that will be kept.
+    """
     # Units add scores up and some budgets weigh them: these want no other form.
     compared = evict.unit.single and not evict.budget.weighs
     of = evict.score.ranked if compared else evict.score.score
-    scores = of(observed.memory, held, share.counts)
+    scores = of(memory, held, counts)
     usable = held.live
     if held.spec.window is not None:
         edge = held.seen[:, None, None] - 1 - held.spec.window
@@ -38,6 +45,15 @@ def priorities_of(
     scores = jnp.where(usable, scores.astype(jnp.float32), -jnp.inf)
     if evict.unit.single and not evict.score.exact:
         scores = levelled(scores)
+    return scores
+
+
+def priorities_of(
+    observed: Observed, held: Held, lengths: Lengths, evict: Eviction, share: Share
+) -> Scores:
+    """Priorities of all prompt tokens; padding and dead tokens are `-inf`."""
+    assert observed.memory is not None
+    scores = ranked(observed.memory, held, evict, share.counts)
     how = (scores, lengths, share.counts, evict.score.protected)
     return evict.unit.priorities(*how)
 

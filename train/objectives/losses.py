@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.models.decoder import Decoder
 from kvjax.train.data.batch import TokenBatch
@@ -51,9 +51,23 @@ def token_scores(
             one chunk; else chunks follow one another, each made again in the backward
             pass.
     """
-    rows, width = batch.tokens.shape
-    count = -(-rows * width * model.config.vocab_size // most)
     targets = jnp.pad(batch.tokens[:, 1:], [(0, 0), (0, 1)])
+    found = scores_of(model, hidden, targets, teacher, wanted, most=most)
+    return jax.tree.map(lambda x: x[:, :-1], found)
+
+
+def scores_of(
+    model: Decoder,
+    hidden: Float[Array, "B T E"],
+    targets: Int[Array, "B T"],
+    teacher: Decoder | None = None,
+    wanted: Float[Array, "B T E"] | None = None,
+    *,
+    most: int = LOGITS,
+) -> TokenScores:
+    """`token_scores` for targets that are given, `[B, T]` of everything."""
+    rows, width = targets.shape
+    count = -(-rows * width * model.config.vocab_size // most)
 
     def score(hidden: Array, targets: Array, wanted: Array | None) -> TokenScores:
         logits = model.logits(hidden)
@@ -65,13 +79,12 @@ def token_scores(
         return TokenScores(loss=loss, right=right, apart=apart)
 
     if count == 1:
-        found = score(hidden, targets, wanted)
-    else:
-        pieces = jax.tree.map(lambda x: _cut(x, count), (hidden, targets, wanted))
-        scan = jax.checkpoint(lambda _, piece: ((), score(*piece)))
-        _, found = jax.lax.scan(scan, (), pieces)
-        found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1), found)
-    return jax.tree.map(lambda x: x[:, : width - 1], found)
+        return score(hidden, targets, wanted)
+    pieces = jax.tree.map(lambda x: _cut(x, count), (hidden, targets, wanted))
+    scan = jax.checkpoint(lambda _, piece: ((), score(*piece)))
+    _, found = jax.lax.scan(scan, (), pieces)
+    found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1), found)
+    return jax.tree.map(lambda x: x[:, :width], found)
 
 
 def _cut(x: Array, count: int) -> Array:

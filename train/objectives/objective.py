@@ -12,6 +12,7 @@ from kvjax.models.decoder import Attending, Attention, Decoder
 from kvjax.models.simulate import simulated
 from kvjax.train.data.batch import TokenBatch
 from kvjax.train.objectives import duo
+from kvjax.train.objectives.chunked import chunked_scores
 from kvjax.train.objectives.distillation import PLACES, distances
 from kvjax.train.objectives.dms import relaxed
 from kvjax.train.objectives.losses import Metrics, answer_mean, next_token, token_scores
@@ -27,10 +28,14 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
     """The loss of a recipe under one compression.
 
     Args:
-        config: its `objective`, `dms`, `surrogate`, `duo`, `remat` and `loop_layers`
-            count. The teacher, which attends to a full cache, comes with the call.
-        c: simulated at each row's compression point; None for plain attention.
+        config: its `objective`, `dms`, `surrogate`, `duo`, `chunks`, `remat` and
+            `loop_layers` count. The teacher, which attends to a full cache, comes with
+            the call.
+        c: simulated at each row's compression point, or behind every chunk; None for
+            plain attention.
     """
+    if config.chunks is not None:
+        return _in_chunks(config, c)
     weights = config.objective
 
     def objective(
@@ -65,6 +70,30 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
         for name, (weight, value) in terms.items():
             loss = loss + weight * value
             metrics[name] = jax.lax.stop_gradient(value)
+        return loss, metrics
+
+    return objective
+
+
+def _in_chunks(config: TrainConfig, c: Compression | None) -> Objective:
+    """The loss of rows that are read in chunks."""
+    weights = config.objective
+
+    def objective(
+        model: Decoder, batch: TokenBatch, teacher: Decoder | None = None
+    ) -> tuple[Array, Metrics]:
+        wanted = None
+        if weights.distill:
+            assert teacher is not None
+            wanted = plain_states(teacher, batch.tokens, loop=config.loop_layers)
+        aim = (None, None) if wanted is None else (teacher, wanted)
+        tokens = chunked_scores(config, c, model, batch, *aim)
+        loss, metrics = next_token(tokens, batch)
+        loss = weights.next_token * loss
+        if tokens.apart is not None:
+            apart = answer_mean(tokens.apart, batch)
+            loss = loss + weights.distill * apart
+            metrics["distill"] = jax.lax.stop_gradient(apart)
         return loss, metrics
 
     return objective

@@ -1,5 +1,6 @@
 """What a YAML file says of a run: frozen dataclasses, decoded strictly."""
 
+from kvjax.train.recipe.chunks import ChunksConfig as ChunksConfig
 from kvjax.train.recipe.config import TrainConfig as TrainConfig
 from kvjax.train.recipe.data import DataConfig as DataConfig
 from kvjax.train.recipe.data import Source as Source

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from kvjax.fields import Checked, Count, OneOf, Positive, Seed
 from kvjax.models.config import DecoderConfig, Evictor, Projection
+from kvjax.train.recipe.chunks import ChunksConfig
 from kvjax.train.recipe.data import DataConfig, Stage
 from kvjax.train.recipe.learned import (
     DMSConfig,
@@ -30,6 +31,8 @@ class TrainConfig(Checked):
         data: what it is trained on.
         stages: row widths over time; their steps add up to the run's.
         sampling: the compressions that are simulated.
+        chunks: rows are read in chunks, and what is held is compressed behind each
+            instead of once; None: all tokens of a row together.
         objective: what is minimised.
         evictor: what the model gets to say which tokens it can do without.
         dms: how it is trained to use it, instead of `sampling`; or
@@ -60,6 +63,7 @@ class TrainConfig(Checked):
     data: DataConfig
     stages: tuple[Stage, ...]
     sampling: SamplingConfig = SamplingConfig()
+    chunks: ChunksConfig | None = None
     objective: ObjectiveConfig = ObjectiveConfig()
     evictor: Evictor | None = None
     dms: DMSConfig | None = None
@@ -122,10 +126,31 @@ class TrainConfig(Checked):
                 f"`duo` trains gates on a model that stays as it is; got {names} too. "
                 "Leave it out, or train in two runs."
             )
+        if self.chunks is not None:
+            self._check_chunks()
         if not self.stages:
             raise ValueError(
                 "`stages` must list at least one stage; got none. Add "
                 "`- {steps: 100, lengths: {256: 1}}`."
+            )
+
+    def _check_chunks(self) -> None:
+        """Nothing is asked for that needs all tokens of a row together."""
+        whole = {
+            "dms": self.dms,
+            "surrogate": self.surrogate,
+            "duo": self.duo,
+            "projection": self.projection,
+            "objective.hidden": self.objective.hidden,
+            "objective.attention": self.objective.attention,
+            "sampling.choice_gradient": self.sampling.choice_gradient,
+        }
+        given = [f"`{name}`" for name, value in whole.items() if value]
+        if given:
+            raise ValueError(
+                f"{' and '.join(given)} need all tokens of a row together; got "
+                "`chunks` too. Leave one of them out; `objective.next_token` and "
+                "`objective.distill` work in chunks."
             )
 
     @property
