@@ -26,6 +26,7 @@ from unittest import mock
 from kvjax.models.config import Evictor, Projection
 from kvjax.train.recipe import (
     CachedConfig,
+    ChunksConfig,
     CompressionChoice,
     DMSConfig,
     DuoConfig,
@@ -89,6 +90,23 @@ PROJECTION: dict[str, Any] = {
     "objective": ObjectiveConfig(next_token=0.0, distill=1.0),
     "optimizer": FAST,
 }
+CHUNKED: dict[str, Any] = {
+    "chunks": ChunksConfig(size=12),
+    "sampling": SamplingConfig(
+        choices=(
+            CompressionChoice(compression="none"),
+            CompressionChoice(
+                compression="snapkv",
+                fields={"evict.score.window": 4, "evict.budget.slots": 16},
+            ),
+        )
+    ),
+    "objective": ObjectiveConfig(distill=0.5),
+    "lora": LoRAConfig(rank=2),
+    "optimizer": FAST,
+    "remat": True,
+    "loop_layers": True,
+}
 LEARNED = {
     "dms": DMS,
     "duo": DUO,
@@ -101,6 +119,7 @@ KINDS = {
     "sampled": SAMPLED,
     "lora": LOW_RANK,
     "followed": FOLLOWED,
+    "chunked": CHUNKED,
     **LEARNED,
 }
 

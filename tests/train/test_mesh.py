@@ -103,7 +103,7 @@ def kinds(tmp_path_factory) -> pathlib.Path:
     """
     directory = tmp_path_factory.mktemp("kinds")
     names = [f"followed/{FOUR}"]
-    for kind in ("followed", "cached", "sampled", *LEARNED):
+    for kind in ("followed", "cached", "sampled", "chunked", *LEARNED):
         names += [f"{kind}/{mesh}" for mesh in (ONE, FOUR)]
     finished(started(directory, *dict.fromkeys(names)))
     return directory
@@ -140,6 +140,12 @@ def test_replies_through_the_cache_of_a_mesh(kinds):
 @pytest.mark.slow
 def test_sampled_compression_and_a_teacher_on_a_mesh(kinds):
     agree(kinds / "sampled" / FOUR, kinds / "sampled" / ONE)
+
+
+@pytest.mark.slow
+def test_rows_in_chunks_on_a_mesh(kinds):
+    """With a full cache and with a bounded one, split along rows and heads."""
+    agree(kinds / "chunked" / FOUR, kinds / "chunked" / ONE)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import yaml
 
 from kvjax.models.config import Evictor
 from kvjax.train.recipe import (
+    ChunksConfig,
     CompressionChoice,
     DMSConfig,
     DuoConfig,
@@ -22,6 +23,7 @@ from kvjax.train.recipe import (
 TABLES: dict[str, Any] = {
     "`sampling`": SamplingConfig,
     "a choice": CompressionChoice,
+    "`chunks`": ChunksConfig,
     "`lora`": LoRAConfig,
     "`objective`": ObjectiveConfig,
     "`optimizer`": OptimizerConfig,

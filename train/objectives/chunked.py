@@ -233,8 +233,11 @@ def _placed[T](tree: T) -> T:
         return tree
 
     def put(x: Array) -> Array:
-        where = PartitionSpec(*HELD[: min(x.ndim, len(HELD))])
-        return x if x.ndim < 2 else jax.lax.with_sharding_constraint(x, where)
+        if x.ndim < 2:
+            return x
+        # Only what has an axis behind the heads has heads.
+        where = HELD if x.ndim > len(HELD) else PartitionSpec(*HELD[:2])
+        return jax.lax.with_sharding_constraint(x, where)
 
     return jax.tree.map(put, tree)
 

@@ -9,6 +9,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from kvjax.compress.config import Compression
+from kvjax.compress.rolling_plan import check_rolling, rolling_of
 from kvjax.models import checks
 from kvjax.models.bundled import model_directory
 from kvjax.models.config import DecoderConfig
@@ -162,7 +164,18 @@ def check_shape(config: TrainConfig, shape: DecoderConfig) -> None:
             try:
                 for one in made:
                     checks.suits(trained, one.compression)
+                    if config.chunks is not None and where == "sampling":
+                        _check_chunks(config, trained, one.compression, widest)
             except ValueError as wrong:
                 raise ValueError(f"{where}.choices[{number}]: {wrong}") from None
     if config.lora is not None:
         lora.check_rank(config.lora, shape)
+
+
+def _check_chunks(
+    config: TrainConfig, shape: DecoderConfig, c: Compression, widest: int
+) -> None:
+    """What is held can be compressed behind every chunk."""
+    check_rolling(c)
+    checks.compression(shape, c, jnp.array([widest], jnp.int32))
+    rolling_of(c, shape.layers, widest, config.compute)  # slots that bytes pay for
