@@ -2,8 +2,10 @@
 
 Temporaries of one loss and gradient, by the compiler, for rows of several lengths: read
 at once, in chunks with a full cache, and in chunks whose cache is compressed behind
-each. Nothing of that is run. With `--model DIR` one row of `--text` goes through a real
-model at once and in chunks with a full cache, whose gradients should be the same.
+each. Nothing of that is run.
+
+With `--model DIR` instead one row of `--text` goes through a real model at once and in
+chunks with a full cache, whose gradients should be the same.
 """
 
 import functools
@@ -82,7 +84,7 @@ def memory(args: Any) -> dict[str, dict[str, int]]:
     """By way of reading and length."""
     shape = large(args.layers, vocab=8192)
     slots = kvjax.compression(args.compression, **{"evict.budget.slots": args.slots})
-    ways = {
+    ways: dict[str, tuple[ChunksConfig | None, Compression | None]] = {
         "at once": (None, None),
         "chunks, full cache": (ChunksConfig(size=args.chunk), None),
         "chunks, bounded": (ChunksConfig(size=args.chunk), slots),
@@ -92,8 +94,11 @@ def memory(args: Any) -> dict[str, dict[str, int]]:
         ),
     }
     return {
-        name: {str(length): temporaries(shape, *way, length) for length in args.lengths}
-        for name, way in ways.items()
+        name: {
+            str(length): temporaries(shape, chunks, c, length)
+            for length in args.lengths
+        }
+        for name, (chunks, c) in ways.items()
     }
 
 
@@ -140,7 +145,7 @@ def main() -> int:
     args = arguments(
         __doc__,
         lengths=[8192, 32768, 131072],
-        layers=4,
+        layers=2,
         chunk=1024,
         slots=2048,
         compression="snapkv",
@@ -149,12 +154,11 @@ def main() -> int:
         length=4096,
         part=512,
     )
-    results: dict[str, Any] = {"temp_bytes": memory(args) if args.lengths[0] else {}}
-    if args.model:
-        results["gradient"] = compared(args)
+    if not args.model:
+        return report("long_training", vars(args), {"temp_bytes": memory(args)})
     # Where files lie says nothing about what was measured.
     names = {key: pathlib.Path(vars(args)[key]).name for key in ("model", "text")}
-    return report("long_training", vars(args) | names, results)
+    return report("long_gradient", vars(args) | names, compared(args))
 
 
 if __name__ == "__main__":

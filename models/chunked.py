@@ -252,19 +252,20 @@ class Chunking:
         self, config: DecoderConfig, spec: LayerSpec, rows: int
     ) -> LayerInputs:
         """A token that is none, as a layer of the model would hand it over."""
-        heads = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
-        given = {
-            name: jnp.zeros((rows, count, 1, spec.head_dim), self.dtype)
-            for name, count in heads.items()
-        }
-        width = (spec.num_heads, spec.head_dim, config.hidden_size)
+
+        def blank(*shape: int) -> Array:
+            return jnp.zeros(shape, self.dtype)
+
+        heads, kv_heads, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
         retention = None
         if config.evictor is not None:
-            retention = jnp.zeros((rows, spec.num_kv_heads, 1), jnp.float32)
+            retention = jnp.zeros((rows, kv_heads, 1), jnp.float32)
         return LayerInputs(
-            **given,
+            q=blank(rows, heads, 1, d),
+            k=blank(rows, kv_heads, 1, d),
+            v=blank(rows, kv_heads, 1, d),
             positions=jnp.full((rows, 1), EMPTY, jnp.int32),
-            o_proj=jnp.zeros(width, self.dtype),
+            o_proj=blank(heads, d, config.hidden_size),
             retention=retention,
             spec=spec,
         )

@@ -18,6 +18,9 @@ from kvjax.types import LayerInputs, Tokens, pytree
 ROWS = PartitionSpec(TRAINING["batch"])
 """How rows lie on the mesh of a run."""
 
+HELD = PartitionSpec(None, TRAINING["batch"], TRAINING["kv_heads"])
+"""How what layers hold of rows does, `[layers, B, K, ...]`."""
+
 
 def pass_over(
     model: Decoder,
@@ -68,6 +71,21 @@ def along_rows(x: Array) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, ROWS)
+
+
+def held_along_rows[T](tree: T) -> T:
+    """What layers hold of rows, split over the devices along rows and heads."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def put(x: Array) -> Array:
+        if x.ndim < 2:
+            return x
+        # Only what has an axis behind the heads has heads.
+        where = HELD if x.ndim > len(HELD) else PartitionSpec(*HELD[:2])
+        return jax.lax.with_sharding_constraint(x, where)
+
+    return jax.tree.map(put, tree)
 
 
 @pytree
