@@ -102,7 +102,7 @@ def attend(asked: LayerInputs, both: Rolled) -> Partial:
         )
         return found, ()
 
-    # Of one device; without a product a backward pass keeps no logits.
+    # Of one device. A backward pass computes them again, however few they are.
     logits = -(-b * h * both.positions.shape[-1] // partitions())
     chunk = query_chunk(tokens, logits)
     queries = jnp.moveaxis(asked.q, 1, 2)

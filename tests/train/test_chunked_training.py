@@ -99,7 +99,7 @@ def at_once():
     return gradient(recipe(loop_layers=True), model_of())
 
 
-@pytest.mark.sweep(1, 3)
+@pytest.mark.sweep(0, 2)
 @pytest.mark.parametrize(
     ("size", "segments"), [(7, True), (16, False), (48, True), (500, True)]
 )
@@ -195,7 +195,8 @@ def test_the_gradient_goes_through_what_is_held(name):
     )
     (loss, metrics), slope = graph(params_of(model))
     assert_same(found, (loss, metrics, slope), rtol=1e-5)
-    assert abs(float(loss) - float(at_once()[0])) > 1e-3  # and it is another loss
+    full = jax.jit(lambda batch: make_objective(recipe())(model, batch, None)[0])
+    assert abs(float(loss) - float(full(batch))) > 1e-3  # and it is another loss
 
 
 def best_of(scores: np.ndarray, positions: np.ndarray, slots: int) -> np.ndarray:
@@ -220,9 +221,14 @@ RULES = {
 @pytest.mark.sweep(1, 2)
 @pytest.mark.parametrize("name", RULES)
 def test_what_stays_is_the_best_of_what_was_held_and_the_chunk(name):
-    """In the first layer, whose keys do not depend on what was dropped."""
+    """In the first layer, whose keys do not depend on what was dropped.
+
+    No token comes twice: its keys would be of one length but for rounding.
+    """
     model, slots, size = model_of(), 10, 8
-    batch, c = rows_of(SHAPE.vocab_size), bounded(name, slots)
+    c, draw = bounded(name, slots), np.random.default_rng(0)
+    each = np.tile(np.arange(SHAPE.vocab_size, dtype="i4"), (ROWS, 1))
+    tokens = jnp.asarray(draw.permuted(each, axis=1)[:, :WIDTH])
     whole = Chunking.of(kvjax.compression("none"), model.config.layers, WIDTH, "f4")
     chunking = Chunking.of(c, model.config.layers, WIDTH, jnp.float32)
     everywhere = jnp.broadcast_to(jnp.arange(WIDTH), (ROWS, WIDTH))
@@ -236,12 +242,12 @@ def test_what_stays_is_the_best_of_what_was_held_and_the_chunk(name):
     def read(held, tokens, positions):
         return chunking.read(model, held, tokens, positions)[1]
 
-    keys = np.asarray(keys_of(batch.tokens), np.float64)
+    keys = np.asarray(keys_of(tokens), np.float64)
     held = chunking.start(model.config, ROWS)
     kept = [[np.arange(0)] * SHAPE.num_kv_heads for _ in range(ROWS)]
     for start in range(0, WIDTH, size):
         part = slice(start, start + size)
-        held = read(held, batch.tokens[:, part], everywhere[:, part])
+        held = read(held, tokens[:, part], everywhere[:, part])
         found = np.asarray(held.groups[0].tokens.positions[0])
         for row in range(ROWS):
             for head in range(SHAPE.num_kv_heads):

@@ -72,7 +72,7 @@ def segmented(chunks: int, segments: bool) -> tuple[int, int]:
         count = -(-chunks // size)
         return (count + size) * count * size
 
-    size = min(range(1, chunks + 1), key=cost)
+    size = min(range(1, min(chunks, 2 * math.isqrt(chunks) + 1) + 1), key=cost)
     return -(-chunks // size), size
 
 
