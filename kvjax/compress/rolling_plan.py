@@ -72,8 +72,7 @@ def _wrong_eviction(evict: Eviction) -> str:
     if budget.keep is not None:
         return (
             f"their number must not grow with the row; got evict.budget.keep="
-            f"{budget.keep}: set evict.budget.slots instead, as {budget.keep} of "
-            "the tokens that shall be remembered"
+            f"{budget.keep}: set evict.budget.slots in its stead, and no `keeps`"
         )
     if budget.per_head or budget.surveys:
         return (
