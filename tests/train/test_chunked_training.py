@@ -1,6 +1,5 @@
 """Rows that are read in chunks: the same loss and gradient, and what stays held."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -19,6 +18,7 @@ from kvjax.train.objectives.chunked import segmented
 from kvjax.train.objectives.losses import next_token, token_scores
 from kvjax.train.objectives.objective import make_objective
 from kvjax.train.recipe import (
+    CachedConfig,
     ChunksConfig,
     CompressionChoice,
     DuoConfig,
@@ -369,13 +369,13 @@ def test_a_budget_below_what_is_protected_is_refused():
 
 
 def test_a_run_in_chunks(tmp_path):
-    """Two compressions in turns, each a program of its own, and a finished model."""
-    choices = (
-        CompressionChoice(compression="none"),
-        CompressionChoice(compression="knorm", fields={"evict.budget.slots": 24}),
-    )
-    config = dataclasses.replace(
-        in_chunks(32, sampling=SamplingConfig(choices=choices)), log_every=1
+    """From a recipe to a finished model."""
+    choice = CompressionChoice(compression="knorm", fields={"evict.budget.slots": 24})
+    config = in_chunks(
+        32,
+        sampling=SamplingConfig(choices=(choice,)),
+        cached=CachedConfig(items=0),
+        log_every=1,
     )
     state = run(config, tmp_path / "run")
     first = weights_of(config)[1]

@@ -215,7 +215,7 @@ class _Replay:
             stack = jax.tree.map(lambda x, y: x.at[index + 1].set(y), stack, left)
             return stack, None
 
-        if count == 1:
+        if count == 1 or not jax.tree.leaves(stack):
             return stack
         return jax.lax.scan(one, stack, jnp.arange(count - 1))[0]
 
