@@ -29,7 +29,7 @@ def _nothing_runs(monkeypatch):
         def __init__(self, model, made, store, progress):
             self.made = made
 
-        def method(self, group, method):
+        def group(self, group):
             pass
 
     monkeypatch.setattr(harness, "_Runner", Nothing)
@@ -153,7 +153,7 @@ def test_a_fetched_model_says_where_it_is_from(files, model):
     run(files, model)
     said = read_header(files / "run")["source"]
     assert said == f"Tiny, package index, tiny==1.0, sha256 {'0' * 64}"
-    path.write_text(json.dumps({"schema": 1, "source": 3}))
+    path.write_text(json.dumps({"schema": 2, "source": 3}))
     with pytest.raises(ValueError, match="`source` is not what an evaluation writes"):
         read_header(files / "run")
 

@@ -60,7 +60,7 @@ class Nothing:
     def __init__(self, model, made, store, progress):
         self.rows = []
 
-    def method(self, group, method):
+    def group(self, group):
         """All of it is checked by now."""
 
 
