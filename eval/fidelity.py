@@ -256,6 +256,9 @@ class TextGroup(AbstractGroup):
     follow: np.ndarray
     _reference: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
 
+    def asks_for(self):
+        yield np.asarray(self.follow, "<i4").tobytes()
+
     @property
     def room(self):
         return self.text.continuation

@@ -6,6 +6,8 @@ rows that nobody scores, so that each program compiles once.
 
 import abc
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,19 @@ class AbstractGroup(abc.ABC):
     width: int
     tokenizer: Tokenizer
     seed: int | None = None
+
+    @functools.cached_property
+    def source(self) -> str:
+        """Digest of what is asked: of its tokens, and of what is right about them."""
+        total = hashlib.sha256()
+        rows = (np.asarray(row, "<i4").tobytes() for row in self.prompts)
+        for data in (*rows, *self.asks_for()):
+            total.update(f"{len(data)} ".encode() + data)
+        return total.hexdigest()[:16]
+
+    @abc.abstractmethod
+    def asks_for(self) -> Iterator[bytes]:
+        """What is read behind the prompts, and what is right."""
 
     @property
     @abc.abstractmethod

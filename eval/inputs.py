@@ -1,21 +1,14 @@
 """What an evaluation reads beside its configuration, by digests: see `kvjax.inputs`."""
 
-import dataclasses
-import hashlib
 import pathlib
 import re
-from typing import Any
-
-import numpy as np
 
 from kvjax import inputs
 from kvjax.compress.presets import canonical, compression
 from kvjax.eval.asking import files_of
 from kvjax.eval.config import TEXT
-from kvjax.eval.fidelity import TextGroup
 from kvjax.eval.methods import NONE, RANDOM
 from kvjax.eval.plan import EvalPlan
-from kvjax.eval.questions import QuestionGroup
 from kvjax.inputs import Inputs
 
 _WORDS = re.compile(r".*(token|vocab|merges|spiece|sentencepiece).*|.*\.model")
@@ -58,20 +51,4 @@ def inputs_of(
         label = f"tokenizer of {made.config.model!r}"
         found[label] = inputs.of_files(words, known.get(label, {}))
     what = "what is asked (another tokenizer, or another version of kvjax)"
-    return found | {"prompts": {what: _asked(made)}}
-
-
-def _asked(made: EvalPlan) -> str:
-    total = hashlib.sha256()
-    for group in made.groups:
-        rows: list[Any] = [*group.prompts]
-        if isinstance(group, QuestionGroup):
-            rows += [one for turns in group.asked for one in turns]
-            asked = (turn for one in group.episodes for turn in one.turns)
-            rows += [repr(dataclasses.astuple(turn)).encode() for turn in asked]
-        if isinstance(group, TextGroup):
-            rows += [*group.follow]
-        for row in rows:
-            data = row if isinstance(row, bytes) else np.asarray(row, "<i4").tobytes()
-            total.update(f"{len(data)} ".encode() + data)
-    return total.hexdigest()
+    return found | {"prompts": {what: "-".join(group.source for group in made.groups)}}

@@ -56,6 +56,13 @@ class QuestionGroup(AbstractGroup):
     golden: bool = True
     reply_tokens: int
 
+    def asks_for(self):
+        for turns in self.asked:
+            yield from (np.asarray(one, "<i4").tobytes() for one in turns)
+        for episode in self.episodes:
+            asked = (dataclasses.astuple(turn) for turn in episode.turns)
+            yield from (repr(one).encode() for one in asked)
+
     @property
     def reply_room(self) -> int:
         """Tokens decoded at most: a bucket, which tasks share programs by."""

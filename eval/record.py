@@ -50,6 +50,7 @@ def describe(cell: Cell, config: EvalConfig) -> dict[str, Any]:
         "keep": cell.keep,
         "visibility": group.visibility,
         "seed": group.seed,
+        "source": group.source,
         "batch": group.batch,
     }
 

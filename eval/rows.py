@@ -43,6 +43,7 @@ ROWS = pa.schema(
         ("ms_per_token", _real),
         ("compile_s", _real),
         ("seed", _whole),
+        ("source", _word),
         ("batch", _whole),
         ("nll", _real),
         ("kl", _real),
@@ -54,7 +55,8 @@ ROWS = pa.schema(
 )
 """One cell. `depth` is null but for the needle, `turn` (from 1) where one question is
 asked, `keep` for methods without a budget, `score` for fidelity tasks, `nll` and `kl`
-for all others. `ask_ms` is the time in which a batch reads its questions."""
+for all others. `ask_ms` is the time in which a batch reads its questions, `source` a
+digest of what is asked."""
 
 ITEMS = pa.schema(
     [

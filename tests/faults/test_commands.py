@@ -73,7 +73,7 @@ def _train(config, directory, *, progress):
     _stop()
 
 
-def _report(directory, out):
+def _report(directory, out, compare=None):
     from kvjax.eval.report.run import load_run
 
     load_run(directory)
