@@ -5,9 +5,10 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Asked(Protocol):
     """What metrics see of a turn (`kvjax.eval.tasks.Turn`)."""
 
