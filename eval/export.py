@@ -27,7 +27,7 @@ from kvjax.eval.plan import Cell, EvalPlan
 from kvjax.eval.questions import QuestionGroup
 from kvjax.eval.record import mean
 from kvjax.eval.rows import read_rows
-from kvjax.eval.tasks import TASKS
+from kvjax.eval.tasks import RULER
 from kvjax.files import read_text, write_bytes
 from kvjax.places import check_place
 
@@ -107,7 +107,7 @@ def _dataset(made: EvalPlan) -> str:
 
 
 def _of_ruler(group: QuestionGroup) -> bool:
-    return ".ruler" in type(group.task).__module__ and group.task.name in TASKS
+    return group.task.name in RULER
 
 
 def _check_own(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:

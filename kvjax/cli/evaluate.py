@@ -46,7 +46,7 @@ from kvjax.places import expanded
 
 CONFIGS = (
     f"A bundled evaluation ({', '.join(bundled_evaluations())}) or a YAML file; the "
-    "options below change it."
+    "options below change it. If left out: demo, and words with --suite."
 )
 TASK_NAMES = f"Of {', '.join([*TASKS, NEEDLE])}."
 SUITE_NAMES = f"Ask the tasks of a benchmark: {', '.join(suites())}."
@@ -61,6 +61,7 @@ class Eval(Command):
     summary: ClassVar[str] = "Score compressions on tasks; write a run directory."
     examples: ClassVar[str] = (
         "  kvjax eval --compression snapkv,h2o --keep 0.5,0.1 --tasks recall,chain\n"
+        "  kvjax eval --model smollm2 --suite ruler --length 1024\n"
         "  kvjax eval --config my.yaml --model DIR --out results/mine\n"
         "  kvjax eval --compression snapkv --compression.evict.score.window 16\n"
         "  kvjax eval --set batch=8 --set overrides.snapkv.evict.score.kernel=7\n"
@@ -71,7 +72,7 @@ class Eval(Command):
         "given again; `kvjax report OUT` draws the result."
     )
 
-    config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE", help=CONFIGS)] = "demo"
+    config: Annotated[str | None, optional("NAME|FILE", CONFIGS)] = None
     model: OptionalModel = None
     compression: Names = None
     """Compressions from the list above or YAML files, with commas between."""
@@ -111,7 +112,7 @@ class Eval(Command):
     def run(self, ui: UI) -> Mapping[str, Any]:
         """See `Command.run`."""
         config = self.configured()
-        name = pathlib.Path(self.config).stem, pathlib.Path(config.model).name
+        name = pathlib.Path(self.base).stem, pathlib.Path(config.model).name
         out = self.out or pathlib.Path("results") / "-".join(name)
         rows, resumed, exported = evaluate(
             config, out, self.dtype, ui, export=self.export
@@ -133,6 +134,11 @@ class Eval(Command):
             print(f"for kvpress:   {len(result['exported'])} folders beside its rows")
         print(f"to draw it:    kvjax report {result['run']}")
 
+    @property
+    def base(self) -> str:
+        """The evaluation that the options change."""
+        return self.config or (self.suite and "words") or "demo"
+
     def configured(self):
         """The evaluation that the options describe."""
         assignments = parse_assignments(self.set)
@@ -144,7 +150,7 @@ class Eval(Command):
         options = self._options()
         self._check_once([*assignments, *changes], options)
         changes |= options
-        config = load_config(self.config, changes)
+        config = load_config(self.base, changes)
         config = self._with_tasks(config)
         merged = {"everywhere": {**config.everywhere, **everywhere}}
         merged["overrides"] = {k: dict(v) for k, v in config.overrides.items()}

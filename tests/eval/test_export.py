@@ -10,6 +10,8 @@ from kvjax.eval import harness
 from kvjax.eval.export import export_kvpress
 from kvjax.eval.plan import plan
 from kvjax.eval.rows import read_rows
+from kvjax.eval.tasks import RULER
+from kvjax.eval.tasks.recall import Recall
 from tests.eval import tiny
 
 
@@ -59,3 +61,13 @@ def test_a_folder_of_another_run_stays(finished, tmp_path):
     (folders[0] / "config.yaml").unlink()
     with pytest.raises(ValueError, match="is of another run"):
         export_kvpress(made, run, tmp_path)
+
+
+def test_ruler_is_called_so(finished, monkeypatch, tmp_path):
+    made, run, _ = finished
+    assert RULER["vt"].name == "vt"
+    monkeypatch.setattr("kvjax.eval.export.RULER", {"recall": Recall})
+    folder, *_ = export_kvpress(made, run, tmp_path)
+    assert folder.name == "ruler__96__tiny__none__0.00"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics["recall"]) == ["string_match"]
