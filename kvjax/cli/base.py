@@ -154,7 +154,8 @@ def load_model(name: str, dtype: str, ui: UI) -> tuple[Any, Any]:
     path = model_directory(name)
     if dtype == "auto":
         # Small enough to be held twice as large, and several times faster on a CPU.
-        dtype = "float32" if name in bundled_models() else "bfloat16"
+        small = (*bundled_models(), *PUBLISHED)
+        dtype = "float32" if name in small else "bfloat16"
     with ui.status(f"loading {name}"):
         return load(path, dtype)
 

@@ -63,7 +63,7 @@ class Bench(Command):
     repeats: Annotated[int, Range(1, 10**6)] = 3
     """Measurements; their median counts. Compilation is left out."""
     dtype: Dtype = "auto"
-    """Of the parameters; auto is float32 for a bundled model, else bfloat16."""
+    """Of the parameters; auto: float32 if bundled or fetched, else bfloat16."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:

@@ -106,7 +106,7 @@ class Eval(Command):
     out: Folder = None
     """Run directory; results/CONFIG-MODEL if left out."""
     dtype: Dtype = "auto"
-    """Of the parameters; auto is float32 for a bundled model, else bfloat16."""
+    """Of the parameters; auto: float32 if bundled or fetched, else bfloat16."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:

@@ -97,7 +97,7 @@ class Generate(Command):
     seed: Seed = None
     """Of the drawing; 0 if left out."""
     dtype: Dtype = "auto"
-    """Of the parameters; auto is float32 for a bundled model, else bfloat16."""
+    """Of the parameters; auto: float32 if bundled or fetched, else bfloat16."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:

@@ -102,7 +102,7 @@ class LmEval(Command):
     out: Folder = None
     """New directory for results.json; left out, the table is all there is."""
     dtype: Dtype = "auto"
-    """Of the parameters; auto is float32 for a bundled model, else bfloat16."""
+    """Of the parameters; auto: float32 if bundled or fetched, else bfloat16."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:
