@@ -3,7 +3,12 @@
 import dataclasses
 from collections.abc import Mapping
 
-from kvjax.eval.report.comparison import Column, columns_at, full_column
+from kvjax.eval.report.comparison import (
+    Column,
+    columns_at,
+    full_column,
+    plain_column,
+)
 from kvjax.eval.report.comparison.scores import SEEDS
 
 
@@ -27,6 +32,7 @@ SEED1 = ("init=kvjax-tiny-seed1", "seed=1")
 MODELS: Mapping[str, Model] = {
     "base": Model(),
     "base-seed1": Model(name="kvjax-tiny-seed1"),
+    "smollm2": Model(name="smollm2"),
     "tolerant": Model(recipe="tolerant"),
     "tolerant-seed1": Model(recipe="tolerant", sets=SEED1),
     "control": Model(recipe="tolerant", sets=("sampling.choices=[]",)),
@@ -65,6 +71,13 @@ TOLERANCE = ("base", "tolerant", "control")
 """The models of the page of tolerance, of the first seed."""
 
 EVALUATIONS: Mapping[str, tuple[Evaluation, ...]] = {
+    "ruler": (
+        Evaluation(
+            model="smollm2",
+            config="words",
+            options=("--suite", "ruler", "--visibility", "query_agnostic"),
+        ),
+    ),
     "tolerance": tuple(
         Evaluation(model=f"{model}{seed}", config=config)
         for config in ("tolerance", "one_bit", "transfer")
@@ -101,6 +114,18 @@ class Page:
 
 
 PAGES: Mapping[str, Page] = {
+    "ruler": Page(
+        title="RULER on a real model",
+        text="SmolLM2-135M-Instruct as `kvjax fetch smollm2` gets it, eleven of "
+        "RULER's tasks, needles in sentences that are made up, the question hidden "
+        "from the scores. What the model itself can do is the column *full*.",
+        columns=(
+            full_column("words-smollm2"),
+            *columns_at("words-smollm2", "random", "snapkv", keeps=(0.5, 0.25)),
+            plain_column("words-smollm2", "kivi_4bit"),
+            plain_column("words-smollm2", "kivi_2bit"),
+        ),
+    ),
     "dms": Page(
         title="DMS",
         text="`dms` is `kvjax-tiny` trained to give up three tokens of four, each 16 "

@@ -48,6 +48,11 @@ def full_column(evaluation: str, after: str = "") -> Column:
     return Column(title=f"full{after}", evaluation=evaluation, compression="none")
 
 
+def plain_column(evaluation: str, name: str) -> Column:
+    """Of a compression that has no budget."""
+    return Column(title=name, evaluation=evaluation, compression=name)
+
+
 def score_tables(
     columns: Sequence[Column], evaluations: Mapping[str, Measured]
 ) -> list[str]:
