@@ -14,8 +14,8 @@ from kvjax.eval.report.comparison.scores import bound_table as bound_table
 from kvjax.eval.report.comparison.scores import cells_table as cells_table
 from kvjax.eval.report.comparison.scores import columns_at as columns_at
 from kvjax.eval.report.comparison.scores import full_column as full_column
-from kvjax.eval.report.comparison.scores import plain_column as plain_column
 from kvjax.eval.report.comparison.scores import full_table as full_table
+from kvjax.eval.report.comparison.scores import plain_column as plain_column
 from kvjax.eval.report.comparison.scores import score_tables as score_tables
 from kvjax.eval.report.comparison.store import gather as gather
 from kvjax.eval.report.comparison.store import write_numbers as write_numbers
