@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kvjax.eval.config import NEEDLE, TEXT, EvalConfig, TaskEntry
+from kvjax.eval.config import NEEDLE, SESSION, TEXT, EvalConfig, TaskEntry
 from kvjax.eval.framing import Framing, framing
-from kvjax.eval.questions import SESSION, QuestionGroup
+from kvjax.eval.questions import QuestionGroup
 from kvjax.eval.tasks import TASKS, Episode, Task, make_task
 from kvjax.eval.text import Tokenizer
 from kvjax.messages import nearest

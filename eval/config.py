@@ -14,7 +14,8 @@ from kvjax.messages import nearest, shown
 
 Visibility = Annotated[str, OneOf(*VISIBILITIES)]
 Items = Annotated[int, Range(1, 10**6)]
-Mode = Annotated[str, OneOf("requests", "session")]
+REQUESTS, SESSION = "requests", "session"
+Mode = Annotated[str, OneOf(REQUESTS, SESSION)]
 Chat = Annotated[str, OneOf("auto", "always", "never")]
 
 TEXT = "text"
@@ -50,13 +51,13 @@ class TaskEntry(Checked):
     items: Items | None = None
     visibility: tuple[Visibility, ...] = ()
     turns: Annotated[int, Range(1, 64)] = 1
-    mode: Mode = "requests"
+    mode: Mode = REQUESTS
     golden: bool = True
     grid: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        if self.turns == 1 and (self.mode != "requests" or not self.golden):
+        if self.turns == 1 and (self.mode != REQUESTS or not self.golden):
             raise ValueError(
                 f"task {self.title!r}: `mode` and `golden` are of several turns; got "
                 f"one. Raise `turns`, or leave them out."

@@ -13,7 +13,6 @@ from kvjax.eval.text import Tokenizer
 from kvjax.messages import shown
 from kvjax.models.templates import TemplateFault, written
 
-CHATS = ("auto", "always", "never")
 _ASKED, _REPLY, _NEXT = "kvjax-first", "kvjax-second", "kvjax-third"
 _GAP = "\n\n"
 """Between a reply and the next question, where no template says it."""

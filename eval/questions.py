@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import KVCache
+from kvjax.eval.config import REQUESTS, SESSION
 from kvjax.eval.framing import Framing, limit
 from kvjax.eval.groups import AbstractGroup, Answers
 from kvjax.eval.replies import ask, greedy_replies
@@ -18,9 +19,6 @@ from kvjax.eval.timing import timed
 from kvjax.models.decoder import Decoder
 from kvjax.models.inference import extend
 from kvjax.models.padding import bucket, pad_rows
-
-SESSION, REQUESTS = "session", "requests"
-MODES = (REQUESTS, SESSION)
 
 
 @final
