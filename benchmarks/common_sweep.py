@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import time
@@ -13,19 +12,17 @@ from typing import Any
 from common import HERE
 
 import kvjax
-from kvjax.config import decode
-from kvjax.eval.config import EvalConfig
+from kvjax.eval.config import decode_config
 from kvjax.eval.framing import limit
 from kvjax.eval.plan import EvalPlan, plan
 from kvjax.eval.questions import QuestionGroup
 
 OURS = """
 import json, resource, sys, kvjax
-from kvjax.config import decode
-from kvjax.eval.config import EvalConfig
+from kvjax.eval.config import decode_config
 from kvjax.eval.harness import run
 model, tokenizer = kvjax.load(sys.argv[1], dtype="float32")
-run(model, tokenizer, decode(json.loads(sys.argv[2]), EvalConfig), sys.argv[3])
+run(model, tokenizer, decode_config(json.loads(sys.argv[2])), sys.argv[3])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
@@ -33,7 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 def planned(path: str, tree: dict[str, Any]) -> EvalPlan:
     """The evaluation that both sides run."""
     model, tokenizer = kvjax.load(path, dtype="float32")
-    return plan(model.config, tokenizer, decode(tree, EvalConfig))
+    return plan(model.config, tokenizer, decode_config(tree))
 
 
 def ours(path: str, tree: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
@@ -116,8 +113,3 @@ def theirs(
 def group_name(group: QuestionGroup) -> str:
     """As names of cells begin."""
     return f"{group.title}-{group.length}-{group.visibility}"
-
-
-def peak_of_children() -> float:
-    """MiB that the largest of the finished processes took."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
