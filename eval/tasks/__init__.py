@@ -1,4 +1,4 @@
-"""Generated tasks with known answers; one file per task."""
+"""Tasks with known answers, generated or read; a file for each, or for its kind."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -74,7 +74,7 @@ class Command(abc.ABC):
     summary: ClassVar[str]
     examples: ClassVar[str]
     presets: ClassVar[bool] = True
-    resumes: ClassVar[bool] = True
+    resumes: ClassVar[bool]
     """Whether an interrupted call leaves something that the same call goes on with."""
     output: Output
 

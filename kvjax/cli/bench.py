@@ -40,6 +40,7 @@ class Bench(Command):
     """Time prefill and decoding of a model on this machine."""
 
     summary: ClassVar[str] = "Time a model on this machine with several compressions."
+    resumes: ClassVar[bool] = False
     examples: ClassVar[str] = (
         "  kvjax bench\n"
         "  kvjax bench --model DIR --compression none,snapkv,kivi_4bit --length 8192\n"

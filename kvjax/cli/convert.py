@@ -17,6 +17,7 @@ class Convert(Command):
     """Load a checkpoint and save it again, perhaps in another precision."""
 
     summary: ClassVar[str] = "Save a checkpoint in Hugging Face layout, in any dtype."
+    resumes: ClassVar[bool] = False
     presets: ClassVar[bool] = False
     examples: ClassVar[str] = (
         "  kvjax convert path/to/model path/to/copy --dtype bfloat16\n"

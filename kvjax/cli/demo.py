@@ -23,6 +23,7 @@ DMS = "kvjax-tiny-dms"
 class Demo(Command):
     """A small evaluation of the bundled model, its report, and the model trained."""
 
+    resumes: ClassVar[bool] = True
     summary: ClassVar[str] = "See what compression costs: a small evaluation, a report."
     presets: ClassVar[bool] = False
     examples: ClassVar[str] = (

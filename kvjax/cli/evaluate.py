@@ -58,6 +58,7 @@ _BUDGET = "evict.budget.keep"
 class Eval(Command):
     """Score compressions on tasks with known answers."""
 
+    resumes: ClassVar[bool] = True
     summary: ClassVar[str] = "Score compressions on tasks; write a run directory."
     examples: ClassVar[str] = (
         "  kvjax eval --compression snapkv,h2o --keep 0.5,0.1 --tasks recall,chain\n"

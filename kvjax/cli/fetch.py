@@ -19,6 +19,7 @@ class Fetch(Command):
     """Get a published model, to be named with --model in any command."""
 
     summary: ClassVar[str] = "Get a published model, for --model in any command."
+    resumes: ClassVar[bool] = False
     presets: ClassVar[bool] = False
     examples: ClassVar[str] = (
         "  kvjax fetch smollm2\n"

@@ -42,6 +42,7 @@ DEVICES = f"With --dry-run: {', '.join(TARGETS)}."
 class Finetune(Command):
     """Train a model under the compressions that it shall tolerate."""
 
+    resumes: ClassVar[bool] = True
     summary: ClassVar[str] = "Train a model, plain or under simulated compression."
     presets: ClassVar[bool] = False
     examples: ClassVar[str] = (

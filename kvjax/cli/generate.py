@@ -56,6 +56,7 @@ class Generate(Command):
     """Continue a prompt with a compressed cache."""
 
     summary: ClassVar[str] = "Continue a prompt with a compressed cache."
+    resumes: ClassVar[bool] = False
     examples: ClassVar[str] = (
         "  kvjax generate --prompt '[KQ=ab3d] The sun is low. ? [KQ=' --stop ']'\n"
         "  kvjax generate --model DIR --prompt-file long.txt --compression snapkv \\\n"

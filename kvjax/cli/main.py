@@ -206,7 +206,9 @@ def execute(command: Command) -> int:
             command.show(result, Console())
     except KeyboardInterrupt:
         kept = "What is finished is kept; the same command goes on."
-        _complain(f"interrupted. {kept if command.resumes else 'Nothing is kept.'}")
+        if not command.resumes:
+            kept = "Nothing is kept to go on from; the same command begins anew."
+        _complain(f"interrupted. {kept}")
         return INTERRUPTED
     except BrokenPipeError:
         raise

@@ -17,6 +17,7 @@ class Report(Command):
     """Figures and one self-contained page from a run directory."""
 
     summary: ClassVar[str] = "Turn a run directory into figures and one HTML page."
+    resumes: ClassVar[bool] = False
     presets: ClassVar[bool] = False
     examples: ClassVar[str] = (
         "  kvjax report results/demo\n"
