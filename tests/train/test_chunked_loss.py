@@ -1,6 +1,9 @@
 """A loss whose logits are made in pieces is the loss of all of them at once."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -42,6 +45,19 @@ def test_pieces_add_up(teacher, pieces):
         np.testing.assert_allclose(others[name], value, rtol=1e-6, err_msg=name)
     for name, value in slope.items():
         np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_what_does_not_count_is_left_out(teacher):
+    model, batch = model_of(), a_batch()
+    hidden = pass_over(model, batch.tokens, causal_attention).hidden
+    last = batch.tokens.shape[1] - 1
+    few = jnp.zeros_like(batch.answers).at[:, last].set(True)
+    batch = dataclasses.replace(batch, answers=few, weights=few.astype(jnp.float32))
+    every = batch.tokens.size * SHAPE.vocab_size
+    wanted = token_scores(model, hidden, batch, most=every).loss
+    found = token_scores(model, hidden, batch, most=every // 2).loss
+    np.testing.assert_allclose(found[:, -1], wanted[:, -1], rtol=1e-6)
+    assert jnp.mean(found == 0.0) > 0.8
 
 
 def test_no_array_holds_all_logits(teacher):

@@ -12,6 +12,12 @@ from kvjax.types import pytree
 LOGITS = 1 << 28
 """Logits that are held at a time, over all devices: a gibibyte in float32."""
 
+PIECES = 8
+"""Into how many pieces tokens are put that may count or not."""
+
+FEW = 1 << 22
+"""Logits that are all made, whether or not their tokens count."""
+
 Metrics = dict[str, Array]
 
 
@@ -41,6 +47,10 @@ def token_scores(
 ) -> TokenScores:
     """Scores of the tokens behind `hidden`; logits are made for some of them at a time.
 
+    Where there are more than `FEW` logits, those of tokens that neither are an answer
+    nor have a weight are hardly made: the tokens that count go in front, and a piece
+    without any is left out. In a row of a task they are a few of a thousand.
+
     Args:
         model: its head is used.
         hidden: its states of every token.
@@ -48,12 +58,24 @@ def token_scores(
         teacher: to be compared with, or None.
         wanted: its states.
         most: logits that may be held at a time. Where all of them are fewer, there is
-            one chunk; else chunks follow one another, each made again in the backward
+            one piece; else pieces follow one another, each made again in the backward
             pass.
+
+    Returns:
+        The scores; of tokens that do not count, 0 or what they are.
     """
     targets = jnp.pad(batch.tokens[:, 1:], [(0, 0), (0, 1)])
-    found = scores_of(model, hidden, targets, teacher, wanted, most=most)
-    return jax.tree.map(lambda x: x[:, :-1], found)
+    if targets.size * model.config.vocab_size <= min(FEW, most):
+        found = scores_of(model, hidden, targets, teacher, wanted, most=most)
+        return jax.tree.map(lambda x: x[:, :-1], found)
+    counted = jnp.pad(((batch.weights > 0) | batch.answers)[:, 1:], [(0, 0), (0, 1)])
+    order = jnp.argsort(~counted, axis=1, stable=True)
+    ours, targets, counted, wanted = jax.tree.map(
+        lambda x: _taken(x, order), (hidden, targets, counted, wanted)
+    )
+    found = scores_of(model, ours, targets, teacher, wanted, counted, most=most)
+    back = jnp.argsort(order, axis=1)
+    return jax.tree.map(lambda x: _taken(x, back)[:, :-1], found)
 
 
 def scores_of(
@@ -62,12 +84,18 @@ def scores_of(
     targets: Int[Array, "B T"],
     teacher: Decoder | None = None,
     wanted: Float[Array, "B T E"] | None = None,
+    counted: Bool[Array, "B T"] | None = None,
     *,
     most: int = LOGITS,
 ) -> TokenScores:
-    """`token_scores` for targets that are given, `[B, T]` of everything."""
+    """`token_scores` for targets that are given, `[B, T]` of everything.
+
+    With `counted`, those that count in front, pieces without any are 0.
+    """
     rows, width = targets.shape
     count = -(-rows * width * model.config.vocab_size // most)
+    if counted is not None:
+        count = max(count, PIECES)
 
     def score(hidden: Array, targets: Array, wanted: Array | None) -> TokenScores:
         logits = model.logits(hidden)
@@ -80,11 +108,24 @@ def scores_of(
 
     if count == 1:
         return score(hidden, targets, wanted)
-    pieces = jax.tree.map(lambda x: _cut(x, count), (hidden, targets, wanted))
-    scan = jax.checkpoint(lambda _, piece: ((), score(*piece)))
+
+    def piece_of(x: tuple, counted: Array | None) -> TokenScores:
+        if counted is None:
+            return score(*x)
+        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(score, *x))
+        return jax.lax.cond(counted.any(), lambda: score(*x), lambda: nothing)
+
+    everything = ((hidden, targets, wanted), counted)
+    pieces = jax.tree.map(lambda x: _cut(x, count), everything)
+    scan = jax.checkpoint(lambda _, piece: ((), piece_of(*piece)))
     _, found = jax.lax.scan(scan, (), pieces)
     found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1), found)
     return jax.tree.map(lambda x: x[:, :width], found)
+
+
+def _taken(x: Array, order: Int[Array, "B T"]) -> Array:
+    """`[B, T, ...]` with every row in its order."""
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), 1)
 
 
 def _cut(x: Array, count: int) -> Array:
