@@ -13,7 +13,12 @@ from kvjax.eval.text import Tokenizer
 from kvjax.messages import shown
 from kvjax.models.templates import TemplateFault, written
 
-_ASKED, _REPLY, _NEXT = "kvjax-first", "kvjax-second", "kvjax-third"
+_CHATS = (
+    ("kvjax-first", "kvjax-second", "kvjax-third"),
+    ("A text.\n\nWhat is in it?", "It has\ntwo lines.", "And who wrote it?"),
+)
+"""Question, reply and question: what is around them must not depend on them."""
+
 _GAP = "\n\n"
 """Between a reply and the next question, where no template says it."""
 
@@ -63,7 +68,7 @@ class Framing:
         """
         text = self.said(before.answer) if before else ""
         text += (turn.question if question else "") + self.closing + turn.prefix
-        return tuple(self.tokenizer.encode(text))
+        return tuple(self.tokenizer.going_on(text))
 
     def said(self, reply: str) -> str:
         """A reply and what stands before the next question."""
@@ -121,46 +126,69 @@ def framing(
             "`chat` is 'always', and the tokenizer has no chat template. Use 'auto' or "
             "'never', or a model that is made for chats."
         )
-    if chat == "never" or not has or (chat == "auto" and not task.chat):
-        return _plain(tokenizer, task, ends)
-    return _chat(tokenizer, task, ends, thinking)
+    if has and (chat == "always" or (chat == "auto" and task.chat)):
+        return chat_framing(tokenizer, task.system, ends, thinking)
+    if task.chat:
+        return plain_framing(tokenizer, task.system, ends)
+    # Its replies have a stop of their own.
+    return Framing(tokenizer=tokenizer, begin=tuple(tokenizer.prefix))
 
 
-def _plain(tokenizer: Tokenizer, task: Task, ends: Sequence[int]) -> Framing:
-    begin = tuple(tokenizer.prefix)
-    if not task.chat:  # its replies have a stop of their own
-        return Framing(tokenizer=tokenizer, begin=begin)
+def plain_framing(
+    tokenizer: Tokenizer, system: str = "", ends: Sequence[int] = ()
+) -> Framing:
+    """Texts in words without a template: a line break closes a question.
+
+    Args:
+        tokenizer: of the model.
+        system: stands before a context.
+        ends: ids that end what the model writes.
+    """
     return Framing(
         tokenizer=tokenizer,
-        opening=task.system + _GAP if task.system else "",
+        opening=system + _GAP if system else "",
         closing="\n",
         between=_GAP,
-        begin=begin,
+        begin=tuple(tokenizer.prefix),
         ends=tuple({*ends, *tokenizer.ends}),
     )
 
 
-def _chat(
-    tokenizer: Tokenizer, task: Task, ends: Sequence[int], thinking: bool
+def chat_framing(
+    tokenizer: Tokenizer,
+    system: str = "",
+    ends: Sequence[int] = (),
+    thinking: bool = False,
 ) -> Framing:
-    system = [{"role": "system", "content": task.system}] if task.system else []
+    """Texts as messages, as the template of the tokenizer writes them.
+
+    Args:
+        tokenizer: of the model.
+        system: a message of the system; begins the first question where the template
+            has no such role.
+        ends: ids that end what the model writes.
+        thinking: templates that know `enable_thinking` are told so.
+
+    Raises:
+        TemplateFault: the template refuses a plain question, or writes it another way.
+    """
+    said = [{"role": "system", "content": system}] if system else []
     lead = ""
     try:
-        text = _written(tokenizer, system, thinking)
+        before, *others = _around(tokenizer, said, thinking)
     except TemplateFault:
-        if not system:
+        if not said:
             raise
-        text = ""
-    if task.system not in text or not text:  # the template has no such role
-        text, lead = _written(tokenizer, [], thinking), task.system + _GAP
-    opening, rest = text.split(_ASKED)
-    closing, rest = rest.split(_REPLY)
-    between, _ = rest.split(_NEXT)
+        before = ""
+    if system not in before or not before:  # the template has no such role
+        before, *others = _around(tokenizer, [], thinking)
+        lead = system + _GAP if system else ""
+    closing, between = others
     last = [t for t in tokenizer.encode(between)[:1] if tokenizer.is_special(t)]
     end = "".join(map(tokenizer.piece, last))
     return Framing(
         tokenizer=tokenizer,
-        opening=opening + lead,
+        opening=before + lead,
         closing=closing,
         end=end,
         between=between.removeprefix(end),
@@ -169,27 +197,48 @@ def _chat(
     )
 
 
-def _written(tokenizer: Tokenizer, system: list[dict[str, str]], thinking: bool) -> str:
-    """A chat of two questions as the template writes it.
+def _around(
+    tokenizer: Tokenizer, system: list[dict[str, str]], thinking: bool
+) -> tuple[str, str, str]:
+    """What a template writes before a question, behind it, and behind a reply.
 
     Raises:
-        ValueError: a text is not in it once, in its place.
+        TemplateFault: a text is not in it once, in its place, or others change that.
     """
+    one, other = (_written(tokenizer, system, texts, thinking) for texts in _CHATS)
+    if one != other:
+        raise TemplateFault(
+            "the chat template writes another text around other messages: "
+            f"{shown(''.join(one))} and {shown(''.join(other))}. {_REMEDY}"
+        )
+    return one
+
+
+_REMEDY = "Mend the template, or ask without it."
+
+
+def _written(
+    tokenizer: Tokenizer,
+    system: list[dict[str, str]],
+    texts: tuple[str, str, str],
+    thinking: bool,
+) -> tuple[str, str, str]:
+    """`_around` of a chat of two questions."""
+    roles = ("user", "assistant", "user")
     chat = [
-        *system,
-        {"role": "user", "content": _ASKED},
-        {"role": "assistant", "content": _REPLY},
-        {"role": "user", "content": _NEXT},
+        {"role": role, "content": text} for role, text in zip(roles, texts, strict=True)
     ]
-    made = written(tokenizer.raw, chat, ask=True, thinking=thinking)
+    made = written(tokenizer.raw, [*system, *chat], ask=True, thinking=thinking)
     # The first question alone says what is written before a reply: what some templates
     # add there for a reply to come is not in front of an earlier one.
-    asked = written(tokenizer.raw, chat[: len(system) + 1], ask=True, thinking=thinking)
-    counts = [made.count(mark) for mark in (_ASKED, _REPLY, _NEXT)]
-    if [*counts, asked.count(_ASKED)] != [1, 1, 1, 1]:
+    asked = written(tokenizer.raw, [*system, chat[0]], ask=True, thinking=thinking)
+    counts = [made.count(text) for text in texts]
+    first, reply, following = texts
+    if [*counts, asked.count(first)] != [1, 1, 1, 1]:
         raise TemplateFault(
-            f"the chat template does not write each message once: {shown(made)}. Use "
-            "`chat: never`, or mend the template."
+            f"the chat template does not write each message once: {shown(made)}. "
+            f"{_REMEDY}"
         )
-    opening, closing = asked.split(_ASKED)
-    return opening + _ASKED + closing + made[made.index(_REPLY) :]
+    opening, closing = asked.split(first)
+    between, _ = made[made.index(reply) + len(reply) :].split(following)
+    return opening, closing, between

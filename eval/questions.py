@@ -157,7 +157,7 @@ class QuestionGroup(AbstractGroup):
         items = tuple(self._items(index, turn, texts))
         said = [()] * len(index)
         if self.mode == SESSION and not self.golden:
-            encode = self.tokenizer.encode
+            encode = self.tokenizer.going_on
             said = [tuple(encode(self.framing.said(text))) for text in texts]
         return dataclasses.replace(given, items=items), said
 
@@ -186,7 +186,7 @@ class QuestionGroup(AbstractGroup):
     ) -> list[str]:
         """The likeliest choice of each row, by the sum over its tokens."""
         most = max(len(one.choices) for one in turns)
-        encode = self.framing.tokenizer.encode
+        encode = self.framing.tokenizer.going_on
         rows = [[tuple(encode(text)) for text in one.choices] for one in turns]
         width = bucket(max(len(tokens) for row in rows for tokens in row), 1)
         found = np.full((len(turns), most), -np.inf)

@@ -12,7 +12,6 @@ from kvjax.eval.timing import timed
 from kvjax.models.decoder import Decoder
 from kvjax.models.generation import generate_from
 from kvjax.models.inference import extend
-from kvjax.models.reading import last_of
 from kvjax.types import LengthsLike, TokensLike
 
 
@@ -88,6 +87,6 @@ def ask(
 
     Arguments and errors are those of `extend`.
     """
-    lengths = jnp.asarray(lengths)
-    logits, cache = extend(model, cache, jnp.asarray(questions), lengths)
-    return last_of(logits, lengths), cache
+    tokens, lengths = jnp.asarray(questions), jnp.asarray(lengths)
+    logits, cache = extend(model, cache, tokens, lengths, last=True)
+    return logits[:, 0], cache

@@ -6,6 +6,9 @@ from typing import Any
 
 from kvjax.models.tokenizer import encoded
 
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""Of the SentencePiece kind, for a space."""
+
 
 class Tokenizer:
     """A Hugging Face tokenizer as the harness uses it.
@@ -43,6 +46,25 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Tokens without specials."""
         return encoded(self.raw, text, add_special_tokens=False)
+
+    def going_on(self, text: str) -> list[int]:
+        """Tokens of a text behind another, without specials.
+
+        Tokenizers of the SentencePiece kind put a space in front of what they are
+        given: here it is not the beginning. Behind a line break, which they do not join
+        with anything, there is none.
+        """
+        alone = self.encode(text)
+        if not self._leads:
+            return alone
+        before, joined = self.encode("\n"), self.encode("\n" + text)
+        return joined[len(before) :] if joined[: len(before)] == before else alone
+
+    @functools.cached_property
+    def _leads(self) -> bool:
+        """Whether the tokenizer puts a space in front of a text."""
+        pieces = self.raw.convert_ids_to_tokens(self.encode("a"))
+        return bool(pieces) and str(pieces[0]).startswith(_SPACE)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without specials."""

@@ -27,6 +27,7 @@ from kvjax.models.reading import (
     attend_prompt,
     in_front,
     last_logits,
+    last_of,
     observe_prompt,
     seen_before,
     with_prefix,
@@ -34,6 +35,7 @@ from kvjax.models.reading import (
 from kvjax.narrow import narrow
 from kvjax.types import (
     LayerInputs,
+    Lengths,
     LengthsLike,
     Tokens,
     TokensLike,
@@ -47,10 +49,12 @@ def step(
     cache: KVCache,
     tokens: Tokens,
     positions: Int[Array, "B T"],
-) -> tuple[Float[Array, "B T V"], KVCache]:
+    lengths: Lengths | None = None,
+) -> tuple[Float[Array, "B t V"], KVCache]:
     """New tokens through the model and the cache; padding has position `EMPTY`.
 
-    The cache's `length` stays.
+    The cache's `length` stays. With `lengths`, `[B]` tokens per row, logits are of each
+    row's last token, and `t` is 1.
     """
 
     def attend(inputs: LayerInputs, groups: tuple[LayerCache, ...]):
@@ -60,7 +64,10 @@ def step(
 
     reading = Attending(step=attend, state=cache.groups, loops=cache.loops)
     seen = model.run(tokens, positions, reading)
-    logits = model.logits(seen.hidden)
+    hidden = seen.hidden
+    if lengths is not None:
+        hidden = last_of(hidden, lengths)[:, None]
+    logits = model.logits(hidden)
     over = [jnp.any(group.overflow, axis=0) for group in seen.state]
     over = functools.reduce(jnp.logical_or, over)
     # Under `jit` nobody can be told that a token did not fit, so the row says so.
@@ -110,8 +117,8 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def _extend(graph, params, cache, tokens, positions):
-    return step(nnx.merge(graph, params), cache, tokens, positions)
+def _extend(graph, params, cache, tokens, positions, lengths=None):
+    return step(nnx.merge(graph, params), cache, tokens, positions, lengths)
 
 
 @narrow
@@ -174,7 +181,9 @@ def extend(
     cache: KVCache,
     tokens: TokensLike,
     lengths: LengthsLike | None = None,
-) -> tuple[Float[Array, "B T V"], KVCache]:
+    *,
+    last: bool = False,
+) -> tuple[Float[Array, "B t V"], KVCache]:
     """Logits of new tokens, and the cache that has seen them; `cache` stays as it is.
 
     Args:
@@ -182,9 +191,11 @@ def extend(
         cache: the cache.
         tokens: `[B, T]` right-padded; one token per row is a decode step.
         lengths: `[B]` tokens per row; None: all of them.
+        last: make the logits of each row's last token alone, as of a question.
 
     Returns:
-        `logits [B, T, V]` float32 (anything behind a row's length) and the cache.
+        `logits [B, T, V]` float32 (anything behind a row's length), or `[B, 1, V]` with
+        `last`; and the cache.
 
     Raises:
         ValueError: wrong shapes, tokens outside the vocabulary, a cache of another
@@ -198,7 +209,8 @@ def extend(
     before = cache.length[:, None]
     positions = padded_positions(lengths, tokens.shape[1], before)
     graph, params = nnx.split(model)
-    logits, after = _extend(graph, params, nameless(cache), tokens, positions)
+    ends = lengths if last else None
+    logits, after = _extend(graph, params, nameless(cache), tokens, positions, ends)
     length = cache.length + lengths
     after = dataclasses.replace(after, length=length, provenance=cache.provenance)
     return logits[:, :width], after

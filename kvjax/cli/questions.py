@@ -11,10 +11,12 @@ import numpy as np
 from kvjax.cli.base import UI
 from kvjax.cli.stream import Stream
 from kvjax.compress.config import Compression
+from kvjax.eval.framing import Framing, chat_framing, plain_framing
+from kvjax.eval.tasks import Episode, Turn
+from kvjax.eval.text import Tokenizer
 from kvjax.models import checks
 from kvjax.models.decoder import Decoder
 from kvjax.models.sampling import Sampling
-from kvjax.models.tokenizer import encoded
 
 _BETWEEN = "\n\n"
 
@@ -44,7 +46,7 @@ class Asking:
         """Print the answers as they come, and give them back.
 
         Raises:
-            ValueError: an empty question, a template that changes the text, or more
+            ValueError: an empty text or question, a template that changes them, or more
                 tokens than the model takes; before anything is computed.
         """
         import jax
@@ -86,11 +88,12 @@ class Asking:
         if not ui.json:
             print(f"{_BETWEEN[1:] * (number > 0)}> {question}", flush=True)
         printer = Stream(self.tokenizer, sys.stdout, quiet=ui.json)
-        logits, cache = extend(self.model, cache, jnp.asarray([ids], jnp.int32))
+        tokens = jnp.asarray([ids], jnp.int32)
+        logits, cache = extend(self.model, cache, tokens, last=True)
         out = generate_from(
             self.model,
             cache,
-            logits[:, -1],
+            logits[:, 0],
             max_new_tokens=self.most,
             **dataclasses.asdict(drawing),
             stop_tokens=self.stops,
@@ -111,50 +114,25 @@ class Asking:
         self, text: str, questions: Sequence[str]
     ) -> tuple[list[int], list[list[int]]]:
         """Tokens up to the end of the text, and for each question those behind it."""
-        text, heads, tails = text.strip(), [], []
         for question in questions:
             if not question.strip():
                 raise ValueError("--question is empty; ask something, or leave it out.")
-            head, tail = self._written(text, question.strip())
-            heads.append(head)
-            tails.append(tail)
-        if len({*heads}) > 1:
-            raise ValueError(
-                "the chat template writes another text for each question, so that none "
-                "can be read before them. Ask with --prompt, one at a time."
-            )
-        plain = not getattr(self.tokenizer, "chat_template", None)
-        ids = encoded(self.tokenizer, heads[0], add_special_tokens=plain)
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one token.")
-        return ids, [self._behind(ids, heads[0], tail, plain) for tail in tails]
+        text = text.strip()
+        if not text:
+            raise ValueError("the prompt is empty; give it some text.")
+        frame, turns = self._framed([question.strip() for question in questions])
+        prompt = frame.prompt(Episode(context=text + _BETWEEN, turns=tuple(turns)))
+        return list(prompt), [list(frame.asked(turn)) for turn in turns]
 
-    def _behind(self, ids: list[int], head: str, tail: str, plain: bool) -> list[int]:
-        """Tokens of `tail` behind `head`: no begin token, no space in front."""
-        whole = encoded(self.tokenizer, head + tail, add_special_tokens=plain)
-        if whole[: len(ids)] == ids and len(whole) > len(ids):
-            return whole[len(ids) :]
-        return encoded(self.tokenizer, tail, add_special_tokens=False)
-
-    def _written(self, text: str, question: str) -> tuple[str, str]:
-        """A chat up to the end of the text, and from the question on."""
-        from kvjax.models.templates import TemplateFault, written
-
-        if not getattr(self.tokenizer, "chat_template", None):
-            return text + _BETWEEN, f"Question: {question}\nAnswer:"
-        both = f"{text}{_BETWEEN}{question}"
-        message = {"role": "user", "content": both}
-        try:
-            chat = written(self.tokenizer, [message], ask=True)
-        except TemplateFault as wrong:
-            raise ValueError(
-                f"the chat template refuses the question ({wrong}). Mend the template."
-            ) from wrong
-        at = chat.rfind(both)
-        if at < 0:
-            raise ValueError(
-                "the chat template changes the text, so that it cannot be read before "
-                "the question. Ask with --prompt, one question at a time."
-            )
-        cut = at + len(text) + len(_BETWEEN)
-        return chat[:cut], chat[cut:]
+    def _framed(self, questions: Sequence[str]) -> tuple[Framing, list[Turn]]:
+        """As evaluations ask: by the chat template, if there is one."""
+        tokenizer = Tokenizer(self.tokenizer, self.model.config.vocab_size)
+        about = {"answer": "", "meta": {}}
+        if not tokenizer.has_template:
+            turns = [
+                Turn(question=f"Question: {one}", prefix="Answer:", **about)
+                for one in questions
+            ]
+            return plain_framing(tokenizer), turns
+        turns = [Turn(question=one, **about) for one in questions]
+        return chat_framing(tokenizer), turns

@@ -66,9 +66,13 @@ def test_the_whole_cache_answers_as_one_prompt(kvjax, checkpoint, tmp_path, temp
     ("template", "question", "match"),
     [
         (CHAT, " \n", "--question is empty"),
-        (CHAT.replace("m.content", "m.content | upper"), "Who?", "changes the text"),
-        (CHAT + "{{ raise_exception('no') }}", "Who?", "the chat template refuses"),
-        ("{{ messages[0].content | length }}" + CHAT, "Why is it?", "another text for"),
+        (CHAT.replace("m.content", "m.content | upper"), "Who?", "not write each"),
+        (CHAT + "{{ raise_exception('no') }}", "Who?", "no"),
+        (
+            "{{ messages[0].content | length }}" + CHAT,
+            "Why is it?",
+            "around other mess",
+        ),
     ],
 )
 def test_questions_that_cannot_be_asked(

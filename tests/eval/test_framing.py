@@ -100,6 +100,34 @@ def test_a_system_message_without_its_role_begins_the_first(template):
     assert text(frame, frame.asked(FIRST)) == "who?)it is "
 
 
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_no_space_is_put_between_what_is_read_at_once_and_later(template):
+    """Of the SentencePiece kind, which put one in front of every text."""
+    tokenizer = sentencepieces()
+    tokenizer.chat_template = template
+    frame = framing(Tokenizer(tokenizer, 100), Words())
+    read = (*frame.prompt(EPISODE), *frame.asked(FIRST))
+    whole = f"{frame.opening}a text. who?{frame.closing}it is "
+    assert str(tokenizer.decode(read)).lstrip() == whole
+    assert len(tokenizer.encode("who?")) == len("\N{LOWER ONE EIGHTH BLOCK}who?")
+
+
+def sentencepieces():
+    """Of characters, with a mark for spaces and for the beginning, as Llama 2's."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    space = "\N{LOWER ONE EIGHTH BLOCK}"
+    known = sorted({*"abcdefghijklmnopqrstuvwxyz.?:\n<>", space})
+    made = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(known)}, []))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(space), normalizers.Replace(" ", space)]
+    )
+    made.decoder = decoders.Replace(space, " ")
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
 def test_thinking_is_asked_for():
     frame = framed(THINKS, Words())
     assert text(frame, frame.asked(FIRST)) == "who?)[no thought]it is "
@@ -121,6 +149,8 @@ def test_length_counts_all_that_is_read_and_the_reply():
         ("{{ messages[-1]['content'] }}", "does not write each message once"),
         ("{{ raise_exception('never') }}", "never"),
         ("{% for m in messages %}{{ m['content'] * 2 }}{% endfor %}", "once"),
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "once"),
+        ("{{ messages[-1].content | length }}" + CHATML, "around other messages"),
     ],
 )
 def test_templates_that_lose_messages_are_refused(template, said):

@@ -92,7 +92,14 @@ def question(
     if not (context + prompt).strip():
         return fault(EMPTY)
     try:
-        pieces = [words.encode(checked(text)) for text in (context, prompt, answer)]
+        pieces = [
+            words.encode(checked(text), going_on=bool(before))
+            for before, text in (
+                ("", context),
+                (context, prompt),
+                (context + prompt, answer),
+            )
+        ]
     except Unusable as wrong:
         return fault(wrong.kind, str(wrong))
     tokens = np.concatenate([words.begin, *pieces, words.end])

@@ -1,5 +1,6 @@
 """Synthetic tasks as data: how long an episode is, and datasets for any trainer."""
 
+import functools
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +45,12 @@ class TaskRows:
         Answers weigh 1 each, and in words the end of an answer, too; the rest, mostly
         filler nobody can predict, `context_weight`.
         """
-        frame, encode = self.frame, self.words.encode
+        frame = self.frame
+        encode = functools.partial(self.words.encode, going_on=True)
         begin = self.words.begin if not frame.chat else ()
         end = (frame.ends[-1:] if frame.chat else self.words.end)[:1]
         pieces = [(np.asarray(begin, np.int32), False)]
-        pieces.append((encode(frame.opening + episode.context), False))
+        pieces.append((self.words.encode(frame.opening + episode.context), False))
         for number, turn in enumerate(episode.turns):
             between = frame.between if number else ""
             pieces.append((encode(between + turn.question), False))

@@ -15,7 +15,6 @@ from kvjax.models.bundled import model_directory
 from kvjax.models.hub import checkpoint_directory
 from kvjax.models.io import load_config
 from kvjax.models.tokenizer import (
-    encoded,
     has_tokenizer,
     save_tokenizer,
 )
@@ -54,15 +53,20 @@ class Words:
         for token in (*self.begin, *self.end):
             self._check(token)
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, *, going_on: bool = False) -> np.ndarray:
         """Token ids of a text, int32, without specials.
+
+        Args:
+            text: what is read.
+            going_on: whether it stands behind another.
 
         Raises:
             ValueError: the tokenizer has tokens that the model does not know, or the
                 text has characters that are none.
         """
         check_text(text, "the text")
-        tokens = encoded(self.tokenizer, text, add_special_tokens=False)
+        read = Tokenizer(self.tokenizer, self.vocab_size)
+        tokens = read.going_on(text) if going_on else read.encode(text)
         found = np.asarray(tokens, np.int32)
         if found.size and found.max() >= self.vocab_size:
             self._check(int(found.max()))
@@ -132,8 +136,10 @@ class Characters(Words):
         """The same as a Hugging Face tokenizer, built when it is first needed."""
         return characters.build_tokenizer()
 
-    def encode(self, text: str) -> np.ndarray:
-        return characters.encode(text) if text.isascii() else super().encode(text)
+    def encode(self, text: str, *, going_on: bool = False) -> np.ndarray:
+        if text.isascii():
+            return characters.encode(text)
+        return super().encode(text, going_on=going_on)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return characters.decode(tokens)
