@@ -8,7 +8,7 @@ from typing import Any
 
 from kvjax.config import decode
 from kvjax.eval.asking import parts
-from kvjax.eval.config import TaskEntry, as_entry
+from kvjax.eval.config import TEXT, TaskEntry, as_entry
 from kvjax.eval.tasks import TASKS
 from kvjax.files import yaml_mapping
 from kvjax.messages import nearest, shown
@@ -97,6 +97,10 @@ def _has(entry: TaskEntry, field: str) -> bool:
 
 
 def _lacks(entry: TaskEntry) -> str:
+    if entry.name == TEXT:
+        if entry.fields.get("path"):
+            return ""
+        return f"it reads a text of yours (--task-set {entry.title}.path=FILE)."
     depth = 0.5 if entry.depths else None
     found = (task.lacks() for task in parts(entry, depth).values())
     return next((lacks for lacks in found if lacks), "")

@@ -13,6 +13,7 @@ from tests.tree import tool
 
 pages = tool("results_pages")
 tolerance = tool("results_tolerance")
+real = tool("results_real")
 
 SEEN = "query_aware"
 BASE = {
@@ -122,3 +123,31 @@ def test_bound_of_streaming_llm():
     # Records lie anywhere in the context, and half of it stays but for the sinks.
     assert got[0.25] < got[0.5] < 0.6
     assert got[0.5] == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_page_of_a_real_model():
+    """Gates stand beside SnapKV; texts are perplexities, and no cells of a gap."""
+    header = {
+        "config": {"items": 8, "lengths": [64]},
+        **{"dtype": "float32", "jax": "1.2", "device": "cpu", "date": "2030-01-02"},
+    }
+
+    def one(method: str, score: float, loss: float) -> Measured:
+        task, text = ("vt", "query_agnostic"), ("novel", "query_agnostic")
+        scores = {
+            (*task, "none", None): 0.8,
+            (*task, method, 0.25): score,
+            (*text, "none", None): 1.0,
+            (*text, method, 0.25): 0.1,
+        }
+        losses = {(*text, "none", None): loss, (*text, method, 0.25): 2 * loss}
+        return Measured(scores=scores, bytes={}, header=header, losses=losses)
+
+    found = {
+        "real_tolerance-smollm2": one("snapkv", 0.2, math.log(2.0)),
+        "real_tolerance-smollm2-surrogate": one("surrogate", 0.5, math.log(2.0)),
+    }
+    assert {cell[0] for cell in real.scores(found)["smollm2"]} == {"vt"}
+    lines = real.page(found)
+    assert "| snapkv, keep 1/4 | 50 | 50 | 20.0, 50.0, 80.0 | 1 |" in lines
+    assert "| novel | snapkv | 0.25 | 4.00 |  |" in lines

@@ -1,5 +1,6 @@
 """The numbers that docs/results/ keeps."""
 
+import dataclasses
 import json
 
 import pytest
@@ -40,10 +41,19 @@ def test_what_is_written_is_read(tmp_path):
     assert conditions([got["b"].header])["items per cell"] == "500"
 
 
+def test_losses_of_texts_are_kept(tmp_path):
+    path = tmp_path / "page.json"
+    measured = dataclasses.replace(one({CELL: 0.5, NONE: 1.0}), losses={NONE: 2.25})
+    write_numbers(path, {"a": measured})
+    assert read_numbers(path)["a"].losses == {NONE: 2.25}
+
+
 def test_no_path_of_a_machine_is_kept(tmp_path):
     path = tmp_path / "page.json"
-    write_numbers(path, {"a": one({CELL: 0.5})})
-    assert "somebody" not in path.read_text()
+    tasks = [{"name": "text", "fields": {"path": "/somebody/texts/novel.txt"}}]
+    header = {**HEADER, "config": {**HEADER["config"], "tasks": tasks}}
+    write_numbers(path, {"a": dataclasses.replace(one({CELL: 0.5}), header=header)})
+    assert "somebody" not in path.read_text() and "novel.txt" in path.read_text()
 
 
 def test_a_page_that_is_not_there_has_no_numbers(tmp_path):

@@ -8,16 +8,21 @@
 Everything is kept under `--work` and goes on where it stopped: checkpoints of runs,
 exported models, finished cells of evaluations. What `--work` lacks of a page is taken
 from the numbers of its last version, `docs/results/PAGE.json`.
+
+Models of words train on the texts of `lm/gutenberg` in the folder that KVJAX_DATA
+names, all but the one that evaluations are about.
 """
 
 import argparse
+import os
 import pathlib
 import subprocess
 import sys
 from collections.abc import Mapping
 
+import results_real
+import results_tolerance
 from results_pages import EVALUATIONS, MODELS, PAGES, Evaluation
-from results_tolerance import DRAWN, EVICTION, scores, tolerance_page
 
 from kvjax.eval.report import comparison
 from kvjax.eval.report.comparison import Measured
@@ -27,11 +32,39 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"
 
 
-def run(*command: object) -> None:
+HELD_OUT = "The-Adventures-of-Sherlock-Holmes_1661.txt"
+
+OWN = {"tolerance": results_tolerance, "real_tolerance": results_real}
+"""Pages that compare a model before and after training."""
+
+
+def run(*command: object, **environment: str) -> None:
     """Run a command; its failure is ours."""
     words = [str(word) for word in command]
     print("+", " ".join(words), flush=True)
-    subprocess.run(words, check=True, cwd=ROOT)
+    subprocess.run(words, check=True, cwd=ROOT, env={**os.environ, **environment})
+
+
+def texts() -> pathlib.Path:
+    """The folder of texts."""
+    data = os.environ.get("KVJAX_DATA", "")
+    if not (folder := pathlib.Path(data) / "lm" / "gutenberg").is_dir() or not data:
+        sys.exit(
+            "error: models of words need KVJAX_DATA, a folder with lm/gutenberg/*.txt, "
+            f"{HELD_OUT} among them, and lm/wikitext-2/test.txt."
+        )
+    return folder
+
+
+def training_data(work: pathlib.Path) -> pathlib.Path:
+    """A folder of data as KVJAX_DATA names one, without the text that is held out."""
+    made = work / "training_data"
+    folder = made / "lm" / "gutenberg"
+    folder.mkdir(parents=True, exist_ok=True)
+    for text in texts().glob("*.txt"):
+        if text.name != HELD_OUT and not (folder / text.name).exists():
+            (folder / text.name).symlink_to(text)
+    return made
 
 
 def model_path(name: str, work: pathlib.Path) -> str:
@@ -41,28 +74,37 @@ def model_path(name: str, work: pathlib.Path) -> str:
         return model.name
     run_dir = work / "runs" / name
     if not (run_dir / "model" / "config.json").is_file():
-        sets = [word for text in model.sets for word in ("--set", text)]
-        given = ("--config", model.recipe, *sets, "--out", run_dir)
-        run(sys.executable, "-m", "kvjax.cli", "finetune", *given)
+        sets, environment = model.sets, {}
+        if model.texts:
+            data = training_data(work)
+            environment = {"KVJAX_DATA": str(data)}
+            sets = (*sets, f"data.sources.0.dataset={data / 'lm' / 'gutenberg'}")
+        words = [word for text in sets for word in ("--set", text)]
+        given = ("--config", model.recipe, *words, "--out", run_dir)
+        run(sys.executable, "-m", "kvjax.cli", "finetune", *given, **environment)
     return str(run_dir / "model")
 
 
 def evaluate(it: Evaluation, work: pathlib.Path, items: int | None) -> None:
     """Measure a model, unless that is done."""
     more = () if items is None else ("--items", items)
+    options = it.options
+    if any("{" in option for option in options):
+        places = {"data": texts().parent.parent, "held_out": texts() / HELD_OUT}
+        options = tuple(option.format(**places) for option in options)
     run(
         *(sys.executable, "-m", "kvjax.cli", "eval"),
         *("--config", ROOT / "configs" / "eval" / f"{it.config}.yaml"),
         *("--model", model_path(it.model, work)),
         *("--out", work / "evals" / it.name, *more, "--dtype", "float32"),
-        *it.options,
+        *options,
     )
 
 
 def page_text(name: str, found: Mapping[str, Measured]) -> str:
     """What `docs/results/NAME.md` says."""
-    if name == "tolerance":
-        title, *lines = tolerance_page(found)
+    if name in OWN:
+        title, *lines = OWN[name].page(found)
     else:
         page = PAGES[name]
         title, lines = f"# {page.title}", ["", page.text]
@@ -81,8 +123,9 @@ def write_page(name: str, found: Mapping[str, Measured]) -> None:
     """Write a page, its numbers and its figure."""
     (OUT / f"{name}.md").write_text(page_text(name, found), encoding="utf-8")
     comparison.write_numbers(OUT / f"{name}.json", found)
-    if name == "tolerance":
-        figure = comparison.kept_figure(scores(found), DRAWN, EVICTION)
+    if name in OWN:
+        own = OWN[name]
+        figure = comparison.kept_figure(own.scores(found), own.DRAWN, own.EVICTION)
     else:
         figure = comparison.bytes_figure(PAGES[name].columns, found)
     save_svg(figure, OUT / f"{name}.svg")

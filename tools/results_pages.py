@@ -20,11 +20,13 @@ class Model:
         recipe: of `configs/train/`, or empty for a bundled model.
         name: of the bundled model.
         sets: changes to the recipe.
+        texts: whether it trains on texts: those that `results.py` is given.
     """
 
     recipe: str = ""
     name: str = "kvjax-tiny"
     sets: tuple[str, ...] = ()
+    texts: bool = False
 
 
 SEED1 = ("init=kvjax-tiny-seed1", "seed=1")
@@ -33,6 +35,17 @@ MODELS: Mapping[str, Model] = {
     "base": Model(),
     "base-seed1": Model(name="kvjax-tiny-seed1"),
     "smollm2": Model(name="smollm2"),
+    "smollm2-tolerant": Model(recipe="smollm2_tolerant", texts=True),
+    "smollm2-control": Model(
+        recipe="smollm2_tolerant",
+        sets=(
+            "sampling.choices=[]",
+            "objective.distill=0.0",
+            "objective.next_token=1.0",
+        ),
+        texts=True,
+    ),
+    "smollm2-surrogate": Model(recipe="smollm2_surrogate", texts=True),
     "tolerant": Model(recipe="tolerant"),
     "tolerant-seed1": Model(recipe="tolerant", sets=SEED1),
     "control": Model(recipe="tolerant", sets=("sampling.choices=[]",)),
@@ -67,6 +80,9 @@ class Evaluation:
         return f"{self.config}-{self.model}"
 
 
+REAL = ("smollm2", "smollm2-tolerant", "smollm2-control", "smollm2-surrogate")
+"""The models of the page of real tolerance."""
+
 TOLERANCE = ("base", "tolerant", "control")
 """The models of the page of tolerance, of the first seed."""
 
@@ -77,6 +93,20 @@ EVALUATIONS: Mapping[str, tuple[Evaluation, ...]] = {
             config="words",
             options=("--suite", "ruler", "--visibility", "query_agnostic"),
         ),
+    ),
+    "real_tolerance": tuple(
+        Evaluation(
+            model=model,
+            config="real_tolerance",
+            options=(
+                *("--suite", "tolerance"),
+                *("--task-set", "*.essays={held_out}"),
+                *("--task-set", "novel.path={held_out}"),
+                *("--task-set", "wikitext.path={data}/lm/wikitext-2/test.txt"),
+                *(("--compression", "surrogate") if "surrogate" in model else ()),
+            ),
+        )
+        for model in REAL
     ),
     "tolerance": tuple(
         Evaluation(model=f"{model}{seed}", config=config)

@@ -81,7 +81,7 @@ def bounds(evaluations: Mapping[str, Measured]) -> dict[float, float]:
     return recency_bounds(evaluations["tolerance-base"].header, evict.score.n_sink)
 
 
-def tolerance_page(evaluations: Mapping[str, Measured]) -> list[str]:
+def page(evaluations: Mapping[str, Measured]) -> list[str]:
     """Lines of the page; `evaluations` are finished, the base model's among them."""
     models = scores(evaluations)
     titles = [TITLES.get(name, name) for name in models]

@@ -200,11 +200,18 @@ class Task(Checked, abc.ABC):
             turns: questions of each, at most.
 
         Raises:
-            ValueError: the smallest episode is longer than that.
+            ValueError: the smallest episode is longer than that; of tasks that read
+                files, see there.
         """
         seed = fit(seed, Seed, "seed")
         count, length = fit(count, Count, "count"), fit(length, Positive, "length")
         turns = fit(turns, Positive, "turns")
+        return self._drawn(seed, count, length, measure or characters, turns)
+
+    def _drawn(
+        self, seed: int, count: int, length: int, measure: Measure, turns: int
+    ) -> list[Episode]:
+        """`episodes`, whose arguments are right: here they are made."""
         return [
             self.fitted(
                 lambda i=i: stream(HELD_OUT, self.name, seed, i), length, measure, turns

@@ -13,11 +13,10 @@ from kvjax.eval.tasks.base import (
     Episode,
     Measure,
     Task,
-    characters,
     stream,
 )
 from kvjax.eval.tasks.fitting import ENOUGH
-from kvjax.fields import Count, OneOf, Positive, Seed, fit
+from kvjax.fields import OneOf
 
 DATA = "KVJAX_DATA"
 """Variable of the environment: the folder whose `eval/` holds files by default."""
@@ -63,6 +62,8 @@ class FileTask(Task):
 
     Items are as long as they are: `length` is what they may measure, and `long` says
     what becomes of those that measure more.
+
+    `episodes` refuses more of them than there are.
 
     Attributes:
         long: `refuse` (an error before anything is computed), `leave_out` (others are
@@ -117,23 +118,16 @@ class FileTask(Task):
             "on them. Give the recipe a file of training data as a dataset."
         )
 
-    def episodes(
-        self,
-        seed: int,
-        count: int,
-        length: int,
-        measure: Measure | None = None,
-        turns: int = 1,
+    def _drawn(
+        self, seed: int, count: int, length: int, measure: Measure, turns: int
     ) -> list[Episode]:
-        """Items of the file in a seeded order, none twice; see `Task.episodes`.
+        """Items of the file in a seeded order, none twice.
 
         Raises:
             ValueError: the file has fewer; some are longer than `length`, and `long`
                 does not say what to do, or even without what can be cut.
         """
-        seed = fit(seed, Seed, "seed")
-        count, length = fit(count, Count, "count"), fit(length, Positive, "length")
-        found = self.drafts(fit(turns, Positive, "turns"))
+        found = self.drafts(turns)
         if len(found) < count:
             raise ValueError(
                 f"Task {self.name!r} has {len(found)} items; {count} are asked for. "
@@ -144,8 +138,8 @@ class FileTask(Task):
         )
         drawn = [found[index] for index in order]
         if self.long == "leave_out":
-            return self._short(drawn, count, length, measure or characters)
-        return self._all(drawn[:count], length, measure or characters)
+            return self._short(drawn, count, length, measure)
+        return self._all(drawn[:count], length, measure)
 
     def _short(
         self, drawn: Sequence[Draft], count: int, length: int, measure: Measure

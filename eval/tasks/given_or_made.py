@@ -29,18 +29,12 @@ class GivenOrMade(FileTask):
             return super().episode(rng, size, turns)
         return self.made(rng, size, turns)
 
-    def episodes(
-        self,
-        seed: int,
-        count: int,
-        length: int,
-        measure: Measure | None = None,
-        turns: int = 1,
+    def _drawn(
+        self, seed: int, count: int, length: int, measure: Measure, turns: int
     ) -> list[Episode]:
-        """See `Task.episodes` and, with a file, `FileTask.episodes`."""
         if self.path:
-            return super().episodes(seed, count, length, measure, turns)
-        return Task.episodes(self, seed, count, length, measure, turns)
+            return super()._drawn(seed, count, length, measure, turns)
+        return Task._drawn(self, seed, count, length, measure, turns)
 
 
 def inside(

@@ -200,6 +200,7 @@ def test_characters_without_a_token_are_named():
 
         inner = tiny.tokenizer()
         bos_token_id, unk_token_id = inner.bos_token_id, inner.unk_token_id
+        convert_ids_to_tokens = inner.convert_ids_to_tokens
 
         def encode(self, text, **options):
             tokens = self.inner.encode(text, **options)

@@ -4,7 +4,7 @@ import pytest
 
 from kvjax.cli.evaluate import Eval
 from kvjax.cli.main import parse
-from kvjax.eval.config import TaskEntry
+from kvjax.eval.config import TEXT, TaskEntry
 from kvjax.eval.suites import suite, suites, with_fields
 from kvjax.eval.tasks import TASKS
 
@@ -23,10 +23,16 @@ def test_ruler_goes_without_files_that_are_not_there(caplog, tmp_path):
     assert "qa_1" in [entry.title for entry in suite("ruler", fields)]
 
 
+def test_texts_of_a_suite_are_given():
+    assert "novel" not in [entry.title for entry in suite("tolerance")]
+    fields = {"novel": {"path": "novel.txt"}}
+    assert "novel" in [entry.title for entry in suite("tolerance", fields)]
+
+
 @pytest.mark.parametrize("name", suites())
 def test_suites_name_tasks(name, monkeypatch):
     monkeypatch.setattr("kvjax.eval.suites._lacks", lambda entry: "")
-    assert all(entry.name in TASKS for entry in suite(name))
+    assert all(entry.name in (*TASKS, TEXT) for entry in suite(name))
 
 
 def test_fields_are_those_of_the_tasks_that_have_them():

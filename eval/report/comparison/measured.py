@@ -22,12 +22,14 @@ class Measured:
     Attributes:
         scores: accuracy per cell, in [0, 1].
         bytes: of the cache per prompt and cell; None where they are not known.
+        losses: nats per token, of the cells of texts.
         header: its `run.json`.
     """
 
     scores: Mapping[CellKey, float]
     bytes: Mapping[CellKey, float | None]
     header: Mapping[str, Any]
+    losses: Mapping[CellKey, float] = dataclasses.field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -55,8 +57,21 @@ def measured(directory: pathlib.Path) -> Measured:
     return Measured(
         scores={cell: row["score"] for cell, row in cells.items()},
         bytes={cell: row["resident_bytes"] for cell, row in cells.items()},
+        losses={
+            cell: row["nll"] for cell, row in cells.items() if row["nll"] is not None
+        },
         header=read_header(directory),
     )
+
+
+def losses_by_model(
+    evaluations: Mapping[str, Measured],
+) -> dict[str, dict[CellKey, float]]:
+    """Nats per token of texts per model, over its evaluations."""
+    out: dict[str, dict[CellKey, float]] = {}
+    for name, one in evaluations.items():
+        out.setdefault(name.partition("-")[2], {}).update(one.losses)
+    return out
 
 
 def by_model(

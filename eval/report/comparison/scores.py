@@ -1,6 +1,7 @@
 """Tables of accuracies: of compressions side by side, of models side by side."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from kvjax.eval.report.comparison.markdown import markdown_table
@@ -102,6 +103,19 @@ def full_table(models: ModelScores, titles: Sequence[str]) -> list[str]:
         cell = (task, "query_agnostic", "none", None)
         rows.append([task, *(percent(cells.get(cell)) for cells in models.values())])
     return markdown_table(["task", *titles], "l" + "r" * len(titles), rows)
+
+
+def perplexity_table(losses: ModelScores, titles: Sequence[str]) -> list[str]:
+    """Perplexities of texts, by what is done to the cache of what is in front."""
+    every = dict.fromkeys(cell for cells in losses.values() for cell in cells)
+    rows = []
+    for cell in sorted(every, key=lambda one: (one[0], one[2], -(one[3] or 0.0))):
+        keep = "" if cell[3] is None else f"{cell[3]:g}"
+        found = (cells.get(cell) for cells in losses.values())
+        values = ["" if x is None else f"{math.exp(x):.2f}" for x in found]
+        rows.append([cell[0], cell[2], keep, *values])
+    heads = ["text", "compression", "keep", *titles]
+    return markdown_table(heads, "llr" + "r" * len(titles), rows)
 
 
 def bound_table(

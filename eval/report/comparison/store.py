@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvjax.eval.report.comparison.measured import Measured, measured
+from kvjax.eval.report.comparison.measured import CellKey, Measured, measured
 
 CONFIG = ("items", "lengths", "seed", "keeps", "tasks", "overrides")
 """What is kept of an evaluation's configuration: no path of the machine that ran it."""
@@ -60,18 +60,22 @@ def read_numbers(path: pathlib.Path) -> dict[str, Measured]:
 def _measured(one: Mapping[str, Any]) -> Measured:
     cells = {tuple(row[:4]): row[4:] for row in one["cells"]}
     return Measured(
-        scores={cell: score for cell, (score, _) in cells.items()},
-        bytes={cell: size for cell, (_, size) in cells.items()},
+        scores={cell: numbers[0] for cell, numbers in cells.items()},
+        bytes={cell: numbers[1] for cell, numbers in cells.items()},
         header=one["header"],
+        losses={cell: rest[2] for cell, rest in cells.items() if len(rest) > 2},
     )
 
 
 def write_numbers(path: pathlib.Path, evaluations: Mapping[str, Measured]) -> None:
-    """Write evaluations, a line per cell, whose last number is bytes per prompt."""
+    """Write evaluations, a line per cell.
+
+    The numbers of a cell are its score, bytes per prompt and, of a text, its loss.
+    """
     blocks = []
     for name, one in evaluations.items():
         rows = [
-            json.dumps([*cell, score, one.bytes.get(cell)])
+            json.dumps([*cell, score, one.bytes.get(cell), *_loss(one, cell)])
             for cell, score in one.scores.items()
         ]
         header = json.dumps(_header(one.header))
@@ -80,7 +84,23 @@ def write_numbers(path: pathlib.Path, evaluations: Mapping[str, Measured]) -> No
     path.write_text("{" + ",\n".join(blocks) + "}\n", encoding="utf-8")
 
 
+def _loss(one: Measured, cell: CellKey) -> tuple[float, ...]:
+    return (one.losses[cell],) if cell in one.losses else ()
+
+
 def _header(header: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: header[key] for key in HEADER if key in header}
     config = header["config"]
-    return kept | {"config": {key: config[key] for key in CONFIG if key in config}}
+    config = {key: config[key] for key in CONFIG if key in config}
+    return kept | {"config": _placeless(config)}
+
+
+def _placeless(value: Any) -> Any:
+    """A tree with the names of files instead of their places."""
+    if isinstance(value, Mapping):
+        return {key: _placeless(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_placeless(one) for one in value]
+    if isinstance(value, str) and pathlib.Path(value).is_absolute():
+        return pathlib.Path(value).name
+    return value

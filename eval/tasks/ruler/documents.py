@@ -12,14 +12,13 @@ from kvjax.eval.tasks.base import (
     Measure,
     Task,
     Turn,
-    characters,
     stream,
 )
 from kvjax.eval.tasks.fitting import fitted
 from kvjax.eval.tasks.matching import any_found
 from kvjax.eval.tasks.reading_files import Record, read_records
 from kvjax.eval.tasks.stamps import stamp
-from kvjax.fields import Count, OneOf, Positive, Seed, fit
+from kvjax.fields import OneOf
 from kvjax.files import read_json, regular
 from kvjax.messages import shown
 from kvjax.places import expanded
@@ -85,22 +84,15 @@ class DocumentQuestions(Task):
         asked, documents = self._read()
         return _made(rng, rng.choice(asked), documents, size)
 
-    def episodes(
-        self,
-        seed: int,
-        count: int,
-        length: int,
-        measure: Measure | None = None,
-        turns: int = 1,
+    def _drawn(
+        self, seed: int, count: int, length: int, measure: Measure, turns: int
     ) -> list[Episode]:
-        """See `Task.episodes`; no question is asked twice.
+        """No question is asked twice.
 
         Raises:
             ValueError: the file has fewer questions; as in `episode`.
         """
         del turns
-        seed = fit(seed, Seed, "seed")
-        count, length = fit(count, Count, "count"), fit(length, Positive, "length")
         asked, documents = self._read()
         if len(asked) < count:
             raise ValueError(
@@ -113,7 +105,7 @@ class DocumentQuestions(Task):
                 lambda size, i=i: _made(
                     stream(HELD_OUT, self.name, seed, i + 1), order[i], documents, size
                 ),
-                measure or characters,
+                measure,
                 smallest=1,
                 most=length,
                 what=f"task {self.name!r}, question {shown(order[i].question)},",
