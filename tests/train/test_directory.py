@@ -74,6 +74,9 @@ def test_a_model_that_no_run_made(tmp_path):
     shutil.rmtree(path)
     path.symlink_to("gone")
     refuses(tmp_path, recipe(), "it is no directory")
+    path.unlink()
+    (tmp_path / "adapter").mkdir()
+    refuses(tmp_path, recipe(), "adapter would be overwritten")
 
 
 def test_the_model_that_the_run_made_may_be_replaced(tmp_path):

@@ -65,7 +65,7 @@ def export(whole):
     config = recipe()
     weights, _ = weights_of(config)
     words = words_of(config)
-    return lambda path: _export(weights, whole[0], words, (), path / "model")
+    return lambda path: _export(config, weights, whole[0], words, (), path / "model")
 
 
 def files(path: pathlib.Path) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import kvjax
+from kvjax.models.adapter_writing import fused, save_adapter
 from kvjax.models.config import Evictor
 from kvjax.models.io import load
 from kvjax.train.data import Mixture
@@ -77,8 +78,43 @@ def test_lora_starts_as_the_model_and_merges_into_it(tmp_path, monkeypatch):
     assert not (tmp_path / "model").exists()
     assert int(run(config, tmp_path).step) == STAGES[0].steps
     load(tmp_path / "model", "float32", tokenizer=False)
+    assert not (tmp_path / "adapter").exists()  # there is no checkpoint of its base
     with pytest.raises(ValueError, match="'gates'.*Did you mean 'gate'"):
         with_lora(model_of(), LoRAConfig(modules=("gates",)))
+
+
+def test_the_adapter_of_a_run_is_its_model(tmp_path):
+    """Beside it, with the model that training started from."""
+    fast = OptimizerConfig(learning_rate=0.05, warmup=1, decay=1)
+    lora = LoRAConfig(rank=4, alpha=6.0, modules=("q", "o", "up"))
+    kvjax.save(model_of(), tmp_path / "base")
+    config = dataclasses.replace(
+        recipe(lora=lora, optimizer=fast, log_every=1),
+        model=None,
+        init=str(tmp_path / "base"),
+    )
+    run(config, tmp_path / "run")
+    whole, own = (
+        params_of(load(tmp_path / "run" / name, "float32", tokenizer=False)[0])
+        for name in ("model", "adapter")
+    )
+    before = params_of(model_of())
+    for name, found in own.items():
+        # The model is rounded to bfloat16 behind the sum.
+        np.testing.assert_allclose(found, whole[name], 0.01, 2e-3, err_msg=name)
+        moved = float(jnp.abs(found - before[name]).max())
+        trained = any(f".{one}.kernel" in name for one in lora.modules)
+        assert (moved > 1e-2) == trained, (name, moved)
+    phi = dataclasses.replace(SHAPE, family="phi3")
+    assert fused(phi, ["attention.q", "attention.o", "mlp.up"]) == [
+        "attention.q",
+        "mlp.up",
+    ]
+    with pytest.raises(ValueError, match=r"'phi3' stores \['attention.q'\] within"):
+        pair = (np.zeros((1, 2, 3)), np.zeros((1, 3, 2)))
+        save_adapter(
+            tmp_path / "other", phi, {"attention.q": pair}, base="b", alpha=1.0
+        )
 
 
 def test_lora_beside_every_bias_is_the_merged_model():

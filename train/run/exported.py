@@ -1,4 +1,4 @@
-"""The finished model of a run, `RUN/model`: replaced only if this run wrote it.
+"""What a run exports, `RUN/model` and `RUN/adapter`: replaced only if it wrote them.
 
 `RUN/exported.json` says what the run wrote there: the digest of each file. It is
 written before the model, without digests, and again behind it, so that a killed export
@@ -6,6 +6,7 @@ is known to be one. A model is this run's if the run has checkpoints and every f
 the model is one that `exported.json` has, with the same contents.
 """
 
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -13,17 +14,21 @@ from kvjax.files import read_json, write_json
 from kvjax.inputs import of_files
 from kvjax.messages import shown
 
+ADAPTER = "adapter"
 MARK = "exported.json"
 WHOLE, FILES = "whole", "files"
 
 
 def check_model(directory: pathlib.Path, resumes: bool) -> None:
-    """What `directory / "model"` holds may be replaced.
+    """What `directory / "model"` holds may be replaced, and `directory / "adapter"`.
 
     Raises:
         ValueError: it is not what this run wrote.
     """
     model, mark = directory / "model", directory / MARK
+    adapter = directory / ADAPTER
+    if os.path.lexists(adapter) and not (resumes and mark.is_file()):
+        raise _foreign(adapter, "no run is known to have written it")
     if not model.exists() and not model.is_symlink():
         return
     if not model.is_dir():
@@ -79,6 +84,6 @@ def _marked(mark: pathlib.Path) -> tuple[bool, Mapping[str, str]]:
 
 def _foreign(model: pathlib.Path, why: str) -> ValueError:
     return ValueError(
-        f"{model} would be overwritten by the finished model: {why}. Move it away, or "
+        f"{model} would be overwritten by what a run exports: {why}. Move it away, or "
         "give another directory with --out."
     )

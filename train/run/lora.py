@@ -96,6 +96,21 @@ def merged(model: Decoder) -> Decoder:
     return made
 
 
+def updates_of(model: Decoder) -> dict[str, tuple[Array, Array]]:
+    """What training added, by matrix (`attention.q`): A `[L, in, r]`, B `[L, r, out]`.
+
+    In bfloat16, as the exported model is.
+    """
+    found = {}
+    for place, names in (("attention", ATTENTION), ("mlp", MLP)):
+        for name in names:
+            linear = getattr(getattr(model.layers, place), name)
+            if isinstance(linear, LoRALinear):
+                a, b = linear.lora_a[...], linear.lora_b[...]
+                found[f"{place}.{name}"] = a.astype("bfloat16"), b.astype("bfloat16")
+    return found
+
+
 def _plain(linear: LoRALinear) -> Linear:
     # NNX fixes at birth whether an attribute holds arrays: with a bias, it needs one.
     own, dtype = linear.bias is not None, linear.kernel.dtype

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 from jax.experimental import multihost_utils
 
+from kvjax.models.adapter_writing import Updates, fused, save_adapter
 from kvjax.models.config import DecoderConfig
 from kvjax.models.io import save
 from kvjax.narrow import narrow
@@ -21,10 +22,10 @@ from kvjax.train.objectives.duo import exported
 from kvjax.train.recipe import TrainConfig
 from kvjax.train.run import processes
 from kvjax.train.run.directory import Claim, check_directory, claimed
-from kvjax.train.run.exported import begin_export, end_export
+from kvjax.train.run.exported import ADAPTER, begin_export, end_export
 from kvjax.train.run.logs import check_log, check_writers
 from kvjax.train.run.loop import train
-from kvjax.train.run.lora import merged
+from kvjax.train.run.lora import merged, updates_of
 from kvjax.train.run.mesh import check_mesh, make_mesh, share_of
 from kvjax.train.run.model import check_shape, model_shape, weights_of, with_ends
 from kvjax.train.run.params import leaves_of, params_of, with_params
@@ -45,7 +46,8 @@ def run(
     """Train what `config` says, or go on where `directory` stands.
 
     The finished model is saved in `directory / "model"`, in bfloat16, with the
-    tokenizer of the model that training started from; the recipe in `recipe.yaml`.
+    tokenizer of the model that training started from; the updates of LoRA alone in
+    `directory / "adapter"`, in PEFT's layout; the recipe in `recipe.yaml`.
 
     Args:
         config: the recipe.
@@ -105,7 +107,7 @@ def _claimed(
     )
     target = claim.directory / "model"
     with writing("the model", target, claim.directory / "checkpoints"):
-        _export(weights, state, words, ends, target)
+        _export(config, weights, state, words, ends, target)
     return state
 
 
@@ -124,6 +126,7 @@ def _new_ends(mixture: Mixture, shape: DecoderConfig) -> tuple[int, ...]:
 
 
 def _export(
+    config: TrainConfig,
     weights: Weights,
     state: TrainState,
     words: Words,
@@ -132,13 +135,37 @@ def _export(
 ) -> None:
     stored = {**weights.fixed, **state.params}
     model = exported(with_params(weights.model, stored))
+    updates = {} if config.lora is None else updates_of(model)
     model = merged(with_params(model, params_of(model, "bfloat16")))
     if jax.process_count() > 1:
         whole = functools.partial(multihost_utils.process_allgather, tiled=True)
         model = with_params(model, jax.tree.map(whole, leaves_of(model)))
+        updates = jax.tree.map(whole, updates)
     if processes.first():
         begin_export(directory.parent)
+        if config.lora is not None and config.init:
+            shape, where = model.config, directory.parent / ADAPTER
+            _export_adapter(config.init, config.lora.alpha, shape, updates, where)
         save(with_ends(model, ends), directory)
         words.save(directory, model.config.max_positions)
         end_export(directory.parent)
     processes.barrier("exported")
+
+
+def _export_adapter(
+    base: str,
+    alpha: float,
+    shape: DecoderConfig,
+    updates: Updates,
+    directory: pathlib.Path,
+) -> None:
+    """The updates alone, where checkpoints of the family store these matrices."""
+    if parts := fused(shape, list(updates)):
+        LOG.warning(
+            "%s stores %s within other matrices: there is no adapter, and the merged "
+            "model has everything",
+            shape.family,
+            parts,
+        )
+        return
+    save_adapter(directory, shape, updates, base=base, alpha=alpha)

@@ -1,0 +1,101 @@
+"""LoRA updates as an adapter in PEFT's layout, which `load` and PEFT read."""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.typing import ArrayLike
+from safetensors.numpy import save_file
+
+from kvjax.files import write_json
+from kvjax.models.config import DecoderConfig
+from kvjax.models.families import family
+from kvjax.models.hub import ADAPTER, ADAPTER_CONFIG
+from kvjax.places import check_place
+
+Updates = Mapping[str, tuple[ArrayLike, ArrayLike]]
+"""By matrix, as `attention.q`: A `[L, in, r]` and B `[L, r, out]`."""
+
+_PREFIX = "base_model.model."
+
+
+def fused(config: DecoderConfig, matrices: Sequence[str]) -> list[str]:
+    """Those matrices that checkpoints of this family store as a part of another one.
+
+    PEFT's updates are of what is stored, so these have none of their own.
+    """
+    stored = _stored(config)
+    return [one for one in matrices if one not in stored]
+
+
+def save_adapter(
+    directory: pathlib.Path,
+    config: DecoderConfig,
+    updates: Updates,
+    *,
+    base: str,
+    alpha: float,
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, in this order.
+
+    Args:
+        directory: where; it is made.
+        config: of the model.
+        updates: all of one rank.
+        base: the model that they are of: a name, a hub id, or a path.
+        alpha: updates are scaled by `alpha / r`.
+
+    Raises:
+        ValueError: the place cannot be written to; a matrix is `fused`.
+    """
+    check_place(directory, "Give another directory.")
+    if parts := fused(config, list(updates)):
+        raise ValueError(
+            f"{config.family!r} stores {parts} within other matrices, so that there is "
+            "no adapter of these alone. Save the merged model."
+        )
+    stored, tensors, modules = _stored(config), {}, set()
+    rank = {np.shape(a)[-1] for a, _ in updates.values()}
+    for matrix, pair in updates.items():
+        a, b = map(np.asarray, pair)
+        for layer, name in stored[matrix].items():
+            module = name.removesuffix(".weight")
+            modules.add(module.rpartition(".")[2])
+            for side, held in (("A", a[layer]), ("B", b[layer])):
+                key = f"{_PREFIX}{module}.lora_{side}.weight"
+                tensors[key] = np.ascontiguousarray(held.T)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": os.path.abspath(base) if _here(base) else base,
+        "r": rank.pop(),
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": sorted(modules),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / ADAPTER_CONFIG, settings)
+    staged = directory / f".{ADAPTER}"
+    save_file(tensors, staged, metadata={"format": "pt"})
+    os.replace(staged, directory / ADAPTER)
+
+
+def _here(base: str) -> bool:
+    return os.path.exists(base)
+
+
+def _stored(config: DecoderConfig) -> dict[str, dict[int, Any]]:
+    """Names of tensors by matrix and layer; of those that are tensors of their own."""
+    found: dict[str, dict[int, Any]] = {}
+    for name, weight in family(config.family).weights(config).items():
+        if weight.layer is None or len(weight.paths) != 1 or not weight.transpose:
+            continue
+        matrix = weight.paths[0].removeprefix("layers.").removesuffix(".kernel")
+        found.setdefault(matrix, {})[weight.layer] = name
+    return found
