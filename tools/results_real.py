@@ -93,7 +93,7 @@ def page(evaluations: Mapping[str, Measured]) -> list[str]:
         "",
         "## Perplexity",
         "",
-        "Of 127 tokens behind 768, which are compressed before anything is known of "
+        "Of 127 tokens behind 512, which are compressed before anything is known of "
         "what follows: WikiText-2's test split, and the novel that was held out.",
         "",
         *perplexity_table(losses_by_model(evaluations), titles),
