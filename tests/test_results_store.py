@@ -81,6 +81,7 @@ CONFIG = {
     "tasks": [
         {"name": "recall", "label": "", "visibility": []},
         {"name": "chain", "label": "sums", "visibility": ["query_aware"]},
+        {"name": "text", "label": "novel", "visibility": []},
     ],
     "visibility": ["query_aware", "query_agnostic"],
 }
@@ -90,6 +91,7 @@ WHOLE: dict[CellKey, float] = {
         ("recall", "query_aware"),
         ("recall", "query_agnostic"),
         ("sums", "query_aware"),
+        ("novel", "query_agnostic"),
     )
     for compression, keep in (("none", None), ("knorm", 0.25))
 }

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvjax.eval.config import TEXT
 from kvjax.eval.header import read_header
 from kvjax.eval.results import load_rows
 
@@ -38,10 +39,17 @@ class Measured:
         groups = {
             (task["label"] or task["name"], arm)
             for task in config["tasks"]
-            for arm in task["visibility"] or config["visibility"]
+            for arm in _arms(task, config)
         }
         columns = [{c[2:] for c in self.scores if c[:2] == group} for group in groups]
         return all(column and column == columns[0] for column in columns)
+
+
+def _arms(task: Mapping[str, Any], config: Mapping[str, Any]) -> Sequence[str]:
+    """Where a task is compressed; behind texts nothing is asked."""
+    if task["name"] == TEXT:
+        return ["query_agnostic"]
+    return task["visibility"] or config["visibility"]
 
 
 def measured(directory: pathlib.Path) -> Measured:
