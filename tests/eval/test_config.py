@@ -18,7 +18,7 @@ BUNDLED = sorted(
 )
 
 
-@pytest.mark.sweep(4, 99)
+@pytest.mark.sweep(3, 6)
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_evaluations_can_run(name):
     shape = tiny.model().config
