@@ -200,12 +200,14 @@ def _csv(file: pathlib.Path) -> Rows:
     before = csv.field_size_limit(2**31 - 1)  # contexts are longer than its 131,072
     try:
         text = io.StringIO(_text(file), newline="")
-        for number, row in enumerate(csv.DictReader(text, delimiter=tabs), 1):
+        table = csv.DictReader(text, delimiter=tabs, strict=True)
+        _check_once(file, [name for name in table.fieldnames or () if name])
+        for number, row in enumerate(table, 1):
             if None in row:
                 raise ValueError(f"{file}, row {number}: more values than columns.")
             yield f"row {number}", {k: v or None for k, v in row.items()}
     except csv.Error as wrong:
-        raise ValueError(f"{file} is not CSV: {wrong}.") from None
+        raise ValueError(f"{file} is not CSV; is it whole? ({wrong})") from None
     finally:
         csv.field_size_limit(before)
 
@@ -217,9 +219,9 @@ def _parquet(file: pathlib.Path) -> Rows:
     number = 0
     try:
         with pq.ParquetFile(file) as table:
+            _check_once(file, table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=256):
-                rows: list[Any] = batch.to_pylist()
-                for row in rows:
+                for row in _plain(batch, file, number):
                     number += 1
                     yield f"row {number}", row
     except (pyarrow.ArrowException, OSError) as wrong:
@@ -227,6 +229,31 @@ def _parquet(file: pathlib.Path) -> Rows:
             f"{file} cannot be read behind row {number}; is it whole? "
             f"({str(wrong)[:300]})"
         ) from None
+
+
+def _plain(batch: Any, file: pathlib.Path, before: int) -> list[dict[str, Any]]:
+    """The rows of a batch, `before` of the file in front of it."""
+    columns: dict[str, list[Any]] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            columns[name] = column.to_pylist()
+        except (ValueError, TypeError, LookupError, ArithmeticError) as wrong:
+            rows = f"rows {before + 1} to {before + len(batch)}"
+            raise ValueError(
+                f"{file}, {rows}: the column {shown(name)} holds what cannot be read "
+                f"({str(wrong)[:300]}). Is the file whole? Take the column out, or "
+                "write it as text."
+            ) from None
+    return [
+        dict(zip(columns, row, strict=True))
+        for row in zip(*columns.values(), strict=True)
+    ]
+
+
+def _check_once(file: pathlib.Path, names: Sequence[str]) -> None:
+    for at, name in enumerate(names):
+        if name in names[:at]:
+            raise ValueError(f"{file} has two columns {shown(name)}. Take one out.")
 
 
 def _hub(name: str, config: str, split: str) -> Rows:

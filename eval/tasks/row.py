@@ -68,18 +68,19 @@ class Record:
         return tuple(made)
 
     def whole(self, column: str, least: int = 0) -> int:
-        """A whole number of at least `least`; CSV has it as text.
+        """A whole number of at least `least` and 32 bits; CSV has it as text.
 
         Raises:
             ValueError: it is none; names file and row.
         """
         value = self.values.get(column)
-        if isinstance(value, str) and value.strip().isdecimal():
+        if isinstance(value, str) and value.strip().isdecimal() and len(value) < 100:
             value = int(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.wrong(column, f"a whole number >= {least}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not least <= value < 2**31:
+            raise self.wrong(column, f"a whole number >= {least} of 32 bits")
         return value
 
 

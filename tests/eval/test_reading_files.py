@@ -84,6 +84,13 @@ def test_an_answer_that_is_none_names_its_row(tmp_path, value):
         found[1].whole("answer")
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, "9" * 20, 10**30, 1e308, 2**31])
+def test_numbers_that_nobody_means_name_their_row(tmp_path, value):
+    file = write(tmp_path / "a.jsonl", [{"n": value}])
+    with pytest.raises(ValueError, match="line 1: `n` must be a whole number"):
+        read_records(file, ["n"])[0].whole("n")
+
+
 @pytest.mark.parametrize(
     ("text", "items"),
     [
@@ -143,6 +150,8 @@ def test_damaged_files_are_named(tmp_path, name):
         ("a.json", b'{"a": 1}', "list of records"),
         ("a.txt", b"a", "ends in .parquet"),
         ("a.parquet.gz", b"a", "ends in .parquet"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv has two columns 'a'"),
+        ("a.csv", b'b,a\n1,"2\n', "a.csv is not CSV; is it whole"),
     ],
 )
 def test_what_is_no_data_is_told(tmp_path, name, content, said):
@@ -150,6 +159,41 @@ def test_what_is_no_data_is_told(tmp_path, name, content, said):
     file.write_bytes(content)
     with pytest.raises(ValueError, match=said):
         read_records(file, ["a"], field="train")
+
+
+def broken_text():
+    return pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, pyarrow.array([b"\xff"]).buffers()
+    )
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        broken_text(),
+        pyarrow.array([2**31 - 1], pyarrow.date32()),
+        pyarrow.array([2**62], pyarrow.duration("s")),
+        pyarrow.array([1], pyarrow.timestamp("s", tz="Nowhere/Land")),
+    ],
+)
+def test_values_that_python_has_not_are_named(tmp_path, column):
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"a": ["x"], "b": column}), file)
+    with pytest.raises(ValueError, match="a.parquet, rows 1 to 1: the column 'b'") as e:
+        read_records(file, ["a"])
+    assert type(e.value) is ValueError
+
+
+def test_columns_that_stand_twice_are_refused(tmp_path):
+    file = tmp_path / "a.parquet"
+    columns = [pyarrow.array(["x"]), pyarrow.array(["y"])]
+    table = pyarrow.Table.from_arrays(columns, names=["a", "a"])
+    pyarrow.parquet.write_table(table, file)
+    with pytest.raises(ValueError, match="a.parquet has two columns 'a'"):
+        read_records(file, ["a"])
+    file = tmp_path / "a.csv"
+    file.write_text("a,,\nx,,\n")  # as spreadsheets leave them
+    assert read_records(file, ["a"])[0].text("a") == "x"
 
 
 def test_places_where_nothing_is(tmp_path):
