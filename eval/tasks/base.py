@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import os
 import pathlib
 import random
 from collections.abc import Callable, Mapping
@@ -155,10 +156,11 @@ class Task(Checked, abc.ABC):
         for name in self.paths:
             given = getattr(self, name)
             path = expanded(given) if given else None
-            if path is not None and path.is_dir():
+            # `Path.is_dir` raises for names that are too long.
+            if path is not None and os.path.isdir(path):
                 files = (one for one in sorted(path.iterdir()) if one.is_file())
                 found |= {f"{given}/{one.name}": one for one in files}
-            elif path is not None and path.is_file():
+            elif path is not None and os.path.isfile(path):
                 found[given] = path
         return found
 

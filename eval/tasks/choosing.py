@@ -44,8 +44,8 @@ def mmlu_options(row: Record) -> Options:
         ValueError: the row has no such columns; names file and row.
     """
     texts = row.texts("choices")
-    if len(texts) > len(LETTERS):
-        raise row.wrong("choices", f"a list of at most {len(LETTERS)} texts")
+    if not 1 < len(texts) <= len(LETTERS):
+        raise row.wrong("choices", f"a list of 2 to {len(LETTERS)} texts")
     given = row.values["answer"]
     letter = given.strip() if isinstance(given, str) else None
     if letter is None or letter.isdecimal():

@@ -69,8 +69,8 @@ def essay_files(path: str, field: str = "essays") -> dict[str, pathlib.Path]:
 
 def _files(path: str, field: str) -> list[str]:
     where = expanded(path or _default())
-    if not where.is_dir():
-        if not where.exists():
+    if not os.path.isdir(where):  # `Path.is_dir` raises for names that are too long
+        if not os.path.exists(where):
             raise ValueError(
                 f"`{field}`: there is no file or folder at {shown(str(where))}."
             )
@@ -85,7 +85,7 @@ def _default() -> str:
     """The folder of the environment; empty: there is none."""
     data = os.environ.get(DATA, "")
     where = pathlib.Path(data, "lm", "gutenberg")
-    return str(where) if data and where.is_dir() else ""
+    return str(where) if data and os.path.isdir(where) else ""
 
 
 @functools.cache  # is said once

@@ -219,7 +219,7 @@ def given_file(task: str, field: str, path: str, *default: str) -> str:
         return path
     folder = os.environ.get(DATA, "")
     where = pathlib.Path("eval", *default)
-    if folder and (pathlib.Path(folder) / where).is_file():
+    if folder and os.path.isfile(pathlib.Path(folder) / where):
         return str(pathlib.Path(folder) / where)
     why = f"{folder}/{where} is not there" if folder else f"{DATA} is not set"
     raise ValueError(

@@ -1,6 +1,7 @@
 """HumanEval: functions that are completed, and run against their tests."""
 
 import dataclasses
+import keyword
 import re
 import sys
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ class HumanEval(FewShot):
 
     def problem(self, row: Record) -> Problem:
         name = row.text("entry_point").strip()
-        if not name.isidentifier():
+        if not name.isidentifier() or keyword.iskeyword(name):
             raise row.wrong("entry_point", "the name of a function")
         prompt = row.text("prompt")
         return Problem(

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar, final
 
+from kvjax import messages
 from kvjax.eval.metrics.long_reply import Answered, corrected, published
 from kvjax.eval.tasks.base import Episode, Turn
 from kvjax.eval.tasks.choosing import CSQA, MMLU, Options, csqa_options, mmlu_options
@@ -145,9 +146,10 @@ class LongGenBench(FileTask):
         for group, mine in groups.items():
             shown = [one for one in known if one.group == group][:shots]
             if len(shown) < shots:
+                which = f" of {messages.shown(group)}" if group else ""
                 raise ValueError(
                     f"Task {self.name!r} has {len(shown)} worked examples"
-                    f"{f' of {group!r}' if group else ''}; `shots` asks for {shots}. "
+                    f"{which}; `shots` asks for {shots}. "
                     "Lower it, or give `exemplars`."
                 )
             mine = [one for one in mine if one not in shown]

@@ -5,6 +5,7 @@ The context holds the examples, which are what is compressed; the question is a 
 
 import abc
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
@@ -193,11 +194,11 @@ def examples_of(path: str, split: str, other: str) -> str:
     if split == other:
         return ""
     file = expanded(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         return path
     for found in re.finditer(re.escape(split), file.name):
         name = file.name[: found.start()] + other + file.name[found.end() :]
-        if file.with_name(name).is_file():
+        if os.path.isfile(file.with_name(name)):
             return str(file.with_name(name))
     return ""
 

@@ -1,6 +1,7 @@
 """Names for keys and values: words, numbers, identifiers, none of them twice."""
 
 import functools
+import os
 import pathlib
 import random
 import uuid
@@ -78,7 +79,7 @@ def _pairs(path: str, *stamps: int) -> tuple[str, ...]:
     del stamps
     if not path:
         return _paired(ADJECTIVES, NOUNS)
-    if pathlib.Path(path).is_dir():
+    if os.path.isdir(path):
         lists = [listed(f"{path}/{kind}list.txt") for kind in ("adjective", "noun")]
         return _paired(*lists)
     return listed(path)
@@ -107,7 +108,7 @@ def single(count: int, path: str = "") -> tuple[str, ...]:
 @functools.lru_cache(8)
 def _all(path: str, *stamps: int) -> tuple[str, ...]:
     del stamps
-    if not pathlib.Path(path).is_dir():
+    if not os.path.isdir(path):
         return listed(path)
     files = [pathlib.Path(path, f"{kind}list.txt") for kind in _KINDS]
     files = [file for file in files if file.exists()]

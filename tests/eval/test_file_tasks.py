@@ -220,3 +220,17 @@ def test_rows_of_each_task_are_scored_apart(tmp_path):
     assert parts["qa_1"].episodes(0, 1, 10**6)[0].turns[0].meta["kind"] == "qa_1"
     alone = make_task("dataset", path=path, task="qa_1")
     assert alone.parts() == {"": alone}
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "x" * 5000 + ".jsonl", "a/" * 3000])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("niah_single_2", "essays"), ("cwe", "words"), ("lines", "words")]
+    + [(name, "path") for name in ("qa_1", "qa_2", "lines", "gsm8k")],
+)
+def test_paths_that_are_too_long_are_told(path, name, field):
+    said = r"too long|there is no file|must be a file"
+    with pytest.raises(ValueError, match=said):
+        task = make(name, **{field: path})
+        task.files()
+        task.episodes(0, 1, 3000)

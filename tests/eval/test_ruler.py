@@ -362,6 +362,14 @@ def test_questions_are_asked_once(asked):
             [{"question": "a", "answer": "b", "context": [["t", "s"]]}],
             r"record 1: `context` must be a list of \[title",
         ),
+        *(
+            (
+                "qa_2",
+                [{"question": "a", "answer": "b", "context": context}],
+                r"record 1: `context` must be a list of \[title",
+            )
+            for context in (0, [], {}, "", {"t": ["s"]})
+        ),
     ],
 )
 def test_files_of_another_layout_are_refused(tmp_path, name, content, match):

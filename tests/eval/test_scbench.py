@@ -172,6 +172,12 @@ def test_each_kind_is_scored_as_coded(tmp_path):
             {"multi_turns": [{"input": "a", "answer": 3}]},
             r"line 1, multi_turns\[0\]: `input` must be `The ... is`",
         ),
+        (
+            "mf",
+            {"multi_turns": [{"input": "The largest is", "answer": "٣"}]},
+            r"line 1, multi_turns\[0\]: `input` must be `The ... is`",
+        ),
+        ("mf", {"context": [1, "2"]}, "line 1: `context` must be a list of numbers"),
     ],
 )
 def test_records_of_another_layout_are_refused(tmp_path, kind, change, match):

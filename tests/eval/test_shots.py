@@ -136,6 +136,14 @@ def test_layouts_of_choices(tmp_path):
         write(tmp_path / "dev.jsonl", [{**row, **change}])
         with pytest.raises(ValueError, match=f"line 1: {said}|line 1: .*{said}"):
             make("csqa", path=path, shots=0).drafts(1)
+    for choices in (["a"], "a", list("abcdefghijk")):
+        rows = [{**published.mmlu(1)[0], "choices": choices}]
+        with pytest.raises(ValueError, match="line 1: `choices` must be a list of 2"):
+            make("mmlu", path=write(tmp_path / "m.jsonl", rows), shots=0).drafts(1)
+    rows = [{**published.humaneval(1)[0], "entry_point": "class"}]
+    with pytest.raises(ValueError, match="line 1: `entry_point` must be the name"):
+        path = write(tmp_path / "h.jsonl", rows)
+        make("humaneval", path=path, shots=0, allow_code=True).drafts(1)
     rows = [{**published.mmlu(1)[0], "answer": "E"}]
     with pytest.raises(ValueError, match="line 1: `answer` must be a letter of ABCD"):
         make("mmlu", path=write(tmp_path / "m.jsonl", rows), shots=0).drafts(1)

@@ -208,8 +208,10 @@ def _squad(path: str, pages: dict[str, int]) -> Iterator[Asked]:
 
 def _hotpotqa(path: str, pages: dict[str, int]) -> Iterator[Asked]:
     for record in read_records(path, ("question", "answer", "context")):
-        numbers = []
-        for one in record.values["context"]:
+        numbers, context = [], record.values["context"]
+        if not isinstance(context, list) or not context:
+            raise record.wrong("context", "a list of [title, [sentence, ...]]")
+        for one in context:
             match one:
                 case [str(title), [*lines]] if all(isinstance(x, str) for x in lines):
                     page = f"{title}\n{''.join(lines)}"

@@ -109,6 +109,8 @@ class SharedContext(FileTask):
     def _draft(self, record: Record, turns: int) -> Draft:
         context = record.values["context"]
         if self.kind == "mf" and isinstance(context, list):
+            if not all(isinstance(one, int | float) for one in context):
+                raise record.wrong("context", "a list of numbers")
             context = str(context)
         if not isinstance(context, str) or not context.strip():
             raise record.wrong("context", "a text that is not empty")
@@ -128,7 +130,7 @@ class SharedContext(FileTask):
         which = ""
         if self.kind == "mf":
             found = re.search("The .+ is", text)
-            if not found or not answers[0].isdecimal():
+            if not found or not re.fullmatch("[0-9]+", answers[0]):
                 raise turn.wrong("input", "`The ... is`, with a whole number as answer")
             which = found[0].lower().removesuffix(" is")
         answer = " ".join(answers) if self.kind == "vt" else answers[0]
