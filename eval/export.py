@@ -11,6 +11,7 @@ says of kvpress's fields those that have a meaning here, and under `kvjax` what 
 it; (3) tasks of others than RULER's are scored as `score`.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -22,13 +23,13 @@ from typing import Any
 import yaml
 
 from kvjax.eval.asking import AWARE
-from kvjax.eval.header import read_header
+from kvjax.eval.header import RECORD, read_header
 from kvjax.eval.plan import Cell, EvalPlan
 from kvjax.eval.questions import QuestionGroup
 from kvjax.eval.record import mean
 from kvjax.eval.rows import read_rows
 from kvjax.eval.tasks import RULER
-from kvjax.files import read_text, write_bytes
+from kvjax.files import read_yaml, write_bytes
 from kvjax.places import check_place
 
 PREDICTIONS, METRICS, CONFIG = "predictions.csv", "metrics.json", "config.yaml"
@@ -61,8 +62,24 @@ def export_kvpress(
         OSError: a file cannot be written.
     """
     run, place = pathlib.Path(run_dir), pathlib.Path(out)
+    folders = check_export(made, run, place)
+    identity = _identity(run)
+    return [
+        _write(place / name, made, cells, run, identity)
+        for name, cells in folders.items()
+    ]
+
+
+def check_export(
+    made: EvalPlan, run_dir: str | os.PathLike[str], out: str | os.PathLike[str]
+) -> dict[str, list[Cell]]:
+    """Whether a run, which need not have begun, can be written so; its folders.
+
+    Raises:
+        ValueError: see `export_kvpress`.
+    """
+    run, place = pathlib.Path(run_dir), pathlib.Path(out)
     check_place(place)
-    about = read_header(run)
     folders: dict[str, list[Cell]] = {}
     for cell in made.all_cells():
         if isinstance(cell.group, QuestionGroup):
@@ -72,15 +89,17 @@ def export_kvpress(
             f"{run} asks no questions, and kvpress's layout has nothing else. Evaluate "
             "tasks with answers."
         )
-    identity = {
-        key: about.get(key) for key in ("model_fingerprint", "dtype", "date", "inputs")
-    }
+    identity = _identity(run) if (run / RECORD).exists() else {}
     for name in folders:
+        check_place(place / name)
         _check_own(place / name, identity)
-    return [
-        _write(place / name, made, cells, run, identity)
-        for name, cells in folders.items()
-    ]
+    return folders
+
+
+def _identity(run: pathlib.Path) -> dict[str, Any]:
+    about = read_header(run)
+    names = ("model_fingerprint", "dtype", "date", "inputs")
+    return {key: about.get(key) for key in names}
 
 
 def removed(cell: Cell) -> float:
@@ -94,11 +113,19 @@ def _folder(made: EvalPlan, cell: Cell) -> str:
         str(cell.group.length),
         made.config.model.replace("/", "--"),
         cell.method.name,
-        f"{removed(cell):.2f}",
+        _removed(made, cell),
     ]
     if cell.group.visibility == AWARE:
         parts.append("query_aware")
     return "__".join(parts)
+
+
+def _removed(made: EvalPlan, cell: Cell) -> str:
+    """With two digits, as kvpress has it; with all where two budgets share these."""
+    share = removed(cell)
+    text = f"{share:.2f}"
+    alike = [keep for keep in made.config.keeps if f"{1.0 - keep:.2f}" == text]
+    return text if len(alike) < 2 or cell.keep is None else f"{share:g}"
 
 
 def _dataset(made: EvalPlan) -> str:
@@ -115,8 +142,10 @@ def _check_own(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
     if not folder.exists():
         return
     config = folder / CONFIG
-    old = yaml.safe_load(read_text(config)) if config.is_file() else None
-    if not isinstance(old, dict) or old.get("kvjax") != _plain(identity):
+    old: dict[Any, Any] = {}
+    with contextlib.suppress(ValueError):  # none, or a damaged one
+        old = read_yaml(config)
+    if not identity or old.get("kvjax") != _plain(identity):
         raise ValueError(
             f"{folder} is of another run. Move it away, or export into another folder."
         )
