@@ -7,7 +7,6 @@ uncompressed cache gives.
 
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, final
 
@@ -29,6 +28,7 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.finite import check_rows
 from kvjax.models.inference import extend, prefill
 from kvjax.narrow import narrow
+from kvjax.places import expanded
 from kvjax.types import LengthsLike, Tokens, TokensLike
 
 
@@ -227,7 +227,7 @@ class TextTask(Checked):
         Raises:
             ValueError: no such file, not UTF-8, or too short for `count` windows.
         """
-        path = pathlib.Path(self.path)
+        path = expanded(self.path)
         text = read_text(path)
         tokenizer.check(f"task 'text' ({path})", [text])
         tokens = tokenizer.encode(text)

@@ -10,6 +10,7 @@ from kvjax.eval.config import TEXT
 from kvjax.eval.methods import NONE, RANDOM
 from kvjax.eval.plan import EvalPlan
 from kvjax.inputs import Inputs
+from kvjax.places import expanded
 
 _WORDS = re.compile(r".*(token|vocab|merges|spiece|sentencepiece).*|.*\.model")
 """Names of a tokenizer's files."""
@@ -39,7 +40,7 @@ def inputs_of(
         label = f"task {entry.title!r}"
         if entry.name == TEXT:
             path = str(entry.fields["path"])
-            files = {path: pathlib.Path(path)}
+            files = {path: expanded(path)}
         else:
             files = files_of(entry)
         if files:

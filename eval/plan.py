@@ -177,6 +177,11 @@ def _text_group(
             f"task {entry.title!r} takes no `lengths` and no `visibility`; "
             "set `context` and `continuation`."
         )
+    if entry.grid or entry.turns > 1:
+        raise ValueError(
+            f"task {entry.title!r} asks no questions, and takes neither `grid` nor "
+            "`turns`. Leave them out."
+        )
     text = decode(dict(entry.fields), TextTask)
     count = entry.items or config.items
     rows = text.windows(tokenizer, count)

@@ -9,7 +9,7 @@ from typing import Any
 from kvjax.config import decode
 from kvjax.eval.asking import parts
 from kvjax.eval.config import TEXT, TaskEntry, as_entry
-from kvjax.eval.tasks import TASKS
+from kvjax.eval.tasks import TASKS, field_names
 from kvjax.files import yaml_mapping
 from kvjax.messages import nearest, shown
 
@@ -23,7 +23,9 @@ def suites() -> list[str]:
 
 
 def suite(
-    name: str, fields: Mapping[str, Mapping[str, Any]] | None = None
+    name: str,
+    fields: Mapping[str, Mapping[str, Any]] | None = None,
+    beside: Sequence[TaskEntry] = (),
 ) -> tuple[TaskEntry, ...]:
     """The tasks of a suite that can be asked here.
 
@@ -32,6 +34,7 @@ def suite(
     Args:
         name: of the suite.
         fields: see `with_fields`.
+        beside: tasks that are asked, too, and stand in front of them.
 
     Raises:
         ValueError: no such suite; see `with_fields`.
@@ -45,15 +48,15 @@ def suite(
     text = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     tree = yaml_mapping(text, f"suite {name!r}")
     entries = [decode(as_entry(one), TaskEntry) for one in tree["tasks"]]
-    entries = with_fields(entries, fields or {})
-    there = []
-    for entry in entries:
+    every = with_fields([*beside, *entries], fields or {})
+    there = every[: len(beside)]
+    for entry in every[len(beside) :]:
         lacks = _lacks(entry)
         if lacks:
             LOG.warning("suite %s goes without %s: %s", name, entry.title, lacks)
         else:
             there.append(entry)
-    if not there:
+    if len(there) == len(beside):
         raise ValueError(f"none of the tasks of suite {name!r} can be asked here.")
     return tuple(there)
 
@@ -93,7 +96,7 @@ def with_fields(
 
 
 def _has(entry: TaskEntry, field: str) -> bool:
-    return entry.name in TASKS and field in TASKS[entry.name].__dataclass_fields__
+    return entry.name in TASKS and field in field_names(entry.name)
 
 
 def _lacks(entry: TaskEntry) -> str:

@@ -1,5 +1,6 @@
 """Tasks with known answers, generated or read; a file for each, or for its kind."""
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -55,7 +56,12 @@ TASKS: Mapping[str, type[Task]] = MappingProxyType(
 )
 
 
-def make_task(name: str, **fields) -> Task:
+def field_names(name: str) -> list[str]:
+    """What can be set of the task registered as `name`."""
+    return [field.name for field in dataclasses.fields(TASKS[name])]
+
+
+def make_task(name: str, /, **fields) -> Task:
     """The task registered as `name`, with its fields set.
 
     Raises:
@@ -66,11 +72,11 @@ def make_task(name: str, **fields) -> Task:
             f"Unknown task {shown(name)}; expected one of {list(TASKS)}."
             f"{nearest(name, TASKS)}"
         )
-    known = TASKS[name].__dataclass_fields__
+    known = field_names(name)
     for field in fields:
         if field not in known:
             raise ValueError(
                 f"Task {name!r} has no field {shown(field)}; expected one of "
-                f"{list(known)}.{nearest(field, known)}"
+                f"{known}.{nearest(field, known)}"
             )
     return TASKS[name](**fields)

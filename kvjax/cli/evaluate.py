@@ -176,8 +176,8 @@ class Eval(Command):
         if self.tasks is not None:
             entries = _tasks(config, self.tasks)
         if self.suite is not None:
-            asked = suite(self.suite, fields)
-            entries = (*entries, *asked) if self.tasks is not None else asked
+            beside = entries if self.tasks is not None else ()
+            entries = suite(self.suite, fields, beside)
         elif fields:
             entries = tuple(with_fields(entries, fields))
         return dataclasses.replace(config, tasks=entries)
@@ -245,8 +245,10 @@ def evaluate(
     Returns:
         Its rows, how many were there, and the folders of `export`.
     """
+    from kvjax.eval.export import check_export, export_kvpress
     from kvjax.eval.harness import run
     from kvjax.eval.methods import methods
+    from kvjax.eval.plan import plan
     from kvjax.eval.results import check_directory
 
     # Neither a misspelt name nor a directory of something else costs loading a model.
@@ -255,6 +257,9 @@ def evaluate(
     name = DEFAULT if config.model is None else config.model
     model, tokenizer = load_model(name, dtype, ui)
     checkpoint = expanded(model_directory(name))
+    made = plan(model.config, tokenizer, config) if export else None
+    if made:
+        check_export(made, out, out / "kvpress")
     columns = (
         "[progress.description]{task.description}",
         BarColumn(),
@@ -285,10 +290,6 @@ def evaluate(
             )
         bar.update(task, description="done")
     folders = []
-    if export:
-        from kvjax.eval.export import export_kvpress
-        from kvjax.eval.plan import plan
-
-        made = plan(model.config, tokenizer, config)
+    if made:
         folders = export_kvpress(made, out, out / "kvpress")
     return rows, resumed, [str(folder) for folder in folders]

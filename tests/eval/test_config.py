@@ -162,6 +162,14 @@ WRONG = {
         {"tasks": [{"name": "text", "path": "x", "lengths": [8]}]},
         "`context`",
     ),
+    "text in turns": (
+        {"tasks": [{"name": "text", "path": "x", "turns": 2}]},
+        "neither `grid` nor `turns`",
+    ),
+    "text on a grid": (
+        {"tasks": [{"name": "text", "path": "x", "grid": True}]},
+        "neither `grid` nor `turns`",
+    ),
     "text with no continuation": (
         {"tasks": [{"name": "text", "path": "x", "continuation": 1}]},
         "continuation",

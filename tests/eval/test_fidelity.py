@@ -126,7 +126,7 @@ def test_the_reference_of_a_text_is_read_as_methods_are(model, text, tmp_path):
     assert none["kl"] == 0.0 < random["kl"]
 
 
-def test_windows_of_a_text(text, tmp_path):
+def test_windows_of_a_text(text, tmp_path, monkeypatch):
     tokenizer = Tokenizer(tiny.tokenizer(), 100)
     task = TextTask(path=str(text), context=20, continuation=5)
     windows = task.windows(tokenizer, 4)
@@ -141,6 +141,9 @@ def test_windows_of_a_text(text, tmp_path):
     (tmp_path / "accents").write_text("déjà vu " * 9)
     with pytest.raises(ValueError, match="'àé'"):
         TextTask(path=str(tmp_path / "accents")).windows(tokenizer, 1)
+    monkeypatch.setenv("HOME", str(text.parent))
+    task = TextTask(path=f"~/{text.name}", context=20, continuation=5)
+    assert (task.windows(tokenizer, 4) == windows).all()
 
 
 def test_a_real_model_on_a_real_text(shared_data):

@@ -53,6 +53,8 @@ def test_the_command_line_asks_a_suite():
     assert {e.title: dict(e.fields) for e in config.tasks}["vt"] == {"hops": 2}
     both = configured([*words, "--tasks", "recall"])
     assert len(both.tasks) == 12
+    both = configured([*words, "--tasks", "chain", "--task-set", "chain.hops=3"])
+    assert dict(both.tasks[0].fields) == {"hops": 3} and len(both.tasks) == 12
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,9 @@ def test_the_command_line_asks_a_suite():
         (["--suite", "ruler", "--task-set", "hops=2"], "TASK.FIELD=VALUE"),
         (["--suite", "ruler", "--set", "tasks=[vt]"], "given twice"),
         (["--tasks", "vt", "--allow-code"], "allow_code"),
+        (["--tasks", "vt", "--task-set", "*.name=a"], "has a field 'name'"),
+        (["--suite", "ruler", "--task-set", "vt.name=a"], "no field 'name'"),
+        (["--suite", "ruler", "--task-set", "vt.unit=a"], "no field 'unit'"),
     ],
 )
 def test_what_is_wrong_is_said(words, said):

@@ -166,6 +166,9 @@ def test_unknown_names_suggest_the_nearest():
         make_task("recall", value_lenght=4)
     with pytest.raises(ValueError, match="redundancy"):
         make_task("recall", redundancy=2.0)
+    for constant in ("name", "unit", "stop", "paths"):
+        with pytest.raises(ValueError, match=r"no field.*expected one of \['redun"):
+            make_task("recall", **{constant: "a"})
 
 
 @pytest.mark.parametrize(
