@@ -13,9 +13,12 @@ from kvjax.eval.text import Tokenizer
 from kvjax.messages import shown
 from kvjax.models.templates import TemplateFault, written
 
+_LONG = " ".join(map(str, range(1000)))
 _CHATS = (
     ("kvjax-first", "kvjax-second", "kvjax-third"),
     ("A text.\n\nWhat is in it?", "It has\ntwo lines.", "And who wrote it?"),
+    ("<i>A</i> &  'b'\t\"c\"?", "<i>B</i> &  'c'\t\"d\".", "<i>C</i> &  'd'\t\"e\"?"),
+    (f"What is behind {_LONG}?", f"Behind {_LONG}.", f"In front of {_LONG}?"),
 )
 """Question, reply and question: what is around them must not depend on them."""
 
@@ -205,12 +208,13 @@ def _around(
     Raises:
         TemplateFault: a text is not in it once, in its place, or others change that.
     """
-    one, other = (_written(tokenizer, system, texts, thinking) for texts in _CHATS)
-    if one != other:
-        raise TemplateFault(
-            "the chat template writes another text around other messages: "
-            f"{shown(''.join(one))} and {shown(''.join(other))}. {_REMEDY}"
-        )
+    one, *others = (_written(tokenizer, system, texts, thinking) for texts in _CHATS)
+    for other in others:
+        if one != other:
+            raise TemplateFault(
+                "the chat template writes another text around other messages: "
+                f"{shown(''.join(one))} and {shown(''.join(other))}. {_REMEDY}"
+            )
     return one
 
 
@@ -236,7 +240,12 @@ def _written(
     first, reply, following = texts
     if [*counts, asked.count(first)] != [1, 1, 1, 1]:
         raise TemplateFault(
-            f"the chat template does not write each message once: {shown(made)}. "
+            "the chat template does not write each message once, as it is: "
+            f"{shown(made)}. {_REMEDY}"
+        )
+    if not made.index(first) < made.index(reply) < made.index(following):
+        raise TemplateFault(
+            f"the chat template does not write messages in their order: {shown(made)}. "
             f"{_REMEDY}"
         )
     opening, closing = asked.split(first)

@@ -151,6 +151,20 @@ def test_length_counts_all_that_is_read_and_the_reply():
         ("{% for m in messages %}{{ m['content'] * 2 }}{% endfor %}", "once"),
         ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "once"),
         ("{{ messages[-1].content | length }}" + CHATML, "around other messages"),
+        *(
+            (
+                f"{{% for m in messages %}}{{{{ m.content{change} }}}}|{{% endfor %}}",
+                "once",
+            )
+            for change in (
+                " | e",
+                " | replace('  ', ' ')",
+                " | replace('\t', ' ')",
+                "[:1000]",
+                " | wordwrap(79)",
+            )
+        ),
+        ("{% for m in messages[::-1] %}{{ m.content }}|{% endfor %}", "in their order"),
     ],
 )
 def test_templates_that_lose_messages_are_refused(template, said):
