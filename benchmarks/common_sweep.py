@@ -33,12 +33,17 @@ def planned(path: str, tree: dict[str, Any]) -> EvalPlan:
     return plan(model.config, tokenizer, decode_config(tree))
 
 
-def ours(path: str, tree: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+def ours(
+    path: str,
+    tree: dict[str, Any],
+    folder: pathlib.Path,
+    names: Sequence[str] = ("cold", "warm"),
+) -> dict[str, Any]:
     """Seconds of the whole sweep, process start to end: cold, then warm."""
     out: dict[str, Any] = {}
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    for name in ("cold", "warm"):
+    for name in names:
         command = [sys.executable, "-c", OURS, path, json.dumps(tree)]
         start = time.perf_counter()
         done = subprocess.run(

@@ -4,9 +4,9 @@ Both sides get the same token ids and stop at the same ids. kvpress answers
 `--torch_items` items of every cell, one by one as its pipeline does, and its time is
 scaled to all items; scores are compared on the items that both answered. Then one text
 with one method, process start to last token. `KVJAX_TORCH_PYTHON` names kvpress's
-interpreter. The defaults take an hour of two CPU cores. A whole comparison is
-`--tasks niah_single_2 niah_multikey_1 vt cwe babilong_qa1 --lengths 1024 2048 --items 50
---torch_items 50`, days of them.
+interpreter. The defaults take an hour of two CPU cores; a whole comparison, days:
+`--tasks niah_single_2 niah_multikey_1 vt cwe babilong_qa1 --lengths 1024 2048
+--items 50 --torch_items 50`.
 """
 
 import json
