@@ -17,6 +17,7 @@ from kvjax.eval.tasks.reading_files import Record, read_records
 from kvjax.eval.tasks.stamps import stamp
 from kvjax.fields import OneOf, Positive
 from kvjax.messages import nearest, shown
+from kvjax.places import expanded
 
 _ANSWER = "answer|answers|outputs"
 _SAID = ("difficulty", "length")
@@ -73,7 +74,11 @@ class Dataset(FileTask):
         self.place()
         metric_names(self.metric, self.path, [])  # before much is read
         rows = self._rows()
-        metrics = metric_names(self.metric, self.path, map(self._kind, rows))
+        kinds = [self._kind(row) for row in rows]
+        try:
+            metrics = metric_names(self.metric, self.path, kinds)
+        except ValueError as wrong:
+            raise ValueError(f"{shown(self.path)}: {wrong}") from None
         groups: dict[str, list[Record]] = {}
         for row in rows:
             groups.setdefault(row.text("context", empty=True), []).append(row)
@@ -109,7 +114,11 @@ class Dataset(FileTask):
         return self.path
 
     def _every_row(self) -> list[Record]:
-        return _read(self.path, self.config, self.split, *stamp(self.path))
+        place = expanded(self.path)
+        below = (place, place / self.config, place / "data" / self.config)
+        folders = dict.fromkeys((*below, place / self.config / "data"))
+        stamps = [n for folder in folders for n in stamp(str(folder))]
+        return _read(self.path, self.config, self.split, *stamps)
 
     def _of_task(self, rows: list[Record]) -> list[Record]:
         kinds = list(dict.fromkeys(str(one.values.get("task", "")) for one in rows))

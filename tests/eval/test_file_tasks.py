@@ -161,7 +161,7 @@ def test_a_cut_takes_the_middle(fields):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"task": "mine"}, "mine.*Give `metric`"),
+        ({"task": "mine"}, "x.jsonl.*mine.*Give `metric`"),
         ({"max_new_tokens": None}, "line 2.*Set `new_tokens`"),
         ({"max_new_tokens": "many"}, "line 2: `max_new_tokens`"),
         ({"answer": []}, "line 2: `answer` is empty, as in 1 of 3.*`unanswered: leave"),
@@ -234,3 +234,16 @@ def test_paths_that_are_too_long_are_told(path, name, field):
         task = make(name, **{field: path})
         task.files()
         task.episodes(0, 1, 3000)
+
+
+def test_files_that_change_are_read_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows" / "4096").mkdir(parents=True)
+    for fields, name in (
+        ({"path": "~/x.jsonl"}, "x.jsonl"),
+        ({"path": str(tmp_path / "rows"), "config": "4096"}, "rows/4096/test.jsonl"),
+    ):
+        for count in (3, 5):
+            write(tmp_path / name, published.ruler(count))
+            task = make("dataset", metric="ruler", task="niah_multivalue", **fields)
+            assert sum(len(d.make(9).turns) for d in task.drafts(1)) == count - 2

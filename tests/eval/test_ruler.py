@@ -351,6 +351,22 @@ def test_questions_are_asked_once(asked):
             {"data": [{"paragraphs": [{"context": "a", "qas": [{"question": "b"}]}]}]},
             r"qas\[0\]: `answers` must be a list",
         ),
+        (
+            "qa_1",
+            {
+                "data": [
+                    {
+                        "paragraphs": [
+                            {
+                                "context": "a",
+                                "qas": [{"question": "b", "is_impossible": "false"}],
+                            }
+                        ]
+                    }
+                ]
+            },
+            r"qas\[0\]: `is_impossible` must be true or false",
+        ),
         ("qa_1", {"data": []}, "no question that can be answered"),
         (
             "qa_2",

@@ -190,7 +190,10 @@ def _squad(path: str, pages: dict[str, int]) -> Iterator[Asked]:
             inside = f"{where}.paragraphs[{m}]"
             for k, query in enumerate(_part(one, "qas", inside)):
                 record = _record(query, f"{inside}.qas[{k}]")
-                if record.values.get("is_impossible"):
+                impossible = record.values.get("is_impossible")
+                if not isinstance(impossible, bool | None):
+                    raise record.wrong("is_impossible", "true or false")
+                if impossible:
                     continue
                 answers = _part(query, "answers", record.place)
                 found = [
