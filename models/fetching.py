@@ -6,6 +6,7 @@ float32: those of 4-bit blocks have more digits than bfloat16.
 """
 
 import dataclasses
+import glob
 import hashlib
 import importlib.util
 import os
@@ -18,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from kvjax.files import write_json
+from kvjax.files import read_json, write_json
 from kvjax.messages import shown
 from kvjax.models.hub import checkpoint_directory
 from kvjax.models.io import load, save
@@ -71,9 +72,10 @@ def fetch(
     if origin not in ORIGINS:
         raise ValueError(f"`origin` must be one of {list(ORIGINS)}; got {origin!r}.")
     place = place_of(name) if out is None else expanded(out).absolute()
-    if (place / "config.json").is_file():
+    if os.path.isfile(place / "config.json"):  # `is_file` raises for long names
+        _check_source(place, model)
         return Fetched(directory=place, new=False)
-    if place.is_dir() and any(place.iterdir()):
+    if os.path.isdir(place) and any(place.iterdir()):
         raise ValueError(
             f"{place} is not empty, and holds no model. Give another directory (--out)."
         )
@@ -88,13 +90,26 @@ def _fetch_to(place: pathlib.Path, model: Published, origin: str, say: Say) -> N
     with held(place.parent) as mine:
         if not mine:
             raise busy(place.parent)
-        for left in place.parent.glob(f".{place.name}.*.tmp"):  # of killed calls
+        ours = f".{glob.escape(place.name)}.*.tmp"
+        for left in place.parent.glob(ours):  # of killed calls
             shutil.rmtree(left, ignore_errors=True)
         front = f".{place.name}."
         with tempfile.TemporaryDirectory(".tmp", front, place.parent) as work:
             made = pathlib.Path(work) / "model"
             _made(model, origin, pathlib.Path(work), made, say)
             os.replace(made, place)
+
+
+def _check_source(place: pathlib.Path, model: Published) -> None:
+    """The model that is at `place` is the one that is asked for."""
+    record = place / SOURCE
+    said = read_json(record).get("model") if os.path.isfile(record) else None
+    if said != model.title:
+        what = f"holds {shown(said)}" if said else f"holds a model without {SOURCE}"
+        raise ValueError(
+            f"{place} {what}, not {model.title}. Give another directory (--out), or "
+            "move it away."
+        )
 
 
 def _check_terms(name: str, model: Published, accepted: bool) -> None:

@@ -219,6 +219,9 @@ def test_an_interrupted_download_leaves_nothing(tiny, tmp_path, monkeypatch):
     left.mkdir(parents=True)
     (left / "tiny.gguf").write_bytes(b"GGUF")
     assert fetching.fetch("tiny").new and not left.exists()
+    other = tmp_path / ".other.mine.tmp"
+    other.mkdir()
+    assert fetching.fetch("tiny", out=tmp_path / "*").new and other.exists()
 
 
 def test_places_that_hold_something_else(tiny, tmp_path):
@@ -228,6 +231,16 @@ def test_places_that_hold_something_else(tiny, tmp_path):
         fetching.fetch("tiny", out=tmp_path / "out")
     with pytest.raises(ValueError, match="notes.txt.* cannot be written to as a dir"):
         fetching.fetch("tiny", out=tmp_path / "out" / "notes.txt")
+    mine = tmp_path / "mine"
+    save(Decoder(CASES["llama"], dtype=jnp.float32, rngs=nnx.Rngs(0)), mine)
+    with pytest.raises(ValueError, match=f"mine holds a model without {SOURCE}, not T"):
+        fetching.fetch("tiny", out=mine)
+    for text, said in (('{"model": "Tall"}', "holds 'Tall'"), ("{", "is not JSON")):
+        (mine / SOURCE).write_text(text)
+        with pytest.raises(ValueError, match=said):
+            fetching.fetch("tiny", out=mine)
+    with pytest.raises(ValueError, match="too long"):
+        fetching.fetch("tiny", out="x" * 300)
     with pytest.raises(
         ValueError, match=r"no model 'tinny' to fetch.*Did you mean 'ti"
     ):
