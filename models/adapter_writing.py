@@ -13,7 +13,7 @@ from kvjax.files import write_json
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families import family
 from kvjax.models.hub import ADAPTER, ADAPTER_CONFIG
-from kvjax.places import check_place
+from kvjax.places import check_place, expanded
 
 Updates = Mapping[str, tuple[ArrayLike, ArrayLike]]
 """By matrix, as `attention.q`: A `[L, in, r]` and B `[L, r, out]`."""
@@ -69,7 +69,7 @@ def save_adapter(
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": os.path.abspath(base) if _here(base) else base,
+        "base_model_name_or_path": _named(base),
         "r": rank.pop(),
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
@@ -86,8 +86,10 @@ def save_adapter(
     os.replace(staged, directory / ADAPTER)
 
 
-def _here(base: str) -> bool:
-    return os.path.exists(base)
+def _named(base: str) -> str:
+    """A path as it is from anywhere; other names as they are."""
+    path = expanded(base)
+    return os.path.abspath(path) if os.path.exists(path) else base
 
 
 def _stored(config: DecoderConfig) -> dict[str, dict[int, Any]]:

@@ -1,6 +1,7 @@
 """Which weights are trained, in which dtype, over how many batches."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,19 @@ def test_the_adapter_of_a_run_is_its_model(tmp_path):
         save_adapter(
             tmp_path / "other", phi, {"attention.q": pair}, base="b", alpha=1.0
         )
+
+
+def test_an_adapter_names_its_base_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    wide = SHAPE.num_heads * SHAPE.head_dim
+    a = np.zeros((SHAPE.num_layers, SHAPE.hidden_size, 2), np.float32)
+    b = np.zeros((SHAPE.num_layers, 2, wide), np.float32)
+    for given, said in (("~/base", str(tmp_path / "base")), ("a/b", "a/b")):
+        out = tmp_path / "adapter"
+        save_adapter(out, SHAPE, {"attention.q": (a, b)}, base=given, alpha=1.0)
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == said
 
 
 def test_lora_beside_every_bias_is_the_merged_model():
