@@ -1,6 +1,7 @@
 """The harness's own tasks and results, for the command line."""
 
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ def load_tasks(
     Raises:
         ValueError: an unknown name, or a task that cannot be loaded.
     """
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not os.path.isdir(folder):
         raise ValueError(
             f"there is no directory at {shown(str(folder))}; expected one with YAML "
             "files of tasks."
@@ -54,9 +55,9 @@ def load_tasks(
     where: dict[str, Any] = {"metadata": dict(metadata)}
     where |= {} if folder is None else {"include_path": str(folder)}
     # To look through all of the harness's files takes seconds.
-    tasks = Tasks(include_defaults=False, **where)
+    tasks = _indexed(include_defaults=False, **where)
     if any(not _found(tasks, name) for name in names):
-        tasks = Tasks(**where)
+        tasks = _indexed(**where)
     for name in names:
         if not _found(tasks, name):
             raise ValueError(
@@ -69,11 +70,24 @@ def load_tasks(
     return tasks
 
 
+def _indexed(**where: Any) -> Tasks:
+    """The tasks of folders by their names; nothing of them is loaded."""
+    try:
+        return Tasks(**where)
+    except Exception as wrong:  # of what files of anybody hold
+        folder, kind = where.get("include_path", "its own"), type(wrong).__name__
+        raise ValueError(
+            f"lm-eval cannot list the tasks of {shown(folder)} ({kind}: "
+            f"{str(wrong)[:400]}). Correct its YAML files: `task`, `group` and `tag` "
+            "are texts."
+        ) from wrong
+
+
 def _found(tasks: TaskManager, name: str) -> list[str]:
     """The names that a name or a pattern stands for."""
     if name in tasks.task_index:
         return [name]
-    if name.endswith((".yaml", ".yml")) and pathlib.Path(name).is_file():
+    if name.endswith((".yaml", ".yml")) and os.path.isfile(name):
         return [name]
     return tasks.match_tasks([name]) if "*" in name else []
 

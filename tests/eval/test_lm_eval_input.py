@@ -8,6 +8,7 @@ from kvjax.eval.lm_eval import KvjaxLM, LastTokens, Marker
 from kvjax.eval.lm_eval import reader as reading
 from kvjax.eval.lm_eval.replying import settings
 from kvjax.eval.lm_eval.rule import rule_of
+from kvjax.eval.lm_eval.running import load_tasks
 from kvjax.eval.lm_eval.splitting import pieces
 from tests.eval import tiny
 from tests.eval.harnessed import SNAPKV, TEXTS, harnessed, requests, small
@@ -162,3 +163,12 @@ def test_the_harness_knows_the_model_by_name(tmp_path):
     ]:
         with pytest.raises(ValueError, match=name):
             KvjaxLM.create_from_arg_string(wrong)
+
+
+def test_folders_of_tasks_that_cannot_be_listed(tmp_path):
+    for name, task in (("a", "a"), ("b", "3")):
+        (tmp_path / f"{name}.yaml").write_text(f"task: {task}\ndataset_path: json\n")
+    with pytest.raises(ValueError, match=f"{tmp_path.name}.*Correct its YAML files"):
+        load_tasks(["c"], tmp_path, {})
+    with pytest.raises(ValueError, match="there is no directory at"):
+        load_tasks(["c"], tmp_path / ("x" * 300), {})
