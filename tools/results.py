@@ -85,9 +85,8 @@ def model_path(name: str, work: pathlib.Path) -> str:
     return str(run_dir / "model")
 
 
-def evaluate(it: Evaluation, work: pathlib.Path, items: int | None) -> None:
+def evaluate(it: Evaluation, work: pathlib.Path, *more: object) -> None:
     """Measure a model, unless that is done."""
-    more = () if items is None else ("--items", items)
     options = it.options
     if any("{" in option for option in options):
         places = {"data": texts().parent.parent, "held_out": texts() / HELD_OUT}
@@ -138,13 +137,16 @@ def main() -> int:
     parser.add_argument("--pages", nargs="+", default=pages, choices=pages)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs" / "results")
-    parser.add_argument("--items", type=int, help="per cell, instead of 500")
+    parser.add_argument("--items", help="per cell, instead of a configuration's")
+    parser.add_argument("--keep", help="budgets, as in 0.5,0.25, likewise")
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()
     work = args.work.absolute()
+    less = [] if args.items is None else ["--items", args.items]
+    less += [] if args.keep is None else ["--keep", args.keep]
     for it in (it for page in args.pages for it in EVALUATIONS[page]):
         if not args.report_only and it.model in args.models:
-            evaluate(it, work, args.items)
+            evaluate(it, work, *less)
     written = 0
     for page in args.pages:
         names = [it.name for it in EVALUATIONS[page]]
