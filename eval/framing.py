@@ -176,17 +176,16 @@ def chat_framing(
         TemplateFault: the template refuses a plain question, or writes it another way.
     """
     said = [{"role": "system", "content": system}] if system else []
-    lead = ""
+    lead, before, closing, between = "", "", "", ""
     try:
-        before, *others = _around(tokenizer, said, thinking)
+        before, closing, between = _around(tokenizer, said, thinking)
     except TemplateFault:
         if not said:
             raise
-        before = ""
-    if system not in before or not before:  # the template has no such role
-        before, *others = _around(tokenizer, [], thinking)
-        lead = system + _GAP if system else ""
-    closing, between = others
+    # The template has no such role, or writes its message before the newest question.
+    if said and (system not in before or system in between):
+        before, closing, between = _around(tokenizer, [], thinking)
+        lead = system + _GAP
     last = [t for t in tokenizer.encode(between)[:1] if tokenizer.is_special(t)]
     end = "".join(map(tokenizer.piece, last))
     return Framing(

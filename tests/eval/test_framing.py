@@ -93,7 +93,15 @@ def test_a_chat_is_what_its_template_writes():
     assert frame.chat and frame.begin == ()
 
 
-@pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM])
+LAST_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}("
+    "{% if loop.last and messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] }}: {% endif %}{{ m['content'] }})"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM, LAST_SYSTEM])
 def test_a_system_message_without_its_role_begins_the_first(template):
     frame = framed(template, Words())
     assert text(frame, frame.prompt(EPISODE)) == "(be brief\n\na text. "
