@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialized
 
-from kvjax.files import write_json
+from kvjax.files import write_bytes, write_json
 from kvjax.models.config import DecoderConfig
 from kvjax.models.families import family
 from kvjax.models.hub import ADAPTER, ADAPTER_CONFIG
@@ -81,9 +81,7 @@ def save_adapter(
     }
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / ADAPTER_CONFIG, settings)
-    staged = directory / f".{ADAPTER}"
-    save_file(tensors, staged, metadata={"format": "pt"})
-    os.replace(staged, directory / ADAPTER)
+    write_bytes(directory / ADAPTER, serialized(tensors, {"format": "pt"}))
 
 
 def _named(base: str) -> str:

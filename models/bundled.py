@@ -9,7 +9,7 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.families import read_config
 from kvjax.models.gguf import is_gguf
 from kvjax.models.io import load_config
-from kvjax.models.published import fetched
+from kvjax.models.published import PUBLISHED, fetched
 from kvjax.places import given_path
 
 DEFAULT = "kvjax-tiny"
@@ -24,6 +24,11 @@ def bundled_models() -> tuple[str, ...]:
             if (entry / "config.json").is_file()
         )
     )
+
+
+def small_models() -> tuple[str, ...]:
+    """Names of models that can be held in float32, in which a CPU is faster."""
+    return (*bundled_models(), *PUBLISHED)
 
 
 def model_directory(name: str) -> str:

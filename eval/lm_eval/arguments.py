@@ -7,7 +7,7 @@ from typing import Any
 from kvjax.compress.config import Compression
 from kvjax.compress.presets import compression
 from kvjax.messages import nearest, shown
-from kvjax.models.bundled import bundled_models, model_directory
+from kvjax.models.bundled import bundled_models, model_directory, small_models
 from kvjax.models.io import load
 
 OPTIONS = (
@@ -63,7 +63,7 @@ def from_arguments(
     name, dtype = found.pop("pretrained"), found.pop("dtype", "auto")
     chosen = compression_of(found.pop("compression", None), None, **fields)
     if dtype == "auto":
-        dtype = "float32" if name in bundled_models() else "bfloat16"
+        dtype = "float32" if name in small_models() else "bfloat16"
     model, tokenizer = load(model_directory(str(name)), dtype)
     return model, tokenizer, {"compression": chosen, **found}
 

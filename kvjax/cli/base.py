@@ -18,7 +18,7 @@ from kvjax.compress.presets import describe
 from kvjax.config import parse_assignments
 from kvjax.fields import Range, fit, hints_of
 from kvjax.messages import shown
-from kvjax.models.bundled import bundled_models, model_directory
+from kvjax.models.bundled import bundled_models, model_directory, small_models
 from kvjax.models.published import PUBLISHED
 from kvjax.places import cache_folder
 
@@ -153,9 +153,7 @@ def load_model(name: str, dtype: str, ui: UI) -> tuple[Any, Any]:
         raise ValueError(f"--model {shown(name)}: no such home directory.")
     path = model_directory(name)
     if dtype == "auto":
-        # Small enough to be held twice as large, and several times faster on a CPU.
-        small = (*bundled_models(), *PUBLISHED)
-        dtype = "float32" if name in small else "bfloat16"
+        dtype = "float32" if name in small_models() else "bfloat16"
     with ui.status(f"loading {name}"):
         return load(path, dtype)
 
