@@ -78,8 +78,9 @@ class Record:
             value = int(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or not least <= value < 2**31:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.wrong(column, f"a whole number >= {least} of 32 bits")
+        if not least <= value < 2**31:
             raise self.wrong(column, f"a whole number >= {least} of 32 bits")
         return value
 
