@@ -51,12 +51,12 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             where = pathlib.Path(folder)
             made = planned(path, tree)
-            found: dict[str, Any] = ours(path, tree, where, ["warm"])
+            found: dict[str, Any] = ours(path, tree, where, ["cold"])
             presses = {"snapkv": {"window_size": WINDOW}}
             other = theirs(
                 path, made, args.items, ["snapkv"], args.keeps, where, presses
             )
-            found["cells"] = compared(made, where / "warm", other.pop("cells"))
+            found["cells"] = compared(made, where / "cold", other.pop("cells"))
             results[pathlib.Path(model).parent.name or model] = found | other
     about = {**vars(args), "essays": pathlib.Path(args.essays).name}
     about["models"] = list(results)

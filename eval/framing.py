@@ -231,10 +231,10 @@ def _written(
     chat = [
         {"role": role, "content": text} for role, text in zip(roles, texts, strict=True)
     ]
-    made = written(tokenizer.raw, [*system, *chat], ask=True, thinking=thinking)
+    made = _chat_text(tokenizer, [*system, *chat], thinking)
     # The first question alone says what is written before a reply: what some templates
     # add there for a reply to come is not in front of an earlier one.
-    asked = written(tokenizer.raw, [*system, chat[0]], ask=True, thinking=thinking)
+    asked = _chat_text(tokenizer, [*system, chat[0]], thinking)
     counts = [made.count(text) for text in texts]
     first, reply, following = texts
     if [*counts, asked.count(first)] != [1, 1, 1, 1]:
@@ -250,3 +250,12 @@ def _written(
     opening, closing = asked.split(first)
     between, _ = made[made.index(reply) + len(reply) :].split(following)
     return opening, closing, between
+
+
+def _chat_text(tokenizer: Tokenizer, chat: list[dict[str, str]], thinking: bool) -> str:
+    try:
+        return written(tokenizer.raw, chat, ask=True, thinking=thinking)
+    except TemplateFault as wrong:
+        raise TemplateFault(
+            f"the chat template refuses plain questions ({wrong}). {_REMEDY}"
+        ) from wrong

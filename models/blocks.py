@@ -21,6 +21,11 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+COLUMNS = 16
+"""Of a product: XLA on a CPU sums those beyond a multiple of this in another order
+where there are few rows, and a row would not be what it is in a larger batch."""
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias`, kernel `[in, out]`."""
 
@@ -38,7 +43,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*shape in"]) -> Float[Array, "*shape out"]:
         """`[..., in]` to `[..., out]`, in the dtype of the kernel."""
-        y = product(x, self.kernel[...], contract=0)
+        kernel, size = self.kernel[...], self.kernel.shape[1]
+        if over := -size % COLUMNS:
+            kernel = jnp.pad(kernel, [(0, 0), (0, over)])
+        y = product(x, kernel, contract=0)[..., :size]
         return y if self.bias is None else y + _trailing(self.bias[...], y)
 
 

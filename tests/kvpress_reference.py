@@ -22,6 +22,8 @@ Layout of OUT.npz (`P` prompt, `L` layer, `C` case of `cases()`, `F` fraction ke
     P/layerL/q                [H, S, D]  post-RoPE queries
     P/layerL/k, P/layerL/v    [K, S, D]  post-RoPE keys, values
     P/kept/C/F/layerL/headK   [n]        sorted kept positions, int32
+    P/scores/C/F/layerL       [K, S]     by which the press chose them, where it scores
+                                         tokens one by one
     P/next_logits/C/F         [V]        logits after feeding `next_token` at position S
                                          to the compressed cache (C = full, F = 1.0:
                                          to the uncompressed one)
@@ -45,6 +47,7 @@ from kvpress import (
     LagKVPress,
     ObservedAttentionPress,
     PyramidKVPress,
+    ScorerPress,
     SnapKVPress,
     StreamingLLMPress,
     TOVAPress,
@@ -133,6 +136,23 @@ class Recorder:
         )
 
 
+def record_scores(press) -> list[np.ndarray]:
+    """By layer, `[K, S]` of what `press` will choose by; empty of one that chunks."""
+    found: list[np.ndarray] = []
+    scorer = press.press if isinstance(press, AdaKVPress) else press
+    if not isinstance(scorer, ScorerPress):
+        return found
+    score = scorer.score
+
+    def recorded(*args, **kwargs):
+        scores = score(*args, **kwargs)
+        found.append(scores[0].numpy().copy())  # AdaKV writes into them
+        return scores
+
+    scorer.score = recorded
+    return found
+
+
 def run(model, tokens, press=None, following=None):
     """Cached keys after prefill, the prompt's logits, those after `following`.
 
@@ -198,9 +218,12 @@ def record_prompt(out, name, ids, models, recorders, fractions) -> None:
     for fraction in fractions:
         for case, press in cases(1 - fraction).items():
             kind = "eager" if case in EAGER else "sdpa"
+            scores = record_scores(press)
             snapshot, _, after = run(models[kind], tokens, press, following)
             kept = kept_positions(models[kind], snapshot, recorders[kind])
             out[f"{name}/next_logits/{case}/{fraction}"] = after.numpy()
+            for index, of_layer in enumerate(scores):
+                out[f"{name}/scores/{case}/{fraction}/layer{index}"] = of_layer
             for index, heads in enumerate(kept):
                 for head, positions in enumerate(heads):
                     key = f"{name}/kept/{case}/{fraction}/layer{index}/head{head}"

@@ -57,13 +57,20 @@ def texts() -> pathlib.Path:
 
 
 def training_data(work: pathlib.Path) -> pathlib.Path:
-    """A folder of data as KVJAX_DATA names one, without the text that is held out."""
+    """A folder of data as KVJAX_DATA names one, without the text that is held out.
+
+    Beside it, in `texts`, is all that is trained on as text: with WikiText-2's
+    validation split, whose test split is evaluated on.
+    """
     made = work / "training_data"
-    folder = made / "lm" / "gutenberg"
-    folder.mkdir(parents=True, exist_ok=True)
-    for text in texts().glob("*.txt"):
-        if text.name != HELD_OUT and not (folder / text.name).exists():
-            (folder / text.name).symlink_to(text)
+    novels, everything = made / "lm" / "gutenberg", made / "texts"
+    books = [it for it in texts().glob("*.txt") if it.name != HELD_OUT]
+    articles = texts().parent / "wikitext-2" / "valid.txt"
+    for folder, files in ((novels, books), (everything, [*books, articles])):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            if not (folder / file.name).exists():
+                (folder / file.name).symlink_to(file)
     return made
 
 
@@ -78,7 +85,7 @@ def model_path(name: str, work: pathlib.Path) -> str:
         if model.texts:
             data = training_data(work)
             environment = {"KVJAX_DATA": str(data)}
-            sets = (*sets, f"data.sources.0.dataset={data / 'lm' / 'gutenberg'}")
+            sets = (*sets, f"data.sources.0.dataset={data / 'texts'}")
         words = [word for text in sets for word in ("--set", text)]
         given = ("--config", model.recipe, *words, "--out", run_dir)
         run(sys.executable, "-m", "kvjax.cli", "finetune", *given, **environment)
@@ -142,11 +149,11 @@ def main() -> int:
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()
     work = args.work.absolute()
-    less = [] if args.items is None else ["--items", args.items]
-    less += [] if args.keep is None else ["--keep", args.keep]
+    fewer = [] if args.items is None else ["--items", args.items]
+    fewer += [] if args.keep is None else ["--keep", args.keep]
     for it in (it for page in args.pages for it in EVALUATIONS[page]):
         if not args.report_only and it.model in args.models:
-            evaluate(it, work, *less)
+            evaluate(it, work, *fewer)
     written = 0
     for page in args.pages:
         names = [it.name for it in EVALUATIONS[page]]

@@ -67,7 +67,7 @@ def test_the_whole_cache_answers_as_one_prompt(kvjax, checkpoint, tmp_path, temp
     [
         (CHAT, " \n", "--question is empty"),
         (CHAT.replace("m.content", "m.content | upper"), "Who?", "not write each"),
-        (CHAT + "{{ raise_exception('no') }}", "Who?", "no"),
+        (CHAT + "{{ raise_exception('no') }}", "Who?", "the chat template refuses"),
         (
             "{{ messages[0].content | length }}" + CHAT,
             "Why is it?",

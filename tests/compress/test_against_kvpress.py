@@ -20,6 +20,8 @@ PROMPTS = ("S320", "S512")
 LENGTHS = np.array([320, 512], np.int32)
 KEEPS = (0.25, 0.5, 0.75)
 LOGITS_ATOL = 2e-4
+TIE = 1e-5
+"""Scores this close, relatively, tie: those of deeper layers are rounded by more."""
 KNORM = {"evict.score": {"type": "knorm"}}
 PRESETS: dict[str, tuple[str, dict]] = {
     "streaming_llm": ("streaming_llm", {}),
@@ -92,6 +94,25 @@ def theirs(data, prompt: str, case: str, keep: float, layer: int) -> list[np.nda
     return [data[f"{stem}{head}"] for head in range(heads)]
 
 
+def same_but_for_ties(ours: list[np.ndarray], others: list[np.ndarray], scores) -> bool:
+    """Whether a layer's kept tokens are equal; raises where no tie explains it.
+
+    Args:
+        ours: kept positions by head.
+        others: kvpress's.
+        scores: `[K, S]`, by which kvpress chose; None where it chose chunks.
+    """
+    mine = {(head, int(at)) for head, kept in enumerate(ours) for at in kept}
+    other = {(head, int(at)) for head, kept in enumerate(others) for at in kept}
+    if mine == other:
+        return True
+    assert len(mine) == len(other) and scores is not None, sorted(mine ^ other)
+    swapped = np.array([scores[it] for it in sorted(mine ^ other)])
+    near = np.ptp(swapped) <= TIE * np.abs(swapped).max()
+    assert near, dict(zip(sorted(mine ^ other), swapped, strict=True))
+    return False
+
+
 def any_protected_stays(case: str, keep: float, length: int) -> bool:
     """LagKV below its protected tokens: kvpress keeps any of them, we the newest."""
     sinks, lag = 4, 128
@@ -102,6 +123,7 @@ def any_protected_stays(case: str, keep: float, length: int) -> bool:
 
 def check_lagkv(ours: np.ndarray, other: np.ndarray, length: int) -> None:
     """Sinks and the newest tokens; kvpress keeps as many, all protected."""
+    assert len(ours) == len(other)
     want = np.r_[0:4, length - (len(other) - 4) : length]
     np.testing.assert_array_equal(ours, want)
     first = 4 + ((length - 4) // 128 - 1) * 128
@@ -143,21 +165,22 @@ def test_kept_positions_and_next_logits(run, case, keep):
     else:  # the same cache, from one pass over the prompts for all budgets
         prompt = read_prompts(model, case, tokens_of(data).tobytes())
         cache = prompt.compress(c, max_new_tokens=4)
+    equal = np.ones(len(PROMPTS), bool)
     for layer in range(len(cache.layers)):
         kept = cache.kept_positions(layer)
         for row, prompt in enumerate(PROMPTS):
             length = int(LENGTHS[row])
             others = theirs(data, prompt, case, keep, layer)
-            for head, (ours, other) in enumerate(zip(kept[row], others, strict=True)):
-                where = f"{prompt}, layer {layer}, head {head}"
-                assert len(ours) == len(other), where
-                if any_protected_stays(case, keep, length):
+            if any_protected_stays(case, keep, length):
+                equal[row] = False
+                for ours, other in zip(kept[row], others, strict=True):
                     check_lagkv(ours, other, length)
-                else:
-                    np.testing.assert_array_equal(ours, other, err_msg=where)
+                continue
+            scores = data.get(f"{prompt}/scores/{case}/{keep}/layer{layer}")
+            equal[row] &= same_but_for_ties(kept[row], others, scores)
     after, _ = kvjax.extend(model, cache, following(data))
     for row, prompt in enumerate(PROMPTS):
-        if any_protected_stays(case, keep, int(LENGTHS[row])):
+        if not equal[row]:  # other tokens, other logits
             continue
         want = data[f"{prompt}/next_logits/{case}/{keep}"]
         np.testing.assert_allclose(after[row, 0], want, atol=LOGITS_ATOL)

@@ -30,10 +30,6 @@ from tests.small import PRESETS, VOCAB, preset, small_model
 
 ROOM = 16
 EVERY = pytest.mark.parametrize("name", PRESETS)
-OPEN = pytest.mark.xfail(
-    reason="an open fault: with YaRN's RoPE, a last bit differs on some CPUs",
-    strict=False,
-)
 
 
 def test_levelled_joins_what_rounding_parts():
@@ -109,13 +105,7 @@ def test_a_row_of_a_batch_is_the_row_alone(name):
 
 @pytest.mark.sweep(1, 8)
 @pytest.mark.parametrize("name", ["none", "knorm", "expected_attention"])
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=[OPEN] if name == "qwen2" else [])
-        for name in (*CONFIGS, "wide")
-    ],
-)
+@pytest.mark.parametrize("family", [*CONFIGS, "wide"])
 def test_sums_of_few_features_are_the_same_in_any_batch(family, name):
     """XLA sums 16 to 63 numbers in another order in another batch."""
     fields = {"init_std": 0.3, "vocab_size": VOCAB, "max_positions": 256}

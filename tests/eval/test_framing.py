@@ -155,7 +155,7 @@ def test_length_counts_all_that_is_read_and_the_reply():
     ("template", "said"),
     [
         ("{{ messages[-1]['content'] }}", "does not write each message once"),
-        ("{{ raise_exception('never') }}", "never"),
+        ("{{ raise_exception('never') }}", "refuses plain questions.*never"),
         ("{% for m in messages %}{{ m['content'] * 2 }}{% endfor %}", "once"),
         ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "once"),
         ("{{ messages[-1].content | length }}" + CHATML, "around other messages"),

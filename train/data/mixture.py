@@ -165,12 +165,13 @@ class Mixture:
     def _check_widths(self) -> None:
         """Tasks fit into the narrowest rows of each stage, whatever they draw.
 
-        So do those that are held out, which have no fields of the recipe.
+        So do those that are held out.
 
         Raises:
             ValueError: one does not; names the stage and the width.
         """
-        held = [make_task(one.task) for one in self.config.sources if one.task]
+        kept = self.config.held_out_tasks
+        held = [make_task(name, **fields) for name, fields in kept.items()]
         for number, weights in enumerate(self.mixtures):
             width = min(self.stages[number].lengths)
             tasks = [one for one in weights if isinstance(one, Task)]

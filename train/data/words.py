@@ -14,10 +14,7 @@ from kvjax.models.adapters import read_tokenizer, tokenizer_directory
 from kvjax.models.bundled import model_directory
 from kvjax.models.hub import checkpoint_directory
 from kvjax.models.io import load_config
-from kvjax.models.tokenizer import (
-    has_tokenizer,
-    save_tokenizer,
-)
+from kvjax.models.tokenizer import has_tokenizer, save_tokenizer
 from kvjax.plaintext import check_text
 from kvjax.train.data import tokenizer as characters
 from kvjax.train.recipe import TrainConfig

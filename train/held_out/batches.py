@@ -1,6 +1,6 @@
 """Held-out rows of a recipe's sources, for the loss with a full cache."""
 
-from kvjax.eval.tasks import make_task
+from kvjax.eval.tasks import Task, make_task
 from kvjax.train.data.batch import TokenBatch, pack
 from kvjax.train.data.mixture import Mixture
 from kvjax.train.data.rows import TokenRow
@@ -15,8 +15,9 @@ def held_out_batches(config: TrainConfig, mixture: Mixture, step: int):
     """
     out: dict[str, TokenBatch] = {}
     for width in sorted(config.stages[config.stage_of(step)].lengths):
-        for name in dict.fromkeys(s.task for s in config.data.sources if s.task):
-            rows = _task_rows(name, config.eval_items, mixture, width)
+        for name, fields in config.data.held_out_tasks.items():
+            task = make_task(name, **fields)
+            rows = _task_rows(task, config.eval_items, mixture, width)
             out[f"{name}@{width}"] = pack(rows, width, pad=mixture.words.pad)
         for name, reader in mixture.held_out.items():
             reader.reset()
@@ -25,6 +26,6 @@ def held_out_batches(config: TrainConfig, mixture: Mixture, step: int):
     return out
 
 
-def _task_rows(name: str, items: int, mixture: Mixture, width: int) -> list[TokenRow]:
-    made = mixture.rows_of(make_task(name))
+def _task_rows(task: Task, items: int, mixture: Mixture, width: int) -> list[TokenRow]:
+    made = mixture.rows_of(task)
     return [made.row(item.alone) for item in made.held_out(items, width)]

@@ -91,7 +91,7 @@ class CachedEvaluation:
         self.rows: dict[int, tuple[CutRows, ...]] = {}
         items = config.cached.items
         for width in dict.fromkeys(max(s.lengths) for s in config.stages if items):
-            if _tasks(config):
+            if config.data.held_out_tasks:
                 self.questions[width] = questions(config, width, words)
                 self._check(model, self.questions[width].context_lengths)
             if held_out:
@@ -144,19 +144,16 @@ def _choices(config: TrainConfig) -> tuple[CompressionChoice, ...]:
     return tuple(choice.hardest for choice in config.sampling.choices)
 
 
-def _tasks(config: TrainConfig) -> list[str]:
-    return list(dict.fromkeys(s.task for s in config.data.sources if s.task))
-
-
 def questions(
     config: TrainConfig, width: int, words: Words = CHARACTERS
 ) -> HeldOutQuestions:
     """Held-out items of the recipe's tasks in turn, of about `width` tokens."""
-    names = _tasks(config)
+    kept = config.data.held_out_tasks
+    tasks = [make_task(name, **fields) for name, fields in kept.items()]
     count = config.cached.items
     made, contexts, asked = [], [], []
-    for i, name in enumerate(names):
-        rows, share = TaskRows(make_task(name), words), len(range(i, count, len(names)))
+    for i, task in enumerate(tasks):
+        rows, share = TaskRows(task, words), len(range(i, count, len(tasks)))
         for item in rows.held_out(share, width) if share else ():
             made.append((rows.task, item))
             one = rows.row(item.alone)

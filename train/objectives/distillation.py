@@ -30,6 +30,19 @@ def behind(flags: Array, weights: Array, points: Lengths) -> Array:
     return (live & (index >= points[:, None]))[:, 1:]
 
 
+EVERY = 4
+"""Of how many tokens of a context one is compared."""
+
+
+def in_context(points: Lengths, width: int, step: Array) -> Bool[Array, "B T-1"]:
+    """Where one of `EVERY` tokens in front of the compression points is predicted.
+
+    Other ones in every step, so that all are compared in time.
+    """
+    index = jnp.arange(1, width)
+    return (index < points[:, None]) & ((index + step) % EVERY == 0)
+
+
 PLACES: Mapping[str, Places] = MappingProxyType({"answers": answers, "behind": behind})
 """By name: `(answers [B T], weights [B T], compression points [B])` to a mask."""
 

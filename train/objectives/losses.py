@@ -42,6 +42,7 @@ def token_scores(
     batch: TokenBatch,
     teacher: Decoder | None = None,
     wanted: Float[Array, "B T E"] | None = None,
+    also: Bool[Array, "B T-1"] | None = None,
     *,
     most: int = LOGITS,
 ) -> TokenScores:
@@ -57,6 +58,7 @@ def token_scores(
         batch: the tokens.
         teacher: to be compared with, or None.
         wanted: its states.
+        also: what counts beside answers and tokens with a weight.
         most: logits that may be held at a time. Where all of them are fewer, there is
             one piece; else pieces follow one another, each made again in the backward
             pass.
@@ -68,7 +70,8 @@ def token_scores(
     if targets.size * model.config.vocab_size <= min(FEW, most):
         found = scores_of(model, hidden, targets, teacher, wanted, most=most)
         return jax.tree.map(lambda x: x[:, :-1], found)
-    counted = jnp.pad(((batch.weights > 0) | batch.answers)[:, 1:], [(0, 0), (0, 1)])
+    counted = ((batch.weights > 0) | batch.answers)[:, 1:]
+    counted = jnp.pad(counted if also is None else counted | also, [(0, 0), (0, 1)])
     order = jnp.argsort(~counted, axis=1, stable=True)
     ours, targets, counted, wanted = jax.tree.map(
         lambda x: _taken(x, order), (hidden, targets, counted, wanted)
@@ -166,6 +169,12 @@ def next_token(
 
 def answer_mean(each: Float[Array, "B T-1"], batch: TokenBatch) -> Float[Array, ""]:
     """Mean over the answer tokens."""
-    answers = batch.answers[:, 1:]
-    count = jnp.maximum(jnp.sum(answers, dtype=jnp.float32), 1.0)
-    return jnp.where(answers, each, 0.0).sum() / count
+    return mean_over(each, batch.answers[:, 1:])
+
+
+def mean_over(
+    each: Float[Array, "B T-1"], places: Bool[Array, "B T-1"]
+) -> Float[Array, ""]:
+    """Mean over `places`; 0 where there are none."""
+    count = jnp.maximum(jnp.sum(places, dtype=jnp.float32), 1.0)
+    return jnp.where(places, each, 0.0).sum() / count

@@ -13,9 +13,15 @@ from kvjax.models.simulate import simulated
 from kvjax.train.data.batch import TokenBatch
 from kvjax.train.objectives import duo
 from kvjax.train.objectives.chunked import chunked_scores
-from kvjax.train.objectives.distillation import PLACES, distances
+from kvjax.train.objectives.distillation import PLACES, distances, in_context
 from kvjax.train.objectives.dms import relaxed
-from kvjax.train.objectives.losses import Metrics, answer_mean, next_token, token_scores
+from kvjax.train.objectives.losses import (
+    Metrics,
+    answer_mean,
+    mean_over,
+    next_token,
+    token_scores,
+)
 from kvjax.train.objectives.passes import Watched, plain_states, watched
 from kvjax.train.objectives.surrogate import regressing
 from kvjax.train.recipe import ObjectiveConfig, TrainConfig
@@ -52,12 +58,20 @@ def make_objective(config: TrainConfig, c: Compression | None = None) -> Objecti
             wanted = pass_of(teacher, attention=causal_attention)
             wanted = jax.lax.stop_gradient(wanted)
             terms |= _followed(weights, ours, wanted, batch)
-        aim = (teacher, wanted.last) if weights.distill and wanted else (None, None)
-        tokens = token_scores(model, ours.last, batch, *aim)
+        aim, context = (None, None), None
+        if wanted and weights.compares_logits:
+            aim = teacher, wanted.last
+        if weights.distill_context:
+            width = batch.tokens.shape[1]
+            context = in_context(batch.prompt_lengths, width, batch.step)
+        tokens = token_scores(model, ours.last, batch, *aim, context)
         loss, metrics = next_token(tokens, batch)
         loss = weights.next_token * loss
         if tokens.apart is not None:
             terms["distill"] = weights.distill, answer_mean(tokens.apart, batch)
+        if tokens.apart is not None and context is not None:
+            apart = mean_over(tokens.apart, context)
+            terms["distill_context"] = weights.distill_context, apart
         if config.dms is not None:
             terms["shortfall"] = config.dms.weight, ours.state
         if config.surrogate is not None:

@@ -141,6 +141,7 @@ class TrainConfig(Checked):
             "surrogate": self.surrogate,
             "duo": self.duo,
             "projection": self.projection,
+            "objective.distill_context": self.objective.distill_context,
             "objective.hidden": self.objective.hidden,
             "objective.attention": self.objective.attention,
             "sampling.choice_gradient": self.sampling.choice_gradient,

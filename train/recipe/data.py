@@ -163,6 +163,19 @@ class DataConfig(Checked):
     context_weight: Amount = 0.03
     turns: Positive = 3
 
+    @property
+    def held_out_tasks(self) -> dict[str, dict[str, Any]]:
+        """Tasks by name, and the fields with which held-out items of them are made.
+
+        A task that is named with other fields elsewhere has none here.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for source in self.sources:
+            if source.task:
+                fields = found.setdefault(source.task, source.fields)
+                found[source.task] = fields if fields == source.fields else {}
+        return found
+
     def __post_init__(self):
         super().__post_init__()
         if not self.sources:

@@ -12,12 +12,15 @@ NAMES = {"hidden_layers": ("last", "all"), "tokens": ("answers", "behind")}
 class ObjectiveConfig(Checked):
     """What is minimised: a weighted sum. What has no weight is not computed.
 
-    The teacher of `distill`, `hidden` and `attention` is the initial model with a full
-    cache; one pass of it, in the same step, serves all three.
+    The teacher of all but `next_token` is the initial model with a full cache; one pass
+    of it, in the same step, serves all of them.
 
     Attributes:
         next_token: weight of the cross-entropy of the next token.
         distill: weight of the KL divergence from the teacher, on answer tokens.
+        distill_context: weight of the same on every fourth token of the contexts. These
+            are read before anything is compressed, so the model stays what it was where
+            nothing is done to it.
         hidden: weight of the squared error of hidden states, divided by the teacher's
             mean square, averaged over the layers.
         attention: the same of each layer's attention output, before the o projection.
@@ -33,6 +36,7 @@ class ObjectiveConfig(Checked):
 
     next_token: Amount = 1.0
     distill: Amount = 0.0
+    distill_context: Amount = 0.0
     hidden: Amount = 0.0
     attention: Amount = 0.0
     hidden_layers: Annotated[str, OneOf(*NAMES["hidden_layers"])] = "last"
@@ -41,4 +45,9 @@ class ObjectiveConfig(Checked):
     @property
     def needs_teacher(self) -> bool:
         """Whether a term follows the initial model."""
-        return bool(self.distill or self.hidden or self.attention)
+        return self.compares_logits or bool(self.hidden or self.attention)
+
+    @property
+    def compares_logits(self) -> bool:
+        """Whether a term follows the initial model's logits."""
+        return bool(self.distill or self.distill_context)

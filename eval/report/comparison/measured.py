@@ -110,7 +110,7 @@ def conditions(headers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     rows = [
         {
             "items per cell": header["config"]["items"],
-            "tokens": " ".join(map(str, header["config"]["lengths"])),
+            "tokens": " ".join(map(str, _lengths(header["config"]))),
             "dtype": header["dtype"],
             "JAX": header["jax"],
             "device": header["device"],
@@ -122,3 +122,9 @@ def conditions(headers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         key: " and ".join(dict.fromkeys(str(row[key]) for row in rows))
         for key in rows[0]
     }
+
+
+def _lengths(config: Mapping[str, Any]) -> Sequence[int]:
+    """Of the prompts, those of tasks that have their own among them."""
+    own = {n for task in config.get("tasks", ()) for n in task.get("lengths", ())}
+    return sorted({*config["lengths"], *own})
