@@ -45,7 +45,7 @@ def base_directory(directory: pathlib.Path) -> pathlib.Path:
         ValueError: an adapter whose base model cannot be found.
     """
     check_snapshot(directory)
-    if not _is_adapter(directory):
+    if not is_adapter(directory):
         return directory
     path = directory / ADAPTER_CONFIG
     settings = read_json(path)
@@ -61,7 +61,7 @@ def base_directory(directory: pathlib.Path) -> pathlib.Path:
         check_snapshot(base)
     except ValueError as error:
         raise ValueError(f"The base model of {directory}: {error} {remedy}") from error
-    if _is_adapter(base):
+    if is_adapter(base):
         raise ValueError(
             f"The base model of {directory} is itself an adapter: {base}. Merge that "
             f"one first (`kvjax convert {base} OUT`) and name the result in {path}."
@@ -87,7 +87,7 @@ def opened(directory: pathlib.Path) -> Source:
     """The tensors of a checkpoint or, merged, of an adapter and its base model."""
     folder = base_directory(directory)
     base = gguf_weights(folder) if is_gguf(folder) else _shards(folder)
-    return Merged(base, directory) if _is_adapter(directory) else base
+    return Merged(base, directory) if is_adapter(directory) else base
 
 
 def _shards(folder: pathlib.Path) -> Source:
@@ -96,7 +96,12 @@ def _shards(folder: pathlib.Path) -> Source:
     return unquantised(shards, config)
 
 
-def _is_adapter(directory: pathlib.Path) -> bool:
+def is_adapter(directory: pathlib.Path) -> bool:
+    """Whether a directory holds updates and no model of its own.
+
+    Raises:
+        ValueError: it holds both.
+    """
     if not os.path.isfile(directory / ADAPTER_CONFIG):  # `is_file` may raise
         return False
     whole = [name for name in (SINGLE, INDEX) if (directory / name).is_file()]

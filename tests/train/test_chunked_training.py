@@ -348,6 +348,7 @@ def test_what_cannot_be_repeated_is_refused(name, fields, said):
         ({"duo": DuoConfig()}, "`duo` need all tokens of a row"),
         ({"objective": ObjectiveConfig(hidden=1.0)}, r"`objective\.hidden`"),
         ({"objective": ObjectiveConfig(attention=1.0)}, r"`objective\.attention`"),
+        ({"objective": ObjectiveConfig(distill_context=1.0)}, "distill_context"),
         ({"sampling": SamplingConfig(choice_gradient=0.5)}, "choice_gradient"),
     ],
 )

@@ -19,9 +19,10 @@ from kvjax.models.decoder import attending
 from kvjax.models.evictor import with_evictor
 from kvjax.models.simulate import simulated
 from kvjax.train.data.batch import TokenBatch
+from kvjax.train.objectives import losses
 from kvjax.train.objectives.distillation import behind
 from kvjax.train.objectives.objective import make_objective
-from kvjax.train.objectives.passes import watched
+from kvjax.train.objectives.passes import plain_states, watched
 from kvjax.train.recipe import (
     CachedConfig,
     DMSConfig,
@@ -132,6 +133,35 @@ def test_terms_and_their_gradient(layers, tokens):
     pairs = zip(jax.tree.leaves(slope), jax.tree.leaves(want_slope), strict=True)
     for a, b in pairs:
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-3)
+
+
+def test_contexts_follow_the_teacher_whatever_is_compressed(monkeypatch):
+    """Against a sum over tokens; other tokens in every step, and all in four."""
+    monkeypatch.setattr(losses, "FEW", 0)  # what counts is put in front
+    config = ObjectiveConfig(next_token=0.0, distill_context=2.0)
+    batch, teacher, student = a_batch(), model_of(), another()
+    objective = make_objective(recipe(objective=config), KNORM)
+    plain = make_objective(recipe(objective=config))
+    p, q = (
+        np.asarray(jax.nn.log_softmax(model.logits(plain_states(model, batch.tokens))))
+        for model in (teacher, student)
+    )
+    apart, seen = (np.exp(p) * (p - q)).sum(-1), set()
+    for step in range(4):
+        batch = dataclasses.replace(batch, step=jnp.asarray(step))
+        places = [
+            (row, at - 1)
+            for row, point in enumerate(np.asarray(batch.prompt_lengths))
+            for at in range(1, point)
+            if (at + step) % 4 == 0
+        ]
+        seen |= set(places)
+        loss, metrics = objective(student, batch, teacher)
+        want = np.mean([apart[at] for at in places])
+        np.testing.assert_allclose(metrics["distill_context"], want, rtol=1e-4)
+        np.testing.assert_allclose(loss, 2 * want, rtol=1e-4)
+        np.testing.assert_allclose(plain(student, batch, teacher)[0], loss, rtol=1e-4)
+    assert len(seen) == int((batch.prompt_lengths - 1).sum())
 
 
 def test_a_model_is_at_no_distance_from_itself():

@@ -11,6 +11,7 @@ from flax import nnx
 
 import kvjax
 from kvjax.models.adapter_writing import fused, save_adapter
+from kvjax.models.bundled import model_directory
 from kvjax.models.config import Evictor
 from kvjax.models.io import load
 from kvjax.train.data import Mixture
@@ -18,7 +19,7 @@ from kvjax.train.objectives.objective import make_objective
 from kvjax.train.recipe import DMSConfig, LoRAConfig, ObjectiveConfig, OptimizerConfig
 from kvjax.train.run import run, runner
 from kvjax.train.run.lora import merged, with_lora
-from kvjax.train.run.model import weights_of
+from kvjax.train.run.model import adapter_base, weights_of
 from kvjax.train.run.optimizer import make_optimizer
 from kvjax.train.run.params import leaves_of, params_of
 from kvjax.train.run.step import init_state, make_step
@@ -116,6 +117,26 @@ def test_the_adapter_of_a_run_is_its_model(tmp_path):
         save_adapter(
             tmp_path / "other", phi, {"attention.q": pair}, base="b", alpha=1.0
         )
+
+
+def test_an_adapter_is_of_a_checkpoint_and_has_all_that_was_trained(tmp_path):
+    tuned = recipe(lora=LoRAConfig(rank=2, modules=("q",)))
+    assert tuned.only_lora and not recipe().only_lora
+    for more in (
+        {"trainable": ("*norm.weight",)},
+        {"evictor": Evictor()},
+    ):
+        assert not dataclasses.replace(tuned, **more).only_lora
+    assert adapter_base(tuned) is None  # fresh weights
+    wide = SHAPE.num_heads * SHAPE.head_dim
+    pair = np.zeros((2, SHAPE.hidden_size, 2)), np.zeros((2, 2, wide))
+    first = tmp_path / "first"
+    save_adapter(first, SHAPE, {"attention.q": pair}, base="kvjax-tiny", alpha=1.0)
+    bases = {
+        init: adapter_base(dataclasses.replace(tuned, model=None, init=init))
+        for init in ("kvjax-tiny", str(first))
+    }
+    assert bases == {"kvjax-tiny": model_directory("kvjax-tiny"), str(first): None}
 
 
 def test_an_adapter_names_its_base_from_anywhere(tmp_path, monkeypatch):

@@ -155,6 +155,12 @@ class TrainConfig(Checked):
             )
 
     @property
+    def only_lora(self) -> bool:
+        """Whether the updates of LoRA are all that the run changes."""
+        more = self.trainable or self.evictor or self.projection or self.duo
+        return self.lora is not None and not more
+
+    @property
     def bounds(self) -> tuple[float, float] | None:
         """Between which values the weights that are trained stay; None: anywhere."""
         return (0.0, 1.0) if self.duo else None

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from kvjax.compress.config import Compression
 from kvjax.compress.rolling_plan import check_rolling, rolling_of
 from kvjax.models import checks
+from kvjax.models.adapters import is_adapter
 from kvjax.models.bundled import model_directory
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
@@ -19,6 +20,7 @@ from kvjax.models.evictor import SILENCED, with_evictor
 from kvjax.models.hub import checkpoint_directory
 from kvjax.models.io import load, load_config
 from kvjax.models.projection import with_projection
+from kvjax.models.published import fetched
 from kvjax.models.sharding import TRAINING
 from kvjax.train.data.batch import TokenBatch
 from kvjax.train.data.sampling import samples_of
@@ -37,6 +39,21 @@ def model_shape(config: TrainConfig) -> DecoderConfig:
     if config.model is not None:
         return config.model
     return load_config(checkpoint_directory(model_directory(config.init)))
+
+
+def adapter_base(config: TrainConfig) -> str | None:
+    """What an adapter of this run is of, as it names it.
+
+    None where training does not start from a checkpoint that an adapter can be of: not
+    from fresh weights, and not from another adapter over its own base.
+    """
+    if not config.init:
+        return None
+    if is_adapter(checkpoint_directory(model_directory(config.init))):
+        return None
+    # Where a bundled model is: adapters name directories, hub ids and fetched models.
+    is_fetched = fetched(config.init) is not None
+    return config.init if is_fetched else model_directory(config.init)
 
 
 def initial(config: TrainConfig, mesh: Mesh | None = None) -> Decoder:

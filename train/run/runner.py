@@ -27,7 +27,13 @@ from kvjax.train.run.logs import check_log, check_writers
 from kvjax.train.run.loop import train
 from kvjax.train.run.lora import merged, updates_of
 from kvjax.train.run.mesh import check_mesh, make_mesh, share_of
-from kvjax.train.run.model import check_shape, model_shape, weights_of, with_ends
+from kvjax.train.run.model import (
+    adapter_base,
+    check_shape,
+    model_shape,
+    weights_of,
+    with_ends,
+)
 from kvjax.train.run.params import leaves_of, params_of, with_params
 from kvjax.train.run.progress import StepProgress
 from kvjax.train.run.step import TrainState, Weights
@@ -46,8 +52,9 @@ def run(
     """Train what `config` says, or go on where `directory` stands.
 
     The finished model is saved in `directory / "model"`, in bfloat16, with the
-    tokenizer of the model that training started from; the updates of LoRA alone in
-    `directory / "adapter"`, in PEFT's layout; the recipe in `recipe.yaml`.
+    tokenizer of the model that training started from; the recipe in `recipe.yaml`.
+    Where LoRA's updates of a checkpoint are all that was trained, they alone are in
+    `directory / "adapter"`, in PEFT's layout.
 
     Args:
         config: the recipe.
@@ -143,9 +150,10 @@ def _export(
         updates = jax.tree.map(whole, updates)
     if processes.first():
         begin_export(directory.parent)
-        if config.lora is not None and config.init:
+        if config.only_lora and (base := adapter_base(config)):
+            assert config.lora is not None
             shape, where = model.config, directory.parent / ADAPTER
-            _export_adapter(config.init, config.lora.alpha, shape, updates, where)
+            _export_adapter(base, config.lora.alpha, shape, updates, where)
         save(with_ends(model, ends), directory)
         words.save(directory, model.config.max_positions)
         end_export(directory.parent)
