@@ -33,7 +33,7 @@ GATES = {"surrogate": "snapkv"}
 ABOUT = {
     "smollm2": "*untouched*: SmolLM2-135M-Instruct as `kvjax fetch smollm2` gets it "
     "(4-bit weights of the package index)",
-    "smollm2-tolerant": "*tolerant*: LoRA of rank 8 under sampled eviction and 2-bit "
+    "smollm2-tolerant": "*tolerant*: LoRA of rank 16 under sampled eviction and 2-bit "
     "codes, distilled from itself with a full cache (recipe `smollm2_tolerant`)",
     "smollm2-control": "*control*: the same rows and steps by the next token, nothing "
     "compressed",

@@ -76,6 +76,7 @@ def test_a_model_that_no_run_made(tmp_path):
     refuses(tmp_path, recipe(), "it is no directory")
     path.unlink()
     (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
     refuses(tmp_path, recipe(), "adapter would be overwritten")
 
 
@@ -86,6 +87,11 @@ def test_the_model_that_the_run_made_may_be_replaced(tmp_path):
     begin(tmp_path, recipe())  # killed while it was written
     end_export(tmp_path)
     begin(tmp_path, recipe())
+    (tmp_path / "adapter").mkdir()
+    begin(tmp_path, recipe())
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    refuses(tmp_path, recipe(), "adapter_config.json is not of this run")
+    shutil.rmtree(tmp_path / "adapter")
     (path / "notes.md").touch()
     refuses(tmp_path, recipe(), "notes.md is not of this run")
     (path / "notes.md").unlink()

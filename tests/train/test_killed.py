@@ -11,7 +11,7 @@ import pytest
 from kvjax.models.io import load
 from kvjax.train.data.words import words_of
 from kvjax.train.run import run
-from kvjax.train.run.exported import check_model
+from kvjax.train.run.exported import check_exported
 from kvjax.train.run.model import weights_of
 from kvjax.train.run.runner import _export
 from kvjax.train.run.stored import steps_in
@@ -79,9 +79,9 @@ def killed_export(export, path: pathlib.Path, call: int) -> None:
     before = files(path)
     with pytest.raises(Killed), killed_at(call, path):
         export(path)
-    check_model(path, resumes=True)
+    check_exported(path, resumes=True)
     export(path)
-    check_model(path, resumes=True)
+    check_exported(path, resumes=True)
     left = files(path)
     assert {name: left[name] for name in before} == before
     load(path / "model", "float32")

@@ -17,7 +17,7 @@ from kvjax.places import ELSEWHERE, busy, check_place, clear_left, held
 from kvjax.train.recipe import TrainConfig, as_tree
 from kvjax.train.recipe.files import INPUTS, decode_recipe
 from kvjax.train.run import processes
-from kvjax.train.run.exported import check_model
+from kvjax.train.run.exported import check_exported
 from kvjax.train.run.inputs import inputs_of
 from kvjax.train.run.stored import steps_in, writing
 
@@ -100,7 +100,7 @@ def claimed(directory: pathlib.Path, config: TrainConfig) -> Iterator[Claim]:
     """
     check_directory(directory)
     resumes = bool(steps_in(directory / "checkpoints"))
-    check_model(directory, resumes)
+    check_exported(directory, resumes)
     old = _earlier(directory / "recipe.yaml", config) if resumes else {}
     processes.barrier("recipe")  # nobody writes what another one still compares
     with contextlib.ExitStack() as stack:

@@ -1,12 +1,11 @@
 """What a run exports, `RUN/model` and `RUN/adapter`: replaced only if it wrote them.
 
 `RUN/exported.json` says what the run wrote there: the digest of each file. It is
-written before the model, without digests, and again behind it, so that a killed export
-is known to be one. A model is this run's if the run has checkpoints and every file of
-the model is one that `exported.json` has, with the same contents.
+written before them, without digests, and again behind them, so that a killed export is
+known to be one. They are this run's if the run has checkpoints and every file is one
+that `exported.json` has, with the same contents.
 """
 
-import os
 import pathlib
 from collections.abc import Mapping
 
@@ -14,31 +13,33 @@ from kvjax.files import read_json, write_json
 from kvjax.inputs import of_files
 from kvjax.messages import shown
 
-ADAPTER = "adapter"
+MODEL, ADAPTER = EXPORTED = "model", "adapter"
 MARK = "exported.json"
 WHOLE, FILES = "whole", "files"
 
 
-def check_model(directory: pathlib.Path, resumes: bool) -> None:
-    """What `directory / "model"` holds may be replaced, and `directory / "adapter"`.
+def check_exported(directory: pathlib.Path, resumes: bool) -> None:
+    """What lies where a run exports may be replaced.
 
     Raises:
         ValueError: it is not what this run wrote.
     """
-    model, mark = directory / "model", directory / MARK
-    adapter = directory / ADAPTER
-    if os.path.lexists(adapter) and not (resumes and mark.is_file()):
-        raise _foreign(adapter, "no run is known to have written it")
-    if not model.exists() and not model.is_symlink():
+    mark = directory / MARK
+    for name in EXPORTED:
+        _check(directory / name, mark, resumes)
+
+
+def _check(path: pathlib.Path, mark: pathlib.Path, resumes: bool) -> None:
+    if not path.exists() and not path.is_symlink():
         return
-    if not model.is_dir():
-        raise _foreign(model, "it is no directory")
-    files = files_of(model)
+    if not path.is_dir():
+        raise _foreign(path, "it is no directory")
+    files = _files_of(path)
     if not files:
         return
     if not resumes or not mark.is_file():
         lacks = f"there is no {MARK}" if resumes else "there are no checkpoints of one"
-        raise _foreign(model, f"no run is known to have written it ({lacks})")
+        raise _foreign(path, f"no run is known to have written it ({lacks})")
     whole, known = _marked(mark)
     if not whole:  # killed while it was written
         return
@@ -46,25 +47,28 @@ def check_model(directory: pathlib.Path, resumes: bool) -> None:
         then = known.get(name, "")
         now = of_files({name: file}, known)[name]
         if then.split(" ")[0] != now.split(" ")[0]:
+            inside = file.relative_to(path).as_posix()
             what = "has changed since" if then else "is not of this run"
-            raise _foreign(model, f"{name} {what}")
+            raise _foreign(path, f"{inside} {what}")
 
 
 def begin_export(directory: pathlib.Path) -> None:
-    """From now on `directory / "model"` is this run's, whatever becomes of it."""
+    """From now on what a run exports to is this run's, whatever becomes of it."""
     write_json(directory / MARK, {WHOLE: False, FILES: {}})
 
 
 def end_export(directory: pathlib.Path) -> None:
-    """`directory / "model"` is complete."""
-    files = of_files(files_of(directory / "model"), {})
-    write_json(directory / MARK, {WHOLE: True, FILES: files})
+    """All that the run exports is complete."""
+    files: dict[str, pathlib.Path] = {}
+    for name in EXPORTED:
+        files |= _files_of(directory / name)
+    write_json(directory / MARK, {WHOLE: True, FILES: of_files(files, {})})
 
 
-def files_of(model: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The files below a directory, by their paths in it."""
-    found = sorted(path for path in model.rglob("*") if not path.is_dir())
-    return {path.relative_to(model).as_posix(): path for path in found}
+def _files_of(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The files below a directory of a run, by their paths in the run."""
+    found = sorted(file for file in path.rglob("*") if not file.is_dir())
+    return {file.relative_to(path.parent).as_posix(): file for file in found}
 
 
 def _marked(mark: pathlib.Path) -> tuple[bool, Mapping[str, str]]:

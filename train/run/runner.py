@@ -22,7 +22,7 @@ from kvjax.train.objectives.duo import exported
 from kvjax.train.recipe import TrainConfig
 from kvjax.train.run import processes
 from kvjax.train.run.directory import Claim, check_directory, claimed
-from kvjax.train.run.exported import ADAPTER, begin_export, end_export
+from kvjax.train.run.exported import ADAPTER, MODEL, begin_export, end_export
 from kvjax.train.run.logs import check_log, check_writers
 from kvjax.train.run.loop import train
 from kvjax.train.run.lora import merged, updates_of
@@ -112,7 +112,7 @@ def _claimed(
         cached=cached,
         progress=progress,
     )
-    target = claim.directory / "model"
+    target = claim.directory / MODEL
     with writing("the model", target, claim.directory / "checkpoints"):
         _export(config, weights, state, words, ends, target)
     return state
