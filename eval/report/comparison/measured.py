@@ -125,6 +125,10 @@ def conditions(headers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _lengths(config: Mapping[str, Any]) -> Sequence[int]:
-    """Of the prompts, those of tasks that have their own among them."""
-    own = {n for task in config.get("tasks", ()) for n in task.get("lengths", ())}
+    """Of the prompts, those of tasks that have their own among them.
+
+    In pages of older runs tasks are names, or have no lengths.
+    """
+    tasks = [one for one in config.get("tasks", ()) if isinstance(one, Mapping)]
+    own = {n for task in tasks for n in task.get("lengths", ())}
     return sorted({*config["lengths"], *own})
