@@ -84,6 +84,7 @@ def test_the_relaxed_choice_is_a_sigmoid_around_the_cut():
     np.testing.assert_array_equal(slope[0, 0, [2, 4]], 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.sweep(1, 4)
 @pytest.mark.parametrize("name", BUDGETED)
 def test_the_forward_pass_does_not_change(name):

@@ -69,6 +69,7 @@ def survives(models, folder: pathlib.Path, fresh: bool, call: int) -> str:
     return names.get(found, "refused")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fresh", [False, True], ids=["over another", "fresh"])
 def test_save_killed_at_any_call(models, shards, tmp_path, fresh):
     folder = tmp_path / "model"

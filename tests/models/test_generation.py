@@ -39,6 +39,7 @@ def test_callback_sees_every_token_as_it_is_made():
     np.testing.assert_array_equal(out.tokens, greedy().tokens)
 
 
+@pytest.mark.slow
 def test_generation_goes_on_from_its_own_cache():
     whole = np.asarray(greedy().tokens)
     logits, cache = kvjax.prefill(small_model(), PROMPT, LENGTHS, max_new_tokens=24)

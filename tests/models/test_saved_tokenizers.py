@@ -127,6 +127,7 @@ def test_one_token_more_than_the_model_is_kept_with_it(tmp_path, caplog):
     assert len(load_tokenizer(tmp_path)) == 41 and not caplog.text
 
 
+@pytest.mark.slow
 def test_saves_of_tokenizers_killed_at_any_call(tmp_path):
     """The old tokenizer, the new one, or the remedy; also for the same model."""
     model, folder, old = sample("qwen3"), tmp_path / "model", tmp_path / "old"

@@ -18,6 +18,7 @@ def wrong(directory, names) -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_one_preset(tmp_path):
     assert wrong(tmp_path, ["snapkv_kivi"]) == {}
 

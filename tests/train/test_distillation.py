@@ -135,13 +135,20 @@ def test_terms_and_their_gradient(layers, tokens):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-3)
 
 
+def jitted(objective, teacher: Decoder, student: Decoder):
+    """Of a batch alone."""
+    return lambda batch: objective(student, batch, teacher)
+
+
 def test_contexts_follow_the_teacher_whatever_is_compressed(monkeypatch):
     """Against a sum over tokens; other tokens in every step, and all in four."""
     monkeypatch.setattr(losses, "FEW", 0)  # what counts is put in front
     config = ObjectiveConfig(next_token=0.0, distill_context=2.0)
     batch, teacher, student = a_batch(), model_of(), another()
-    objective = make_objective(recipe(objective=config), KNORM)
-    plain = make_objective(recipe(objective=config))
+    compressed, plain = (
+        jax.jit(jitted(make_objective(recipe(objective=config), c), teacher, student))
+        for c in (KNORM, None)
+    )
     p, q = (
         np.asarray(jax.nn.log_softmax(model.logits(plain_states(model, batch.tokens))))
         for model in (teacher, student)
@@ -156,11 +163,11 @@ def test_contexts_follow_the_teacher_whatever_is_compressed(monkeypatch):
             if (at + step) % 4 == 0
         ]
         seen |= set(places)
-        loss, metrics = objective(student, batch, teacher)
+        loss, metrics = compressed(batch)
         want = np.mean([apart[at] for at in places])
         np.testing.assert_allclose(metrics["distill_context"], want, rtol=1e-4)
         np.testing.assert_allclose(loss, 2 * want, rtol=1e-4)
-        np.testing.assert_allclose(plain(student, batch, teacher)[0], loss, rtol=1e-4)
+        np.testing.assert_allclose(plain(batch)[0], loss, rtol=1e-4)
     assert len(seen) == int((batch.prompt_lengths - 1).sum())
 
 

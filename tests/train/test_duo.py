@@ -63,6 +63,7 @@ def value_of(gates, remat: bool = False):
     return make_objective(config)(model, a_batch(), None)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_paper():
     batch, ones = a_batch(), jnp.ones((2, 2))
     loss, metrics = value_of(ones)

@@ -58,6 +58,7 @@ class Recorder:
         self.seen.append("closed")
 
 
+@pytest.mark.slow
 def test_writers_get_the_numbers_of_the_log(tmp_path, monkeypatch):
     made: list[Recorder] = []
     board = types.ModuleType("tensorboardX")
