@@ -36,7 +36,7 @@ ABOUT = {
     "smollm2-tolerant": "*tolerant*: LoRA of rank 16 under sampled eviction and 2-bit "
     "codes, distilled from itself with a full cache (recipe `smollm2_tolerant`)",
     "smollm2-control": "*control*: the same rows and steps by the next token, nothing "
-    "compressed",
+    "compressed; its contexts follow the untouched model, too",
     "smollm2-surrogate": "*gates*: a network beside each layer whose scores stand in "
     "the place of SnapKV's, the model as it was (recipe `smollm2_surrogate`)",
 }
@@ -83,7 +83,8 @@ def page(evaluations: Mapping[str, Measured]) -> list[str]:
         *(f"- {ABOUT[name]}: not measured yet." for name in REAL if name not in models),
         "",
         "Items, and the novel in whose sentences needles are hidden, are not those of "
-        "the training. SnapKV's window is 16 tokens, as in the training.",
+        "the training; of WikiText-2 it saw the validation split, other articles than "
+        "those of the test split. SnapKV's window is 16 tokens, as in the training.",
         "",
         "A gap is what compression costs the untouched model in one cell (a task, "
         "question hidden or seen, a method, a budget), where that is at least "

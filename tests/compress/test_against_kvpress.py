@@ -102,15 +102,21 @@ def same_but_for_ties(ours: list[np.ndarray], others: list[np.ndarray], scores) 
         others: kvpress's.
         scores: `[K, S]`, by which kvpress chose; None where it chose chunks.
     """
-    mine = {(head, int(at)) for head, kept in enumerate(ours) for at in kept}
-    other = {(head, int(at)) for head, kept in enumerate(others) for at in kept}
-    if mine == other:
-        return True
-    assert len(mine) == len(other) and scores is not None, sorted(mine ^ other)
-    swapped = np.array([scores[it] for it in sorted(mine ^ other)])
-    near = np.ptp(swapped) <= TIE * np.abs(swapped).max()
-    assert near, dict(zip(sorted(mine ^ other), swapped, strict=True))
-    return False
+    pooled: list[tuple[int, int]] = []  # heads that share a budget may trade tokens
+    swapped = []
+    for head, (mine, other) in enumerate(zip(ours, others, strict=True)):
+        parted = [(head, int(at)) for at in np.setxor1d(mine, other)]
+        if len(mine) == len(other):
+            swapped.append(parted)
+        else:
+            pooled += parted
+    assert sum(map(len, ours)) == sum(map(len, others))
+    swapped = [one for one in (*swapped, pooled) if one]
+    for one in swapped:
+        assert scores is not None, one
+        each = np.array([scores[at] for at in one])
+        assert np.ptp(each) <= TIE * np.abs(each).max(), (one, each)
+    return not swapped
 
 
 def any_protected_stays(case: str, keep: float, length: int) -> bool:
@@ -128,6 +134,22 @@ def check_lagkv(ours: np.ndarray, other: np.ndarray, length: int) -> None:
     np.testing.assert_array_equal(ours, want)
     first = 4 + ((length - 4) // 128 - 1) * 128
     assert ((other < 4) | (other >= first)).all()
+
+
+def test_a_token_is_exchanged_only_for_one_that_ties():
+    scores = np.array([[1, 2, 3, 3.00001], [5, 6, 7, 8]])
+    kept = [np.array([1, 2]), np.array([2, 3])]
+    assert same_but_for_ties(kept, kept, scores)
+    tied = [np.array([1, 3]), kept[1]]
+    assert not same_but_for_ties(kept, tied, scores)
+    for others, by in (
+        ([np.array([0, 3]), kept[1]], scores),
+        ([np.array([1]), kept[1]], scores),
+        ([np.array([1]), np.array([1, 2, 3])], scores),
+        (tied, None),
+    ):
+        with pytest.raises(AssertionError):
+            same_but_for_ties(kept, others, by)
 
 
 def test_every_case_is_covered(run):

@@ -20,7 +20,8 @@ class ObjectiveConfig(Checked):
         distill: weight of the KL divergence from the teacher, on answer tokens.
         distill_context: weight of the same on every fourth token of the contexts. These
             are read before anything is compressed, so the model stays what it was where
-            nothing is done to it.
+            nothing is done to it. With `dms` and `duo`, which act on all tokens, they
+            are read under these.
         hidden: weight of the squared error of hidden states, divided by the teacher's
             mean square, averaged over the layers.
         attention: the same of each layer's attention output, before the o projection.
