@@ -2,9 +2,10 @@
 
 `fast` is `make test`: nothing that is marked slow or runs in an interpreter. `ci` is
 what `.ci/run` takes. `all` is `make test-all`, and pytest by itself. Of a test marked
-`sweep(m, n)` there are m cases in `fast` and n in `ci`, of each `kind=` if it has one,
-drawn by the hash of the commit's tree: in a few commits all of them are run, but of
-those with `sweep(0, 0)`, which only `all` takes.
+`sweep(m, n)` there are m cases in `fast` and n in `ci`, of each `kind=` if it has one.
+Of a test whose cases would take `LONG` seconds together, a third. Both are drawn by the
+hash of the commit's tree: in a few commits all of them are run, but of those with
+`sweep(0, 0)`, which only `all` takes.
 """
 
 import collections
@@ -21,6 +22,10 @@ TIMES = ROOT / "tests" / "times.json"
 LEVELS = ("fast", "ci", "all")
 SEED = "KVJAX_TREE"
 USED = pytest.StashKey[float]()
+LONG = 4.0
+"""Recorded processor seconds from which a test's cases take turns."""
+TURNS = 3
+"""Commits, on average, in which a case of a long test is run once."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,27 +63,41 @@ def beyond(item: pytest.Item, level: str) -> bool:
     return any(item.get_closest_marker(mark) is not None for mark in marks)
 
 
-def drawn(items: list[pytest.Item], seed: str, level: str) -> set[str]:
-    """The cases of sweeps that a level takes."""
-    kinds = collections.defaultdict(list)
+def of_tree(seed: str, name: str) -> bytes:
+    """What draws a test or a case: in another order with every tree."""
+    return hashlib.sha256(f"{seed} {name}".encode()).digest()
+
+
+def drawn(items: list[pytest.Item], seed: str, level: str) -> list[pytest.Item]:
+    """What a level takes of all tests, in their order."""
+    functions = collections.defaultdict(list)
     for item in items:
+        if not beyond(item, level):
+            functions[function_of(item.nodeid)].append(item)
+    known = times()
+    chosen = set()
+    for function, every in functions.items():
+        every.sort(key=lambda item: of_tree(seed, item.nodeid))
+        cases = swept(every, level)
+        if known.get(function, 0.0) * len(cases) >= LONG:
+            first = int.from_bytes(of_tree(seed, function)[:4]) % TURNS
+            cases = cases[first::TURNS]
+        chosen.update(cases)
+    return [item for item in items if item in chosen]
+
+
+def swept(cases: list[pytest.Item], level: str) -> list[pytest.Item]:
+    """The first cases of each kind, as many as a sweep gives the level."""
+    count, taken = collections.Counter[str | None](), []
+    for item in cases:
         mark = item.get_closest_marker("sweep")
-        if mark is not None and not beyond(item, level):
-            digest = hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest()
-            kind = function_of(item.nodeid), mark.kwargs.get("kind")
-            kinds[(*kind, mark.args[LEVELS.index(level)])].append((digest, item.nodeid))
-    return {
-        nodeid
-        for (_, _, count), cases in kinds.items()
-        for _, nodeid in sorted(cases)[:count]
-    }
-
-
-def leaves_out(item: pytest.Item, level: str, chosen: set[str]) -> bool:
-    """Whether the level goes without a test."""
-    if item.get_closest_marker("sweep") is not None:
-        return item.nodeid not in chosen
-    return beyond(item, level)
+        if mark is not None:
+            kind = mark.kwargs.get("kind")
+            if count[kind] >= mark.args[LEVELS.index(level)]:
+                continue
+            count[kind] += 1
+        taken.append(item)
+    return taken
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -88,15 +107,20 @@ def pytest_collection_modifyitems(
     level = str(config.getoption("--level"))
     if level != "all":
         chosen = drawn(items, tree(), level)
-        gone = [item for item in items if leaves_out(item, level, chosen)]
-        config.hook.pytest_deselected(items=gone)
-        items[:] = [item for item in items if item not in set(gone)]
+        taken = set(chosen)
+        config.hook.pytest_deselected(items=[i for i in items if i not in taken])
+        items[:] = chosen
     longest_first(items)
+
+
+def times() -> dict[str, float]:
+    """Recorded processor seconds of a test, the mean of its cases."""
+    return json.loads(TIMES.read_text()) if TIMES.exists() else {}
 
 
 def longest_first(items: list[pytest.Item]) -> None:
     """Sort files by their recorded processor seconds; one without a record is first."""
-    known = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    known = times()
     seconds: dict[pathlib.Path, float] = collections.defaultdict(float)
     recorded = {name.split("::")[0] for name in known}
     for item in items:
@@ -129,7 +153,6 @@ def pytest_terminal_summary(terminalreporter) -> None:
             if isinstance(report, pytest.TestReport):
                 cases[function_of(report.nodeid)][report.nodeid] += report.used
     mean = {name: sum(each.values()) / len(each) for name, each in cases.items()}
-    held = json.loads(TIMES.read_text()) if TIMES.exists() else {}
-    held |= {name: round(took, 1) for name, took in mean.items()}
+    held = times() | {name: round(took, 1) for name, took in mean.items()}
     kept = {name: took for name, took in sorted(held.items()) if took >= 0.1}
     TIMES.write_text(json.dumps(kept, indent=0) + "\n")

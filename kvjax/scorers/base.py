@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvjax.cache import AbstractRanking
 from kvjax.fields import Checked
@@ -256,16 +256,20 @@ def by_position(held: Held) -> tuple[Held, Int[Array, "B K S"] | None]:
     return dataclasses.replace(held, k=k, v=v, positions=positions), order
 
 
-def ordered(scores: Scores, order: Int[Array, "B K S"] | None) -> Scores:
-    """Scores of slots in the order of `position_order`."""
-    return scores if order is None else jnp.take_along_axis(scores, order, axis=-1)
+def ordered(
+    x: Shaped[Array, "B K S"], order: Int[Array, "B K S"] | None
+) -> Shaped[Array, "B K S"]:
+    """Something of every slot (a score, a mark) in the order of `position_order`."""
+    return x if order is None else jnp.take_along_axis(x, order, axis=-1)
 
 
-def unsorted(scores: Scores, order: Int[Array, "B K S"] | None) -> Scores:
-    """Scores that are in the order of `position_order` at the slots themselves."""
+def unsorted(
+    x: Shaped[Array, "B K S"], order: Int[Array, "B K S"] | None
+) -> Shaped[Array, "B K S"]:
+    """What is in the order of `position_order` at the slots themselves."""
     if order is None:
-        return scores
-    return jnp.take_along_axis(scores, jnp.argsort(order, axis=-1), axis=-1)
+        return x
+    return jnp.take_along_axis(x, jnp.argsort(order, axis=-1), axis=-1)
 
 
 def to_kv_heads(x: Float[Array, "B S"], kv_heads: int) -> Scores:
