@@ -69,9 +69,9 @@ def methods(config: EvalConfig) -> tuple[Method, ...]:
     Raises:
         ValueError: unknown compressions or fields, two of one name.
     """
-    listed = {_label(name): name for name in config.compressions}
+    listed = {label_of(name): name for name in config.compressions}
     if len(listed) != len(config.compressions):
-        names = [_label(name) for name in config.compressions]
+        names = [label_of(name) for name in config.compressions]
         twice = next(name for n, name in enumerate(names) if name in names[:n])
         raise ValueError(
             f"two compressions have one name, {shown(twice)}. List it once, or rename "
@@ -104,7 +104,8 @@ def _check_default(path: str, here: Sequence[Compression]) -> None:
         )
 
 
-def _label(name: str) -> str:
+def label_of(name: str) -> str:
+    """What rows call a preset or a file."""
     path = pathlib.Path(name)
     return path.stem if path.suffix in (".yaml", ".yml") else name
 

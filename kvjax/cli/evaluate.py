@@ -37,6 +37,7 @@ from kvjax.eval.config import (
     bundled_evaluations,
     load_config,
 )
+from kvjax.eval.methods import RANDOM, label_of
 from kvjax.eval.suites import suite, suites, with_fields
 from kvjax.eval.tasks import TASKS
 from kvjax.interrupt import noted_interrupt
@@ -155,6 +156,10 @@ class Eval(Command):
         config = self._with_tasks(config)
         merged = {"everywhere": {**config.everywhere, **everywhere}}
         merged["overrides"] = {k: dict(v) for k, v in config.overrides.items()}
+        if self.compression is not None:  # what was said of others says nothing now
+            here = {RANDOM, *map(label_of, config.compressions)}
+            for name in merged["overrides"].keys() - here:
+                del merged["overrides"][name]
         merged["defaults"] = dict(config.defaults)
         for path, value in flat.items():
             _merge(merged, path, value)

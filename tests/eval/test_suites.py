@@ -5,6 +5,7 @@ import pytest
 from kvjax.cli.evaluate import Eval
 from kvjax.cli.main import parse
 from kvjax.eval.config import TEXT, TaskEntry
+from kvjax.eval.methods import methods
 from kvjax.eval.suites import suite, suites, with_fields
 from kvjax.eval.tasks import TASKS
 
@@ -72,3 +73,14 @@ def test_the_command_line_asks_a_suite():
 def test_what_is_wrong_is_said(words, said):
     with pytest.raises(ValueError, match=said):
         configured(words)
+
+
+def test_settings_of_methods_that_are_not_asked_say_nothing():
+    """An evaluation's own, that is: what a user sets of them is a mistake."""
+    whole = ["--config", "real_tolerance"]
+    assert set(configured(whole).overrides) == {"kivi_2bit", "snapkv"}
+    words = [*whole, "--compression", "kivi_2bit"]
+    assert set(configured(words).overrides) == {"kivi_2bit"}
+    made = configured([*words, "--set", "overrides.snapkv.evict.score.window=8"])
+    with pytest.raises(ValueError, match="'snapkv', which is not evaluated"):
+        methods(made)
