@@ -52,6 +52,19 @@ def test_no_gap_is_no_number():
     assert got.cells == 0
 
 
+def test_what_a_model_loses_is_of_its_own():
+    """Over the cells in which the base model loses, and which a model has."""
+    better = {**BASE, ("recall", SEEN, "knorm", 0.25): 0.6}
+    better["chain", SEEN, "none", None] = 1.0
+    del better["fact", SEEN, "none", None]
+    *_, one, two = comparison.costs_table([QUARTER], "a", {"a": BASE, "b": better})
+    assert one == "| a quarter | a | 90.0 | 30.0 | 67 | 2 |"
+    assert two == "| a quarter | b | 100.0 | 50.0 | 50 | 2 |"
+    half = {cell: score for cell, score in better.items() if cell[0] == "recall"}
+    *_, last = comparison.costs_table([QUARTER], "a", {"a": BASE, "c": half})
+    assert last == "| a quarter | c | 100.0 | 60.0 | 40 | 1 |"
+
+
 def test_claims_are_about_their_own_cells():
     claims = {claim.title: claim for claim in tolerance.CLAIMS}
     cells = [cell for cell in BASE if claims["eviction, keep 1/8"].about(cell)]

@@ -10,6 +10,7 @@ from kvjax.eval.report.comparison import (
     by_model,
     cells_table,
     claims_table,
+    costs_table,
     full_table,
     losses_by_model,
     perplexity_table,
@@ -92,6 +93,15 @@ def page(evaluations: Mapping[str, Measured]) -> list[str]:
         "gets back, averaged over cells; below 0, it lost more.",
         "",
         *claims_table(CLAIMS, pairs),
+        "",
+        "What compression takes from each model of what that model does without, over "
+        "the same cells. A model that was trained on such rows does better at them "
+        "with and without compression, and by that alone closes a gap of the untouched "
+        "one; what it loses itself says how much it tolerates.",
+        "",
+        *costs_table(
+            CLAIMS, TITLES["smollm2"], dict(zip(titles, models.values(), strict=True))
+        ),
         "",
         "![before and after](real_tolerance.svg)",
         "",

@@ -5,6 +5,7 @@ from kvjax.eval.report.comparison.figures import bytes_figure as bytes_figure
 from kvjax.eval.report.comparison.figures import kept_figure as kept_figure
 from kvjax.eval.report.comparison.gap import Claim as Claim
 from kvjax.eval.report.comparison.gap import claims_table as claims_table
+from kvjax.eval.report.comparison.gap import costs_table as costs_table
 from kvjax.eval.report.comparison.gap import methods_table as methods_table
 from kvjax.eval.report.comparison.measured import Measured as Measured
 from kvjax.eval.report.comparison.measured import by_model as by_model

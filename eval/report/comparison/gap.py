@@ -61,11 +61,8 @@ def gap_closed(
     """The gap closed over the cells of a claim that both models have."""
     rows = []
     for cell, before in base.items():
-        task, visibility, _, _ = cell
-        full = base.get((task, visibility, "none", None))
-        if full is None or cell not in tuned or not claim.about(cell):
-            continue
-        if full - before >= GAP:
+        full = _full(base, cell)
+        if cell in tuned and claim.about(cell) and full - before >= GAP:
             gained = (tuned[cell] - before) / (full - before)
             rows.append((gained, before, tuned[cell], full))
     if not rows:
@@ -101,6 +98,41 @@ def claims_table(claims: Sequence[Claim], pairs: Pairs) -> list[str]:
             ]
         )
     return markdown_table(heads, "lr" + "r" * len(pairs) + "lr", rows)
+
+
+def costs_table(
+    claims: Sequence[Claim], base: str, models: Mapping[str, Mapping[CellKey, float]]
+) -> list[str]:
+    """What compression takes from each model of what it does without.
+
+    Over the cells of a claim in which that is at least `GAP` for the model `base`, and
+    that a model has: its mean accuracy in full and compressed, and the share lost.
+    """
+    rows = []
+    for claim in claims:
+        cells = [
+            cell
+            for cell, score in models[base].items()
+            if claim.about(cell) and _full(models[base], cell) - score >= GAP
+        ]
+        for title, scores in models.items():
+            mine = [cell for cell in cells if cell in scores]
+            mine = [cell for cell in mine if not math.isnan(_full(scores, cell))]
+            if not mine:
+                continue
+            full = statistics.fmean(_full(scores, cell) for cell in mine)
+            left = statistics.fmean(scores[cell] for cell in mine)
+            lost = 1 - left / full if full else math.nan
+            levels = map(percent, (full, left))
+            rows.append([claim.title, title, *levels, percent(lost, 0), str(len(mine))])
+    heads = ["compression", "model", "in full", "compressed", "lost, %", "cells"]
+    return markdown_table(heads, "llrrrr", rows)
+
+
+def _full(scores: Mapping[CellKey, float], cell: CellKey) -> float:
+    """Of the same task and visibility without compression; NaN where there is none."""
+    task, visibility, _, _ = cell
+    return scores.get((task, visibility, "none", None), math.nan)
 
 
 def methods_table(
