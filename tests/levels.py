@@ -3,9 +3,9 @@
 `fast` is `make test`: nothing that is marked slow or runs in an interpreter. `ci` is
 what `.ci/run` takes. `all` is `make test-all`, and pytest by itself. Of a test marked
 `sweep(m, n)` there are m cases in `fast` and n in `ci`, of each `kind=` if it has one.
-Of a test whose cases would take `LONG` seconds together, a third. Both are drawn by the
-hash of the commit's tree: in a few commits all of them are run, but of those with
-`sweep(0, 0)`, which only `all` takes.
+Of a test whose cases would take `LONG` seconds together, one in `TURNS`. Both are drawn
+by the hash of the commit's tree: in a few commits all of them are run, but of those
+with `sweep(0, 0)`, which only `all` takes.
 """
 
 import collections
@@ -22,9 +22,9 @@ TIMES = ROOT / "tests" / "times.json"
 LEVELS = ("fast", "ci", "all")
 SEED = "KVJAX_TREE"
 USED = pytest.StashKey[float]()
-LONG = 4.0
+LONG = 2.0
 """Recorded processor seconds from which a test's cases take turns."""
-TURNS = 3
+TURNS = 4
 """Commits, on average, in which a case of a long test is run once."""
 
 
