@@ -8,12 +8,8 @@ import pytest
 
 from kvjax.eval.tasks import make_task, stream
 from kvjax.eval.tasks.babilong_words import EXAMPLES, FORMATS, INSTRUCTIONS
+from tests.eval.episodes import episode
 from tests.eval.languages import facts, write_lines
-
-
-def episode(name: str, size: int, turns: int = 1, seed: int = 0, **fields):
-    task = make_task(name, **fields)
-    return task, task.episode(stream("test", name, seed, 0), size, turns)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,17 @@
 """RULER's tasks: what is asked is in the context, counted here by other means."""
 
 import collections
-import json
 import pathlib
 import re
 
 import pytest
 
-from kvjax.eval.tasks import RULER, make_task, stream
+from kvjax.eval.tasks import RULER, make_task
 from kvjax.eval.tasks.essays import made_up, sentences
 from kvjax.eval.tasks.ruler.needle import NOISE
 from kvjax.eval.tasks.words import ADJECTIVES, NOUNS, pairs, single
-from tests.eval.languages import essay, hotpotqa, squad
+from tests.eval.episodes import episode
+from tests.eval.languages import essay
 
 SHAPES = {
     "niah_single_1": ("noise", 1, 1, 1, "words", "numbers"),
@@ -33,11 +33,6 @@ def text(tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("essays") / "one.txt"
     path.write_text(essay(), encoding="utf-8")
     return path
-
-
-def episode(name: str, size: int, turns: int = 1, seed: int = 0, **fields):
-    task = make_task(name, **fields)
-    return task, task.episode(stream("test", name, seed, 0), size, turns)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -232,167 +227,6 @@ def held(text: str, value: str) -> list[str]:
     for name, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", text):
         memory[str(name)] = memory.get(source, str(source))
     return [name for name, found in memory.items() if found == value]
-
-
-@pytest.mark.parametrize(
-    ("length", "often", "seldom", "shot"),
-    [(1000, 6, 1, (3, 1)), (4500, 30, 3, (10, 3))],
-)
-def test_common_words_are_the_most_frequent(length, often, seldom, shot):
-    task = make_task("cwe")
-    (made,) = task.episodes(0, 1, length, lambda one: len(one.context.split()))
-    parts = made.context.split("Below is a numbered list of words.")[1:]
-    for text, counts in zip(parts, (shot, (often, seldom)), strict=True):
-        entries = re.findall(r"(\d+)\. (\S+)", text.split("Question:")[0])
-        assert [int(n) for n, _ in entries] == list(range(1, len(entries) + 1))
-        ranked = collections.Counter(word for _, word in entries).most_common()
-        assert {count for _, count in ranked[:10]} == {counts[0]}
-        assert {count for _, count in ranked[10:]} == {counts[1]}
-    (turn,) = made.turns
-    assert {word for word, _ in ranked[:10]} == set(turn.answers)
-    assert turn.question == (
-        "Question: What are the 10 most common words in the above list? "
-    )
-    assert re.findall(r"\d+\. (\S+)", turn.answer) == list(turn.answers)
-    answer = parts[0].split("in the list are:")[1]
-    assert len(re.findall(r"\d+\. \S+", answer)) == 10
-
-
-def test_frequent_words_are_no_more_frequent_than_others():
-    with pytest.raises(ValueError, match="`repeats` must be more than `others`"):
-        make_task("cwe", repeats=2)
-    _, made = episode("cwe", 400, repeats=2, others=1, example=False, common=3)
-    assert len(set(re.findall(r"\d\. (\S+)", made.context))) == 403
-
-
-@pytest.mark.parametrize("alpha", [1.5, 2.0, 3.5])
-@pytest.mark.parametrize("size", [1000, 1017, 20_000])
-def test_coded_words_follow_the_law(alpha, size):
-    _, made = episode("fwe", size, alpha=alpha)
-    text = made.context.removesuffix("\n").split("coded words. ")[1]
-    (noise, most), *ranked = collections.Counter(text.split(" ")).most_common()
-    total = sum(rank**-alpha for rank in range(1, 10_000))
-    total += 10_000 ** (1 - alpha) / (alpha - 1)  # of all the ranks behind
-    assert noise == "..." and abs(most - size / total) < 2 + size / 300
-    assert [word for word, _ in ranked[:3]] == list(made.turns[0].answers)
-    assert ranked[2][1] > ranked[3][1] if len(ranked) > 3 else True
-    want = [int(size / total * rank**-alpha) for rank in range(2, 5)]
-    assert all(
-        abs(a - b) <= 1 + b / 50 for (_, a), b in zip(ranked, want, strict=False)
-    )
-    assert all(re.fullmatch("[a-z]{6}", word) for word, _ in ranked)
-
-
-def test_every_size_of_coded_words_has_three():
-    task = make_task("fwe")
-    least = task.smallest(0)
-    for size in range(least, least + 200):
-        made = task.episode(stream("test", "fwe", 0, size), size)
-        ranked = collections.Counter(made.context.split()[21:]).most_common()
-        counts = dict(ranked)
-        third = min(counts[word] for word in made.turns[0].answers)
-        asked = {"...", *made.turns[0].answers}
-        assert all(n < third for word, n in ranked if word not in asked)
-    with pytest.raises(ValueError, match=f"needs {least} words"):
-        task.episode(stream("test", "fwe", 0, 0), least - 1)
-
-
-@pytest.fixture(scope="module")
-def asked(tmp_path_factory) -> dict[str, pathlib.Path]:
-    folder = tmp_path_factory.mktemp("asked")
-    files = {"qa_1": ("squad.json", squad()), "qa_2": ("hotpot.json", hotpotqa())}
-    for name, content in files.values():
-        (folder / name).write_text(json.dumps(content))
-    return {task: folder / name for task, (name, _) in files.items()}
-
-
-@pytest.mark.parametrize(("name", "least"), [("qa_1", 1), ("qa_2", 10)])
-@pytest.mark.parametrize("size", [1, 3, 30, 70, 100])
-def test_documents_hold_the_answer(name, least, size, asked):
-    _, made = episode(name, size, path=str(asked[name]))
-    begin, text, end = re.split(r"\n\n(?=Document 1:)|\n\n$", made.context)
-    assert begin == (
-        "Answer the question based on the given documents. Only give me the answer and "
-        "do not output any other words.\n\nThe following are given documents."
-    )
-    pages = re.split(r"(?:^|\n\n)Document (\d+):\n", text)
-    numbers, pages = [int(one) for one in pages[1::2]], pages[2::2]
-    assert not end and numbers == list(range(1, max(size, least) + 1))
-    known = {"qa_1": 80, "qa_2": 80}[name]
-    assert len(set(pages)) == min(known, len(pages))
-    (turn,) = made.turns
-    assert turn.answers[0] in text and turn.answer == f" {turn.answers[0]}"
-    assert turn.question.startswith("Answer the question based on the given documents.")
-    number = re.search(r"\d+(-\d)?(?=\?)", turn.question)
-    assert number
-    gold = [page for page in pages if re.search(rf"(Town|Number) {number[0]} ", page)]
-    assert gold and turn.answers[0] in gold[0]
-    if name == "qa_1" and size == 3:  # paragraphs of its article come first
-        assert {page.split("-")[0] for page in pages} == {gold[0].split("-")[0]}
-
-
-def test_questions_are_asked_once(asked):
-    task = make_task("qa_2", path=str(asked["qa_2"]))
-    made = task.episodes(0, 8, 3000)
-    assert len({one.turns[0].question for one in made}) == 8
-    with pytest.raises(ValueError, match="has 8 questions.*9 are asked for"):
-        task.episodes(0, 9, 3000)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "match"),
-    [
-        ("qa_1", None, "needs `path`: a JSON file of SQuAD"),
-        ("qa_2", None, "needs `path`: a JSON file of HotpotQA"),
-        ("qa_1", {"date": []}, "`data` must be a list, as SQuAD"),
-        ("qa_1", {"data": [{"paragraphs": [3]}]}, r"data\[0\].paragraphs\[0\]"),
-        (
-            "qa_1",
-            {"data": [{"paragraphs": [{"context": "a", "qas": [{"question": "b"}]}]}]},
-            r"qas\[0\]: `answers` must be a list",
-        ),
-        (
-            "qa_1",
-            {
-                "data": [
-                    {
-                        "paragraphs": [
-                            {
-                                "context": "a",
-                                "qas": [{"question": "b", "is_impossible": "false"}],
-                            }
-                        ]
-                    }
-                ]
-            },
-            r"qas\[0\]: `is_impossible` must be true or false",
-        ),
-        ("qa_1", {"data": []}, "no question that can be answered"),
-        (
-            "qa_2",
-            [{"question": "a", "answer": "b"}],
-            "record 1: there is no .*`context`",
-        ),
-        (
-            "qa_2",
-            [{"question": "a", "answer": "b", "context": [["t", "s"]]}],
-            r"record 1: `context` must be a list of \[title",
-        ),
-        *(
-            (
-                "qa_2",
-                [{"question": "a", "answer": "b", "context": context}],
-                r"record 1: `context` must be a list of \[title",
-            )
-            for context in (0, [], {}, "", {"t": ["s"]})
-        ),
-    ],
-)
-def test_files_of_another_layout_are_refused(tmp_path, name, content, match):
-    (tmp_path / "f.json").write_text(json.dumps(content))
-    fields = {"path": str(tmp_path / "f.json")} if content is not None else {}
-    with pytest.raises(ValueError, match=match):
-        make_task(name, **fields).episodes(0, 1, 3000)
 
 
 def test_fields_are_held_to_what_there_is():
