@@ -63,8 +63,8 @@ def beyond(item: pytest.Item, level: str) -> bool:
     return any(item.get_closest_marker(mark) is not None for mark in marks)
 
 
-def of_tree(seed: str, name: str) -> bytes:
-    """What draws a test or a case: in another order with every tree."""
+def lot(seed: str, name: str) -> bytes:
+    """The lot of a test or a case: drawn anew with every tree."""
     return hashlib.sha256(f"{seed} {name}".encode()).digest()
 
 
@@ -77,10 +77,10 @@ def drawn(items: list[pytest.Item], seed: str, level: str) -> list[pytest.Item]:
     known = times()
     chosen = set()
     for function, every in functions.items():
-        every.sort(key=lambda item: of_tree(seed, item.nodeid))
+        every.sort(key=lambda item: lot(seed, item.nodeid))
         cases = swept(every, level)
         if known.get(function, 0.0) * len(cases) >= LONG:
-            first = int.from_bytes(of_tree(seed, function)[:4]) % TURNS
+            first = int.from_bytes(lot(seed, function)[:4]) % TURNS
             cases = cases[first::TURNS]
         chosen.update(cases)
     return [item for item in items if item in chosen]

@@ -65,7 +65,7 @@ def test_a_run(kvjax, checkpoint, tasks, tmp_path):
 )
 def test_mistakes_cost_no_model(kvjax, tasks, monkeypatch, words, said):
     monkeypatch.setattr("kvjax.cli.lm_eval.load_model", None)
-    # The harness's own tasks are those beside its manager: thousands of files.
+    # The harness lists thousands of files beside its manager: here, those of the test.
     beside = {"manager.py": tasks / "manager.py"}
     monkeypatch.setattr(
         "lm_eval.tasks.manager.Path",
