@@ -39,7 +39,8 @@ ABOUT = {
     "smollm2-control": "*control*: the same rows and steps by the next token, nothing "
     "compressed; its contexts follow the untouched model, too",
     "smollm2-surrogate": "*gates*: a network beside each layer whose scores stand in "
-    "the place of SnapKV's, the model as it was (recipe `smollm2_surrogate`)",
+    "the place of SnapKV's, the model as it was but for its rounding to "
+    "bfloat16 in the file (recipe `smollm2_surrogate`)",
 }
 
 TITLES = {
