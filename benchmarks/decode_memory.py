@@ -43,7 +43,7 @@ def measure(config, name: str, batch: int, length: int, room: int, device: str) 
 
     state = jax.eval_shape(first, logits, lengths)
     rest = (shape((), jnp.int32), shape((4,), jnp.int32))
-    arguments = located((params, cache, state, *rest), device)
+    arguments = located((params, *cache.apart, state, *rest), device)
     traced = generation._decode_donating.trace(graph, *arguments, sampling=Sampling())
     family = TARGETS[device].family if device else "cpu"
     memory = traced.lower(lowering_platforms=(family,)).compile().memory_analysis()

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import logging
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,6 @@ from kvjax.eval.plan import Cell
 from kvjax.inputs import Inputs, untouched
 from kvjax.models import checks
 from kvjax.models.decoder import Decoder
-
-PIECE = 2**26
-"""Bytes of weights that are on the host at a time."""
 
 SAMPLED = 16
 """Length of a fingerprint that looked at samples of the weights alone."""
@@ -141,31 +138,9 @@ def _fingerprint(
 
 def fingerprint(model: Decoder) -> str:
     """Digests of a model's configuration, and of all values of all its weights."""
-    digest = hashlib.sha256()
-    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        array = leaf.get_value()
-        digest.update(f"{path}{array.shape}{array.dtype}".encode())
-        for piece in _pieces(array):
-            digest.update(piece.reshape(-1).view(np.uint8))
-    return f"{checks.fingerprint(model.config)}-{digest.hexdigest()[:32]}"
-
-
-def _pieces(x: jax.Array) -> Iterator[np.ndarray]:
-    """The values in their order; no more than `PIECE` bytes are copied at once."""
-    if x.nbytes <= PIECE or _on_host(x):
-        yield np.ascontiguousarray(x)
-    elif len(x) == 1:
-        yield from _pieces(x[0])
-    else:
-        rows = max(1, len(x) * PIECE // x.nbytes)
-        for first in range(0, len(x), rows):
-            size = min(rows, len(x) - first)
-            yield from _pieces(jax.lax.dynamic_slice_in_dim(x, first, size))
-
-
-def _on_host(x: jax.Array) -> bool:
-    """Whether NumPy sees the values where they are."""
-    return [device.platform for device in x.devices()] == ["cpu"]
+    weights = checks.weights_of(model)
+    assert weights is not None  # nothing is evaluated under `jit`
+    return f"{checks.fingerprint(model.config)}-{weights.digest}"
 
 
 def sampled_fingerprint(model: Decoder) -> str:

@@ -11,6 +11,7 @@ from kvjax.compress import Eviction as Eviction
 from kvjax.compress import Storage as Storage
 from kvjax.compress import compression as compression
 from kvjax.compress import compressions as compressions
+from kvjax.models.caches import load_cache as load_cache
 from kvjax.models.generation import Generation as Generation
 from kvjax.models.generation import generate as generate
 from kvjax.models.generation import generate_from as generate_from
@@ -18,6 +19,7 @@ from kvjax.models.inference import extend as extend
 from kvjax.models.inference import prefill as prefill
 from kvjax.models.io import load as load
 from kvjax.models.io import save as save
+from kvjax.models.prefixes import PrefixStore as PrefixStore
 from kvjax.models.simulate import simulate as simulate
 from kvjax.models.slopes import gate_slopes as gate_slopes
 

@@ -39,16 +39,25 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
+PYTREES: list[type] = []
+"""What `pytree` has made."""
+
+
 @typing.dataclass_transform(
     frozen_default=True,
     kw_only_default=True,
     field_specifiers=(dataclasses.field, static),
 )
 def pytree[T](cls: type[T]) -> type[T]:
-    """Make a frozen keyword-only dataclass that is a pytree (`static()` aside)."""
-    return jax.tree_util.register_dataclass(
+    """Make a frozen keyword-only dataclass that is a pytree (`static()` aside).
+
+    Files of caches can hold it.
+    """
+    made = jax.tree_util.register_dataclass(
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     )
+    PYTREES.append(made)
+    return made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,17 +102,16 @@ class LayerSpec:
 
 
 def loops_of(
-    specs: Sequence[LayerSpec], kinds: Sequence[Hashable] = ()
+    specs: Sequence[LayerSpec], *kinds: Sequence[Hashable]
 ) -> tuple[Loop, ...]:
     """Loops over layers that are alike, in themselves and in what is done with them.
 
     Args:
         specs: of all layers.
-        kinds: of all layers, what is done; empty: the same in all.
+        kinds: of all layers, what is done or what there is; empty: the same in all.
     """
-    kinds = kinds or (None,) * len(specs)
-    alike = [(spec.kind, kind) for spec, kind in zip(specs, kinds, strict=True)]
-    return plan(alike)
+    given = (each for each in kinds if each)
+    return plan(list(zip((spec.kind for spec in specs), *given, strict=True)))
 
 
 @pytree

@@ -1,23 +1,32 @@
 """Checks at the boundary of inference: wrong input is named before any compute."""
 
+import dataclasses
 import functools
-import hashlib
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from kvjax.cache import KVCache, Provenance, Slots
-from kvjax.codecs import PlainArray
+from kvjax.cache import KVCache, Provenance, Weights, text_digest
 from kvjax.compress.config import Compression
 from kvjax.compress.plan import LayerPlan
 from kvjax.compress.presets import canonical
 from kvjax.fields import Range, fit
 from kvjax.messages import shown
-from kvjax.models.arrays import concrete, floats, held, narrowed, together, whole
+from kvjax.models.arrays import (
+    concrete,
+    floats,
+    held,
+    is_traced,
+    narrowed,
+    together,
+    whole,
+)
 from kvjax.models.config import DecoderConfig
 from kvjax.prefills import AbstractPrefill
+from kvjax.rope import Rope
 
 
 def count(name: str, value: int, least: int = 0) -> None:
@@ -143,7 +152,7 @@ def extension(
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens and lengths that extend a cache of a model, as int32."""
     config = model(found)
-    _is_cache("cache", cache)
+    is_cache("cache", cache)
     tokens = _token_array(config, tokens)
     if tokens.shape[0] != cache.length.shape[0]:
         raise ValueError(
@@ -157,12 +166,26 @@ def extension(
     return tokens, lengths
 
 
-def _is_cache(name: str, found: Any) -> None:
+def is_cache(name: str, found: Any) -> None:
+    """It is a cache, and holds something."""
     if not isinstance(found, KVCache):
         raise ValueError(
             f"`{name}` must be a KVCache that kvjax.prefill made; got {shown(found)}."
         )
     held(name, found)
+
+
+def is_agnostic(name: str, cache: KVCache) -> None:
+    """No score of a cache has seen a question, so that it can be in front of any."""
+    about = cache.provenance
+    while about is not None:
+        if about.query_aware:
+            raise ValueError(
+                f"`{name}` was compressed by scores that saw a question (`visibility: "
+                "query_aware`), and serves no other. Prefill it with `visibility: "
+                "query_agnostic`."
+            )
+        about = about.prefix
 
 
 def last_logits(found: Any, cache: KVCache, logits: Any) -> jax.Array:
@@ -176,13 +199,8 @@ def last_logits(found: Any, cache: KVCache, logits: Any) -> jax.Array:
 def room(found: Any, cache: KVCache, new_tokens: int | np.ndarray) -> None:
     """The cache is this model's and takes `new_tokens` more, of each row or of all."""
     config = model(found)
-    _is_cache("cache", cache)
-    about = cache.provenance
-    if about is not None and about.model != fingerprint(config, found.dtype):
-        raise ValueError(
-            "the cache was made by another model, or by this one in another dtype. "
-            "Prefill again with this one."
-        )
+    is_cache("cache", cache)
+    made_by("`cache`", found, cache)
     if concrete(cache.length) is None:
         return
     new = np.broadcast_to(new_tokens, cache.length.shape)
@@ -270,35 +288,15 @@ def prefix(found: Any, c: Compression, cache: KVCache, lengths: jax.Array) -> No
             f"{names} reads the prompt again, and would not see a `prefix` in front of "
             "it. Put the prefix into the prompts, or use another score."
         )
-    _is_cache("prefix", cache)
+    is_cache("prefix", cache)
     together(model=found.embedding[...], prefix=cache)
     if len(cache.length) != 1:
         raise ValueError(
             f"`prefix` must be a cache of one row, which all rows share; got one of "
             f"{len(cache.length)}. Prefill it with a batch of 1."
         )
-    about = cache.provenance
-    if about is not None and about.model != fingerprint(config, found.dtype):
-        raise ValueError(
-            "`prefix` is a cache of another model, or of this one in another dtype. "
-            "Prefill it with this one."
-        )
-    plain = all(
-        isinstance(part, Slots) and isinstance(part.keys, PlainArray)
-        for group in cache.groups
-        for part in group.parts
-    )
-    changes = any(group.growth or group.folding for group in cache.groups)
-    if (
-        changes
-        or not plain
-        or about is not None
-        and about.compression != canonical(Compression())
-    ):
-        raise ValueError(
-            "`prefix` must hold all of its tokens as they are; got a compressed cache. "
-            "Prefill it without a compression."
-        )
+    made_by("`prefix`", found, cache)
+    is_agnostic("prefix", cache)
     values, seen = concrete(lengths), concrete(cache.length)
     if values is None or seen is None:
         return
@@ -355,18 +353,67 @@ def _protected(c: Compression, specs: tuple, lengths: np.ndarray) -> None:
                 )
 
 
-@functools.lru_cache(maxsize=256)
-def fingerprint(config: DecoderConfig, dtype: Any = None) -> str:
-    """Digest of a configuration, and of the dtype if one is given."""
-    said = repr(config) if dtype is None else f"{config!r} {jnp.dtype(dtype).name}"
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
-
-
-@functools.lru_cache(maxsize=1024)
-def provenance(config: DecoderConfig, dtype: Any, c: Compression) -> Provenance:
+def provenance(
+    config: DecoderConfig,
+    dtype: Any,
+    c: Compression,
+    weights: Weights | None = None,
+    prefix: Provenance | None = None,
+) -> Provenance:
     """Where a cache of a model in this dtype and of this compression comes from."""
+    shape, rope = _digests(config)
     return Provenance(
-        model=fingerprint(config, dtype),
-        compression=canonical(c),
+        shape=shape,
+        rope=rope,
+        dtype=jnp.dtype(dtype).name,
+        weights=weights,
+        compression=_canonical(c),
         query_aware=c.visibility == "query_aware",
+        prefix=prefix,
     )
+
+
+def weights_of(found: Any) -> Weights | None:
+    """The numbers of a model; None where they are traced."""
+    flat = nnx.to_flat_state(nnx.state(found, nnx.Param))
+    arrays = {str(path): leaf.get_value() for path, leaf in flat}
+    return None if is_traced(*arrays.values()) else Weights.of(arrays)
+
+
+def made_by(name: str, found: Any, cache: KVCache) -> None:
+    """The cache is one of this model.
+
+    Raises:
+        ValueError: it is of another; says what differs.
+    """
+    if cache.provenance is None:
+        return
+    how = (found.dtype, Compression(), weights_of(found))
+    here = provenance(model(found), *how)
+    if other := cache.provenance.differs(here):
+        raise ValueError(
+            f"{name} was made by another model, or by this one as it was before: its "
+            f"{' and its '.join(other)} differ{'s' * (len(other) == 1)}. Prefill again "
+            "with this one."
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def fingerprint(config: DecoderConfig) -> str:
+    """Digest of a configuration."""
+    return text_digest(repr(config))
+
+
+@functools.lru_cache(maxsize=256)
+def _digests(config: DecoderConfig) -> tuple[str, str]:
+    """Of a configuration without its RoPE, and of that."""
+    plain = Rope(head_dim=config.head_dim)
+    # Fresh weights alone depend on `init_std`.
+    given = {"rope": plain, "local_rope": None, "init_std": 0.02}
+    rest = dataclasses.replace(config, **given)
+    return text_digest(repr(rest)), text_digest(f"{config.rope} {config.local_rope}")
+
+
+@functools.lru_cache(maxsize=256)
+def _canonical(c: Compression) -> str:
+    return canonical(c)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache import KVCache
+from kvjax.cache import Front, KVCache
 from kvjax.compress.config import Compression
 from kvjax.fields import Range, fit
 from kvjax.messages import shown
@@ -77,12 +77,16 @@ def _run(
     graph,
     params,
     cache: KVCache,
+    front: Front,
     state: _State,
     limit: Int[Array, ""],
     stops: Int[Array, "S"],
     sampling: Sampling,
 ) -> tuple[KVCache, _State]:
-    """Decode until `limit` tokens are made or every row has stopped."""
+    """Decode until `limit` tokens are made or every row has stopped.
+
+    Of the cache comes back what is the rows' own; `front` is what they share.
+    """
     model = nnx.merge(graph, params)
 
     def go_on(carry):
@@ -94,7 +98,8 @@ def _run(
         cache, state = carry
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
         positions = jnp.where(state.done, EMPTY, state.length)[:, None]
-        logits, cache = step(model, cache, last, positions)
+        logits, cache = step(model, cache.behind(front), last, positions)
+        cache, _ = cache.apart
         key = now = state.key
         if not sampling.greedy:
             key, now = jax.random.split(key)
@@ -309,7 +314,7 @@ def _loop(
     pad = model.config.pad_token or 0
     state = _first(logits, cache.length, key, stops, pad, sampling, max_new_tokens)
     decode = _decode_donating if donate else _decode
-    held, made = nameless(cache), 1
+    (held, front), made = nameless(cache).apart, 1
     ends = range(made, max_new_tokens) if callback else [max_new_tokens]
     if callback:
         check_rows(model.dtype, state.sound)
@@ -317,7 +322,7 @@ def _loop(
     for end in ends:
         limit = jnp.asarray(end + 1 if callback else end, jnp.int32)
         held, state = decode(
-            graph, params, held, state, limit, stops, sampling=sampling
+            graph, params, held, front, state, limit, stops, sampling=sampling
         )
         decode = _decode_donating if not is_traced(state.length) else _decode
         if callback:
@@ -329,4 +334,5 @@ def _loop(
     # Once, behind the loop, which a row that is not sound ends.
     check_rows(model.dtype, state.sound)
     after = dataclasses.replace(held, length=state.length, provenance=cache.provenance)
+    after = after.behind(front)
     return Generation(tokens=state.tokens, lengths=state.made, cache=after)

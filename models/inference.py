@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import KVCache, LayerCache
+from kvjax.cache import KVCache, LayerCache, token_digest
 from kvjax.compress.building import Building, build_cache
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import observe
@@ -28,9 +28,9 @@ from kvjax.models.reading import (
     in_front,
     last_logits,
     last_of,
+    marks_of,
     observe_prompt,
     seen_before,
-    with_prefix,
 )
 from kvjax.narrow import narrow
 from kvjax.types import (
@@ -56,13 +56,14 @@ def step(
     The cache's `length` stays. With `lengths`, `[B]` tokens per row, logits are of each
     row's last token, and `t` is 1.
     """
+    own, front = cache.apart
 
     def attend(inputs: LayerInputs, groups: tuple[LayerCache, ...]):
         at = inputs.depth.group
-        out, group = groups[at].attend(inputs, inputs.depth.turn)
+        out, group = groups[at].attend(inputs, inputs.depth.turn, front[at])
         return out, (*groups[:at], group, *groups[at + 1 :]), ()
 
-    reading = Attending(step=attend, state=cache.groups, loops=cache.loops)
+    reading = Attending(step=attend, state=own.groups, loops=cache.loops)
     seen = model.run(tokens, positions, reading)
     hidden = seen.hidden
     if lengths is not None:
@@ -72,7 +73,11 @@ def step(
     over = functools.reduce(jnp.logical_or, over)
     # Under `jit` nobody can be told that a token did not fit, so the row says so.
     logits = jnp.where(over[:, None, None], jnp.nan, logits)
-    return logits, dataclasses.replace(cache, groups=seen.state)
+    digest = cache.digest
+    if digest is not None:
+        digest = digest + token_digest(tokens, positions)
+    after = dataclasses.replace(cache, groups=seen.state, digest=digest)
+    return logits, after.behind(front)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "c", "room", "longest"))
@@ -88,13 +93,21 @@ def _prefill(
 ):
     model = nnx.merge(graph, params)
     specs, width = model.config.layers, tokens.shape[1]
-    before = seen_before(prefix)
+    before, marks = seen_before(prefix), marks_of(prefix)
+
+    def told(cache: KVCache) -> KVCache:
+        digest = token_digest(tokens, padded_positions(lengths, width, before))
+        if prefix is not None:
+            digest = None if prefix.digest is None else digest + prefix.digest
+        return dataclasses.replace(cache, digest=digest)
+
     if c.surveys:  # all layers first
         logits, seen = observe_prompt(model, tokens, lengths, c, prefix, longest)
-        loops = loops_of(specs, plans_of(c, specs, longest or width))
-        cache = build_cache(seen, loops, specs, lengths, c, room, before, longest)
-        return logits, with_prefix(prefix, cache)
-    how = (width, room, model.dtype, before, longest)
+        loops = loops_of(specs, plans_of(c, specs, longest or width), marks)
+        how = (room, before, longest, marks)
+        cache = build_cache(seen, loops, specs, lengths, c, *how)
+        return logits, told(cache)
+    how = (width, room, model.dtype, before, longest, marks)
     building = Building.of(c, specs, lengths, *how)
     groups = in_front(prefix, len(lengths), building.loops)
 
@@ -113,12 +126,14 @@ def _prefill(
     positions = padded_positions(lengths, width, before)
     seen = model.run(tokens, positions, compressing)
     logits = last_logits(model, seen.hidden, lengths)
-    return logits, with_prefix(prefix, building.cache(seen.state, seen.left))
+    return logits, told(building.cache(seen.state, seen.left))
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def _extend(graph, params, cache, tokens, positions, lengths=None):
-    return step(nnx.merge(graph, params), cache, tokens, positions, lengths)
+def _extend(graph, params, cache, front, tokens, positions, lengths=None):
+    how = (cache.behind(front), tokens, positions, lengths)
+    logits, after = step(nnx.merge(graph, params), *how)
+    return logits, after.apart[0]
 
 
 @narrow
@@ -143,8 +158,9 @@ def prefill(
         lengths: `[B]` tokens per row; None: all of them.
         c: what is done to the cache; nothing by default.
         max_new_tokens: later tokens that must fit into the cache.
-        prefix: a cache of one row, uncompressed, of tokens that are in front of every
-            row. It is held once, and `c` is about the tokens behind it.
+        prefix: a cache of one row, of tokens that are in front of every row; itself
+            compressed or with a prefix, if you like. It is held once, and `c` is about
+            the tokens behind it.
 
     Returns:
         `logits [B, V]` float32 and the cache.
@@ -152,27 +168,29 @@ def prefill(
     Raises:
         ValueError: wrong shapes, empty rows, tokens outside the vocabulary, a prompt
             beyond the model's range, a budget below what the method protects, a prefix
-            of another model, of several rows, or compressed, or in front of a prompt
-            that is read again.
+            of another model, of several rows, or whose scores saw a question, or in
+            front of a prompt that is read again.
     """
     tokens, lengths = checks.asked(model, tokens, lengths)
     checks.compression(model.config, c, lengths)
     checks.count("max_new_tokens", max_new_tokens)
     # No row ever has more tokens, so no room is for more.
     max_new_tokens = min(max_new_tokens, model.config.max_positions)
-    width = tokens.shape[1]
+    width, front = tokens.shape[1], None
     if prefix is not None:
         checks.prefix(model, c, prefix, lengths)
         together(tokens=tokens, prefix=prefix)
-        prefix = nameless(prefix)
+        front, prefix = prefix.provenance, nameless(prefix.closed())
     if not is_traced(tokens, lengths):
         tokens = pad_tokens(tokens, bucket(width, PROMPT))
         width = bucket(width)
     graph, params = nnx.split(model)
     how = (c, max_new_tokens, width, prefix)
     logits, cache = _prefill(graph, params, tokens, lengths, *how)
-    about = checks.provenance(model.config, model.dtype, c)
-    return logits, settled(dataclasses.replace(cache, provenance=about))
+    weights = checks.weights_of(model)
+    about = checks.provenance(model.config, model.dtype, c, weights, front)
+    cache = settled(dataclasses.replace(cache, provenance=about))
+    return logits, cache.behind(in_front(prefix, len(lengths), cache.loops))
 
 
 @narrow
@@ -210,10 +228,11 @@ def extend(
     positions = padded_positions(lengths, tokens.shape[1], before)
     graph, params = nnx.split(model)
     ends = lengths if last else None
-    logits, after = _extend(graph, params, nameless(cache), tokens, positions, ends)
+    own, front = nameless(cache).apart
+    logits, after = _extend(graph, params, own, front, tokens, positions, ends)
     length = cache.length + lengths
     after = dataclasses.replace(after, length=length, provenance=cache.provenance)
-    return logits[:, :width], after
+    return logits[:, :width], after.behind(front)
 
 
 def nameless(cache: KVCache) -> KVCache:

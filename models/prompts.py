@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
-from kvjax.cache import KVCache
+from kvjax.cache import KVCache, Weights, token_digest
 from kvjax.compress.building import build_cache
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import Observed
@@ -21,7 +21,15 @@ from kvjax.models.finite import check_logits
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
 from kvjax.models.reading import observe_prompt
 from kvjax.narrow import narrow
-from kvjax.types import Lengths, LengthsLike, TokensLike, loops_of, pytree, static
+from kvjax.types import (
+    Lengths,
+    LengthsLike,
+    TokensLike,
+    loops_of,
+    padded_positions,
+    pytree,
+    static,
+)
 
 NONE = Compression()
 
@@ -29,7 +37,9 @@ NONE = Compression()
 @functools.partial(jax.jit, static_argnames=("graph", "c", "longest"))
 def _observe(graph, params, tokens, lengths, c: Compression, longest: int):
     model = nnx.merge(graph, params)
-    return observe_prompt(model, tokens, lengths, c, longest=longest)
+    logits, seen = observe_prompt(model, tokens, lengths, c, longest=longest)
+    digest = token_digest(tokens, padded_positions(lengths, tokens.shape[1]))
+    return logits, seen, digest
 
 
 _static = ("loops", "specs", "c", "room", "longest")
@@ -48,6 +58,8 @@ class Prompt:
         dtype: of the model.
         method: the compression whose scores were computed, its budget aside.
         longest: no row has more tokens.
+        digest: of the tokens, see `KVCache`.
+        weights: of the model, where they are known.
     """
 
     logits: Float[Array, "B V"]
@@ -57,6 +69,8 @@ class Prompt:
     dtype: jnp.dtype = static()
     method: Compression = static()
     longest: int = static()
+    digest: UInt32[Array, "B 4"] | None = None
+    weights: Weights | None = static(default=None)
 
     @narrow
     def compress(self, c: Compression, *, max_new_tokens: int = 64) -> KVCache:
@@ -73,8 +87,9 @@ class Prompt:
         loops = loops_of(specs, plans_of(self.method, specs, longest))
         how = (self.lengths, c, max_new_tokens)
         cache = _build(self.seen, loops, specs, *how, longest=longest)
-        about = checks.provenance(self.config, self.dtype, c)
-        return settled(dataclasses.replace(cache, provenance=about))
+        about = checks.provenance(self.config, self.dtype, c, self.weights)
+        cache = dataclasses.replace(cache, digest=self.digest, provenance=about)
+        return settled(cache)
 
 
 def method_of(c: Compression) -> Compression:
@@ -98,7 +113,7 @@ def read_prompt(
     width, method = tokens.shape[1], method_of(c)
     tokens, longest = pad_tokens(tokens, bucket(width, PROMPT)), bucket(width)
     graph, params = nnx.split(model)
-    logits, seen = _observe(graph, params, tokens, lengths, method, longest)
+    logits, seen, digest = _observe(graph, params, tokens, lengths, method, longest)
     check_logits(model.dtype, logits, " behind the prompts")
     return Prompt(
         logits=logits,
@@ -108,6 +123,8 @@ def read_prompt(
         dtype=model.dtype,
         method=method,
         longest=longest,
+        digest=digest,
+        weights=checks.weights_of(model),
     )
 
 

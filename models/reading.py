@@ -7,20 +7,17 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.cache import KVCache, Shared
+from kvjax.cache import Front, KVCache
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import Observed, observe, wants_mass
 from kvjax.compress.plan import LayerPlan
 from kvjax.compress.survey import plans_of
-from kvjax.depth import Loop, regrouped
+from kvjax.depth import Loop, members
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.probing import Rereading, probed
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.types import LayerInputs, Lengths, Tokens, loops_of, padded_positions
-
-Prefix = tuple[tuple[Shared, ...], ...]
-"""What is in front of a prompt, by the groups of some loops."""
 
 
 def seen_before(prefix: KVCache | None) -> Any:
@@ -28,43 +25,44 @@ def seen_before(prefix: KVCache | None) -> Any:
     return 0 if prefix is None else prefix.length[0]
 
 
-def in_front(prefix: KVCache | None, rows: int, loops: Sequence[Loop]) -> Prefix | None:
-    """Parts of a prefix in the groups of `loops`."""
+def marks_of(prefix: KVCache | None) -> tuple[int, ...]:
+    """Of every layer the group of the prefix that it is in: they are read apart."""
     if prefix is None:
-        return None
-    held = [(*group.parts, group.tail) for group in prefix.groups]
-    groups = regrouped(prefix.loops, held, loops)
-    return tuple(
-        tuple(Shared(part=part, rows=rows) for part in group) for group in groups
-    )
+        return ()
+    groups = members(prefix.loops)
+    places = {layer: n for n, group in enumerate(groups) for layer in group}
+    return tuple(places[layer] for layer in range(len(places)))
 
 
-def with_prefix(prefix: KVCache | None, cache: KVCache) -> KVCache:
-    """The cache of prompts with a prefix in front."""
-    front = in_front(prefix, len(cache.length), cache.loops)
-    if front is None:
-        return cache
-    groups = tuple(
-        dataclasses.replace(group, parts=(*group.parts, *parts))
-        for group, parts in zip(cache.groups, front, strict=True)
-    )
-    return dataclasses.replace(cache, groups=groups)
+def in_front(prefix: KVCache | None, rows: int, loops: Sequence[Loop]) -> Front:
+    """Parts of a prefix in the groups of `loops`, which heed `marks_of`: no copies."""
+    wanted = members(loops)
+    if prefix is None:
+        return ((),) * len(wanted)
+    held = [group.in_front(rows) for group in prefix.groups]
+    groups, marks, found = members(prefix.loops), marks_of(prefix), []
+    for numbers in wanted:
+        group = groups[marks[numbers[0]]]
+        first, last = group.index(numbers[0]), group.index(numbers[-1])
+        turns = range(first, last + 1, max(1, numbers.step // group.step))
+        found.append(tuple(part.among(turns) for part in held[marks[numbers[0]]]))
+    return tuple(found)
 
 
 def attend_prompt(
-    c: Compression, inputs: LayerInputs, lengths: Lengths, prefix: Prefix | None
+    c: Compression, inputs: LayerInputs, lengths: Lengths, prefix: Front
 ) -> tuple[Array, LayerInputs, Array | None]:
     """Attention of a prompt over itself, and over what is in front of it.
 
     Returns:
         The output; the inputs, with what is paid to the prefix; column sums if wanted.
     """
-    mass = wants_mass(c)
-    if prefix is None:
+    mass, parts = wants_mass(c), prefix[inputs.depth.group]
+    if not parts:
         out, sums = c.prefill.attend(inputs, lengths, mass)
         return out, inputs, sums
     depth, spec = inputs.depth, inputs.spec
-    (b, h, tokens, _), parts = inputs.q.shape, prefix[depth.group]
+    b, h, tokens, _ = inputs.q.shape
 
     def read(q: Array, positions: Array) -> tuple[Partial, tuple[()]]:
         q = jnp.moveaxis(q, 2, 1)
@@ -95,7 +93,7 @@ def observe_prompt(
     """
     specs, width = model.config.layers, tokens.shape[1]
     plans = plans_of(c, specs, longest or width)
-    loops = loops_of(specs, plans)
+    loops = loops_of(specs, plans, marks_of(prefix))
     groups, before = in_front(prefix, len(lengths), loops), seen_before(prefix)
 
     def look(inputs: LayerInputs, state: None):

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax import exact
-from kvjax.cache.parts import AbstractPart, by_head, put_positions
+from kvjax.cache.parts import AbstractPart, Slots, by_head, put_positions
 from kvjax.codecs import AbstractEncoded
 from kvjax.codecs.base import put_block
 from kvjax.pallas_kernels.page_score import page_score
@@ -183,6 +183,23 @@ class Pages(AbstractPart):
 
     def live_positions(self, turn=None):
         return by_head(take(self.positions, turn))
+
+    def blank(self, rows, slots, growth, spec, dtype):
+        held = Slots(keys=self.keys, values=self.values, positions=self.positions)
+        held = held.blank(rows, slots, growth, spec, dtype)
+        pages = slots // self.page
+        shape = (*held.positions.shape[:-1], pages, spec.head_dim)
+        return Pages(
+            keys=held.keys,
+            values=held.values,
+            positions=held.positions,
+            low=jnp.zeros(shape, self.low.dtype),
+            high=jnp.zeros(shape, self.high.dtype),
+            filled=held.filled,
+            budget=self.budget,
+            page=self.page,
+            most=int(self.budget.read(np.array(pages))),
+        )
 
     def grow(self, tail, rows, growth, spec, turn=None):
         live = tail.positions >= 0

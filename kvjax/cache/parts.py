@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from kvjax.pallas_kernels.decode_attention.api import MOST_QUERIES
 from kvjax.pallas_kernels.partial import Partial, softmax_partial
 from kvjax.pallas_kernels.slots import slot_logits, slot_mask
 from kvjax.turns import Turn, flat, put, row_of, take
-from kvjax.types import NEG_INF, LayerSpec, pytree
+from kvjax.types import EMPTY, NEG_INF, LayerSpec, pytree
 
 if TYPE_CHECKING:  # the tail is itself a part
     from kvjax.cache.tail import Tail
@@ -78,6 +78,20 @@ class AbstractPart(abc.ABC):
         turn: Turn = None,
     ) -> Self:
         """Take up one layer's full `tail` of the given rows as one encoded block."""
+        raise AssertionError(f"{type(self).__name__} does not grow")
+
+    def blank(
+        self, rows: int, slots: int, growth: "Growth", spec: LayerSpec, dtype: Any
+    ) -> "AbstractPart":
+        """A part like this one that holds nothing, of other rows, for it to grow.
+
+        Args:
+            rows: of the new part.
+            slots: of the new part, a multiple of the block.
+            growth: how it will grow.
+            spec: of the layer.
+            dtype: of keys and values.
+        """
         raise AssertionError(f"{type(self).__name__} does not grow")
 
 
@@ -192,6 +206,19 @@ class Slots(AbstractPart):
 
     def live_positions(self, turn=None):
         return by_head(take(self.positions, turn))
+
+    def blank(self, rows, slots, growth, spec, dtype):
+        layers, kv_heads = self.positions.shape[:-3], self.positions.shape[-2]
+        nothing = jnp.zeros((rows, kv_heads, slots, spec.head_dim), dtype)
+        free = jnp.full(nothing.shape[:-1], EMPTY, jnp.int32)
+        how = (nothing, free >= 0, free, spec.rope)
+        part = Slots(
+            keys=growth.keys.encode(*how),
+            values=growth.values.encode(*how),
+            positions=free,
+            filled=jnp.zeros((rows,), jnp.int32),
+        )
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*layers, *x.shape)), part)
 
     def grow(self, tail, rows, growth, spec, turn=None):
         assert self.filled is not None

@@ -4,7 +4,10 @@ import dataclasses
 import math
 from typing import Self, final
 
+import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvjax.cache.parts import AbstractPart, by_head
@@ -13,6 +16,9 @@ from kvjax.pallas_kernels.partial import nothing_seen
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.turns import Turn, at_rows, put, take
 from kvjax.types import EMPTY, pytree
+
+CUT = 16
+"""Slots of a tail that is no longer appended to are a multiple of it: few programs."""
 
 
 @final
@@ -114,6 +120,28 @@ class Tail(AbstractPart):
             positions=put(self.positions, positions, turn),
             used=put(self.used, used, turn),
         )
+
+    @property
+    def taken(self) -> Self:
+        """Without free slots, to the next `CUT`; outside of `jit`, where that is known.
+
+        For a tail that nothing is appended to.
+        """
+        if isinstance(self.used, jax.core.Tracer):
+            return self
+        used = -(-int(np.asarray(self.used).max(initial=0)) // CUT) * CUT
+        return dataclasses.replace(
+            self,
+            keys=self.keys[..., :used, :],
+            values=self.values[..., :used, :],
+            positions=self.positions[..., :used],
+        )
+
+    def fresh(self, rows: int, capacity: int) -> "Tail":
+        """An empty one for as many layers, of `rows` rows."""
+        *layers, _, kv_heads, _, head_dim = self.keys.shape
+        blank = empty_tail(rows, kv_heads, capacity, head_dim, self.keys.dtype)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*layers, *x.shape)), blank)
 
 
 def empty_tail(batch: int, kv_heads: int, capacity: int, head_dim: int, dtype) -> Tail:

@@ -33,6 +33,7 @@ class Building:
         room: later tokens that must fit.
         dtype: of keys and values.
         before: tokens of a prefix, which the cache does not hold.
+        marks: of all layers; those whose marks differ are built apart. Empty: none do.
     """
 
     c: Compression
@@ -43,6 +44,7 @@ class Building:
     room: int
     dtype: jnp.dtype
     before: Int[Array, ""] | int = 0
+    marks: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -55,6 +57,7 @@ class Building:
         dtype: jnp.dtype,
         before: Int[Array, ""] | int = 0,
         longest: int | None = None,
+        marks: tuple[int, ...] = (),
     ) -> Self:
         """The same, with what each layer gets by the lengths of the rows.
 
@@ -69,12 +72,13 @@ class Building:
             room=room,
             dtype=dtype,
             before=before,
+            marks=marks,
         )
 
     @property
     def loops(self) -> tuple[Loop, ...]:
         """Which layers are built alike."""
-        return loops_of(self.specs, self.found.layouts)
+        return loops_of(self.specs, self.found.layouts, self.marks)
 
     def surveyed(self, loops: Sequence[Loop], seen: Sequence[Observed]) -> Self:
         """The same, after a look at what the pass left of all layers.
@@ -183,6 +187,7 @@ def build_cache(
     room: int,
     before: Int[Array, ""] | int = 0,
     longest: int | None = None,
+    marks: tuple[int, ...] = (),
 ) -> KVCache:
     """The cache after a prompt, compressed, of what the pass over it left.
 
@@ -195,9 +200,11 @@ def build_cache(
         room: later tokens that must fit.
         before: tokens of a prefix, which the cache does not hold.
         longest: see `Building.of`.
+        marks: see `Building`.
     """
     dtype, tokens = seen[0].k.dtype, seen[0].k.shape[-2]
-    building = Building.of(c, specs, lengths, tokens, room, dtype, before, longest)
+    how = (tokens, room, dtype, before, longest, marks)
+    building = Building.of(c, specs, lengths, *how)
     building = building.surveyed(loops, seen)
     layouts, groups = building.found.layouts, members(building.loops)
 

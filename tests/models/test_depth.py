@@ -346,7 +346,7 @@ def sizes(name: str, layers: int) -> dict[str, int]:
     for width in (1, 6):
         new = jnp.zeros((1, width), jnp.int32)
         found[f"extend {width}"] = inference._extend.trace(
-            graph, params, cache, new, new
+            graph, params, *cache.apart, new, new
         )
     stops, greedy = jnp.full((4,), -1, jnp.int32), Sampling(temperature=0.0)
     args = (jax.random.key(0), stops, 0, greedy, 8)
@@ -354,7 +354,7 @@ def sizes(name: str, layers: int) -> dict[str, int]:
         lambda x, n: generation._first(x, n, *args), logits, cache.length
     )
     found["decode"] = generation._decode.trace(
-        graph, params, cache, state, jnp.int32(8), stops, sampling=greedy
+        graph, params, *cache.apart, state, jnp.int32(8), stops, sampling=greedy
     )
     found["simulate"] = simulate._simulate.trace(
         graph, params, tokens, lengths, lengths - 8, c

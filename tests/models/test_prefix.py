@@ -9,12 +9,24 @@ import numpy as np
 import pytest
 
 import kvjax
+from kvjax.cache import token_digest
 from kvjax.compress.observe import remember
 from kvjax.scorers import H2O, TOVA, SnapKV
 from tests.compress.samples import draw, layer_spec
 from tests.compress.test_families import model_of
-from tests.small import LATER, LENGTHS, PRESETS, ROWS, VOCAB, batch, preset, small_model
+from tests.small import (
+    LATER,
+    LENGTHS,
+    PRESETS,
+    ROWS,
+    VOCAB,
+    batch,
+    one_per_structure,
+    preset,
+    small_model,
+)
 
+TOLERANCE = 1e-4
 FRONT = 37
 """Tokens of the prefix."""
 
@@ -27,6 +39,21 @@ def front() -> np.ndarray:
 @functools.lru_cache
 def prefix() -> kvjax.KVCache:
     return kvjax.prefill(small_model(), front(), max_new_tokens=4)[1]
+
+
+def front_of(layers: int) -> kvjax.KVCache:
+    return kvjax.prefill(small_model(layers=layers), front(), max_new_tokens=4)[1]
+
+
+def pointers(parts) -> list[int]:
+    """Where the arrays of some parts lie."""
+    return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(parts)]
+
+
+def numbered(tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Tokens, and their positions."""
+    at = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return jnp.asarray(tokens), jnp.asarray(at, jnp.int32)
 
 
 @functools.lru_cache
@@ -59,13 +86,66 @@ def test_rows_are_as_if_they_had_read_it_themselves():
 
 
 def test_it_is_held_once():
-    prompt, _, _ = batch()
+    prompt, later, _ = batch()
     _, cache = kvjax.prefill(small_model(), prompt, LENGTHS, prefix=prefix())
     alone = kvjax.prefill(small_model(), prompt, LENGTHS)[1]
-    (front_part,) = (g.parts[1:] for g in cache.groups)
-    held = sum(x.nbytes for x in jax.tree.leaves(front_part))
+    (group,), (given,) = cache.groups, prefix().groups
+    held = sum(x.nbytes for x in jax.tree.leaves(given.parts))
     assert cache.nbytes == alone.nbytes + held
-    assert held == prefix().nbytes - prefix().length.nbytes
+    assert pointers(group.front) == pointers(given.parts), "the very buffers"
+    _, after = kvjax.extend(small_model(), cache, later[:, :5])
+    made = kvjax.generate_from(
+        small_model(), cache, jnp.zeros((ROWS, VOCAB)), max_new_tokens=3
+    )
+    for one in (after, made.cache):
+        assert pointers(one.groups[0].front) == pointers(given.parts)
+
+
+def test_layers_that_are_built_apart_share_one_prefix():
+    """The compression splits what the prefix has together, and nothing is copied."""
+    prompt, _, _ = batch()
+    codes = {"type": "affine", "bits": 8, "axis": "token", "group": 32}
+    store = {"keys": codes, "values": codes}
+    c = kvjax.compression("knorm", layers=[{"first": 1, "stop": 3, "store": store}])
+    model, held = small_model(layers=4), front_of(4)
+    _, cache = kvjax.prefill(model, prompt, LENGTHS, c, prefix=held)
+    assert len(cache.groups) > 1
+    (given,) = held.groups
+    for group in cache.groups:
+        assert pointers(group.front) == pointers(given.parts)
+    alone = kvjax.prefill(model, prompt, LENGTHS, c)[1]
+    front_bytes = sum(x.nbytes for x in jax.tree.leaves(given.parts))
+    assert cache.nbytes == alone.nbytes + front_bytes
+
+
+@one_per_structure(2, 4)
+def test_a_prefix_may_be_compressed(name):
+    """As if each row had gone on from the compressed cache by itself."""
+    c, (prompt, later, _) = preset(name), batch()
+    _, held = kvjax.prefill(small_model(), prompt[:1], None, c, max_new_tokens=60)
+    behind = np.minimum(LATER, 30)
+    logits, _ = kvjax.prefill(small_model(), later[:, :30], behind, prefix=held)
+    for row in range(ROWS):
+        tokens = later[row : row + 1, : behind[row]]
+        theirs, _ = kvjax.extend(small_model(), held, tokens, last=True)
+        if c.schedule.interval is None and not c.read.block:
+            np.testing.assert_allclose(logits[row], theirs[0, 0], atol=TOLERANCE)
+        assert np.isfinite(logits[row]).all()
+
+
+def test_prefixes_of_prefixes():
+    """Three prompts in a tree are as they are in one piece; bodies are held once."""
+    prompt, later, _ = batch()
+    model, tokens = small_model(), prompt[:1, :90]
+    _, one = kvjax.prefill(model, tokens[:, :40])
+    _, two = kvjax.prefill(model, tokens[:, 40:], prefix=one)
+    logits, tree = kvjax.prefill(model, later[:, :20], prefix=two)
+    both = np.concatenate([np.repeat(tokens, ROWS, axis=0), later[:, :20]], axis=1)
+    wanted, _ = kvjax.prefill(model, both)
+    np.testing.assert_allclose(logits, wanted, atol=1e-5)
+    parts = [*one.groups[0].parts, *two.groups[0].own.parts]
+    assert sorted(pointers(tree.groups[0].front)) == sorted(pointers(parts))
+    np.testing.assert_array_equal(tree.digest, token_digest(*numbered(both)))
 
 
 SPEC, SIZE, REST = layer_spec(6, 2, 32), 20, (41, 60, 17)
@@ -170,9 +250,11 @@ def test_what_is_no_prefix():
     model, tokens = small_model(), front()
     two = np.repeat(tokens, 2, axis=0)
     refused(kvjax.prefill(model, two)[1], "of one row")
-    for name in ("snapkv", "kivi_2bit", "h2o_decode", "int8"):
-        held = kvjax.prefill(model, tokens, None, preset(name))[1]
-        refused(held, "got a compressed cache")
-    refused(prefix(), "another model", model=small_model(layers=3))
+    c = dataclasses.replace(preset("snapkv"), visibility="query_aware")
+    refused(kvjax.prefill(model, tokens, None, c)[1], "saw a question")
+    held = kvjax.prefill(model, tokens, None, c, prefix=prefix())[1]
+    refused(held, "saw a question")
+    refused(prefix(), "its shape differs", model=small_model(layers=3))
+    refused(prefix(), "its weights differ", model=small_model(std=0.07))
     long = np.zeros((1, 1000), np.int32)
     refused(kvjax.prefill(model, long)[1], "the model's range is 1024")
