@@ -25,7 +25,7 @@ from kvjax.compress.building import Building
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import observe
 from kvjax.depth import Depth, members, over
-from kvjax.models import Decoder, DecoderConfig, checks, generation
+from kvjax.models import Decoder, DecoderConfig, generation
 from kvjax.models.inference import nameless
 from kvjax.models.prompts import settled
 from kvjax.models.sampling import Sampling
@@ -118,7 +118,7 @@ def random_cache(
     """What prefill leaves, for random queries, keys and values instead of a prompt."""
     key = jax.random.key(seed)
     cache = _random_cache(key, config, c, batch, length, room, jnp.dtype(dtype))
-    about = checks.provenance(config, jnp.dtype(dtype), c)
+    about = origins.provenance(config, jnp.dtype(dtype), c)
     return settled(dataclasses.replace(cache, provenance=about))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from kvjax.cache import KVCache
 from kvjax.eval.text import Tokenizer
 from kvjax.models.padding import pad_rows
-from kvjax.models.prompts import Prompt
+from kvjax.models.prompts import CompressedPrompt, Prompt
 
 if TYPE_CHECKING:  # what reads groups
     from kvjax.eval.reading import PromptReader
@@ -95,7 +95,11 @@ class AbstractGroup(abc.ABC):
 
     @abc.abstractmethod
     def answer(
-        self, reader: "PromptReader", cache: KVCache, prompt: Prompt, index: np.ndarray
+        self,
+        reader: "PromptReader",
+        cache: KVCache,
+        prompt: Prompt | CompressedPrompt,
+        index: np.ndarray,
     ) -> list[Answers]:
         """Answers of a batch whose rows are the prompts `index`, fill-up included.
 

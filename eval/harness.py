@@ -227,13 +227,14 @@ class _Runner:
     def _batch(
         self, group: AbstractGroup, method: Method, one: _Measured, index: np.ndarray
     ) -> None:
-        """Read a batch once, compress it to every budget, and answer."""
-        c = method.at(next(iter(one.tallies)), group.visibility)
-        read = self.reader.read(group, c, index)
-        one.prefill_s.append(read.run_s)
-        one.compile_s += read.compile_s
+        """Read a batch, compress it to every budget, and answer."""
+        read = None
         for keep, tally in one.tallies.items():
             c = method.at(keep, group.visibility)
+            if read is None or self.reader.again(c):
+                read = self.reader.read(group, c, index)
+                one.prefill_s.append(read.run_s)
+                one.compile_s += read.compile_s
             packed = timed(
                 lambda c=c, p=read.value: p.compress(c, max_new_tokens=group.room)
             )

@@ -20,7 +20,7 @@ from kvjax.eval.pieces import token_pieces
 from kvjax.eval.questions import QuestionGroup
 from kvjax.models.decoder import Decoder
 from kvjax.models.padding import pad_rows
-from kvjax.models.prompts import Prompt
+from kvjax.models.prompts import CompressedPrompt, Prompt
 from kvjax.models.slopes import gate_slopes
 from kvjax.scorers import Oracle
 
@@ -58,7 +58,7 @@ class MapMaker:
         c: Compression,
         keep: float | None,
         cache: KVCache,
-        prompt: Prompt,
+        prompt: Prompt | CompressedPrompt,
         answers: Answers,
         index: np.ndarray,
     ) -> dict[int, dict[str, Any]]:
@@ -91,7 +91,7 @@ class MapMaker:
         self,
         group: AbstractGroup,
         c: Compression,
-        watched: tuple[KVCache, Prompt] | None,
+        watched: tuple[KVCache, Prompt | CompressedPrompt] | None,
         answers: Answers,
         index: np.ndarray,
     ) -> Iterator[tuple[str, Any]]:
@@ -143,7 +143,11 @@ def behind(group: AbstractGroup, index: np.ndarray) -> tuple[Any, Any]:
 
 
 def _departures(
-    model: Decoder, group: AbstractGroup, cache: KVCache, prompt: Prompt, index
+    model: Decoder,
+    group: AbstractGroup,
+    cache: KVCache,
+    prompt: Prompt | CompressedPrompt,
+    index,
 ) -> Departures:
     """Of the first row, through its question and what the model replies to it."""
     watch = Watch(cache, 0, group.prompts[int(index[0])])

@@ -1,6 +1,7 @@
 """How an evaluation reads prompts: once for a method, or once for all that read alike.
 
-Either way a method compresses what was read to every budget.
+Either way a method compresses what was read to every budget, unless it compresses while
+it reads.
 """
 
 import dataclasses
@@ -13,7 +14,8 @@ from kvjax.eval.groups import AbstractGroup
 from kvjax.eval.timing import Timed, timed
 from kvjax.models.decoder import Decoder
 from kvjax.models.finite import check_logits
-from kvjax.models.prompts import Prompt, read_prompt
+from kvjax.models.inference import prefill
+from kvjax.models.prompts import CompressedPrompt, Prompt, read_prompt
 from kvjax.models.shared_pass import SharedPass, read_shared
 from kvjax.prefills import AbstractPrefill
 
@@ -36,15 +38,27 @@ class PromptReader:
         self._at: tuple[int, int] | None = None
         self._passes: dict[AbstractPrefill, Timed[SharedPass]] = {}
 
+    def again(self, c: Compression) -> bool:
+        """Whether prompts are read anew for every budget."""
+        return c.schedule.chunk is not None
+
     def read(
         self, group: AbstractGroup, c: Compression, index: np.ndarray
-    ) -> Timed[Prompt]:
+    ) -> Timed[Prompt] | Timed[CompressedPrompt]:
         """The prompts `index` of a group as `c` looks at them.
 
         Raises:
             ValueError: the model gives logits that are not finite.
         """
-        if not self.share or c.probes:  # which have a pass of their own
+        if self.again(c):
+            tokens, lengths = group.read(index)
+            room = {"max_new_tokens": group.room}
+            read = timed(
+                lambda: CompressedPrompt(
+                    *prefill(self.model, tokens, lengths, c, **room)
+                )
+            )
+        elif not self.share or c.probes:  # which have a pass of their own
             tokens, lengths = group.read(index)
             read = timed(lambda: read_prompt(self.model, tokens, lengths, c))
         else:

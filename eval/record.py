@@ -18,7 +18,7 @@ from kvjax.eval.config import EvalConfig
 from kvjax.eval.header import SCHEMA
 from kvjax.eval.plan import Cell
 from kvjax.inputs import Inputs, untouched
-from kvjax.models import checks
+from kvjax.models import origins
 from kvjax.models.decoder import Decoder
 
 SAMPLED = 16
@@ -129,7 +129,7 @@ def _fingerprint(
     model: Decoder, checkpoint: Mapping[str, str], old: Mapping[str, Any]
 ) -> str:
     known = str(old.get("model_fingerprint"))
-    shape = checks.fingerprint(model.config)
+    shape = origins.fingerprint(model.config)
     same = old.get("dtype") == model.dtype.name and known.startswith(f"{shape}-")
     if same and untouched(old.get("checkpoint", {}), checkpoint):
         return known
@@ -138,14 +138,14 @@ def _fingerprint(
 
 def fingerprint(model: Decoder) -> str:
     """Digests of a model's configuration, and of all values of all its weights."""
-    weights = checks.weights_of(model)
+    weights = origins.weights_of(model)
     assert weights is not None  # nothing is evaluated under `jit`
-    return f"{checks.fingerprint(model.config)}-{weights.digest}"
+    return f"{origins.fingerprint(model.config)}-{weights.digest}"
 
 
 def sampled_fingerprint(model: Decoder) -> str:
     """As version 0.1.0 had it: a configuration, and samples of every weight."""
-    digest = hashlib.sha256(checks.fingerprint(model.config).encode())
+    digest = hashlib.sha256(origins.fingerprint(model.config).encode())
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         flat = leaf.get_value().reshape(-1)
         some = np.asarray(flat[:: max(1, flat.size // 1024)])

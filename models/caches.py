@@ -5,7 +5,7 @@ import os
 from kvjax.cache import KVCache
 from kvjax.cache.files import read
 from kvjax.messages import shown
-from kvjax.models import checks
+from kvjax.models import checks, origins
 from kvjax.models.decoder import Decoder
 
 
@@ -23,5 +23,5 @@ def load_cache(directory: str | os.PathLike[str], model: Decoder) -> KVCache:
     """
     checks.model(model)
     cache = read(directory)
-    checks.made_by(f"the cache in {shown(os.fspath(directory))}", model, cache)
+    origins.made_by(f"the cache in {shown(os.fspath(directory))}", model, cache)
     return cache

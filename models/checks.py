@@ -1,32 +1,27 @@
 """Checks at the boundary of inference: wrong input is named before any compute."""
 
-import dataclasses
-import functools
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from kvjax.cache import KVCache, Provenance, Weights, text_digest
+from kvjax.cache import KVCache
 from kvjax.compress.config import Compression
 from kvjax.compress.plan import LayerPlan
-from kvjax.compress.presets import canonical
 from kvjax.fields import Range, fit
 from kvjax.messages import shown
+from kvjax.models import origins
 from kvjax.models.arrays import (
     concrete,
     floats,
     held,
-    is_traced,
     narrowed,
     together,
     whole,
 )
 from kvjax.models.config import DecoderConfig
 from kvjax.prefills import AbstractPrefill
-from kvjax.rope import Rope
 
 
 def count(name: str, value: int, least: int = 0) -> None:
@@ -175,19 +170,6 @@ def is_cache(name: str, found: Any) -> None:
     held(name, found)
 
 
-def is_agnostic(name: str, cache: KVCache) -> None:
-    """No score of a cache has seen a question, so that it can be in front of any."""
-    about = cache.provenance
-    while about is not None:
-        if about.query_aware:
-            raise ValueError(
-                f"`{name}` was compressed by scores that saw a question (`visibility: "
-                "query_aware`), and serves no other. Prefill it with `visibility: "
-                "query_agnostic`."
-            )
-        about = about.prefix
-
-
 def last_logits(found: Any, cache: KVCache, logits: Any) -> jax.Array:
     """Logits of each row's last token, of this model and this cache, as float32."""
     shape = (len(cache.length), model(found).vocab_size)
@@ -200,7 +182,7 @@ def room(found: Any, cache: KVCache, new_tokens: int | np.ndarray) -> None:
     """The cache is this model's and takes `new_tokens` more, of each row or of all."""
     config = model(found)
     is_cache("cache", cache)
-    made_by("`cache`", found, cache)
+    origins.made_by("`cache`", found, cache)
     if concrete(cache.length) is None:
         return
     new = np.broadcast_to(new_tokens, cache.length.shape)
@@ -295,8 +277,8 @@ def prefix(found: Any, c: Compression, cache: KVCache, lengths: jax.Array) -> No
             f"`prefix` must be a cache of one row, which all rows share; got one of "
             f"{len(cache.length)}. Prefill it with a batch of 1."
         )
-    made_by("`prefix`", found, cache)
-    is_agnostic("prefix", cache)
+    origins.made_by("`prefix`", found, cache)
+    origins.is_agnostic("prefix", cache)
     values, seen = concrete(lengths), concrete(cache.length)
     if values is None or seen is None:
         return
@@ -351,69 +333,3 @@ def _protected(c: Compression, specs: tuple, lengths: np.ndarray) -> None:
                     f"{int(wanted[layer, row])}. Raise the budget or lower the score's "
                     "window (evict.score.window)."
                 )
-
-
-def provenance(
-    config: DecoderConfig,
-    dtype: Any,
-    c: Compression,
-    weights: Weights | None = None,
-    prefix: Provenance | None = None,
-) -> Provenance:
-    """Where a cache of a model in this dtype and of this compression comes from."""
-    shape, rope = _digests(config)
-    return Provenance(
-        shape=shape,
-        rope=rope,
-        dtype=jnp.dtype(dtype).name,
-        weights=weights,
-        compression=_canonical(c),
-        query_aware=c.visibility == "query_aware",
-        prefix=prefix,
-    )
-
-
-def weights_of(found: Any) -> Weights | None:
-    """The numbers of a model; None where they are traced."""
-    flat = nnx.to_flat_state(nnx.state(found, nnx.Param))
-    arrays = {str(path): leaf.get_value() for path, leaf in flat}
-    return None if is_traced(*arrays.values()) else Weights.of(arrays)
-
-
-def made_by(name: str, found: Any, cache: KVCache) -> None:
-    """The cache is one of this model.
-
-    Raises:
-        ValueError: it is of another; says what differs.
-    """
-    if cache.provenance is None:
-        return
-    how = (found.dtype, Compression(), weights_of(found))
-    here = provenance(model(found), *how)
-    if other := cache.provenance.differs(here):
-        raise ValueError(
-            f"{name} was made by another model, or by this one as it was before: its "
-            f"{' and its '.join(other)} differ{'s' * (len(other) == 1)}. Prefill again "
-            "with this one."
-        )
-
-
-@functools.lru_cache(maxsize=256)
-def fingerprint(config: DecoderConfig) -> str:
-    """Digest of a configuration."""
-    return text_digest(repr(config))
-
-
-@functools.lru_cache(maxsize=256)
-def _digests(config: DecoderConfig) -> tuple[str, str]:
-    """Of a configuration without its RoPE, and of that."""
-    plain = Rope(head_dim=config.head_dim)
-    # Fresh weights alone depend on `init_std`.
-    given = {"rope": plain, "local_rope": None, "init_std": 0.02}
-    rest = dataclasses.replace(config, **given)
-    return text_digest(repr(rest)), text_digest(f"{config.rope} {config.local_rope}")
-
-
-@functools.lru_cache(maxsize=256)
-def _canonical(c: Compression) -> str:
-    return canonical(c)

@@ -6,9 +6,9 @@ them, and what is held is compressed again (`kvjax.compress.rolling`). It says w
 tokens stayed; `Chunking.replay` is the same step with these decisions given, and has a
 gradient.
 
-A layer in which nothing is dropped holds a slot for every token of the row, in order.
-`replay` reads the slots in front of its chunk only, so it may be given what such a
-layer holds at the end.
+A layer in which nothing is dropped holds a slot for every token of the row, in order
+(`kvjax.compress.growing`). `replay` reads the slots in front of its chunk only, so it
+may be given what such a layer holds at the end.
 """
 
 import dataclasses
@@ -19,37 +19,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import Memory
+from kvjax import exact
+from kvjax.cache import Front
+from kvjax.codecs import PlainArray
+from kvjax.compress import growing, rolling
 from kvjax.compress.config import Compression
 from kvjax.compress.rolling import (
+    Holding,
+    Place,
     Rolled,
     attend,
-    decided,
     joined,
     kept_of,
-    nothing_held,
     packed,
     unpacked,
 )
-from kvjax.compress.rolling_plan import Rolling, counts_of, rolling_of
+from kvjax.compress.survey import Layout, Share, survey
 from kvjax.depth import Loop, members
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
-from kvjax.turns import take
-from kvjax.types import EMPTY, LayerInputs, LayerSpec, loops_of, pytree
-
-
-@pytree
-class Holding:
-    """What a group of alike layers holds between two chunks.
-
-    Attributes:
-        tokens: keys, values and positions, with a first axis for the layers.
-        memory: of the score, where tokens are dropped, likewise.
-    """
-
-    tokens: Rolled
-    memory: Memory | None = None
+from kvjax.types import EMPTY, LayerInputs, LayerSpec, Lengths, loops_of, pytree
 
 
 @pytree
@@ -58,13 +47,17 @@ class Held:
 
     Attributes:
         groups: by groups of layers that are alike.
-        seen: tokens of each row so far.
+        seen: tokens of each row so far, those in front of it among them.
         column: of the rows, the next one to be read.
+        lengths: tokens of each row in the end, those in front of it not counted.
+        share: what each layer gets of rows of these lengths.
     """
 
     groups: tuple[Holding, ...]
     seen: Int[Array, "B"]
     column: Int[Array, ""]
+    lengths: Int[Array, "B"]
+    share: Share
 
 
 Kept = tuple[Array | None, ...]
@@ -78,67 +71,118 @@ class Chunking:
     Attributes:
         c: what is done behind every chunk.
         specs: all layers.
-        kinds: what is done in each.
-        tokens: of a row; layers that drop nothing hold as many.
+        layouts: what is done in each.
+        longest: no row has more tokens; 0 where that does not matter.
+        columns: of the rows, padded to whole chunks; 0 where no layer holds as many.
+        room: later tokens that must fit; 0 likewise.
         dtype: of keys and values.
+        marks: see `Building`.
     """
 
     c: Compression
     specs: tuple[LayerSpec, ...]
-    kinds: tuple[Rolling, ...]
-    tokens: int
+    layouts: tuple[Layout, ...]
+    longest: int
+    columns: int
+    room: int
     dtype: jnp.dtype
+    marks: tuple[int, ...] = ()
 
     @classmethod
     def of(
-        cls, c: Compression, specs: Sequence[LayerSpec], tokens: int, dtype: Any
+        cls,
+        c: Compression,
+        specs: Sequence[LayerSpec],
+        columns: int,
+        dtype: Any,
+        *,
+        longest: int | None = None,
+        room: int = 0,
+        marks: tuple[int, ...] = (),
     ) -> Self:
-        """Of rows of `tokens`; `check_rolling` has let `c` pass."""
-        kinds = rolling_of(c, specs, tokens, dtype)
+        """Of rows of `columns`, padding included; something has let `c` pass.
+
+        Args:
+            c: what is done.
+            specs: all layers.
+            columns: tokens of a row, a multiple of those of a chunk.
+            dtype: of keys and values.
+            longest: tokens of a row at most; None: all of them.
+            room: later tokens that must fit.
+            marks: see `Building`.
+        """
+        specs, none = tuple(specs), jnp.zeros((1,), jnp.int32)
+        found = survey(c, specs, none, longest or columns, dtype)
+        grows = any(layout.plan.evict is None for layout in found.layouts)
+        shares = any(part.evict and part.evict.budget.keep for part in c.parts)
         return cls(
             c=c,
-            specs=tuple(specs),
-            kinds=kinds,
-            tokens=tokens,
+            specs=specs,
+            layouts=found.layouts,
+            # One program for all lengths where nothing depends on it.
+            longest=(longest or columns) if grows or shares else 0,
+            columns=columns if grows else 0,
+            room=room if grows else 0,
             dtype=jnp.dtype(dtype),
+            marks=marks,
         )
 
     @property
     def loops(self) -> tuple[Loop, ...]:
         """Which layers are read alike."""
-        return loops_of(self.specs, self.kinds)
+        return loops_of(self.specs, self.layouts, self.marks)
 
     @property
     def grows(self) -> tuple[bool, ...]:
         """Of each group of layers whether it drops nothing."""
-        return tuple(self.kinds[group.start].slots is None for group in self._groups)
+        return tuple(
+            self.layouts[group.start].plan.evict is None for group in self.groups
+        )
 
     @property
-    def _groups(self) -> tuple[range, ...]:
+    def groups(self) -> tuple[range, ...]:
+        """The layers of each group."""
         return members(self.loops)
 
-    def start(self, config: DecoderConfig, rows: int) -> Held:
-        """What is held in front of the first chunk: nothing."""
+    def start(
+        self,
+        config: DecoderConfig,
+        lengths: Lengths,
+        before: Int[Array, ""] | int = 0,
+    ) -> Held:
+        """What is held in front of the first chunk: nothing.
+
+        Args:
+            config: of the model.
+            lengths: tokens of each row in the end.
+            before: tokens in front of all rows.
+        """
         found = []
-        for group in self._groups:
-            spec, kind = self.specs[group.start], self.kinds[group.start]
-            asked = self._padding(config, spec, rows)
-            if kind.evict is None or kind.slots is None:
-                blank = jnp.zeros(
-                    (rows, spec.num_kv_heads, self.tokens, spec.head_dim), self.dtype
-                )
-                free = jnp.full(blank.shape[:3], EMPTY, jnp.int32)
-                one = Holding(tokens=Rolled(keys=blank, values=blank, positions=free))
+        for group in self.groups:
+            spec, layout = self.specs[group.start], self.layouts[group.start]
+            asked = self._padding(config, spec, len(lengths))
+            if layout.plan.evict is None:
+                slots = growing.capacity(layout, self.columns, self.room)
+                one = growing.nothing_held(asked, layout, slots)
             else:
-                tokens, memory = nothing_held(asked, kind.evict, kind.slots)
-                one = Holding(tokens=tokens, memory=memory)
+                if self.marks:
+                    elsewhere = jnp.zeros(asked.q.shape[:3], jnp.float32)
+                    asked = dataclasses.replace(asked, elsewhere=elsewhere)
+                one = rolling.nothing_held(asked, layout)
             turns = len(group)
             stacked = jax.tree.map(
                 lambda x, n=turns: jnp.broadcast_to(x, (n, *x.shape)), one
             )
             found.append(stacked)
-        seen = jnp.zeros((rows,), jnp.int32)
-        return Held(groups=tuple(found), seen=seen, column=jnp.int32(0))
+        longest = self.longest or exact.LONGEST
+        share = survey(self.c, self.specs, lengths, longest, self.dtype).share
+        return Held(
+            groups=tuple(found),
+            seen=jnp.full(lengths.shape, before, jnp.int32),
+            column=jnp.int32(0),
+            lengths=lengths,
+            share=share,
+        )
 
     def read(
         self,
@@ -146,6 +190,7 @@ class Chunking:
         held: Held,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
+        front: Front | None = None,
         **how: Any,
     ) -> tuple[Float[Array, "B T E"], Held, Kept]:
         """One chunk: its hidden states, what is held behind it, and what stayed.
@@ -155,30 +200,35 @@ class Chunking:
             held: in front of the chunk.
             tokens: the chunk, right-padded.
             positions: absolute ones, `EMPTY` at padding.
+            front: what is in front of all rows, by groups of layers; None: nothing.
             how: as of `Decoder.run`.
         """
-        start = held.column
         seen = jnp.maximum(held.seen, jnp.max(positions, axis=1) + 1)
-        counts = counts_of(self.c, self.specs, self.kinds, seen, self.dtype)
+        at = Place(
+            column=held.column, seen=seen, lengths=held.lengths, share=held.share
+        )
 
-        def step(inputs: LayerInputs, state: Any, past: Holding):
-            kind: Rolling = inputs.depth.kind
-            both = joined(self._before(past.tokens, kind, start), inputs)
-            out = attend(inputs, both).out
-            if past.memory is None:
-                return out, state, (_own(inputs), None)
-            assert kind.slots is not None
-            mine = take(counts, jnp.asarray(inputs.depth.layer))
-            given = (past.memory, inputs, both, seen, kind, mine)
-            kept, memory = decided(*given)
-            left = kept_of(both, kept, kind.slots)
-            return out, state, (Holding(tokens=left, memory=memory), packed(kept))
+        def step(inputs: LayerInputs, groups: tuple[Holding, ...]):
+            mine = inputs.depth.group
+            layout: Layout = inputs.depth.kind
+            parts = () if front is None else front[mine]
+            given = (groups[mine], inputs, at, layout, inputs.depth.turn, parts)
+            if layout.plan.evict is None:
+                (out, after), kept = growing.read(*given), None
+            else:
+                out, after, stayed = rolling.read(*given)
+                kept = packed(stayed)
+            return out, (*groups[:mine], after, *groups[mine + 1 :]), kept
 
-        found = model.run(tokens, positions, self._attending(step, held.groups), **how)
-        after, kept = zip(*found.left, strict=True)
-        groups = self._written(held.groups, after, start)
-        column = start + tokens.shape[1]
-        return found.hidden, Held(groups=groups, seen=seen, column=column), kept
+        reading = self._attending(step, state=held.groups)
+        found = model.run(tokens, positions, reading, **how)
+        after = dataclasses.replace(
+            held,
+            groups=found.state,
+            seen=seen,
+            column=held.column + tokens.shape[1],
+        )
+        return found.hidden, after, found.left
 
     def replay(
         self,
@@ -207,46 +257,27 @@ class Chunking:
         """
 
         def step(inputs: LayerInputs, state: Any, past: tuple[Rolled, Array | None]):
-            kind: Rolling = inputs.depth.kind
+            layout: Layout = inputs.depth.kind
             before, bits = past
-            both = joined(self._before(before, kind, start), inputs)
+            if bits is None:
+                before = _in_front(before, start)
+            both = joined(before, inputs)
             out = attend(inputs, both).out
             if bits is None:
-                return out, state, _own(inputs).tokens
-            assert kind.slots is not None
+                return out, state, _own(inputs)
             chosen = unpacked(bits, both.positions.shape[-1])
-            return out, state, kept_of(both, chosen, kind.slots)
+            return out, state, kept_of(both, chosen, layout)
 
         past = tuple(zip(held, kept, strict=True))
-        attention = self._attending(step, past)
+        attention = self._attending(step, past=past)
         found = model.run(tokens, positions, attention, **how)
         return found.hidden, found.left
 
-    def _attending(self, step: Any, past: tuple[Any, ...]) -> Attending:
-        return Attending(step=step, kinds=self.kinds, loops=self.loops, past=past)
-
-    def _before(self, held: Rolled, kind: Rolling, start: Any) -> Rolled:
-        """What a layer holds in front of a chunk."""
-        if kind.slots is not None:
-            return held
-        column = jnp.arange(held.positions.shape[-1])
-        positions = jnp.where(column < start, held.positions, EMPTY)
-        return dataclasses.replace(held, positions=positions)
-
-    def _written(
-        self, held: Sequence[Holding], after: Sequence[Holding], start: Any
-    ) -> tuple[Holding, ...]:
-        """What is held, with a chunk's own tokens in layers that drop nothing."""
-
-        def put(old: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(
-                old, new.astype(old.dtype), start, axis=3
-            )
-
-        return tuple(
-            jax.tree.map(put, old, new) if grows else new
-            for old, new, grows in zip(held, after, self.grows, strict=True)
-        )
+    def _attending(
+        self, step: Any, state: Any = None, past: tuple[Any, ...] = ()
+    ) -> Attending:
+        how = {"kinds": self.layouts, "loops": self.loops}
+        return Attending(step=step, state=state, past=past, **how)
 
     def _padding(
         self, config: DecoderConfig, spec: LayerSpec, rows: int
@@ -271,7 +302,24 @@ class Chunking:
         )
 
 
-def _own(inputs: LayerInputs) -> Holding:
+def plainly(holding: Holding) -> Rolled:
+    """The tokens of layers that hold them plain."""
+    if isinstance(holding.tokens, Rolled):
+        return holding.tokens
+    keys, values = holding.tokens.keys, holding.tokens.values
+    assert isinstance(keys, PlainArray) and isinstance(values, PlainArray)
+    at = holding.tokens.positions
+    return Rolled(keys=keys.data, values=values.data, positions=at)
+
+
+def _own(inputs: LayerInputs) -> Rolled:
     """A chunk's own tokens."""
     positions = jnp.broadcast_to(inputs.positions[:, None], inputs.k.shape[:3])
-    return Holding(tokens=Rolled(keys=inputs.k, values=inputs.v, positions=positions))
+    return Rolled(keys=inputs.k, values=inputs.v, positions=positions)
+
+
+def _in_front(held: Rolled, start: Any) -> Rolled:
+    """Of the tokens of a row those in front of a chunk."""
+    column = jnp.arange(held.positions.shape[-1])
+    positions = jnp.where(column < start, held.positions, EMPTY)
+    return dataclasses.replace(held, positions=positions)

@@ -18,8 +18,9 @@ from kvjax.compress.building import Building, build_cache
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import observe
 from kvjax.compress.survey import Layout, plans_of
-from kvjax.models import checks
+from kvjax.models import checks, origins
 from kvjax.models.arrays import is_traced, together
+from kvjax.models.chunked_prefill import prefill_in_chunks
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
 from kvjax.models.prompts import NONE, settled
@@ -95,18 +96,12 @@ def _prefill(
     specs, width = model.config.layers, tokens.shape[1]
     before, marks = seen_before(prefix), marks_of(prefix)
 
-    def told(cache: KVCache) -> KVCache:
-        digest = token_digest(tokens, padded_positions(lengths, width, before))
-        if prefix is not None:
-            digest = None if prefix.digest is None else digest + prefix.digest
-        return dataclasses.replace(cache, digest=digest)
-
     if c.surveys:  # all layers first
         logits, seen = observe_prompt(model, tokens, lengths, c, prefix, longest)
         loops = loops_of(specs, plans_of(c, specs, longest or width), marks)
         how = (room, before, longest, marks)
         cache = build_cache(seen, loops, specs, lengths, c, *how)
-        return logits, told(cache)
+        return logits, cache
     how = (width, room, model.dtype, before, longest, marks)
     building = Building.of(c, specs, lengths, *how)
     groups = in_front(prefix, len(lengths), building.loops)
@@ -126,7 +121,14 @@ def _prefill(
     positions = padded_positions(lengths, width, before)
     seen = model.run(tokens, positions, compressing)
     logits = last_logits(model, seen.hidden, lengths)
-    return logits, told(building.cache(seen.state, seen.left))
+    return logits, building.cache(seen.state, seen.left)
+
+
+@jax.jit
+def _digest(tokens, lengths, first, before):
+    """Of all tokens, see `token_digest`: those of a digest `first`, and new ones."""
+    found = token_digest(tokens, padded_positions(lengths, tokens.shape[1], before))
+    return found if first is None else found + first
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
@@ -182,14 +184,21 @@ def prefill(
         together(tokens=tokens, prefix=prefix)
         front, prefix = prefix.provenance, nameless(prefix.closed())
     if not is_traced(tokens, lengths):
-        tokens = pad_tokens(tokens, bucket(width, PROMPT))
-        width = bucket(width)
-    graph, params = nnx.split(model)
+        tokens, width = pad_tokens(tokens, bucket(width, PROMPT)), bucket(width)
     how = (c, max_new_tokens, width, prefix)
-    logits, cache = _prefill(graph, params, tokens, lengths, *how)
-    weights = checks.weights_of(model)
-    about = checks.provenance(model.config, model.dtype, c, weights, front)
-    cache = settled(dataclasses.replace(cache, provenance=about))
+    if c.schedule.chunk is None:
+        graph, params = nnx.split(model)
+        logits, cache = _prefill(graph, params, tokens, lengths, *how)
+    else:
+        logits, cache = prefill_in_chunks(model, tokens, lengths, *how)
+    weights = origins.weights_of(model)
+    about = origins.provenance(model.config, model.dtype, c, weights, front)
+    known = (None, 0) if prefix is None else (prefix.digest, prefix.length[0])
+    digest = None
+    if prefix is None or prefix.digest is not None:
+        digest = _digest(tokens, lengths, *known)
+    cache = dataclasses.replace(cache, digest=digest, provenance=about)
+    cache = settled(cache)
     return logits, cache.behind(in_front(prefix, len(lengths), cache.loops))
 
 

@@ -19,7 +19,7 @@ from kvjax.cache.provenance import host_digests
 from kvjax.compress.config import Compression
 from kvjax.fields import Range, fit
 from kvjax.files import read_json, write_json
-from kvjax.models import checks
+from kvjax.models import checks, origins
 from kvjax.models.arrays import whole
 from kvjax.models.caches import load_cache
 from kvjax.models.decoder import Decoder
@@ -174,7 +174,7 @@ class PrefixStore:
             ValueError: wrong shapes, or no model.
         """
         config, given = checks.model(model), _row(tokens)
-        asked = checks.provenance(config, model.dtype, c, checks.weights_of(model))
+        asked = origins.provenance(config, model.dtype, c, origins.weights_of(model))
         kind, digests = _kind(asked), None
         lengths = {n for (*one, n) in self._lengths if tuple(one) == kind}
         for n in sorted(lengths, reverse=True):
@@ -301,7 +301,7 @@ def _usable(cache: Any, tokens: np.ndarray) -> Provenance:
             "`cache` does not say what made it, as one that was made inside of `jit`. "
             "Make it by `kvjax.prefill` outside of `jit`."
         )
-    checks.is_agnostic("cache", cache)
+    origins.is_agnostic("cache", cache)
     if _name(tokens) != (int(cache.length[0]), np.asarray(cache.digest[0]).tobytes()):
         raise ValueError(
             f"`cache` has read other tokens than the {len(tokens)} of `tokens`: it has "

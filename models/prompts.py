@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from kvjax.compress.building import build_cache
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import Observed
 from kvjax.compress.survey import plans_of
-from kvjax.models import checks
+from kvjax.models import checks, origins
 from kvjax.models.arrays import is_traced
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
@@ -87,9 +88,35 @@ class Prompt:
         loops = loops_of(specs, plans_of(self.method, specs, longest))
         how = (self.lengths, c, max_new_tokens)
         cache = _build(self.seen, loops, specs, *how, longest=longest)
-        about = checks.provenance(self.config, self.dtype, c, self.weights)
+        about = origins.provenance(self.config, self.dtype, c, self.weights)
         cache = dataclasses.replace(cache, digest=self.digest, provenance=about)
         return settled(cache)
+
+
+class CompressedPrompt(NamedTuple):
+    """A prompt that was compressed while it was read, to one budget (`every_chunk`).
+
+    Attributes:
+        logits: `[B, V]` of each row's last token.
+        cache: what it was compressed to.
+    """
+
+    logits: Float[Array, "B V"]
+    cache: KVCache
+
+    def compress(self, c: Compression, *, max_new_tokens: int = 64) -> KVCache:
+        """The cache; it was read for `c`, and has room for `max_new_tokens`."""
+        del c, max_new_tokens
+        return self.cache
+
+
+def check_whole(c: Compression) -> None:
+    """The compression looks at a prompt that has been read."""
+    if c.schedule.chunk is not None:
+        raise ValueError(
+            "schedule every_chunk compresses while it reads, to one budget; got size="
+            f"{c.schedule.chunk}. Use kvjax.prefill, once for every budget."
+        )
 
 
 def method_of(c: Compression) -> Compression:
@@ -106,10 +133,12 @@ def read_prompt(
 ) -> Prompt:
     """Prefill once, compress later: one pass (and one compilation) for many budgets.
 
-    Arguments and errors are those of `prefill`, and logits that are not finite.
+    Arguments and errors are those of `prefill`, and logits that are not finite; nor can
+    `c` compress while it reads (`every_chunk`).
     """
     tokens, lengths = checks.asked(model, tokens, lengths)
     checks.compression(model.config, c, lengths)
+    check_whole(c)
     width, method = tokens.shape[1], method_of(c)
     tokens, longest = pad_tokens(tokens, bucket(width, PROMPT)), bucket(width)
     graph, params = nnx.split(model)
@@ -124,7 +153,7 @@ def read_prompt(
         method=method,
         longest=longest,
         digest=digest,
-        weights=checks.weights_of(model),
+        weights=origins.weights_of(model),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.cache import Front, KVCache
+from kvjax.cache import Front, KVCache, attend_earlier
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import Observed, observe, wants_mass
 from kvjax.compress.plan import LayerPlan
@@ -15,8 +15,6 @@ from kvjax.compress.survey import plans_of
 from kvjax.depth import Loop, members
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.probing import Rereading, probed
-from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
-from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.types import LayerInputs, Lengths, Tokens, loops_of, padded_positions
 
 
@@ -61,17 +59,7 @@ def attend_prompt(
     if not parts:
         out, sums = c.prefill.attend(inputs, lengths, mass)
         return out, inputs, sums
-    depth, spec = inputs.depth, inputs.spec
-    b, h, tokens, _ = inputs.q.shape
-
-    def read(q: Array, positions: Array) -> tuple[Partial, tuple[()]]:
-        q = jnp.moveaxis(q, 2, 1)
-        read = (q, positions, spec, None, depth.turn)
-        return merge([part.attend(*read) for part in parts]), ()
-
-    slots = sum(int(part.positions.shape[-1]) for part in parts)
-    chunk, queries = query_chunk(tokens, b * h * slots), jnp.moveaxis(inputs.q, 1, 2)
-    past = map_query_chunks(read, chunk, queries, inputs.positions)[0]
+    past = attend_earlier(inputs, parts, inputs.depth.turn)
     inputs = dataclasses.replace(inputs, elsewhere=past.lse)
     out, sums = c.prefill.attend(inputs, lengths, mass, past)
     return out, inputs, sums

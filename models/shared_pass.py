@@ -18,7 +18,7 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.finite import check_logits
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
-from kvjax.models.prompts import Prompt, method_of
+from kvjax.models.prompts import Prompt, check_whole, method_of
 from kvjax.models.reading import last_logits
 from kvjax.narrow import narrow
 from kvjax.prefills import AbstractPrefill
@@ -68,6 +68,7 @@ class SharedPass:
                 once, or needs attention sums that were not kept.
         """
         checks.compression(self.config, c, self.lengths)
+        check_whole(c)
         if c.probes:
             names = [type(score).__name__ for score in c.scores if score.probes]
             raise ValueError(

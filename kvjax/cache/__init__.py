@@ -1,5 +1,6 @@
 """Cache state: parts in several layouts, the tail, and how a layer attends."""
 
+from kvjax.cache.earlier import attend_earlier as attend_earlier
 from kvjax.cache.merging import AbstractMerge as AbstractMerge
 from kvjax.cache.merging import present as present
 from kvjax.cache.pages import PageBudget as PageBudget
@@ -8,6 +9,7 @@ from kvjax.cache.parts import AbstractPart as AbstractPart
 from kvjax.cache.parts import Growth as Growth
 from kvjax.cache.parts import KeysOnly as KeysOnly
 from kvjax.cache.parts import Slots as Slots
+from kvjax.cache.parts import put_positions as put_positions
 from kvjax.cache.provenance import Provenance as Provenance
 from kvjax.cache.provenance import Weights as Weights
 from kvjax.cache.provenance import text_digest as text_digest

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from kvjax.codecs import AbstractEncoded
 from kvjax.pallas_kernels.partial import Partial, merge
@@ -46,7 +46,10 @@ def attend_blocks(
         v = values.block(start, width, turn).decode(here, spec.rope)
         return attend_block(q, k, v, mask, **how)
 
-    return over_blocks(attend, positions.shape[-1], multiple, q.shape)
+    def filled(start, width: int) -> Bool[Array, ""]:
+        return jnp.any(cut(positions, start, width, -1, turn) >= 0)
+
+    return over_blocks(attend, positions.shape[-1], multiple, q.shape, filled=filled)
 
 
 def over_blocks(
@@ -55,6 +58,7 @@ def over_blocks(
     multiple: int,
     shape: tuple[int, ...],
     block: int = BLOCK,
+    filled: Callable[[Any, int], Bool[Array, ""]] | None = None,
 ) -> Partial:
     """`attend(start, width)` over all slots, about `block` of them at a time.
 
@@ -64,13 +68,21 @@ def over_blocks(
         multiple: of `start` and `width`.
         shape: of the queries.
         block: slots at a time.
+        filled: whether there is anything in some slots: others are not read.
     """
     size = max(multiple, block // multiple * multiple)
     if slots < 2 * size:
         return attend(0, slots)
 
     def step(carry, index):
-        return merge([carry, attend(index * size, size)]), None
+        start = index * size
+
+        def more():
+            return merge([carry, attend(start, size)])
+
+        if filled is None:
+            return more(), None
+        return jax.lax.cond(filled(start, size), more, lambda: carry), None
 
     nothing = Partial(jnp.zeros(shape), jnp.full(shape[:-1], NEG_INF))
     done, _ = jax.lax.scan(step, nothing, jnp.arange(slots // size))

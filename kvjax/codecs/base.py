@@ -172,6 +172,11 @@ class AbstractCodec(Checked, abc.ABC):
         """Bytes per slot and head, side state that grows with the slots included."""
 
     @property
+    def observes(self) -> bool:
+        """Whether it looks at a prompt before any of it is encoded (`observe`)."""
+        return type(self).observe is not AbstractCodec.observe
+
+    @property
     def appendable(self) -> bool:
         """Whether blocks of later tokens can be encoded by themselves."""
         return False

@@ -1,6 +1,7 @@
 """`Compression`: one declarative record, the same in training and evaluation."""
 
 import dataclasses
+import math
 from typing import Annotated, Self
 
 from kvjax.compress.plan import Eviction as Eviction
@@ -72,6 +73,12 @@ class Compression(Checked):
     def __post_init__(self):
         super().__post_init__()
         _ = self.parts  # raise where a part excludes another
+        if self.schedule.chunk is not None and not self.prefill.causal:
+            raise ValueError(
+                "schedule every_chunk reads chunks densely; got prefill="
+                f"{type(self.prefill).__name__}, whose pattern is that of a whole "
+                "prompt. Use prefill=dense, or schedule after_prefill."
+            )
 
     @property
     def _plan(self) -> LayerPlan:
@@ -106,6 +113,11 @@ class Compression(Checked):
     def probes(self) -> bool:
         """Whether a score runs the model over the prompt again."""
         return any(score.probes for score in self.scores)
+
+    @property
+    def chunk_multiple(self) -> int:
+        """What the tokens of a chunk of a prompt must be a multiple of."""
+        return math.lcm(*(part.chunk_multiple for part in self.parts))
 
     @property
     def keep(self) -> float | None:

@@ -18,9 +18,8 @@ from kvjax.cache import (
     Tail,
     Tracking,
     empty_tail,
-    present,
 )
-from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray, straight_through
+from kvjax.codecs import AbstractCodec, AbstractEncoded
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import Observed
 from kvjax.compress.plan import Eviction, Storage
@@ -36,6 +35,7 @@ from kvjax.compress.select import (
     take,
     take_flat,
 )
+from kvjax.compress.stored import merged, stored
 from kvjax.compress.survey import Layout, Share
 from kvjax.types import EMPTY, Held, LayerSpec, Lengths, Scores
 
@@ -127,12 +127,8 @@ class _Builder:
         if evict is None or evict.merge is None:
             return self
         assert memory is not None
-        # Of the layer's own tokens: priorities may be ranks, or an earlier layer's.
-        scores = evict.score.score(memory, self.held, self.share.counts)
-        scores = evict.score.unprotected(memory, self.held, scores)
-        held = present(self.held)
-        kept = chosen_mask(choice, held.live) & held.live
-        k, v = evict.merge.merged(held, kept, scores.astype(jnp.float32))
+        kept = chosen_mask(choice, self.held.live)
+        k, v = merged(evict, memory, self.held, kept, self.share.counts)
         return dataclasses.replace(self, held=dataclasses.replace(self.held, k=k, v=v))
 
     def everything(self) -> Choice:
@@ -157,15 +153,9 @@ class _Builder:
     def encode(
         self, x, live, positions, codec: AbstractCodec, side: Any
     ) -> AbstractEncoded:
-        """Codes, or in the parallel form what they decode to."""
-        x = jnp.where(live[..., None], x, 0)
-        encoded = codec.encode(x, live, positions, self.spec.rope, side)
-        if not self.differentiable or codec.plain:
-            return encoded
-        decoded = encoded.decode(positions, self.spec.rope)
-        if codec.differentiable:
-            return PlainArray(data=jnp.where(live[..., None], decoded, 0))
-        return PlainArray(data=straight_through(x, decoded))
+        """See `stored`."""
+        how = (codec, x, live, positions, self.spec, side)
+        return stored(*how, differentiable=self.differentiable)
 
     def part(self, choice: Choice, slots: int, filled=None) -> Slots:
         """Chosen tokens in `slots` slots, padded to what the codecs group."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvjax.cache import AbstractRanking, Memory
 from kvjax.compress.config import Compression
@@ -19,6 +19,7 @@ class Observed:
 
     Attributes:
         k, v: `[B, K, S, D]`, keys after RoPE.
+        positions: of tokens that are not all of the prompt; None: they are, in order.
         memory: what the score remembers of the prompt, or None.
         look: what the budget has found in it.
         sides: what the codecs of keys and of values have.
@@ -30,6 +31,7 @@ class Observed:
     memory: Memory | None
     look: Any
     sides: tuple[Any, Any]
+    positions: Int[Array, "*layers B K S"] | None = None
     spec: LayerSpec = static()
 
 

@@ -15,6 +15,7 @@ from kvjax.cache import LayerCache, Memory, Pages, Slots
 from kvjax.cache.parts import AbstractPart
 from kvjax.codecs import PlainArray, straight_through
 from kvjax.compress import in_place
+from kvjax.compress.chunks import in_chunks
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build
 from kvjax.compress.observe import observe, wants_mass
@@ -58,10 +59,14 @@ def attend(
     inside = padded_positions(prompt_lengths, tokens)
     prompt = dataclasses.replace(inputs, positions=inside)
     before, mass = None, None
-    if wants_mass(c) or not c.prefill.causal:
-        before, mass = c.prefill.attend(prompt, prompt_lengths, wants_mass(c))
     layout: Layout = inputs.depth.kind
-    observed = observe(prompt, prompt_lengths, layout.plan, mass)
+    if c.schedule.chunk is not None:
+        how = (prompt, prompt_lengths, layout, surveyed.share, c.schedule.chunk)
+        before, observed = in_chunks(*how)
+    else:
+        if wants_mass(c) or not c.prefill.causal:
+            before, mass = c.prefill.attend(prompt, prompt_lengths, wants_mass(c))
+        observed = observe(prompt, prompt_lengths, layout.plan, mass)
     evict, scores = layout.plan.evict, surveyed.scores
     if scores is not None and evict is not None and evict.score.probes:
         memory = Memory(slots=take(scores, inputs.depth.layer))
@@ -93,7 +98,7 @@ def attend(
             soft = relaxed_choice(earlier.kept, priorities, choice_gradient)
             earlier = dataclasses.replace(earlier, soft=soft)
         out = self_attention(inputs, earlier=earlier)[0]
-        if c.prefill.causal:
+        if c.prefill.causal and c.schedule.chunk is None:
             return out, priorities
     else:
         out = _in_line(moved, layer, behind)

@@ -184,6 +184,8 @@ class LayerPlan(Checked):
                 )
         if self.schedule.interval is not None:
             self._check_bounded()
+        if self.schedule.chunk is not None:
+            self._check_chunks(self.schedule.chunk)
         if self.read.block:
             self._check_blocks()
 
@@ -218,10 +220,43 @@ class LayerPlan(Checked):
                 f"{self.read.block}."
             )
 
+    @property
+    def chunk_multiple(self) -> int:
+        """What the tokens of a chunk of a prompt must be a multiple of."""
+        if self.evict is not None:  # plain until the whole prompt has been read
+            return 1
+        return math.lcm(self.block or 1, self.store.multiple)
+
+    def _check_chunks(self, size: int) -> None:
+        """A prompt can be read chunk by chunk."""
+        where = "schedule every_chunk reads a prompt piece by piece"
+        if self.evict is not None and (wrong := undivided(self.evict)):
+            raise ValueError(f"{where}, and {wrong}.")
+        for name, codec in zip(("keys", "values"), self.store.codecs, strict=True):
+            fits = codec.appendable if self.evict is None else not codec.observes
+            if not fits:
+                raise ValueError(
+                    f"{where}, and store.{name}={type(codec).__name__} encodes what it "
+                    "has seen whole. Use another codec, or schedule after_prefill."
+                )
+        if size % self.chunk_multiple:
+            raise ValueError(
+                f"schedule.size must be a multiple of {self.chunk_multiple}, the "
+                f"tokens that are encoded together or make a page; got {size}."
+            )
+        if self.evict is not None and size < self.evict.score.protected:
+            raise ValueError(
+                f"{type(self.evict.score).__name__} protects "
+                f"{self.evict.score.protected} tokens, more than a chunk of {size}. "
+                "Raise schedule.size, or lower the score's window "
+                "(evict.score.window)."
+            )
+
     def _check_bounded(self) -> None:
         if self.evict is None:
             raise ValueError(
-                "schedule every_tokens evicts while decoding, but `evict` is not set."
+                "evicting while decoding (schedule.interval) needs something to evict "
+                "by, and `evict` is not set."
             )
         simple = self.evict.unit.single and self.evict.values is None
         budget = self.evict.budget
@@ -241,6 +276,29 @@ class LayerPlan(Checked):
                 f"{type(self.evict.score).__name__} looks at a prompt that it has as a "
                 "whole; schedule every_tokens needs a score of tokens as they come."
             )
+
+
+def undivided(evict: Eviction) -> str:
+    """What of an eviction needs a whole prompt, in words; empty: nothing does."""
+    unit, score = evict.unit, evict.score
+    if evict.budget.surveys:
+        return (
+            f"evict.budget={type(evict.budget).__name__} compares all layers once it "
+            "has seen it whole: use one that goes by lengths, or by a layer's scores"
+        )
+    if not unit.single or unit.reuse > 1:
+        return (
+            f"evict.unit={type(unit).__name__} with reuse={unit.reuse} keeps what "
+            "belongs together of all of it: use token, with reuse 1"
+        )
+    if evict.values is not None:
+        return "evict.values drops values of it alone: leave it out"
+    if score.probes:
+        return (
+            f"evict.score={type(score).__name__} reads it again: use a score of "
+            "tokens as they come"
+        )
+    return ""
 
 
 def recency(window: int) -> Eviction:

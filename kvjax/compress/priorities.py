@@ -18,6 +18,15 @@ def held_of(
     observed: Observed, lengths: Lengths, layer: Any = 0, before: Any = 0
 ) -> Held:
     """The prompt's tokens as scores see them; arguments as of `build`."""
+    if observed.positions is not None:
+        return Held(
+            k=observed.k,
+            v=observed.v,
+            positions=observed.positions,
+            seen=lengths + before,
+            layer=layer,
+            spec=observed.spec,
+        )
     positions = padded_positions(lengths, observed.k.shape[2], before)
     rows = (observed.k, observed.v, positions, lengths + before)
     return Held.of_rows(*rows, layer=layer, spec=observed.spec)

@@ -11,69 +11,190 @@ free ones anywhere.
 
 Which tokens stay is said by one bit per token (`kept`), so that a pass can be repeated
 with the decisions of the first one: they are then data, and scores are not needed. A
-layer in which nothing is dropped has no slots: what it holds grows with the row.
+layer in which nothing is dropped has a slot for every token, in the form in which they
+are stored (`kvjax.compress.growing`).
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt8
 
-from kvjax.cache import Memory
-from kvjax.compress.observe import remember
-from kvjax.compress.plan import Eviction
+from kvjax.cache import Memory, Shared, Slots, Tail, attend_earlier
+from kvjax.compress.observe import Observed, remember
 from kvjax.compress.priorities import ranked
-from kvjax.compress.rolling_plan import Rolling
-from kvjax.compress.select import choose, chosen_mask
+from kvjax.compress.select import choose, choose_flat, chosen_mask, head_counts
+from kvjax.compress.stored import merged
+from kvjax.compress.survey import Layout, Share
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
 from kvjax.pallas_kernels.dispatch import partitions
-from kvjax.pallas_kernels.partial import Partial
+from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
-from kvjax.types import EMPTY, Held, LayerInputs, Lengths, pytree
+from kvjax.turns import Turn, put, take
+from kvjax.types import EMPTY, Held, LayerInputs, LayerSpec, Lengths, pytree
 
 
 @pytree
 class Rolled:
-    """What a layer holds between two chunks; of several layers, with a first axis.
+    """Plain tokens between two chunks; of several layers, with a first axis.
 
     Attributes:
         keys: after RoPE.
         values: of the same tokens.
         positions: theirs; a slot is free where `EMPTY`.
+        offsets: where the heads of a layer share its slots, and there is no axis for
+            heads: the first slot of each, and the end; else None.
     """
 
     keys: Array  # [*layers, B, K, C, D]
     values: Array  # [*layers, B, K, C, D]
     positions: Array  # [*layers, B, K, C]
+    offsets: Int[Array, "*layers B K+1"] | None = None
 
 
-def nothing_held(
-    asked: LayerInputs, evict: Eviction, slots: int
-) -> tuple[Rolled, Memory]:
-    """What a layer holds before the first chunk, and what its score remembers.
+@pytree
+class Holding:
+    """What a layer holds between two chunks; of several layers, with a first axis.
+
+    Attributes:
+        tokens: plain where some may be dropped, else as they are stored.
+        memory: of the score, where some may be dropped.
+        rest: the newest tokens of a layer that stores whole blocks, plain.
+    """
+
+    tokens: Rolled | Slots
+    memory: Memory | None = None
+    rest: Tail | None = None
+
+
+@pytree
+class Place:
+    """Where in its rows a chunk is.
+
+    Attributes:
+        column: of its first token.
+        seen: tokens of each row, those of the chunk among them.
+        lengths: tokens of each row in the end, those in front of it not counted.
+        share: what each layer gets of rows of these lengths.
+    """
+
+    column: Int[Array, ""]
+    seen: Int[Array, "B"]
+    lengths: Int[Array, "B"]
+    share: Share
+
+
+def nothing_held(asked: LayerInputs, layout: Layout) -> Holding:
+    """What a layer holds before the first chunk.
 
     Args:
         asked: any tokens of the layer; their shapes count.
-        evict: what will rank.
-        slots: of a head.
+        layout: with an eviction.
     """
+    evict, n = layout.plan.evict, layout.slots
+    assert evict is not None
     b, kv_heads, _, d = asked.k.shape
-    blank = jnp.zeros((b, kv_heads, slots, d), asked.k.dtype)
-    free = jnp.full((b, kv_heads, slots), EMPTY, jnp.int32)
+    heads = () if layout.shared else (kv_heads,)
+    blank = jnp.zeros((b, *heads, n, d), asked.k.dtype)
+    free = jnp.full((b, *heads, n), EMPTY, jnp.int32)
     none = dataclasses.replace(asked, positions=jnp.full_like(asked.positions, EMPTY))
     memory = Memory(
         slots=jax.tree.map(
-            lambda x: jnp.zeros((*x.shape[:2], slots, *x.shape[3:]), x.dtype),
+            lambda x: jnp.zeros((b, *heads, n, *x.shape[3:]), x.dtype),
             jax.eval_shape(evict.score.tokens, none),
         ),
         row=evict.score.row(none, None),
     )
-    return Rolled(keys=blank, values=blank, positions=free), memory
+    offsets = jnp.zeros((b, kv_heads + 1), jnp.int32) if layout.shared else None
+    tokens = Rolled(keys=blank, values=blank, positions=free, offsets=offsets)
+    return Holding(tokens=tokens, memory=memory)
+
+
+def read(
+    holding: Holding,
+    asked: LayerInputs,
+    at: Place,
+    layout: Layout,
+    turn: Turn = None,
+    front: Sequence[Shared] = (),
+) -> tuple[Array, Holding, Bool[Array, "B K S"]]:
+    """A chunk in a layer that drops tokens.
+
+    Args:
+        holding: in front of the chunk.
+        asked: its tokens.
+        at: where it is.
+        layout: what is done.
+        turn: which layer's, where `holding` is that of several.
+        front: what is in front of all rows.
+
+    Returns:
+        Attention `[B, H, T, D]`; what is held behind the chunk; and which of the tokens
+        held before it and its own stayed.
+    """
+    before = opened(take(holding, turn))
+    assert isinstance(before.tokens, Rolled) and before.memory is not None
+    both, others = joined(before.tokens, asked), []
+    if front:
+        others = [attend_earlier(asked, front, turn)]
+        asked = dataclasses.replace(asked, elsewhere=others[0].lse)
+    out = merge([attend(asked, both), *others]).out
+    share = take(at.share, jnp.asarray(asked.depth.layer))
+    kept, memory, both = decided(before.memory, asked, both, at.seen, layout, share)
+    index = _index_of(kept, layout)
+    slots = jax.tree.map(lambda x: _moved(x, index), memory.slots)
+    after = Holding(
+        tokens=kept_of(both, kept, layout),
+        memory=dataclasses.replace(memory, slots=slots),
+    )
+    # All layers' arrays are read above and written below.
+    out, after = jax.lax.optimization_barrier((out, after))
+    return out, put(holding, after, turn), kept
+
+
+def observed_of(holding: Holding, spec: LayerSpec) -> Observed:
+    """What a layer holds in the end, as `build` wants it."""
+    held = opened(holding)
+    assert isinstance(held.tokens, Rolled)
+    return Observed(
+        k=held.tokens.keys,
+        v=held.tokens.values,
+        positions=held.tokens.positions,
+        memory=held.memory,
+        look=(),
+        sides=(None, None),
+        spec=spec,
+    )
+
+
+def opened(holding: Holding) -> Holding:
+    """One layer's, with slots for every head apart."""
+    tokens, memory = holding.tokens, holding.memory
+    assert isinstance(tokens, Rolled) and memory is not None
+    if tokens.offsets is None:
+        return holding
+    slot = jnp.arange(tokens.positions.shape[-1])
+    index = tokens.offsets[:, :-1, None] + slot
+    live = index < tokens.offsets[:, 1:, None]
+    rows = jnp.arange(index.shape[0])[:, None, None]
+    index = jnp.minimum(index, slot.shape[0] - 1)
+
+    def of_heads(x: Array) -> Array:
+        return x[rows, index]
+
+    apart = Rolled(
+        keys=of_heads(tokens.keys),
+        values=of_heads(tokens.values),
+        positions=jnp.where(live, of_heads(tokens.positions), EMPTY),
+    )
+    slots = jax.tree.map(of_heads, memory.slots)
+    return Holding(tokens=apart, memory=dataclasses.replace(memory, slots=slots))
 
 
 def joined(held: Rolled, asked: LayerInputs) -> Rolled:
-    """What is held, and behind it the new tokens."""
+    """What is held by every head, and behind it the new tokens."""
     own = jnp.broadcast_to(asked.positions[:, None], asked.k.shape[:3])
     pairs = zip(
         (held.keys, held.values, held.positions), (asked.k, asked.v, own), strict=True
@@ -114,20 +235,21 @@ def decided(
     asked: LayerInputs,
     both: Rolled,
     seen: Lengths,
-    kind: Rolling,
-    counts: Int[Array, "B"],
-) -> tuple[Bool[Array, "B K S"], Memory]:
-    """Which of all tokens stay behind a chunk, and what is remembered of these.
+    layout: Layout,
+    share: Share,
+) -> tuple[Bool[Array, "B K S"], Memory, Rolled]:
+    """Which of all tokens stay behind a chunk, what is remembered, what they become.
 
     Args:
         memory: of the queries before this chunk.
         asked: the chunk.
         both: see `joined`.
         seen: tokens of each row, the chunk's among them.
-        kind: what is done.
-        counts: tokens per head that stay.
+        layout: what is done.
+        share: what the layer gets.
     """
-    assert kind.evict is not None and kind.slots is not None
+    evict = layout.plan.evict
+    assert evict is not None
     held = Held(
         k=both.keys,
         v=both.values,
@@ -136,35 +258,59 @@ def decided(
         layer=asked.depth.layer,
         spec=asked.spec,
     )
-    memory = remember(kind.evict.score, memory, asked, held)
-    priorities = ranked(memory, held, kind.evict, counts)
-    choice = choose(priorities, counts, kind.slots)
+    memory = remember(evict.score, memory, asked, held)
+    priorities = ranked(memory, held, evict, share.counts)
+    if layout.shared:
+        assert share.sure is not None and share.total is not None
+        heads = head_counts(priorities, share.sure, share.total, layout.slots)
+        choice = choose_flat(priorities, heads, layout.slots)
+    else:
+        choice = choose(priorities, share.held, layout.slots)
     kept = chosen_mask(choice, held.live) & held.live
-    index, _ = _slots_of(kept, kind.slots)
-    slots = jax.tree.map(lambda x: _moved(x, index), memory.slots)
-    return kept, dataclasses.replace(memory, slots=slots)
+    if evict.merge is not None:
+        k, v = merged(evict, memory, held, kept, share.counts)
+        both = dataclasses.replace(both, keys=k, values=v)
+    return kept, memory, both
 
 
-def kept_of(both: Rolled, kept: Bool[Array, "B K S"], slots: int) -> Rolled:
-    """Only the tokens that stay, in `slots` slots."""
-    index, live = _slots_of(kept, slots)
+def kept_of(both: Rolled, kept: Bool[Array, "B K S"], layout: Layout) -> Rolled:
+    """Only the tokens that stay, in the layer's slots."""
+    index = _index_of(kept, layout)
+    live = index < kept[0].size if layout.shared else index < kept.shape[-1]
+    offsets = None
+    if layout.shared:
+        ends = jnp.cumsum(jnp.sum(kept, axis=-1, dtype=jnp.int32), axis=-1)
+        offsets = jnp.pad(ends, [(0, 0), (1, 0)])
     return Rolled(
         keys=jnp.where(live[..., None], _moved(both.keys, index), 0),
         values=jnp.where(live[..., None], _moved(both.values, index), 0),
         positions=jnp.where(live, _moved(both.positions, index), EMPTY),
+        offsets=offsets,
     )
 
 
-def _slots_of(kept: Bool[Array, "B K S"], slots: int) -> tuple[Array, Array]:
-    """The token of each slot, in the order of the tokens, and whether there is one."""
-    s = kept.shape[-1]
-    index = jnp.sort(jnp.where(kept, jnp.arange(s), s), axis=-1)[..., :slots]
-    return jnp.minimum(index, s - 1), index < s
+def _index_of(kept: Bool[Array, "B K S"], layout: Layout) -> Array:
+    """The token of each slot, in the order of the tokens; beyond the last where none.
+
+    Of every head, `[B, K, C]`; where heads share, of all heads one behind the other,
+    `[B, C]`.
+    """
+    lead = kept.shape[:1] if layout.shared else kept.shape[:2]
+    flat = kept.reshape(*lead, -1)
+    count = flat.shape[-1]
+    index = jnp.sort(jnp.where(flat, jnp.arange(count), count), axis=-1)
+    short = max(0, layout.slots - count)
+    index = jnp.pad(index, [(0, 0)] * len(lead) + [(0, short)], constant_values=count)
+    return index[..., : layout.slots]
 
 
 def _moved(x: Array, index: Array) -> Array:
-    index = index.reshape(*index.shape, *(1,) * (x.ndim - 3))
-    return jnp.take_along_axis(x, index, axis=2)
+    """`[B, K, S, ...]` of all tokens as that of the slots."""
+    lead = index.ndim - 1
+    x = x.reshape(*x.shape[:lead], -1, *x.shape[3:])
+    index = jnp.minimum(index, x.shape[lead] - 1)
+    index = index.reshape(*index.shape, *(1,) * (x.ndim - index.ndim))
+    return jnp.take_along_axis(x, index, axis=lead)
 
 
 def packed(kept: Bool[Array, "*shape S"]) -> UInt8[Array, "*shape P"]:

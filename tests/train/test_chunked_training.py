@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import kvjax
-from kvjax.compress.rolling_plan import check_rolling
+from kvjax.compress.rolling_check import check_rolling
 from kvjax.models import Decoder
 from kvjax.models.chunked import Chunking
 from kvjax.train.data.batch import TokenBatch
@@ -172,7 +172,7 @@ def bounded(name: str, slots: int = 12, **more: Any):
 def chunk_by_chunk(model: Decoder, c, batch: TokenBatch, size: int):
     """Loss of `Chunking.read` in a plain loop, which JAX differentiates by itself."""
     chunking = Chunking.of(c, model.config.layers, WIDTH, model.dtype)
-    held, hidden = chunking.start(model.config, ROWS), []
+    held, hidden = chunking.start(model.config, jnp.full((ROWS,), WIDTH)), []
     for start in range(0, WIDTH, size):
         tokens = batch.tokens[:, start : start + size]
         positions = jnp.broadcast_to(start + jnp.arange(size), tokens.shape)
@@ -235,15 +235,19 @@ def test_what_stays_is_the_best_of_what_was_held_and_the_chunk(name):
 
     @jax.jit
     def keys_of(tokens):
-        start = whole.start(model.config, ROWS)
-        return whole.read(model, start, tokens, everywhere)[1].groups[0].tokens.keys[0]
+        start = whole.start(model.config, jnp.full((ROWS,), WIDTH))
+        return (
+            whole.read(model, start, tokens, everywhere)[1]
+            .groups[0]
+            .tokens.keys.data[0]
+        )
 
     @jax.jit
     def read(held, tokens, positions):
         return chunking.read(model, held, tokens, positions)[1]
 
     keys = np.asarray(keys_of(tokens), np.float64)
-    held = chunking.start(model.config, ROWS)
+    held = chunking.start(model.config, jnp.full((ROWS,), WIDTH))
     kept = [[np.arange(0)] * SHAPE.num_kv_heads for _ in range(ROWS)]
     for start in range(0, WIDTH, size):
         part = slice(start, start + size)
@@ -269,7 +273,7 @@ def test_ragged_rows_are_read_as_each_alone():
         return chunking.read(model, held, tokens, positions)[1]
 
     def held_of(tokens, lengths):
-        held = chunking.start(model.config, len(tokens))
+        held = chunking.start(model.config, lengths)
         positions = padded_positions(lengths, WIDTH)
         for start in range(0, WIDTH, size):
             part = slice(start, start + size)
@@ -324,10 +328,10 @@ UNIFORM = {"type": "uniform", "slots": 64}
         ("snapkv", {}, r"keep=0\.25: set evict\.budget\.slots"),
         ("kivi_2bit", {}, "`store` must be plain; got Affine"),
         ("quest", {}, "`read` must be all; got Quest"),
-        ("h2o_decode", {}, "every_tokens"),
+        ("h2o_decode", {}, "EveryTokens"),
         ("adakv_snapkv", {"evict.budget.slots": 64}, "AdaKV: use uniform"),
         ("chunkkv", {"evict.budget.slots": 64}, "Chunk with reuse=.*use token"),
-        ("kvzip", {"evict.budget": UNIFORM}, "KVzip reads a whole prompt again"),
+        ("kvzip", {"evict.budget": UNIFORM}, "KVzip reads it again"),
         ("cam", {"evict.budget.slots": 64, "schedule": "after_prefill"}, "merge=CaM"),
         ("vertical_slash", {}, "prefill=VerticalSlash.*Set prefill=dense"),
     ],

@@ -31,7 +31,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array
 
 from kvjax.compress.rolling import Rolled
-from kvjax.models.chunked import Chunking, Kept
+from kvjax.models.chunked import Chunking, Kept, plainly
 from kvjax.models.decoder import Decoder
 from kvjax.train.objectives.losses import TokenScores, scores_of
 from kvjax.train.objectives.passes import along_rows, held_along_rows
@@ -132,7 +132,8 @@ def _forward(how: How, arrays: Arrays) -> tuple[TokenScores, _Log]:
         held, left = jax.lax.scan(one, held, chunks)
         return held, (before, *left)
 
-    held = chunking.start(model.config, arrays.rows.tokens.shape[2])
+    lengths = jnp.max(arrays.rows.positions, axis=(0, 1, 3)) + 1
+    held = chunking.start(model.config, lengths)
     held, found = jax.lax.scan(segment, held_along_rows(held), arrays.rows)
     before, scores, kept = found
     whole = _of(held.groups, chunking, grows=True)
@@ -142,7 +143,7 @@ def _forward(how: How, arrays: Arrays) -> tuple[TokenScores, _Log]:
 def _of(groups: Any, chunking: Chunking, grows: bool) -> tuple[Rolled | None, ...]:
     """Tokens held by the groups of layers that drop something, or by the others."""
     return tuple(
-        group.tokens if mine == grows else None
+        plainly(group) if mine == grows else None
         for group, mine in zip(groups, chunking.grows, strict=True)
     )
 

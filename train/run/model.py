@@ -10,10 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from kvjax.compress.config import Compression
-from kvjax.compress.rolling_plan import check_rolling, rolling_of
+from kvjax.compress.rolling_check import check_rolling
 from kvjax.models import checks
 from kvjax.models.adapters import is_adapter
 from kvjax.models.bundled import model_directory
+from kvjax.models.chunked import Chunking
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.evictor import SILENCED, with_evictor
@@ -195,4 +196,5 @@ def _check_chunks(
     """What is held can be compressed behind every chunk."""
     check_rolling(c)
     checks.compression(shape, c, jnp.array([widest], jnp.int32))
-    rolling_of(c, shape.layers, widest, config.compute)  # slots that bytes pay for
+    how = (c, shape.layers, widest, config.compute)
+    Chunking.of(*how)  # which asks for the slots that bytes pay for
