@@ -2,8 +2,9 @@
 
 from kvjax.cache.merging import AbstractMerge as AbstractMerge
 from kvjax.cache.merging import present as present
-from kvjax.cache.pages import PageBudget as PageBudget
 from kvjax.cache.pages import Pages as Pages
+from kvjax.cache.paging import PageBudget as PageBudget
+from kvjax.cache.paging import most_pages as most_pages
 from kvjax.cache.parts import AbstractPart as AbstractPart
 from kvjax.cache.parts import Growth as Growth
 from kvjax.cache.parts import KeysOnly as KeysOnly
@@ -17,6 +18,7 @@ from kvjax.cache.ranking import AbstractRanking as AbstractRanking
 from kvjax.cache.ranking import Memory as Memory
 from kvjax.cache.ranking import levelled as levelled
 from kvjax.cache.ranking import places as places
+from kvjax.cache.selecting import AbstractSelecting as AbstractSelecting
 from kvjax.cache.shared import Shared as Shared
 from kvjax.cache.state import Front as Front
 from kvjax.cache.state import KVCache as KVCache

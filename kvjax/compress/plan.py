@@ -171,51 +171,64 @@ class LayerPlan(Checked):
     def __post_init__(self):
         super().__post_init__()
         if self.evict is not None and self.evict.budget.per_head:
-            if not self.store.flat or self.block:
+            if not self.store.flat or self.changes:
                 raise ValueError(
                     "head-wise budgets use one flat buffer per layer, which "
                     f"{self._fixed()} do not support. Use a uniform or pyramid budget."
                 )
         if self.evict is not None and self.evict.values is not None:
-            if not self.store.flat or self.block:
+            if not self.store.flat or self.changes:
                 raise ValueError(
                     "a separate budget for values excludes residuals, low-rank storage "
                     f"and page reads; got {self._fixed()}."
                 )
         if self.schedule.interval is not None:
             self._check_bounded()
-        if self.read.block:
-            self._check_blocks()
+        if not self.read.whole:
+            self._check_pages()
 
     @property
     def block(self) -> int:
         """Tokens that move into the body together; 0: later tokens stay plain."""
         return self.store.residual or self.read.block
 
+    @property
+    def changes(self) -> bool:
+        """Whether the body takes up later tokens, or queries choose what they read."""
+        return bool(self.block) or not self.read.whole
+
     def _fixed(self) -> str:
         """What keeps the heads of a layer in step, in words."""
         found = []
         if self.store.residual:
             found.append(f"residuals (store.residual={self.store.residual})")
-        if self.read.block:
+        if not self.read.whole:
             found.append(f"page reads ({type(self.read).__name__})")
         names = (type(x).__name__ for x in self.store.codecs if not x.flat)
         found += [f"codecs of whole layers ({name})" for name in names]
         return " and ".join(found)
 
-    def _check_blocks(self) -> None:
+    def _check_pages(self) -> None:
+        read, residual = self.read, self.store.residual
         for name in ("keys", "values"):
             codec: AbstractCodec = getattr(self.store, name)
-            if not codec.appendable or self.read.block % codec.append_multiple:
+            whole = bool(read.block) and not codec.appendable
+            if whole or read.page % codec.append_multiple:
                 raise ValueError(
-                    f"pages of {self.read.block} slots must be decodable by "
-                    f"themselves; store.{name} groups {codec.append_multiple} slots or "
+                    f"pages of {read.page} slots must be decodable by themselves, and "
+                    f"so must later blocks, if the body of {type(read).__name__} takes "
+                    f"them; store.{name} groups {codec.append_multiple} slots or "
                     "encodes the whole prompt. Use larger pages or another codec."
                 )
-        if self.store.residual % self.read.block:
+        if residual and not read.block:
             raise ValueError(
-                f"`residual`={self.store.residual} must be a multiple of the page size "
-                f"{self.read.block}."
+                f"{type(read).__name__} leaves later tokens plain; got store.residual="
+                f"{residual}. Use 0."
+            )
+        if read.block and residual % read.block:
+            raise ValueError(
+                f"`residual`={residual} must be a multiple of the page size "
+                f"{read.block}."
             )
 
     def _check_bounded(self) -> None:
@@ -231,7 +244,7 @@ class LayerPlan(Checked):
                 "the same slots in every head; use after_prefill for chunks, codecs, "
                 "head-wise budgets or separate value budgets."
             )
-        if self.read.block:
+        if not self.read.whole:
             raise ValueError(
                 f"schedule every_tokens and read {type(self.read).__name__} exclude "
                 "each other: pages are summaries of tokens that stay."

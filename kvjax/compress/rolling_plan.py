@@ -50,7 +50,7 @@ def _check_plan(plan: LayerPlan) -> None:
     if not plan.store.plain:
         names = sorted({type(codec).__name__ for codec in plan.store.codecs})
         wrong = f"`store` must be plain; got {' and '.join(names)}"
-    elif plan.block:
+    elif plan.changes:
         wrong = f"`read` must be all; got {type(plan.read).__name__}"
     elif plan.schedule.interval is not None:
         wrong = (

@@ -292,6 +292,6 @@ def _sizeless(layout: Layout) -> Layout:
 
 def _poolable(plan: LayerPlan) -> bool:
     """Whether the body is one of tokens with their value that never changes."""
-    fixed = not plan.block and plan.schedule.interval is None
+    fixed = not plan.changes and plan.schedule.interval is None
     split = plan.evict is not None and plan.evict.values is not None
     return fixed and plan.store.flat and not split
