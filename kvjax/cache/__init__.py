@@ -1,5 +1,9 @@
 """Cache state: parts in several layouts, the tail, and how a layer attends."""
 
+from kvjax.cache.clustered import Clustered as Clustered
+from kvjax.cache.clustered import clusters_of as clusters_of
+from kvjax.cache.landmarks import Landmarks as Landmarks
+from kvjax.cache.landmarks import always_pages as always_pages
 from kvjax.cache.merging import AbstractMerge as AbstractMerge
 from kvjax.cache.merging import present as present
 from kvjax.cache.pages import Pages as Pages
@@ -25,5 +29,6 @@ from kvjax.cache.state import KVCache as KVCache
 from kvjax.cache.state import LayerCache as LayerCache
 from kvjax.cache.tail import Tail as Tail
 from kvjax.cache.tail import empty_tail as empty_tail
+from kvjax.cache.top_tokens import TopTokens as TopTokens
 from kvjax.cache.tracking import Folding as Folding
 from kvjax.cache.tracking import Tracking as Tracking

@@ -115,14 +115,17 @@ def spans(
     return first, jnp.max(jnp.where(paged >= 0, paged, EMPTY), axis=-1)
 
 
-def shares(
+def log_shares(
     q: Float[Array, "B H T D"],
     summary: Float[Array, "B K X D"],
     seen: Bool[Array, "B K T X"],
     spec: LayerSpec,
 ) -> Float[Array, "B K G T X"]:
-    """Softmax weights of each query head over the entries that it sees; 0 elsewhere."""
+    """Logarithm of each query head's softmax weights over what it sees; else `-inf`.
+
+    Logarithms rank what underflows, too.
+    """
     logits = slot_logits(q, summary, scale=spec.scale, softcap=spec.softcap)
-    seen = seen[:, :, None]
-    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
-    return jnp.where(seen, weights, 0.0)  # NaN where nothing is seen
+    logits = jnp.where(seen[:, :, None], logits, -jnp.inf)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return logits - jnp.where(jnp.isneginf(total), 0.0, total)

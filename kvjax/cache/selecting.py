@@ -98,8 +98,10 @@ class AbstractSelecting(AbstractPart):
             limit: see `attend`.
             spec: of the layer.
         """
-        del last, spec
-        seen = first[:, :, None] <= q_positions[:, None, :, None]
+        asked = q_positions[:, None, :, None]
+        seen = first[:, :, None] <= asked
+        if spec.window is not None:  # what is behind it takes no place from the others
+            seen = seen & (last[:, :, None] > asked - spec.window)
         if limit is not None:
             each = self.positions.shape[-1] // first.shape[-1]
             end = (jnp.arange(first.shape[-1]) + 1) * each
