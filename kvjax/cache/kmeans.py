@@ -40,8 +40,6 @@ def assigned(
     """
     x = jax.lax.stop_gradient(keys).astype(jnp.float32)
     x = jnp.where(live[..., None], x, 0)
-    each = keys.shape[1] // count
-
     def nearest(centres: Array) -> Array:
         norm = jnp.linalg.norm(centres, axis=-1, keepdims=True)
         unit = centres / jnp.where(norm > 0, norm, 1.0)
@@ -55,7 +53,11 @@ def assigned(
         total = jnp.einsum("XNC,XND->XCD", member.astype(jnp.float32), x)
         return jnp.where(jnp.any(member, axis=1)[..., None], total, centres)
 
-    start = x[:, each // 2 :: each][:, :count]
+    # Those in the middle of as many pieces of the live ones.
+    there = jnp.sum(live, axis=1, dtype=jnp.int32)[:, None]
+    place = (2 * jnp.arange(count) + 1) * there // (2 * count)
+    slot = jnp.take_along_axis(jnp.argsort(~live, axis=1), place, axis=1)
+    start = jnp.take_along_axis(x, slot[..., None], axis=1)
     return nearest(jax.lax.fori_loop(0, iterations - 1, step, start))
 
 
@@ -86,7 +88,7 @@ def clustered(
     def mean(x: Array) -> Array:
         x = jnp.where(live[..., None], x, 0).astype(jnp.float32)
         total = jnp.einsum("XNC,XND->XCD", member.astype(jnp.float32), x)
-        return total / jnp.maximum(size, 1)[..., None]
+        return total / jnp.maximum(size, 1)[..., None].astype(jnp.float32)
 
     at = positions[..., None]
     span = (

@@ -101,4 +101,5 @@ def represented(
     blocks = keys.reshape(b, kv_heads, s // size, size, d)
     chosen = jnp.take_along_axis(blocks, index[..., None], axis=3)
     total = jnp.sum(jnp.where(there, chosen, 0), axis=3, dtype=jnp.float32)
-    return (total / jnp.maximum(jnp.sum(there, axis=3), 1)).astype(keys.dtype)
+    some = jnp.maximum(jnp.sum(there, axis=3, dtype=jnp.float32), 1)
+    return (total / some).astype(keys.dtype)
