@@ -40,6 +40,7 @@ def assigned(
     """
     x = jax.lax.stop_gradient(keys).astype(jnp.float32)
     x = jnp.where(live[..., None], x, 0)
+
     def nearest(centres: Array) -> Array:
         norm = jnp.linalg.norm(centres, axis=-1, keepdims=True)
         unit = centres / jnp.where(norm > 0, norm, 1.0)

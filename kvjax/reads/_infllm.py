@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from kvjax.cache import Landmarks, always_pages, levelled, most_pages
 from kvjax.config import sized
-from kvjax.fields import Count, Fraction, Positive, Size
+from kvjax.fields import Count, Positive, Size
 from kvjax.reads.base import AbstractBudgeted
 
 
@@ -38,8 +38,6 @@ class InfLLM(AbstractBudgeted):
     all far tokens one distance; prompts are read densely. All is on the device.
     """
 
-    keep: Fraction | None = None
-    slots: Positive | None = sized(2048, short=24)
     size: Size = sized(128, short=8)
     representatives: Positive = 4
     sinks: Count = sized(128, short=8)

@@ -76,9 +76,8 @@ def test_exact_topk(spec, keep):
 @pytest.mark.parametrize(("sinks", "local", "slots"), [(4, 12, 16), (0, 0, 8)])
 def test_infllm(spec, sinks, local, slots):
     size, count = 8, 3
-    read = InfLLM(
-        size=size, representatives=count, slots=slots, sinks=sinks, local=local
-    )
+    sizes = {"size": size, "representatives": count, "slots": slots}
+    read = InfLLM(keep=None, sinks=sinks, local=local, **sizes)
     cache, whole, chosen = asked(Compression(read=read), spec, 12)
     ours = out_of(cache, whole, LENGTHS)
     for row, n in enumerate(LENGTHS):
