@@ -24,16 +24,8 @@ from kvjax.cache import Front
 from kvjax.codecs import PlainArray
 from kvjax.compress import growing, rolling
 from kvjax.compress.config import Compression
-from kvjax.compress.rolling import (
-    Holding,
-    Place,
-    Rolled,
-    attend,
-    joined,
-    kept_of,
-    packed,
-    unpacked,
-)
+from kvjax.compress.rolled import Rolled, joined, kept_of, packed, unpacked
+from kvjax.compress.rolling import Holding, Place, attend
 from kvjax.compress.survey import Layout, Share, survey
 from kvjax.depth import Loop, members
 from kvjax.models.config import DecoderConfig

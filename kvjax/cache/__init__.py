@@ -1,10 +1,15 @@
 """Cache state: parts in several layouts, the tail, and how a layer attends."""
 
+from kvjax.cache.clustered import Clustered as Clustered
+from kvjax.cache.clustered import clusters_of as clusters_of
 from kvjax.cache.earlier import attend_earlier as attend_earlier
+from kvjax.cache.landmarks import Landmarks as Landmarks
+from kvjax.cache.landmarks import always_pages as always_pages
 from kvjax.cache.merging import AbstractMerge as AbstractMerge
 from kvjax.cache.merging import present as present
-from kvjax.cache.pages import PageBudget as PageBudget
 from kvjax.cache.pages import Pages as Pages
+from kvjax.cache.paging import PageBudget as PageBudget
+from kvjax.cache.paging import most_pages as most_pages
 from kvjax.cache.parts import AbstractPart as AbstractPart
 from kvjax.cache.parts import Growth as Growth
 from kvjax.cache.parts import KeysOnly as KeysOnly
@@ -19,11 +24,13 @@ from kvjax.cache.ranking import AbstractRanking as AbstractRanking
 from kvjax.cache.ranking import Memory as Memory
 from kvjax.cache.ranking import levelled as levelled
 from kvjax.cache.ranking import places as places
+from kvjax.cache.selecting import AbstractSelecting as AbstractSelecting
 from kvjax.cache.shared import Shared as Shared
 from kvjax.cache.state import Front as Front
 from kvjax.cache.state import KVCache as KVCache
 from kvjax.cache.state import LayerCache as LayerCache
 from kvjax.cache.tail import Tail as Tail
 from kvjax.cache.tail import empty_tail as empty_tail
+from kvjax.cache.top_tokens import TopTokens as TopTokens
 from kvjax.cache.tracking import Folding as Folding
 from kvjax.cache.tracking import Tracking as Tracking

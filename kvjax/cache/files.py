@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from kvjax.cache.merging import AbstractMerge
-from kvjax.cache.pages import PageBudget
+from kvjax.cache.paging import PageBudget
 from kvjax.cache.parts import Growth
 from kvjax.cache.provenance import Provenance, Weights
 from kvjax.cache.ranking import AbstractRanking

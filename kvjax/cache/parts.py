@@ -80,6 +80,15 @@ class AbstractPart(abc.ABC):
         """Take up one layer's full `tail` of the given rows as one encoded block."""
         raise AssertionError(f"{type(self).__name__} does not grow")
 
+    def whole(self, held: "Slots", spec: LayerSpec) -> "AbstractPart":
+        """This part with all that it will ever hold (the parallel form).
+
+        Args:
+            held: the same slots, and those of later blocks behind them; decoded.
+            spec: of the layer.
+        """
+        raise AssertionError(f"{type(self).__name__} does not grow")
+
     def blank(
         self, rows: int, slots: int, growth: "Growth", spec: LayerSpec, dtype: Any
     ) -> "AbstractPart":
@@ -232,6 +241,10 @@ class Slots(AbstractPart):
             positions=put_positions(self.positions, tail.positions, *at),
             filled=put(self.filled, filled + jnp.where(rows, growth.block, 0), turn),
         )
+
+    def whole(self, held, spec):
+        del spec
+        return held
 
 
 @final

@@ -23,11 +23,12 @@ RANKS = 8
 class LowRankArray(AbstractEncoded):
     """`x[b, k, s] = rotate(coefficients[b, s] @ basis[b, k])`, rank last.
 
-    `coefficients [B, S, R]` belong to a slot of all heads together; `basis
-    [B, K, R, D]`. Keys are held before RoPE; `decode` rotates them.
+    `coefficients [B, S, R]` belong to a slot of all heads together, or after `pages`,
+    where heads have slots of their own, `[B, K, S, R]`; `basis [B, K, R, D]`. Keys are
+    held before RoPE; `decode` rotates them.
     """
 
-    coefficients: Float[Array, "B S R"]
+    coefficients: Float[Array, "B S R"] | Float[Array, "B K S R"]
     basis: Float[Array, "B K R D"]
     rotated: bool = static()
 
@@ -41,13 +42,21 @@ class LowRankArray(AbstractEncoded):
         return self.coefficients.shape[-1]
 
     def decode(self, positions, rope):
-        x = jnp.einsum("BSR,BKRD->BKSD", self.coefficients, self.basis)
+        rows = "BSR" if self.coefficients.ndim < self.basis.ndim else "BKSR"
+        x = jnp.einsum(f"{rows},BKRD->BKSD", self.coefficients, self.basis)
         return rope.rotate(x, jnp.maximum(positions, 0)) if self.rotated else x
 
     def block(self, start, size, turn=None):
         coefficients = cut(self.coefficients, start, size, -2, turn)
         basis = take(self.basis, turn)
         return dataclasses.replace(self, coefficients=coefficients, basis=basis)
+
+    def pages(self, index, page, turn=None):
+        coefficients, basis = take((self.coefficients, self.basis), turn)
+        slot = index[..., None] * page + jnp.arange(page)
+        slot = slot.reshape(*index.shape[:2], -1)
+        mine = coefficients[jnp.arange(len(slot))[:, None, None], slot]
+        return dataclasses.replace(self, coefficients=mine, basis=basis)
 
     def settled(self):
         """The leading components, as many as some row needs, rounded up to `RANKS`."""

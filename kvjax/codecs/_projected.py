@@ -7,7 +7,7 @@ from typing import ClassVar, final
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.codecs.base import AbstractCodec, AbstractEncoded
+from kvjax.codecs.base import AbstractCodec, AbstractEncoded, picked
 from kvjax.fields import Fraction
 from kvjax.turns import cut, take
 from kvjax.types import pytree, static
@@ -36,6 +36,11 @@ class ProjectedArray(AbstractEncoded):
 
     def block(self, start, size, turn=None):
         coefficients = cut(self.coefficients, start, size, -2, turn)
+        basis = take(self.basis, turn)
+        return dataclasses.replace(self, coefficients=coefficients, basis=basis)
+
+    def pages(self, index, page, turn=None):
+        coefficients = picked(self.coefficients, index, page, self.slots, turn)
         basis = take(self.basis, turn)
         return dataclasses.replace(self, coefficients=coefficients, basis=basis)
 

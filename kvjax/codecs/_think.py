@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import exact
-from kvjax.codecs.base import AbstractCodec, AbstractEncoded
+from kvjax.codecs.base import AbstractCodec, AbstractEncoded, picked
 from kvjax.config import sized
 from kvjax.fields import Kept, Size
 from kvjax.pallas_kernels.partial import PIECE, row_sum
@@ -45,6 +45,10 @@ class ThinkArray(AbstractEncoded):
 
     def block(self, start, size, turn=None):
         data = cut(self.data, start, size, -2, turn)
+        return dataclasses.replace(self, data=data, channels=take(self.channels, turn))
+
+    def pages(self, index, page, turn=None):
+        data = picked(self.data, index, page, self.slots, turn)
         return dataclasses.replace(self, data=data, channels=take(self.channels, turn))
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvjax.fields import Checked
 from kvjax.pallas_kernels.quantized import Quantized
@@ -55,6 +55,16 @@ class AbstractEncoded(abc.ABC):
         With a `turn` those of one layer, where the arrays are those of several.
         """
 
+    def pages(
+        self, index: Int[Array, "B K C"], page: int, turn: Turn = None
+    ) -> "AbstractEncoded":
+        """Pages of `page` slots of each head, one behind the other, `[B, K, C * page]`.
+
+        Every leaf has its slots, or its groups of slots, on the second last axis.
+        """
+        slots = self.slots
+        return jax.tree.map(lambda x: picked(x, index, page, slots, turn), self)
+
     @property
     def block_multiple(self) -> int:
         """`start` and `size` of `block` must be multiples of this."""
@@ -79,6 +89,22 @@ class AbstractEncoded(abc.ABC):
             )
 
         return jax.tree.map(write, self, block)
+
+
+def picked(
+    x: Shaped[Array, "*layers B K X C"],
+    index: Int[Array, "B K C"],
+    page: int,
+    slots: int,
+    turn: Turn = None,
+) -> Array:
+    """Of `slots` slots of each head some pages, one behind the other."""
+    b, kv_heads, _ = index.shape
+    rows = x.shape[-2] * page // slots  # slots of a page, or their groups
+    row = jnp.arange(b) if turn is None else turn * b + jnp.arange(b)
+    first = (row[:, None] * kv_heads + jnp.arange(kv_heads)) * (slots // page)
+    line = x.reshape(-1, rows, x.shape[-1])
+    return line[first[..., None] + index].reshape(b, kv_heads, -1, x.shape[-1])
 
 
 def put_block(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Annotated, Self
 
-from kvjax.compress.plan import Eviction as Eviction
+from kvjax.compress.eviction import Eviction as Eviction
 from kvjax.compress.plan import LayerPlan as LayerPlan
 from kvjax.compress.plan import Storage as Storage
 from kvjax.config import sized
@@ -124,12 +124,13 @@ class Compression(Checked):
         """The fraction that `with_keep` sets, or None if there is no such knob."""
         if self.evict is not None:
             return self.evict.budget.keep
-        return self.read.kept if self.read.block else self.store.keys.kept
+        return self.store.keys.kept if self.read.whole else self.read.kept
 
     @property
     def has_budget(self) -> bool:
         """Whether `with_keep` changes anything."""
-        fractions = self.evict, self.read.block or None, self.store.keys.kept
+        read = None if self.read.whole else self.read
+        fractions = self.evict, read, self.store.keys.kept
         return any(x is not None for x in fractions)
 
     def with_keep(self, keep: float) -> Self:
@@ -140,7 +141,7 @@ class Compression(Checked):
         """
         if self.evict is not None:
             return dataclasses.replace(self, evict=self.evict.with_keep(keep))
-        if self.read.block:
+        if not self.read.whole:
             return dataclasses.replace(self, read=self.read.with_keep(keep))
         if self.store.keys.kept is not None:
             return dataclasses.replace(self, store=self.store.with_keep(keep))

@@ -144,8 +144,9 @@ def cache_of(
     else:
         blank = empty_tail(b, kv_heads, room, spec.head_dim, dtype)
         tail = jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), blank)
-    part = jax.vmap(lambda one: plan.read.index(one, spec))(body)
-    return LayerCache(parts=(part,), tail=tail, growth=growth, spec=spec)
+    # What wants tokens as they were is read in chunks only where they are plain.
+    parts = jax.vmap(lambda one: plan.read.index(one, one, (), spec))(body)
+    return LayerCache(parts=parts, tail=tail, growth=growth, spec=spec)
 
 
 def _whole(layout: Layout, lengths: Lengths) -> Lengths:

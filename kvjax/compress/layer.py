@@ -21,8 +21,9 @@ from kvjax.cache import (
 )
 from kvjax.codecs import AbstractCodec, AbstractEncoded
 from kvjax.compress.config import Compression
+from kvjax.compress.eviction import Eviction
 from kvjax.compress.observe import Observed
-from kvjax.compress.plan import Eviction, Storage
+from kvjax.compress.plan import Storage
 from kvjax.compress.priorities import held_of, own_or_handed
 from kvjax.compress.select import (
     Choice,
@@ -183,16 +184,33 @@ class _Builder:
         plan, slots = self.layout.plan, self.layout.slots
         block = plan.block
         if not block:
-            return self.layer((self.part(choice, slots),), self.tail(self.room))
+            page = plan.read.page
+            parts = self.indexed(choice, -(-slots // page) * page)
+            return self.layer(parts, self.tail(self.room))
         whole = counts // block * block  # tokens that are encoded now
         capacity = max(1, (slots + self.room) // block) * block
         index = jnp.arange(max(capacity, slots))
         body = _fit(choice, index.shape[0])
         body = Choice(body.index, body.live & (index < whole[:, None, None]))
-        part = self.part(_fit(body, capacity), capacity, filled=whole)
+        parts = self.indexed(_fit(body, capacity), capacity, filled=whole)
         tail = self.rest(choice, whole, counts, block)
         growth = Growth(block=block, keys=self.store.keys, values=self.store.values)
-        return self.layer((plan.read.index(part, self.spec),), tail, growth=growth)
+        return self.layer(parts, tail, growth=growth)
+
+    def indexed(
+        self, choice: Choice, slots: int, filled: Array | None = None
+    ) -> tuple[AbstractPart, ...]:
+        """Chosen tokens in parts that know what a query reads of them."""
+        part, read = self.part(choice, slots, filled), self.layout.plan.read
+        choice = _fit(choice, part.positions.shape[-1])
+        exact = Slots(
+            keys=PlainArray(data=take(self.held.k, choice)),
+            values=PlainArray(data=take(self.held.v, choice)),
+            positions=part.positions,
+            filled=filled,
+        )
+        seen = jax.tree.map(lambda x: _moved(x, choice), self.observed.index)
+        return read.index(part, exact, seen, self.spec)
 
     def rest(self, choice: Choice, whole: Array, counts: Array, block: int) -> Tail:
         """The chosen tokens behind the last whole block, plain."""

@@ -23,6 +23,7 @@ class Observed:
         memory: what the score remembers of the prompt, or None.
         look: what the budget has found in it.
         sides: what the codecs of keys and of values have.
+        index: what the read has.
         spec: the layer.
     """
 
@@ -31,13 +32,15 @@ class Observed:
     memory: Memory | None
     look: Any
     sides: tuple[Any, Any]
+    index: Any = ()
     positions: Int[Array, "*layers B K S"] | None = None
     spec: LayerSpec = static()
 
 
 def wants_mass(c: Compression) -> bool:
-    """Whether a score of `c` sums attention over all queries."""
-    return any(score.needs_mass for score in c.scores)
+    """Whether a score or a read of `c` sums attention over all queries."""
+    reads = (part.read for part in c.parts)
+    return any(one.needs_mass for one in (*c.scores, *reads))
 
 
 def observe(
@@ -64,8 +67,17 @@ def observe(
         keys.observe(inputs, held, "keys"),
         values.observe(inputs, held, "values"),
     )
-    k, v, spec = inputs.k, inputs.v, inputs.spec
-    return Observed(k=k, v=v, memory=memory, look=look, sides=sides, spec=spec)
+    if plan.read.needs_mass and mass is None:
+        mass = mass_of(inputs, held)
+    return Observed(
+        k=inputs.k,
+        v=inputs.v,
+        memory=memory,
+        look=look,
+        sides=sides,
+        index=plan.read.observe(inputs, held, mass),
+        spec=inputs.spec,
+    )
 
 
 def remember(

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import self_attention
-from kvjax.cache import LayerCache, Memory, Pages, Slots
+from kvjax.cache import LayerCache, Memory, Slots
 from kvjax.cache.parts import AbstractPart
+from kvjax.cache.selecting import AbstractSelecting
 from kvjax.codecs import PlainArray, straight_through
 from kvjax.compress import in_place
 from kvjax.compress.chunks import in_chunks
@@ -22,7 +23,6 @@ from kvjax.compress.observe import observe, wants_mass
 from kvjax.compress.relaxed import relaxed_choice
 from kvjax.compress.survey import Layout, Survey
 from kvjax.pallas_kernels.dense import map_query_chunks, query_chunk
-from kvjax.pallas_kernels.page_summary import page_summary
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.turns import take
@@ -176,7 +176,7 @@ def _plain(inputs: LayerInputs) -> Slots:
 
 def _grown(
     inputs: LayerInputs, layer: LayerCache
-) -> tuple[Slots | Pages, Slots, Int[Array, "B L"]]:
+) -> tuple[AbstractPart, Slots, Int[Array, "B L"]]:
     """A body that takes up blocks of later tokens, at its final size.
 
     Returns:
@@ -184,7 +184,7 @@ def _grown(
         remainder on; and per query how many slots had been encoded by then.
     """
     body, tail, growth = layer.parts[0], layer.tail, layer.growth
-    assert isinstance(body, Slots | Pages) and growth is not None
+    assert isinstance(body, Slots | AbstractSelecting) and growth is not None
     assert body.filled is not None
     tokens, block = inputs.k.shape[2], growth.block
     slots = -(-(body.positions.shape[-1] + block + tokens) // block) * block
@@ -204,26 +204,18 @@ def _grown(
         return jnp.where(mask, jnp.pad(first, pad), rest)
 
     rope = layer.spec.rope
-    fields = {
-        "keys": PlainArray(
-            data=joined(
-                body.keys.decode(body.positions, rope),
-                encoded.keys.decode(encoded.positions, rope),
-            )
-        ),
-        "values": PlainArray(
-            data=joined(
-                body.values.decode(body.positions, rope),
-                encoded.values.decode(encoded.positions, rope),
-            )
-        ),
-        "positions": joined(body.positions, encoded.positions),
-    }
-    if isinstance(body, Slots):
-        return Slots(**fields), plain, edges
-    live = fields["positions"] >= 0
-    low, high, _ = page_summary(fields["keys"].data, live, page=body.page)
-    return dataclasses.replace(body, **fields, low=low, high=high), plain, edges
+
+    def decoded(side: str) -> PlainArray:
+        first, rest = getattr(body, side), getattr(encoded, side)
+        first = first.decode(body.positions, rope)
+        return PlainArray(data=joined(first, rest.decode(encoded.positions, rope)))
+
+    held = Slots(
+        keys=decoded("keys"),
+        values=decoded("values"),
+        positions=joined(body.positions, encoded.positions),
+    )
+    return body.whole(held, layer.spec), plain, edges
 
 
 def _line(inputs, tail, wait, source) -> Slots:

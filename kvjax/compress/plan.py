@@ -4,87 +4,12 @@ import dataclasses
 import math
 from typing import Annotated, Self
 
-from kvjax.budgets import AbstractBudget, Uniform
 from kvjax.codecs import AbstractCodec, Plain
+from kvjax.compress.eviction import Eviction, undivided
 from kvjax.config import sized
 from kvjax.fields import Checked, Range
-from kvjax.merges import AbstractMerge
 from kvjax.reads import AbstractRead, All
 from kvjax.schedules import AbstractSchedule, AfterPrefill
-from kvjax.scorers import AbstractScorer, StreamingLLM
-from kvjax.units import AbstractUnit, Token
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Eviction(Checked):
-    """Which tokens are dropped.
-
-    Attributes:
-        score: how valuable a token is, per KV head.
-        unit: what is kept or dropped as one.
-        budget: who gets how many slots.
-        values: a smaller budget for values, or None for the same as keys. A token
-            that keeps only its key counts in the softmax, with the mean of the
-            dropped values as its value.
-        merge: what becomes of the dropped; None: nothing.
-    """
-
-    score: AbstractScorer
-    unit: AbstractUnit = Token()
-    budget: AbstractBudget
-    values: AbstractBudget | None = None
-    merge: AbstractMerge | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.budget.needs_gates and not self.unit.single:
-            raise ValueError(
-                f"{type(self.budget).__name__} keeps all tokens in some heads, which "
-                f"whole chunks of one size for all do not; got "
-                f"evict.unit={type(self.unit).__name__}. Use single tokens."
-            )
-        if self.budget.surveys and not self.unit.single:
-            raise ValueError(
-                f"{type(self.budget).__name__} compares scores of tokens of all "
-                "layers, and chunks have ranks in their stead; got "
-                f"evict.unit={type(self.unit).__name__}. Use single tokens."
-            )
-        if self.values is None:
-            return
-        if self.merge is not None:
-            raise ValueError(
-                "tokens that keep their key alone are not dropped: evict.values and "
-                f"evict.merge exclude each other; got {type(self.merge).__name__}. "
-                "Leave one of them out."
-            )
-        if self.budget.per_head or self.values.per_head:
-            raise ValueError(
-                "a separate budget for values needs the same number of slots in every "
-                "head; got a head-wise budget. Use uniform or pyramid budgets."
-            )
-        for name in ("keep", "slots", "bytes"):
-            keys, values = getattr(self.budget, name), getattr(self.values, name)
-            if (keys is None) != (values is None):
-                raise ValueError(
-                    f"budgets of keys and values must be in the same unit; got "
-                    f"{name}={keys} for keys and {values} for values."
-                )
-            if keys is not None and values > keys:
-                raise ValueError(
-                    f"values are kept only with their keys: evict.values.{name}="
-                    f"{values} must not be above evict.budget.{name}={keys}."
-                )
-
-    def with_keep(self, keep: float) -> Self:
-        """The same at another budget; that of values, if any, keeps its share."""
-        values = self.values
-        if values is not None:
-            share = 0.5
-            if values.keep is not None and self.budget.keep is not None:
-                share = values.keep / self.budget.keep
-            values = values.with_keep(keep * share)
-        budget = self.budget.with_keep(keep)
-        return dataclasses.replace(self, budget=budget, values=values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,13 +96,13 @@ class LayerPlan(Checked):
     def __post_init__(self):
         super().__post_init__()
         if self.evict is not None and self.evict.budget.per_head:
-            if not self.store.flat or self.block:
+            if not self.store.flat or self.changes:
                 raise ValueError(
                     "head-wise budgets use one flat buffer per layer, which "
                     f"{self._fixed()} do not support. Use a uniform or pyramid budget."
                 )
         if self.evict is not None and self.evict.values is not None:
-            if not self.store.flat or self.block:
+            if not self.store.flat or self.changes:
                 raise ValueError(
                     "a separate budget for values excludes residuals, low-rank storage "
                     f"and page reads; got {self._fixed()}."
@@ -186,38 +111,51 @@ class LayerPlan(Checked):
             self._check_bounded()
         if self.schedule.chunk is not None:
             self._check_chunks(self.schedule.chunk)
-        if self.read.block:
-            self._check_blocks()
+        if not self.read.whole:
+            self._check_pages()
 
     @property
     def block(self) -> int:
         """Tokens that move into the body together; 0: later tokens stay plain."""
         return self.store.residual or self.read.block
 
+    @property
+    def changes(self) -> bool:
+        """Whether the body takes up later tokens, or queries choose what they read."""
+        return bool(self.block) or not self.read.whole
+
     def _fixed(self) -> str:
         """What keeps the heads of a layer in step, in words."""
         found = []
         if self.store.residual:
             found.append(f"residuals (store.residual={self.store.residual})")
-        if self.read.block:
+        if not self.read.whole:
             found.append(f"page reads ({type(self.read).__name__})")
         names = (type(x).__name__ for x in self.store.codecs if not x.flat)
         found += [f"codecs of whole layers ({name})" for name in names]
         return " and ".join(found)
 
-    def _check_blocks(self) -> None:
+    def _check_pages(self) -> None:
+        read, residual = self.read, self.store.residual
         for name in ("keys", "values"):
             codec: AbstractCodec = getattr(self.store, name)
-            if not codec.appendable or self.read.block % codec.append_multiple:
+            whole = bool(read.block) and not codec.appendable
+            if whole or read.page % codec.append_multiple:
                 raise ValueError(
-                    f"pages of {self.read.block} slots must be decodable by "
-                    f"themselves; store.{name} groups {codec.append_multiple} slots or "
+                    f"pages of {read.page} slots must be decodable by themselves, and "
+                    f"so must later blocks, if the body of {type(read).__name__} takes "
+                    f"them; store.{name} groups {codec.append_multiple} slots or "
                     "encodes the whole prompt. Use larger pages or another codec."
                 )
-        if self.store.residual % self.read.block:
+        if residual and not read.block:
             raise ValueError(
-                f"`residual`={self.store.residual} must be a multiple of the page size "
-                f"{self.read.block}."
+                f"{type(read).__name__} leaves later tokens plain; got store.residual="
+                f"{residual}. Use 0."
+            )
+        if read.block and residual % read.block:
+            raise ValueError(
+                f"`residual`={residual} must be a multiple of the page size "
+                f"{read.block}."
             )
 
     @property
@@ -225,7 +163,7 @@ class LayerPlan(Checked):
         """What the tokens of a chunk of a prompt must be a multiple of."""
         if self.evict is not None:  # plain until the whole prompt has been read
             return 1
-        return math.lcm(self.block or 1, self.store.multiple)
+        return math.lcm(self.block or 1, self.read.page, self.store.multiple)
 
     def _check_chunks(self, size: int) -> None:
         """A prompt can be read chunk by chunk."""
@@ -239,6 +177,17 @@ class LayerPlan(Checked):
                     f"{where}, and store.{name}={type(codec).__name__} encodes what it "
                     "has seen whole. Use another codec, or schedule after_prefill."
                 )
+        read = type(self.read).__name__
+        if self.read.observes:
+            raise ValueError(
+                f"{where}, and {read} looks at all of it. Use another read, or "
+                "schedule after_prefill."
+            )
+        if self.read.exact and self.evict is None and not self.store.plain:
+            raise ValueError(
+                f"{where}, and {read} looks at tokens as they were, of which codes are "
+                "left. Use plain storage, or schedule after_prefill."
+            )
         if size % self.chunk_multiple:
             raise ValueError(
                 f"schedule.size must be a multiple of {self.chunk_multiple}, the "
@@ -266,7 +215,7 @@ class LayerPlan(Checked):
                 "the same slots in every head; use after_prefill for chunks, codecs, "
                 "head-wise budgets or separate value budgets."
             )
-        if self.read.block:
+        if not self.read.whole:
             raise ValueError(
                 f"schedule every_tokens and read {type(self.read).__name__} exclude "
                 "each other: pages are summaries of tokens that stay."
@@ -276,31 +225,3 @@ class LayerPlan(Checked):
                 f"{type(self.evict.score).__name__} looks at a prompt that it has as a "
                 "whole; schedule every_tokens needs a score of tokens as they come."
             )
-
-
-def undivided(evict: Eviction) -> str:
-    """What of an eviction needs a whole prompt, in words; empty: nothing does."""
-    unit, score = evict.unit, evict.score
-    if evict.budget.surveys:
-        return (
-            f"evict.budget={type(evict.budget).__name__} compares all layers once it "
-            "has seen it whole: use one that goes by lengths, or by a layer's scores"
-        )
-    if not unit.single or unit.reuse > 1:
-        return (
-            f"evict.unit={type(unit).__name__} with reuse={unit.reuse} keeps what "
-            "belongs together of all of it: use token, with reuse 1"
-        )
-    if evict.values is not None:
-        return "evict.values drops values of it alone: leave it out"
-    if score.probes:
-        return (
-            f"evict.score={type(score).__name__} reads it again: use a score of "
-            "tokens as they come"
-        )
-    return ""
-
-
-def recency(window: int) -> Eviction:
-    """What a sliding-window layer may drop without changing anything."""
-    return Eviction(score=StreamingLLM(n_sink=0), budget=Uniform(slots=window))

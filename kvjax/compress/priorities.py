@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from kvjax.cache import Memory, levelled
+from kvjax.compress.eviction import Eviction
 from kvjax.compress.observe import Observed
-from kvjax.compress.plan import Eviction
 from kvjax.compress.survey import Share
 from kvjax.types import Held, Lengths, Scores, padded_positions
 

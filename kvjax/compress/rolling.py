@@ -10,9 +10,9 @@ absolute positions. What has been dropped is gone. Slots are in the order of pos
 free ones anywhere.
 
 Which tokens stay is said by one bit per token (`kept`), so that a pass can be repeated
-with the decisions of the first one: they are then data, and scores are not needed. A
-layer in which nothing is dropped has a slot for every token, in the form in which they
-are stored (`kvjax.compress.growing`).
+with the decisions of the first one: they are then data, and scores are not needed
+(`kvjax.compress.rolled`). A layer in which nothing is dropped has a slot for every
+token, in the form in which they are stored (`kvjax.compress.growing`).
 """
 
 import dataclasses
@@ -20,11 +20,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Int
 
 from kvjax.cache import Memory, Shared, Slots, Tail, attend_earlier
 from kvjax.compress.observe import Observed, remember
 from kvjax.compress.priorities import ranked
+from kvjax.compress.rolled import Rolled, index_of, joined, kept_of, moved
 from kvjax.compress.select import choose, choose_flat, chosen_mask, head_counts
 from kvjax.compress.stored import merged
 from kvjax.compress.survey import Layout, Share
@@ -34,24 +35,6 @@ from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.turns import Turn, put, take
 from kvjax.types import EMPTY, Held, LayerInputs, LayerSpec, Lengths, pytree
-
-
-@pytree
-class Rolled:
-    """Plain tokens between two chunks; of several layers, with a first axis.
-
-    Attributes:
-        keys: after RoPE.
-        values: of the same tokens.
-        positions: theirs; a slot is free where `EMPTY`.
-        offsets: where the heads of a layer share its slots, and there is no axis for
-            heads: the first slot of each, and the end; else None.
-    """
-
-    keys: Array  # [*layers, B, K, C, D]
-    values: Array  # [*layers, B, K, C, D]
-    positions: Array  # [*layers, B, K, C]
-    offsets: Int[Array, "*layers B K+1"] | None = None
 
 
 @pytree
@@ -143,8 +126,8 @@ def read(
     out = merge([attend(asked, both), *others]).out
     share = take(at.share, jnp.asarray(asked.depth.layer))
     kept, memory, both = decided(before.memory, asked, both, at.seen, layout, share)
-    index = _index_of(kept, layout)
-    slots = jax.tree.map(lambda x: _moved(x, index), memory.slots)
+    index = index_of(kept, layout)
+    slots = jax.tree.map(lambda x: moved(x, index), memory.slots)
     after = Holding(
         tokens=kept_of(both, kept, layout),
         memory=dataclasses.replace(memory, slots=slots),
@@ -191,16 +174,6 @@ def opened(holding: Holding) -> Holding:
     )
     slots = jax.tree.map(of_heads, memory.slots)
     return Holding(tokens=apart, memory=dataclasses.replace(memory, slots=slots))
-
-
-def joined(held: Rolled, asked: LayerInputs) -> Rolled:
-    """What is held by every head, and behind it the new tokens."""
-    own = jnp.broadcast_to(asked.positions[:, None], asked.k.shape[:3])
-    pairs = zip(
-        (held.keys, held.values, held.positions), (asked.k, asked.v, own), strict=True
-    )
-    k, v, at = (jnp.concatenate(pair, axis=2) for pair in pairs)
-    return Rolled(keys=k, values=v, positions=at)
 
 
 def attend(asked: LayerInputs, both: Rolled) -> Partial:
@@ -271,53 +244,3 @@ def decided(
         k, v = merged(evict, memory, held, kept, share.counts)
         both = dataclasses.replace(both, keys=k, values=v)
     return kept, memory, both
-
-
-def kept_of(both: Rolled, kept: Bool[Array, "B K S"], layout: Layout) -> Rolled:
-    """Only the tokens that stay, in the layer's slots."""
-    index = _index_of(kept, layout)
-    live = index < kept[0].size if layout.shared else index < kept.shape[-1]
-    offsets = None
-    if layout.shared:
-        ends = jnp.cumsum(jnp.sum(kept, axis=-1, dtype=jnp.int32), axis=-1)
-        offsets = jnp.pad(ends, [(0, 0), (1, 0)])
-    return Rolled(
-        keys=jnp.where(live[..., None], _moved(both.keys, index), 0),
-        values=jnp.where(live[..., None], _moved(both.values, index), 0),
-        positions=jnp.where(live, _moved(both.positions, index), EMPTY),
-        offsets=offsets,
-    )
-
-
-def _index_of(kept: Bool[Array, "B K S"], layout: Layout) -> Array:
-    """The token of each slot, in the order of the tokens; beyond the last where none.
-
-    Of every head, `[B, K, C]`; where heads share, of all heads one behind the other,
-    `[B, C]`.
-    """
-    lead = kept.shape[:1] if layout.shared else kept.shape[:2]
-    flat = kept.reshape(*lead, -1)
-    count = flat.shape[-1]
-    index = jnp.sort(jnp.where(flat, jnp.arange(count), count), axis=-1)
-    short = max(0, layout.slots - count)
-    index = jnp.pad(index, [(0, 0)] * len(lead) + [(0, short)], constant_values=count)
-    return index[..., : layout.slots]
-
-
-def _moved(x: Array, index: Array) -> Array:
-    """`[B, K, S, ...]` of all tokens as that of the slots."""
-    lead = index.ndim - 1
-    x = x.reshape(*x.shape[:lead], -1, *x.shape[3:])
-    index = jnp.minimum(index, x.shape[lead] - 1)
-    index = index.reshape(*index.shape, *(1,) * (x.ndim - index.ndim))
-    return jnp.take_along_axis(x, index, axis=lead)
-
-
-def packed(kept: Bool[Array, "*shape S"]) -> UInt8[Array, "*shape P"]:
-    """Eight decisions in a byte."""
-    return jnp.packbits(kept, axis=-1)
-
-
-def unpacked(bits: UInt8[Array, "*shape P"], slots: int) -> Bool[Array, "*shape S"]:
-    """The decisions of `packed`, of which there were `slots`."""
-    return jnp.unpackbits(bits, axis=-1, count=slots).astype(bool)

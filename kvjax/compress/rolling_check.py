@@ -5,7 +5,8 @@ held is then plain tokens in slots, of which it is known which stayed.
 """
 
 from kvjax.compress.config import Compression
-from kvjax.compress.plan import Eviction, LayerPlan, undivided
+from kvjax.compress.eviction import Eviction, undivided
+from kvjax.compress.plan import LayerPlan
 
 
 def check_rolling(c: Compression) -> None:
@@ -29,7 +30,7 @@ def _check_plan(plan: LayerPlan) -> None:
     if not plan.store.plain:
         names = sorted({type(codec).__name__ for codec in plan.store.codecs})
         wrong = f"`store` must be plain; got {' and '.join(names)}"
-    elif plan.block:
+    elif plan.changes:
         wrong = f"`read` must be all; got {type(plan.read).__name__}"
     elif plan.schedule.interval is not None or plan.schedule.chunk is not None:
         wrong = (

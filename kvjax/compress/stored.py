@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Int
 
 from kvjax.cache import Memory, present
 from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray, straight_through
-from kvjax.compress.plan import Eviction
+from kvjax.compress.eviction import Eviction
 from kvjax.types import Held, LayerSpec
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from kvjax.compress.config import Compression
-from kvjax.compress.plan import Eviction, LayerPlan, recency
+from kvjax.compress.eviction import Eviction, recency
+from kvjax.compress.plan import LayerPlan
 from kvjax.depth import Depth
 from kvjax.turns import take
 from kvjax.types import LayerSpec, Lengths, Scores, pytree, static
@@ -292,6 +293,6 @@ def _sizeless(layout: Layout) -> Layout:
 
 def _poolable(plan: LayerPlan) -> bool:
     """Whether the body is one of tokens with their value that never changes."""
-    fixed = not plan.block and plan.schedule.interval is None
+    fixed = not plan.changes and plan.schedule.interval is None
     split = plan.evict is not None and plan.evict.values is not None
     return fixed and plan.store.flat and not split

@@ -12,6 +12,7 @@ from kvjax.compress.layer import build
 from kvjax.compress.observe import observe, wants_mass
 from kvjax.compress.survey import survey
 from kvjax.depth import Depth
+from kvjax.pallas_kernels.partial import merge
 from kvjax.prefills import Dense
 from kvjax.rope import Rope
 from kvjax.types import LayerInputs, LayerSpec, padded_positions
@@ -136,3 +137,22 @@ def compressed(
         return build(seen, lengths, layout, share, room=room, layer=layer)[0]
 
     return cache(sample.inputs, jnp.asarray(sample.lengths, jnp.int32))
+
+
+def full_row(sample: Sample, row: int, n: int):
+    """`q, k, v` of the first `n` tokens of a row, whatever its length."""
+    given = sample.inputs
+    arrays = (given.q, given.k, given.v)
+    q, k, v = (np.asarray(x, np.float64)[row, :, :n] for x in arrays)
+    return q, k, v
+
+
+def out_of(cache: LayerCache, sample: Sample, start: np.ndarray) -> np.ndarray:
+    """What the next token of each row reads from the parts, itself left out."""
+
+    @jax.jit
+    def read(cache, inputs):
+        given = (inputs.q, inputs.positions, cache.spec)
+        return merge([part.attend(*given) for part in (*cache.parts, cache.tail)]).out
+
+    return np.asarray(read(cache, decode_inputs(sample, start, 0)))

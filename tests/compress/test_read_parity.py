@@ -13,7 +13,6 @@ from kvjax.codecs import Affine, AffineArray, PlainArray
 from kvjax.compress.config import Compression, Eviction, Storage
 from kvjax.pallas_kernels.page_score import page_score
 from kvjax.pallas_kernels.page_summary import page_summary
-from kvjax.pallas_kernels.partial import merge
 from kvjax.pallas_kernels.quantized import numbers
 from kvjax.prefills import VerticalSlash
 from kvjax.reads import Quest
@@ -24,10 +23,11 @@ from kvjax.units import Chunk
 from tests import reference
 from tests.compress.samples import (
     SPECS,
-    Sample,
     compressed,
     decode_inputs,
     draw,
+    full_row,
+    out_of,
     prefix,
 )
 
@@ -35,25 +35,6 @@ LENGTHS = np.array([75, 48, 61])
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 ATTEND = jax.jit(LayerCache.attend)
 GIVEN_SPEC = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-
-
-def full_row(sample: Sample, row: int, n: int):
-    """`q, k, v` of the first `n` tokens of a row, whatever its length."""
-    given = sample.inputs
-    arrays = (given.q, given.k, given.v)
-    q, k, v = (np.asarray(x, np.float64)[row, :, :n] for x in arrays)
-    return q, k, v
-
-
-def out_of(cache: LayerCache, sample: Sample, start: np.ndarray) -> np.ndarray:
-    """What the next token of each row reads from the parts, itself left out."""
-
-    @jax.jit
-    def read(cache, inputs):
-        given = (inputs.q, inputs.positions, cache.spec)
-        return merge([part.attend(*given) for part in (*cache.parts, cache.tail)]).out
-
-    return np.asarray(read(cache, decode_inputs(sample, start, 0)))
 
 
 @GIVEN_SPEC

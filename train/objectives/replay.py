@@ -30,7 +30,7 @@ from flax import nnx
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array
 
-from kvjax.compress.rolling import Rolled
+from kvjax.compress.rolled import Rolled
 from kvjax.models.chunked import Chunking, Kept, plainly
 from kvjax.models.decoder import Decoder
 from kvjax.train.objectives.losses import TokenScores, scores_of
