@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from kvjax.prefills._a_shape import AShape as AShape
 from kvjax.prefills._block_topk import BlockTopK as BlockTopK
+from kvjax.prefills._by_head import ByHead as ByHead
 from kvjax.prefills._delayed import Delayed as Delayed
 from kvjax.prefills._dense import Dense as Dense
 from kvjax.prefills._flex_prefill import FlexPrefill as FlexPrefill
@@ -24,5 +25,6 @@ PREFILLS: Mapping[str, type[AbstractPrefill]] = MappingProxyType(
         "block_topk": BlockTopK,
         "flex_prefill": FlexPrefill,
         "xattention": XAttention,
+        "by_head": ByHead,
     }
 )

@@ -83,16 +83,13 @@ class Chosen:
         most = n if self.most is None else max(1, min(n, self.most))
         if self.blocks is None:
             assert self.diagonals is not None
-            kept, shape = self.diagonals[..., :n], {"block": self.block}
-            kind, name = Diagonals, "offsets"
-        else:
-            kept = self.map(rows, n) & (jnp.arange(n) <= jnp.arange(n)[:, None])
-            shape = {"block_q": self.block, "block_k": self.block}
-            kind, name = BlockList, "index"
-        # What is kept comes first, in order; the op looks at no other entry.
-        entries = jnp.argsort(~kept, axis=-1, stable=True)[..., :most]
-        counts = jnp.sum(kept, axis=-1, dtype=jnp.int32)
-        return kind(**{name: entries.astype(jnp.int32)}, counts=counts, **shape)
+            entries, counts = _in_front(self.diagonals[..., :n], most)
+            return Diagonals(offsets=entries, counts=counts, block=self.block)
+        earlier = jnp.arange(n) <= jnp.arange(n)[:, None]
+        entries, counts = _in_front(self.map(rows, n) & earlier, most)
+        return BlockList(
+            index=entries, counts=counts, block_q=self.block, block_k=self.block
+        )
 
     def parts(self, inputs: LayerInputs) -> list[Partial]:
         """Attention over blocks and over columns, each by itself.
@@ -178,6 +175,17 @@ class Chosen:
         computed = jnp.sum(jnp.where(seen, cost, 0), axis=(2, 3))
         whole = jnp.maximum(jnp.sum(seen, axis=(2, 3), dtype=jnp.float32), 1)
         return jnp.broadcast_to(computed / whole, (b, h))
+
+
+def _in_front(
+    kept: Bool[Array, "*lead N"], most: int
+) -> tuple[Int[Array, "*lead C"], Int[Array, "*lead"]]:
+    """Where what is kept lies, in order, and how much there is.
+
+    `sparse_prefill` looks at no other entry.
+    """
+    entries = jnp.argsort(~kept, axis=-1, stable=True)[..., :most]
+    return entries.astype(jnp.int32), jnp.sum(kept, axis=-1, dtype=jnp.int32)
 
 
 def visible_blocks(

@@ -12,7 +12,7 @@ import pytest
 
 from kvjax.pallas_kernels.dense import causal_attention
 from kvjax.pallas_kernels.partial import Partial
-from kvjax.prefills import PREFILLS, AbstractPattern
+from kvjax.prefills import PREFILLS, AbstractPattern, Dense
 from kvjax.prefills.chosen import own
 from kvjax.prefills.ranking import fewest, highest
 from kvjax.types import EMPTY, LayerInputs
@@ -73,7 +73,7 @@ PATTERNS: dict[str, tuple[str, dict[str, Any], Callable[..., np.ndarray]]] = {
     ),
 }
 EVERY = pytest.mark.parametrize("name", PATTERNS)
-SPARSE = {
+SPARSE: dict[str, Callable[..., AbstractPattern]] = {
     name: cls for name, cls in PREFILLS.items() if issubclass(cls, AbstractPattern)
 }
 
@@ -195,6 +195,10 @@ def small(name: str) -> dict[str, Any]:
     if name == "vertical_slash":
         sizes = {"vertical": 9, "slash": 3, "last_q": 8, "first": 2, "local": 1}
         return sizes
+    if name == "by_head":
+        others = ("vertical_slash", "a_shape", "xattention")
+        patterns = [SPARSE[one](block=16, **small(one)) for one in others]
+        return {"patterns": (*patterns, Dense()), "table": ((0, 1, 2, 3),)}
     found = (fields for kind, fields, _ in PATTERNS.values() if kind == name)
     return next(found)
 
@@ -264,10 +268,12 @@ def test_the_switch_heeds_a_prefix(name):
     )
     fields = small(name) | {"block": 16}
     ours = attend(
-        SPARSE[name](dense_below=70, **fields), sample.inputs, lengths, 0, past
+        SPARSE[name](dense_below=70, **fields), sample.inputs, lengths, False, past
     )
-    near = attend(PREFILLS["dense"](), sample.inputs, lengths, 0, past)
-    far = attend(SPARSE[name](dense_below=0, **fields), sample.inputs, lengths, 0, past)
+    near = attend(PREFILLS["dense"](), sample.inputs, lengths, False, past)
+    far = attend(
+        SPARSE[name](dense_below=0, **fields), sample.inputs, lengths, False, past
+    )
     close(ours[0][0], far[0][0])
     close(ours[0][1, :, :60], near[0][1, :, :60])
 
@@ -323,7 +329,8 @@ def test_the_fewest_are_as_few_as_reach_it(seed):
     mass[:, ::7] = 0
     total = mass.sum(-1, keepdims=True)
     for share in (-0.1, 0.0, 0.3, 0.9, 2.0):
-        kept = np.asarray(fewest(jnp.asarray(mass, jnp.float32), share * total))
+        wanted = jnp.asarray(share * total, jnp.float32)
+        kept = np.asarray(fewest(jnp.asarray(mass, jnp.float32), wanted))
         for row in range(5):
             want = np.zeros(40, bool)
             want[prefilling.reaching(mass[row], share * total[row, 0])] = True
