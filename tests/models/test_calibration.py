@@ -23,7 +23,7 @@ from kvjax.prefills import (
     XAttention,
 )
 from kvjax.prefills.chosen import own
-from tests.compress.test_prefill_patterns import (
+from tests.compress.patterns import (
     SPECS,
     attend,
     peaked,
