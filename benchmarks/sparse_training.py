@@ -71,7 +71,7 @@ def main() -> int:
         repeats=3,
     )
     sizes = {"vertical": args.vertical, "local": args.local, "block": args.block}
-    fields = {**sizes, "slash": args.local, "first": 0}
+    fields = {**sizes, "slash": args.local, "first": 0, "dense_below": 0}
     how = {
         "dense": kvjax.compression("none"),
         "sparse": kvjax.compression(

@@ -5,6 +5,8 @@ it reads.
 """
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
@@ -17,7 +19,9 @@ from kvjax.models.finite import check_logits
 from kvjax.models.inference import prefill
 from kvjax.models.prompts import CompressedPrompt, Prompt, read_prompt
 from kvjax.models.shared_pass import SharedPass, read_shared
-from kvjax.prefills import AbstractPrefill
+from kvjax.prefills import AbstractPattern, AbstractPrefill
+
+LOG = logging.getLogger("kvjax.eval")
 
 
 @final
@@ -37,6 +41,7 @@ class PromptReader:
         self.model, self.share, self.mass = model, share, mass
         self._at: tuple[int, int] | None = None
         self._passes: dict[AbstractPrefill, Timed[SharedPass]] = {}
+        self._dense: set[AbstractPrefill] = set()
 
     def again(self, c: Compression) -> bool:
         """Whether prompts are read anew for every budget."""
@@ -50,6 +55,7 @@ class PromptReader:
         Raises:
             ValueError: the model gives logits that are not finite.
         """
+        self._note_dense(c.prefill, [len(group.prompts[i]) for i in index])
         if self.again(c):
             tokens, lengths = group.read(index)
             room = {"max_new_tokens": group.room}
@@ -71,6 +77,21 @@ class PromptReader:
             )
         check_logits(self.model.dtype, read.value.logits, " behind the prompts")
         return read
+
+    def _note_dense(self, prefill: AbstractPrefill, lengths: Sequence[int]) -> None:
+        """Say once of a pattern that prompts are too short for it."""
+        if not isinstance(prefill, AbstractPattern) or prefill in self._dense:
+            return
+        if short := sum(length < prefill.dense_below for length in lengths):
+            self._dense.add(prefill)
+            LOG.warning(
+                "%s: %d of %d prompts have fewer than %d tokens and are read densely; "
+                "prefill.dense_below=0 has all of them read sparsely",
+                type(prefill).__name__,
+                short,
+                len(lengths),
+                prefill.dense_below,
+            )
 
     def _pass(
         self, group: AbstractGroup, c: Compression, index: np.ndarray

@@ -12,6 +12,7 @@ from kvjax.compress import Storage as Storage
 from kvjax.compress import compression as compression
 from kvjax.compress import compressions as compressions
 from kvjax.models.caches import load_cache as load_cache
+from kvjax.models.calibration import calibrate as calibrate
 from kvjax.models.generation import Generation as Generation
 from kvjax.models.generation import generate as generate
 from kvjax.models.generation import generate_from as generate_from

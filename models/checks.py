@@ -229,6 +229,7 @@ def reading(config: DecoderConfig, prefill: AbstractPrefill) -> None:
             '`prefill` must be a way to read prompts, as `kvjax.compression("snapkv")'
             f".prefill` is; got {shown(prefill)}."
         )
+    prefill.suits(config.num_layers, config.num_heads)
     _retention(config, prefill.needs_retention)
 
 

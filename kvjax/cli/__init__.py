@@ -1,3 +1,3 @@
-"""The command line: `kvjax demo|eval|lm-eval|generate|report|bench|convert`."""
+"""The command line: `kvjax demo|eval|lm-eval|generate|report|bench|...`."""
 
 from kvjax.cli.main import main as main

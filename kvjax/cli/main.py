@@ -17,6 +17,7 @@ from rich.console import Console
 
 from kvjax.cli.base import CLOSED_OUTPUT, UI, Command
 from kvjax.cli.bench import Bench
+from kvjax.cli.calibrate import Calibrate
 from kvjax.cli.convert import Convert
 from kvjax.cli.demo import Demo
 from kvjax.cli.evaluate import Eval
@@ -38,6 +39,7 @@ COMMANDS: Mapping[str, type[Command]] = MappingProxyType(
         "generate": Generate,
         "report": Report,
         "bench": Bench,
+        "calibrate": Calibrate,
         "convert": Convert,
         "fetch": Fetch,
     }

@@ -21,6 +21,15 @@ class AbstractPrefill(Checked, abc.ABC):
     causal: ClassVar[bool] = False
     """Whether every token sees all before it."""
 
+    def suits(self, layers: int, heads: int) -> None:
+        """Raise `ValueError` if it is not for a model of so many layers and heads.
+
+        Args:
+            layers: of the model.
+            heads: query heads of a layer.
+        """
+        del layers, heads
+
     @abc.abstractmethod
     def attend(
         self,

@@ -183,6 +183,25 @@ def test_bench(kvjax, checkpoint):
     assert all(row["prefill_ms"] > 0 and row["ms_per_token"] > 0 for row in rows)
 
 
+def test_calibrate(kvjax, checkpoint, tmp_path):
+    """What it writes is a compression of that model."""
+    out, small = tmp_path / "table.yaml", "block: 16"
+    words = ["calibrate", out, "--model", checkpoint, "--length", 200]
+    for pattern in ("{type: a_shape, first: 16, local: 16, ", "{type: tri_shape, "):
+        words += ["--candidate", pattern + small + "}"]
+    code, text, _ = kvjax(*words, "--candidate", "dense", "--retain", 0.9, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["out"] == str(out)
+    assert sum(one["heads"] for one in found["patterns"]) == 8
+    assert 0.9 <= found["retained"] <= 1 and 150 < found["tokens"][0] <= 200
+    words = ["generate", "--model", checkpoint, "--prompt", "The sun is low.", "--set"]
+    words += ["prefill.dense_below=0", "--compression", out, "--max-new-tokens", 2]
+    assert kvjax(*words)[0] == 0
+    words = ["calibrate", out, "--model", checkpoint, "--candidate", "{type: nothing}"]
+    code, _, err = kvjax(*words)
+    assert code == 2 and "Unknown prefill 'nothing'" in err
+
+
 def test_convert(kvjax, checkpoint, tmp_path):
     out = tmp_path / "copy"
     code, text, _ = kvjax("convert", checkpoint, out, "--dtype", "float16", "--json")

@@ -85,7 +85,7 @@ def test_quest_reads_the_best_pages(spec, keep):
 def test_vertical_slash(spec, last_q):
     sizes = {"vertical": 32, "slash": 50, "last_q": last_q}
     sample = draw(2, spec, (96, 70, 55), width=100)
-    prefill = VerticalSlash(**sizes, first=5, local=12, block=1)
+    prefill = VerticalSlash(**sizes, first=5, local=12, block=1, dense_below=0)
     lengths = jnp.asarray(sample.lengths, jnp.int32)
     pattern = jax.jit(prefill.pattern)(sample.inputs, lengths)
     columns, diagonals = map(np.asarray, pattern)
@@ -118,6 +118,7 @@ def test_vertical_slash_in_blocks(spec, block, sizes):
         first=first,
         local=local,
         block=block,
+        dense_below=0,
     )
     lengths = jnp.asarray(sample.lengths, jnp.int32)
     pattern = jax.jit(prefill.pattern)(sample.inputs, lengths)

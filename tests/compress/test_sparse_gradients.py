@@ -70,7 +70,7 @@ def test_gradient_is_that_of_masked_dense_attention(case, monkeypatch):
     block, lengths, spec = CASES[case]
     sample = with_padding(draw(5, spec, lengths, width=max(lengths) + 3), np.nan)
     prefill = VerticalSlash(
-        vertical=12, slash=2, last_q=16, first=2, local=1, block=block
+        vertical=12, slash=2, last_q=16, first=2, local=1, block=block, dense_below=0
     )
     backward, terms = [], gradient.row_terms
     note = lambda *args: backward.append(1) or terms(*args)  # noqa: E731
@@ -116,7 +116,10 @@ def test_the_choice_of_blocks_is_not_differentiated(monkeypatch):
 
     monkeypatch.setattr(module, "column_stats", blunt)
     sample = draw(5, CASES["block16"][2], (64, 40))
-    prefill, size = VerticalSlash(block=16), jnp.asarray(sample.lengths, jnp.int32)
+    prefill, size = (
+        VerticalSlash(block=16, dense_below=0),
+        jnp.asarray(sample.lengths, jnp.int32),
+    )
 
     def total(q, k):
         inputs = dataclasses.replace(sample.inputs, q=q, k=k)

@@ -210,6 +210,20 @@ def test_a_shared_pass_shows_what_the_method_sees(model):
         bare.prompt(kvjax.compression("vertical_slash"))
 
 
+def test_prompts_that_are_too_short_for_a_pattern_are_named(model, caplog):
+    reader = reading.PromptReader(model)
+    pattern = kvjax.compression("xattention", **{"prefill.dense_below": 100}).prefill
+    reader._note_dense(pattern, [100, 250])
+    reader._note_dense(kvjax.compression("none").prefill, [10])
+    assert not caplog.records
+    for _ in range(2):  # said once
+        reader._note_dense(pattern, [99, 100, 40])
+    assert [record.getMessage() for record in caplog.records] == [
+        "XAttention: 2 of 3 prompts have fewer than 100 tokens and are read densely; "
+        "prefill.dense_below=0 has all of them read sparsely"
+    ]
+
+
 def test_compiling_is_not_running(both):
     for row in both[2]:
         assert row["prefill_ms"] > 0 and row["compress_ms"] > 0

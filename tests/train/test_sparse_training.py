@@ -24,6 +24,7 @@ FIELDS = {
     "prefill.first": 2,
     "prefill.local": 2,
     "prefill.block": 16,
+    "prefill.dense_below": 0,
 }
 
 
