@@ -18,7 +18,7 @@ from kvjax.pallas_kernels.paged_decode import paged_decode
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.turns import Turn, flat, put, row_of, take
-from kvjax.types import EMPTY, pytree, static
+from kvjax.types import EMPTY, nbytes, pytree, static
 
 LANES = 128
 """Numbers side by side in the registers of a TPU."""
@@ -97,6 +97,11 @@ class Pages(AbstractPart):
     @property
     def free(self):
         return self.positions.shape[-1] - self.filled
+
+    @property
+    def read_bytes(self):
+        whole, pages = nbytes((self.keys, self.values)), self.low.shape[-2]
+        return nbytes(self) - whole + -(-whole * self.most // pages)
 
     def attend(self, q, q_positions, spec, limit=None, turn=None):
         index, read = self._selected(q, q_positions, limit, turn)
