@@ -23,5 +23,6 @@ from kvjax.models.io import save as save
 from kvjax.models.prefixes import PrefixStore as PrefixStore
 from kvjax.models.simulate import simulate as simulate
 from kvjax.models.slopes import gate_slopes as gate_slopes
+from kvjax.planning import plan as plan
 
 __version__ = "0.1.0"

@@ -28,7 +28,10 @@ class Target:
         environment: to be set before JAX is imported.
         slices: topologies by their number of chips; `topology` has the name of one.
         hbm_bytes: of one device of the topology.
+        usable_bytes: of it that the compiler gives to a program, in its own words where
+            one does not fit; all of it where it does not say.
         hbm_bandwidth: bytes per second of one device of the topology.
+        bf16_flops: of one device of the topology, per second, without sparsity.
         onchip: what a kernel's blocks live in.
         onchip_bytes: of it, for one TensorCore or one thread block.
         source: of these numbers.
@@ -43,7 +46,9 @@ class Target:
     environment: Mapping[str, str]
     slices: Mapping[int, str]
     hbm_bytes: int
+    usable_bytes: int
     hbm_bandwidth: int
+    bf16_flops: int
     onchip: Literal["VMEM", "SMEM"]
     onchip_bytes: int
     source: str
@@ -63,6 +68,7 @@ class Target:
         return {**self.topology, "topology_name": self.slices[chips]}
 
 
+_GIB = 1 << 30
 _FLAT = MappingProxyType(
     {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}
 )
@@ -99,7 +105,8 @@ def _tpu(
         ),
         slices=MappingProxyType({n: f"{prefix}:{s}" for n, s in shapes.items()}),
         onchip="VMEM",
-        source="jax 0.11.2, `jax._src.tpu_info`; per TensorCore",
+        source="jax 0.11.2, `jax._src.tpu_info`; on-chip memory is of one TensorCore; "
+        "usable bytes: what libtpu 0.0.51 said of a program of 400 GiB",
         **known,
     )
 
@@ -121,6 +128,44 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
 
+# The same die (132 multiprocessors, 50 MiB of cache) with other memory: SXM5, HBM3.
+_H100 = (
+    _H200.replace("4800000000000", "3350000000000")
+    .replace("150000000000", "80000000000")
+    .replace("NVIDIA H200", "NVIDIA H100 80GB HBM3")
+)
+
+
+def _gpu(
+    name: str,
+    description: str,
+    kind: str,
+    *,
+    hbm_bytes: int,
+    hbm_bandwidth: int,
+    kernels: bool = True,
+) -> Target:
+    topology = {"platform": "cuda", "topology_name": name, "topology": "1x1x1"}
+    return Target(
+        name=name,
+        family="cuda",
+        backend="gpu",
+        device_kind=kind,
+        topology=MappingProxyType({**topology, "target_config": description}),
+        environment=MappingProxyType(_QUIET),
+        slices=MappingProxyType({1: name}),
+        hbm_bytes=hbm_bytes,
+        usable_bytes=hbm_bytes,
+        hbm_bandwidth=hbm_bandwidth,
+        bf16_flops=989_000_000_000_000,
+        onchip="SMEM",
+        onchip_bytes=232_448,
+        source="NVIDIA's data sheets of H100 SXM and H200 SXM (dense bfloat16); CUDA's "
+        "limit of shared memory per block",
+        kernels=kernels,
+    )
+
+
 _ALL = (
     _tpu(
         "v5e",
@@ -129,7 +174,9 @@ _ALL = (
         "v5litepod-4",
         _FLAT,
         hbm_bytes=16 << 30,
+        usable_bytes=1575 * _GIB // 100,
         hbm_bandwidth=820_000_000_000,
+        bf16_flops=197_000_000_000_000,
         onchip_bytes=128 << 20,
     ),
     _tpu(
@@ -139,7 +186,9 @@ _ALL = (
         "v6e-4",
         _FLAT,
         hbm_bytes=32 << 30,
+        usable_bytes=3124 * _GIB // 100,
         hbm_bandwidth=1_640_000_000_000,
+        bf16_flops=920_000_000_000_000,
         onchip_bytes=128 << 20,
     ),
     _tpu(
@@ -149,7 +198,9 @@ _ALL = (
         "tpu7x-8",
         _CUBE,
         hbm_bytes=96 << 30,
+        usable_bytes=9474 * _GIB // 100,
         hbm_bandwidth=3_700_000_000_000,
+        bf16_flops=1_155_000_000_000_000,
         onchip_bytes=64 << 20,
     ),
     _tpu(
@@ -159,30 +210,26 @@ _ALL = (
         "v5p-8",
         _CUBE,
         hbm_bytes=95 << 30,
+        usable_bytes=95 << 30,
         hbm_bandwidth=2_460_000_000_000,
+        bf16_flops=459_000_000_000_000,
         onchip_bytes=64 << 20,
         kernels=False,
     ),
-    Target(
-        name="h200",
-        family="cuda",
-        backend="gpu",
-        device_kind="NVIDIA H200",
-        topology=MappingProxyType(
-            {
-                "platform": "cuda",
-                "topology_name": "h200",
-                "topology": "1x1x1",
-                "target_config": _H200,
-            }
-        ),
-        environment=MappingProxyType(_QUIET),
-        slices=MappingProxyType({1: "h200"}),
+    _gpu(
+        "h200",
+        _H200,
+        "NVIDIA H200",
         hbm_bytes=141_000_000_000,
         hbm_bandwidth=4_800_000_000_000,
-        onchip="SMEM",
-        onchip_bytes=232_448,
-        source="NVIDIA H200 data sheet; CUDA's limit of shared memory per block",
+    ),
+    _gpu(
+        "h100",
+        _H100,
+        "NVIDIA H100 80GB HBM3",
+        hbm_bytes=80_000_000_000,
+        hbm_bandwidth=3_350_000_000_000,
+        kernels=False,
     ),
 )
 

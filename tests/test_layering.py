@@ -35,6 +35,7 @@ LADDER = (
     ("summary",),
     ("models",),
     ("train", "eval"),
+    ("planning",),
     ("cli",),
 )
 """A module imports from its own rung and from those above it in this list."""

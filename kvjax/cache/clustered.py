@@ -59,7 +59,6 @@ class Clustered(AbstractSelecting):
     span: Int[Array, "*layers B K C 2"]
     order: Int[Array, "*layers B K S 1"]
     budget: PageBudget = static()
-    most: int = static()
     segment: int = static()
     cluster: int = static()
     iterations: int = static()

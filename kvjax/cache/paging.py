@@ -41,14 +41,9 @@ class PageBudget:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractPages(AbstractSelecting):
-    """Pages of which the best ones are read; `budget` says how many.
-
-    Attributes:
-        most: the most that any query reads.
-    """
+    """Pages of which the best ones are read; `budget` says how many."""
 
     budget: PageBudget = static()
-    most: int = static()
 
     spares: ClassVar[bool] = False
     """Whether pages that are always read are beside the budget, not within it."""

@@ -17,7 +17,7 @@ from kvjax.pallas_kernels.decode_attention.api import MOST_QUERIES
 from kvjax.pallas_kernels.partial import Partial, softmax_partial
 from kvjax.pallas_kernels.slots import slot_logits, slot_mask
 from kvjax.turns import Turn, flat, put, row_of, take
-from kvjax.types import EMPTY, NEG_INF, LayerSpec, pytree
+from kvjax.types import EMPTY, NEG_INF, LayerSpec, nbytes, pytree
 
 if TYPE_CHECKING:  # the tail is itself a part
     from kvjax.cache.tail import Tail
@@ -56,6 +56,11 @@ class AbstractPart(abc.ABC):
     def free(self) -> Int[Array, "*layers B"] | None:
         """Slots that are left for later blocks; None for parts that do not grow."""
         return None
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a decode step reads of it at most; arrays may be shapes."""
+        return nbytes(self)
 
     def layer(self, turn: int) -> Self:
         """One layer's, where the part is that of several."""

@@ -16,7 +16,7 @@ from kvjax.pallas_kernels.paged_decode import paged_decode
 from kvjax.pallas_kernels.partial import Partial
 from kvjax.pallas_kernels.slots import attend_block, slot_mask
 from kvjax.turns import Turn, put, take
-from kvjax.types import LayerSpec, static
+from kvjax.types import LayerSpec, nbytes, static
 
 LANES = 128
 """Numbers side by side in the registers of a TPU."""
@@ -29,10 +29,11 @@ NEVER = np.iinfo(np.int32).max
 class AbstractSelecting(AbstractPart):
     """Tokens of which each query reads, per KV head, the pages that it chooses.
 
-    `page` slots are read as one. Everything goes by `positions`; the slots of a row are
-    taken from the first on, `filled` of them, later blocks behind those of the prompt.
-    All arrays are on the device. What is read is found before it is fetched, by the
-    numbers of pages, so that values could be fetched from elsewhere.
+    `page` slots are read as one, and no query reads more than `most` of them.
+    Everything goes by `positions`; the slots of a row are taken from the first on,
+    `filled` of them, later blocks behind those of the prompt. All arrays are on the
+    device. What is read is found before it is fetched, by the numbers of pages, so that
+    values could be fetched from elsewhere.
     """
 
     keys: AbstractEncoded
@@ -40,6 +41,7 @@ class AbstractSelecting(AbstractPart):
     positions: Int[Array, "*layers B K S"]
     filled: Int[Array, "*layers B"]
     page: int = static()
+    most: int = static()
 
     SUMMARY: ClassVar[tuple[str, ...]] = ()
     """Fields that say what is in the slots; leaves `[*layers, B, K, X, C]`, each entry
@@ -77,6 +79,16 @@ class AbstractSelecting(AbstractPart):
     @property
     def free(self):
         return self.positions.shape[-1] - self.filled
+
+    @property
+    def read_bytes(self):
+        whole, pages = nbytes((self.keys, self.values)), self.slots // self.page
+        return nbytes(self) - whole + -(-whole * self.most // pages)
+
+    @property
+    def slots(self) -> int:
+        """Slots of a head."""
+        return int(self.positions.shape[-1])
 
     def live_positions(self, turn=None):
         return by_head(take(self.positions, turn))

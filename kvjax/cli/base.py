@@ -92,6 +92,11 @@ class Command(abc.ABC):
     def show(self, result: Mapping[str, Any], console: Console) -> None:
         """Print the result for people."""
 
+    def code(self, result: Mapping[str, Any]) -> int:
+        """Exit code of what `run` has returned."""
+        del result
+        return 0
+
     @classmethod
     def description(cls) -> str:
         """Text at the head of `--help`."""

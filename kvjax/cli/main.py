@@ -25,6 +25,7 @@ from kvjax.cli.fetch import Fetch
 from kvjax.cli.finetune import Finetune
 from kvjax.cli.generate import Generate
 from kvjax.cli.lm_eval import LmEval
+from kvjax.cli.plan import PlanCommand
 from kvjax.cli.report import Report
 from kvjax.files import is_full
 from kvjax.messages import nearest, shown
@@ -38,6 +39,7 @@ COMMANDS: Mapping[str, type[Command]] = MappingProxyType(
         "finetune": Finetune,
         "generate": Generate,
         "report": Report,
+        "plan": PlanCommand,
         "bench": Bench,
         "calibrate": Calibrate,
         "convert": Convert,
@@ -222,7 +224,7 @@ def execute(command: Command) -> int:
             traceback.print_exc()
         _complain(said)
         return WRONG
-    return 0
+    return command.code(result)
 
 
 def explained(wrong: Exception) -> str | None:

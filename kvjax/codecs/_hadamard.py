@@ -39,6 +39,10 @@ class HadamardArray(AbstractEncoded):
     def settled(self):
         return dataclasses.replace(self, of=self.of.settled())
 
+    @property
+    def settles(self):
+        return self.of.settles
+
     def block(self, start, size, turn=None):
         return dataclasses.replace(self, of=self.of.block(start, size, turn))
 

@@ -22,7 +22,8 @@ class AbstractEncoded(abc.ABC):
     """An encoded array: codes plus the side state that decodes them. A pytree.
 
     Logical shape `[*lead, S, D]`: slots by channels. Leading axes are `B K` in a
-    `Slots` part and `B` in a `Ragged` one.
+    `Slots` part and `B` in a `Ragged` one. The first field holds the numbers or their
+    codes, or what does; the others are the side state that decodes them.
     """
 
     @property
@@ -47,6 +48,24 @@ class AbstractEncoded(abc.ABC):
         With arrays of several layers, to what any of them needs.
         """
         return self
+
+    @property
+    def settles(self) -> bool:
+        """Whether `settled` may be smaller, by data."""
+        return type(self).settled is not AbstractEncoded.settled
+
+    @property
+    def apart(self) -> tuple[Any, Any]:
+        """The numbers or their codes, and the side state, as trees of arrays."""
+        first, *others = (
+            getattr(self, field.name)
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if not field.metadata.get("static")
+        )
+        if isinstance(first, AbstractEncoded):
+            codes, side = first.apart
+            return codes, (side, others)
+        return first, others
 
     @abc.abstractmethod
     def block(self, start: Any, size: int, turn: Turn = None) -> "AbstractEncoded":

@@ -19,7 +19,7 @@ from kvjax.cache import (
     Tracking,
     empty_tail,
 )
-from kvjax.codecs import AbstractCodec, AbstractEncoded
+from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray
 from kvjax.compress.config import Compression
 from kvjax.compress.eviction import Eviction
 from kvjax.compress.observe import Observed

@@ -85,7 +85,10 @@ def whole(name: str):
 @pytest.mark.sweep(2, 5)
 @pytest.mark.parametrize(
     ("name", "size"),
-    [(name, size) for name in ("none", "quest") for size in (8, 32, 48, 64, 500)],
+    [
+        *[("none", size) for size in (8, 48, 64, 500)],
+        *[(name, size) for name in ("quest", "exact_topk") for size in (16, 48, 512)],
+    ],
 )
 def test_without_compression_it_is_the_whole_prompt(name, size):
     prompt, later, _ = batch()
@@ -249,9 +252,11 @@ def test_it_may_go_on_evicting():
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("snapkv", {"schedule.size": 32}, "protects 64 tokens, more than a chunk of 32"),
     ("kivi_4bit", {"schedule.size": 100}, "must be a multiple of 128"),
+    ("infllm", {}, "InfLLM looks at all of it"),
+    ("shadowkv", {"store.keys": {"type": "affine"}}, "ShadowKV looks at tokens as"),
     ("lowrank_keys", {}, "LowRank encodes what it has seen whole"),
     ("think", {}, "encodes what it has seen whole"),
-    ("kvzip", {}, "KVzip reads it again"),
+    ("kvzip", {"evict.budget": {"type": "uniform", "keep": 0.5}}, "KVzip reads it"),
     ("chunkkv", {}, "Chunk with reuse=.*use token"),
     ("cake", {}, "compares all layers"),
     ("decoupled", {}, r"evict\.values"),

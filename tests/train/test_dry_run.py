@@ -98,7 +98,7 @@ def test_a_failure_is_a_row():
     dry.compiled(row, jax.jit(lambda x: x.nothing), (jnp.ones(3),))
     assert row.status == "failed" and "nothing" in row.reason
     said = "RESOURCE_EXHAUSTED: Ran out of memory. Used 21.50G of 15.75G hbm. Exceeded"
-    assert dry._used(said) == int(21.5 * (1 << 30))
+    assert dry.used(said) == int(21.5 * (1 << 30))
 
 
 @pytest.mark.parametrize("name", [*shapes(), *bundled_models()])

@@ -142,26 +142,55 @@ def dry_run(
     abstract_shape(config)
     request = {"device": device, "chips": chips, "recipe": as_tree(config)}
     result: dict[str, Any] = {"device": device, "chips": chips, "rows": []}
-    code, said = _run(interpreter(target), target, request, _listener(result, told))
-    if "wrong" in result:
-        raise ValueError(result["wrong"])
+    ask_compiler("kvjax.train.run.dry_run", target, request, _listener(result, told))
+    return result
+
+
+def ask_compiler(
+    module: str,
+    target: Target,
+    request: dict[str, Any],
+    heard: Callable[[dict[str, Any]], None],
+) -> None:
+    """A module run in a process that holds the compiler of a chip.
+
+    Args:
+        module: reads `request` as JSON, prints records, and ends with 0, or with 1
+            behind a record `{"wrong": why}`.
+        target: the chip.
+        request: what it is asked.
+        heard: called with each record.
+
+    Raises:
+        ValueError: no compiler, what the module calls wrong, or a process that ended
+            without a word.
+    """
+    wrong: list[str] = []
+
+    def listen(record: dict[str, Any]) -> None:
+        wrong.extend([record["wrong"]] if "wrong" in record else [])
+        heard(record)
+
+    code, said = _run(interpreter(target), module, target, request, listen)
+    if wrong:
+        raise ValueError(wrong[0])
     if code:
         last = [line for line in said.splitlines() if line.strip()][-1:]
         raise ValueError(
-            f"the process that compiles for {device} ended with code {code}: "
+            f"the process that compiles for {target.name} ended with code {code}: "
             f"{last[0] if last else 'it said nothing'}"
         )
-    return result
 
 
 def _run(
     python: str,
+    module: str,
     target: Target,
     request: dict[str, Any],
     heard: Callable[[dict[str, Any]], None],
 ) -> tuple[int, str]:
     """Exit code of the process that compiles, and what it said beside its records."""
-    command = [python, "-m", "kvjax.train.run.dry_run"]
+    command = [python, "-m", module]
     environment = {**os.environ, **target.environment, "PYTHONPATH": _path()}
     with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as said:
         json.dump(request, asked)
@@ -275,7 +304,7 @@ def compiled(row: CompiledStep, step: Any, shapes: tuple[Any, ...]) -> None:
     except Exception as error:  # compilers raise whatever they like
         full = re.search(r"RESOURCE_EXHAUSTED|Ran out of memory", str(error))
         row.status, row.reason = "too large" if full else "failed", one_line(error)
-        row.total = _used(str(error)) if full else None
+        row.total = used(str(error)) if full else None
         return
     finally:
         row.compile_s = round(time.perf_counter() - began, 1)
@@ -290,10 +319,12 @@ def compiled(row: CompiledStep, step: Any, shapes: tuple[Any, ...]) -> None:
         row.counted_flops = int(cost["flops"])
 
 
-def _used(said: str) -> int | None:
+def used(said: str) -> int | None:
     """Bytes that a compiler would have needed, where it says so."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", said)
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", said) or re.search(
+        r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)", said
+    )
     return int(float(found[1]) * units[found[2]]) if found else None
 
 

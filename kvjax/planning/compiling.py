@@ -1,0 +1,176 @@
+"""What the compiler of a chip says of prefill and of decoding; nothing is executed.
+
+For this machine's device it is JAX's own. A chip that is not here has its compiler in a
+process of its own, `python -m kvjax.planning.compiling`, as the dry run of a recipe has
+(`kvjax.train.run.dry_run`): it wants an environment that is set before JAX is imported.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.compress.config import Compression
+from kvjax.compress.presets import COMPONENTS
+from kvjax.config import decode, encode
+from kvjax.models.config import DecoderConfig
+from kvjax.models.programs import (
+    Program,
+    abstract_model,
+    decode_program,
+    left_by_prefill,
+    prefill_program,
+)
+from kvjax.pallas_kernels.compile import topology_mesh, versions
+from kvjax.pallas_kernels.measured import one_line
+from kvjax.pallas_kernels.targets import TARGETS
+from kvjax.planning.chips import HERE, Chip
+from kvjax.planning.planner import Planner
+from kvjax.planning.record import Row
+
+PROGRAMS = ("prefill", "decode")
+
+
+def compiled(
+    planner: Planner,
+    chosen: Mapping[str, Compression],
+    rows: Sequence[Row],
+    chip: Chip,
+    told: Callable[[str], None] = lambda _: None,
+    *,
+    context: int,
+    batch: int,
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows with what the chip's compiler says, and the versions of what said it.
+
+    Args:
+        planner: of the model.
+        chosen: compressions by the names of `rows`.
+        rows: by formula.
+        chip: whose compiler is asked.
+        told: of what is being compiled.
+        context, batch: of the plan.
+
+    Raises:
+        ValueError: no compiler for the chip, or one that ended without a word.
+    """
+    request = {
+        "config": encode(planner.config),
+        "dtype": planner.dtype.name,
+        "device": chip.name,
+        "batch": batch,
+        "tokens": context - planner.new_tokens,
+        "room": planner.new_tokens,
+        "compressions": {n: encode(c, COMPONENTS) for n, c in chosen.items()},
+    }
+    records: list[dict[str, Any]] = []
+
+    def heard(record: dict[str, Any]) -> None:
+        if "starts" in record:
+            told(f"{chip.name}: compiling {record['starts']}")
+        records.append(record)
+
+    if chip.name == HERE:
+        for record in _records(request):
+            heard(record)
+    else:
+        from kvjax.train.run.dry_run import ask_compiler
+
+        ask_compiler("kvjax.planning.compiling", TARGETS[chip.name], request, heard)
+    said = {k: v for r in records for k, v in r.get("versions", {}).items()}
+    by_name: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if "program" in record:
+            by_name.setdefault(record["name"], {})[record["program"]] = record
+    return [_over(row, by_name.get(row.compression, {})) for row in rows], said
+
+
+def _over(row: Row, found: Mapping[str, Mapping[str, Any]]) -> Row:
+    """A row with what was compiled in place of formulas."""
+    fields: dict[str, Any] = {}
+    marks, notes, peaks = dict(row.marks), [*row.notes], []
+    held = row.weights + row.cache
+    for name in PROGRAMS:
+        one = found.get(name, {"status": "failed", "reason": "it said nothing"})
+        if one["status"] != "ok":
+            notes.append(f"{name}, {one['status']}: {one['reason']}")
+        if one.get("total") is None:
+            peaks.append(held + getattr(row, f"{name}_temporaries"))
+            continue
+        # All that the program has beside weights and cache, padding included.
+        fields[f"{name}_temporaries"] = max(one["total"] - held, 0)
+        marks[f"{name}_temporaries"] = "compiled"
+        peaks.append(one["total"])
+    whole = all(marks[f"{name}_temporaries"] == "compiled" for name in PROGRAMS)
+    marks["peak"] = "compiled" if whole else "formula"
+    refused = any(one["status"] == "too large" for one in found.values())
+    fits = max(peaks) <= row.memory and not refused
+    how = {"peak": max(peaks), "fits": fits, "marks": marks, "notes": tuple(notes)}
+    return dataclasses.replace(row, **fields, **how)
+
+
+def _records(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The versions, then a record per program."""
+    config = decode(request["config"], DecoderConfig)
+    model = abstract_model(config, jnp.dtype(request["dtype"]))
+    sizes = (request["batch"], request["tokens"])
+    mesh = None
+    if request["device"] != HERE:
+        mesh = topology_mesh(TARGETS[request["device"]])
+    yield {"versions": versions()}
+    for name, tree in request["compressions"].items():
+        c = decode(tree, Compression, COMPONENTS)
+        left = left_by_prefill(model, *sizes, c, request["room"])
+        programs = {
+            "prefill": prefill_program(model, *sizes, c, request["room"]),
+            "decode": decode_program(model, *left, request["room"]),
+        }
+        for kind, program in programs.items():
+            yield {"starts": f"{kind} of {name}"}
+            yield {"name": name, "program": kind, **_compiled(program, mesh)}
+
+
+def _compiled(program: Program, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
+    """What a compiler says of a program; a failure is its status."""
+    from kvjax.train.run.dry_run import used
+
+    began, where = time.perf_counter(), contextlib.nullcontext()
+    if mesh is not None:
+        spec = jax.sharding.PartitionSpec()
+        program = program.placed(jax.sharding.NamedSharding(mesh, spec))
+        where = jax.set_mesh(mesh)
+    try:
+        with where:
+            memory = program.trace().lower().compile().memory_analysis()
+    except Exception as error:  # compilers raise whatever they like
+        full = re.search(r"RESOURCE_EXHAUSTED|Ran out of memory", str(error))
+        total = used(str(error)) if full else None
+        status = "too large" if full else "failed"
+        return {"status": status, "reason": one_line(error), "total": total}
+    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    own = outputs - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    took = round(time.perf_counter() - began, 1)
+    return {"status": "ok", "reason": "", "total": arguments + own, "compile_s": took}
+
+
+def main() -> int:
+    """Read a request from stdin, compile, print records; 1 for a wrong request."""
+    request = json.load(sys.stdin)
+    try:
+        for record in _records(request):
+            print(json.dumps(record), flush=True)
+    except ValueError as wrong:
+        print(json.dumps({"wrong": str(wrong)}), flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

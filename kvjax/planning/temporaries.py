@@ -1,0 +1,72 @@
+"""Memory beside weights and cache, by formulas: for chips whose compiler is not asked.
+
+They count the arrays that are alive where a layer is widest, in the model's dtype unless
+said otherwise, and are meant as upper estimates (docs/plan.md says how far they are from
+what compilers say). `B` rows, `T` tokens, `E` width, `I` feed-forward width, `H` and `K`
+heads, `D` head dim, `V` vocabulary, `s` bytes of a number.
+
+    prefill   max(feed-forward, attention) + moved + surveyed + logits + one layer
+      feed-forward   B T s (2 I + 3 E)               gate, up; stream, its sum, normed
+      attention      B T (s (2 E + H D + 2 K D) + 4 H D) + 12 C    q, k, v; f32 output
+      moved          B T s 2 K D                     if tokens are dropped: a layer's
+      surveyed       L B T s 2 K D                   if all layers are looked at first
+    decode    B (8 V + s (2 I + 3 E) + 8 H D) + 8 B K D W + one layer
+
+`C` is the logits of a chunk of queries (`pallas_kernels.dense.LOGITS_BUDGET`), of which
+three are alive; `W` the slots decoded at a time (`cache.blocks.BLOCK`). One layer is the
+weights of one, which a CPU copies, and a TPU or GPU does not.
+"""
+
+import dataclasses
+
+from kvjax.cache.blocks import BLOCK
+from kvjax.compress.config import Compression
+from kvjax.models.config import DecoderConfig
+from kvjax.pallas_kernels.dense import query_chunk
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Widths:
+    """What the formulas know of a model, or of one chip's share of it.
+
+    Attributes:
+        config: of the model or the share.
+        itemsize: bytes of a number.
+        layer: bytes of the weights of one layer.
+    """
+
+    config: DecoderConfig
+    itemsize: int
+    layer: int
+
+    def prefill(self, c: Compression, batch: int, tokens: int, kind: str) -> int:
+        """Bytes while a prompt is read; see the head of this file.
+
+        Args:
+            c: what is done to the cache.
+            batch: rows.
+            tokens: of each.
+            kind: `cpu`, `tpu` or `gpu`.
+        """
+        given, s = self.config, self.itemsize
+        e, wide = given.hidden_size, given.intermediate_size
+        heads = given.num_heads * given.head_dim
+        pairs = 2 * given.num_kv_heads * given.head_dim
+        rows = batch * tokens
+        each = batch * given.num_heads * tokens
+        chunk = query_chunk(tokens, each) * each
+        feeding = rows * s * (2 * wide + 3 * e)
+        attending = rows * (s * (2 * e + heads + pairs) + 4 * heads) + 12 * chunk
+        moved = rows * s * pairs if c.scores else 0
+        surveyed = rows * s * pairs * given.num_layers if c.surveys else 0
+        logits = 4 * batch * given.vocab_size
+        copied = self.layer if kind == "cpu" else 0
+        return max(feeding, attending) + moved + surveyed + logits + copied
+
+    def decode(self, batch: int, kind: str) -> int:
+        """Bytes of a decode step, likewise."""
+        given, s = self.config, self.itemsize
+        row = 8 * given.vocab_size + 8 * given.num_heads * given.head_dim
+        row += s * (2 * given.intermediate_size + 3 * given.hidden_size)
+        block = 8 * given.num_kv_heads * given.head_dim * BLOCK
+        return batch * (row + block) + (self.layer if kind == "cpu" else 0)

@@ -1,0 +1,128 @@
+"""The programs of inference, and what they leave, as shapes: nothing is allocated.
+
+What `prefill` and `generate` would run on a model, a batch and a compression, for who
+wants to know sizes (`kvjax.planning`), or to compile for a chip that is not here.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Self, final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kvjax.cache import KVCache
+from kvjax.compress.config import Compression
+from kvjax.models import generation, inference
+from kvjax.models.config import DecoderConfig
+from kvjax.models.decoder import Decoder
+from kvjax.models.padding import PROMPT, bucket
+from kvjax.models.sampling import Sampling
+from kvjax.prefills import AbstractPrefill
+
+STOPS = 4
+"""Stop tokens for which `generate` makes one program."""
+
+
+class Program(NamedTuple):
+    """A jitted function and what it is called with, arrays as shapes.
+
+    Attributes:
+        function: made by `jax.jit`.
+        args, kwargs: of a call.
+    """
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def trace(self) -> Any:
+        """The program before it is lowered."""
+        return self.function.trace(*self.args, **self.kwargs)
+
+    def placed(self, where: jax.sharding.Sharding) -> Self:
+        """The same with all arrays on a device that need not be there."""
+
+        def put(x: Any) -> Any:
+            if not isinstance(x, jax.ShapeDtypeStruct):
+                return x  # what the program is made for: no array
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        return self._replace(args=jax.tree.map(put, self.args))
+
+
+def abstract_model(config: DecoderConfig, dtype: Any) -> Decoder:
+    """A decoder whose weights are shapes."""
+    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def prefill_program(
+    model: Decoder, batch: int, tokens: int, c: Compression, room: int
+) -> Program:
+    """What `prefill` runs.
+
+    Args:
+        model: its arrays may be shapes.
+        batch: rows.
+        tokens: of the longest prompt.
+        c: what is done to the cache.
+        room: later tokens that must fit.
+    """
+    graph, params = nnx.split(model)
+    shape = jax.ShapeDtypeStruct
+    prompt = shape((batch, bucket(tokens, PROMPT)), jnp.int32)
+    lengths = shape((batch,), jnp.int32)
+    room = min(room, model.config.max_positions)
+    arrays = (jax.tree.map(_bare, params), prompt, lengths)
+    how = (c, room, bucket(tokens))
+    return Program(inference._prefill, (graph, *arrays, *how), {})
+
+
+def decode_program(model: Decoder, logits: Any, cache: KVCache, room: int) -> Program:
+    """The loop that `generate` runs behind a prompt; the cache's memory is its own.
+
+    Args:
+        model: its arrays may be shapes.
+        logits: of the prompt, as shapes.
+        cache: of the prompt, as shapes.
+        room: tokens to make.
+    """
+    graph, params = nnx.split(model)
+
+    def first(logits, lengths):
+        key, stops = jax.random.key(0), jnp.full((STOPS,), -1, jnp.int32)
+        return generation._first(logits, lengths, key, stops, 0, Sampling(), room)
+
+    state = jax.eval_shape(first, logits, cache.length)
+    ends = tuple(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((), (STOPS,)))
+    args = (graph, jax.tree.map(_bare, params), *cache.apart, state, *ends)
+    return Program(generation._decode_donating, args, {"sampling": Sampling()})
+
+
+def left_by_prefill(
+    model: Decoder, batch: int, tokens: int, c: Compression, room: int
+) -> tuple[Any, KVCache]:
+    """Logits and cache that `prefill` leaves, as shapes; arguments as of the program.
+
+    The prompt's attention over itself is left out, which takes most of the time of
+    tracing: what is held does not depend on how it is computed.
+    """
+    blind = dataclasses.replace(c, prefill=_Unseen())
+    program = prefill_program(model, batch, tokens, blind, room)
+    return jax.tree.map(_bare, program.trace().out_info)
+
+
+def _bare(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Unseen(AbstractPrefill):
+    """Zeros of the shape that attention has."""
+
+    def attend(self, inputs, lengths, mass, past=None):
+        del lengths, past
+        b, h, t, d = inputs.q.shape
+        out = jnp.zeros((b, h, t, d), jnp.float32)
+        return out, jnp.zeros((b, h, t), jnp.float32) if mass else None
