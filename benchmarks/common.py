@@ -25,7 +25,7 @@ from kvjax.compress.building import Building
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import observe
 from kvjax.depth import Depth, members, over
-from kvjax.models import Decoder, DecoderConfig, generation
+from kvjax.models import Decoder, DecoderConfig, generation, origins
 from kvjax.models.inference import nameless
 from kvjax.models.prompts import settled
 from kvjax.models.sampling import Sampling

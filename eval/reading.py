@@ -58,11 +58,9 @@ class PromptReader:
         self._note_dense(c.prefill, [len(group.prompts[i]) for i in index])
         if self.again(c):
             tokens, lengths = group.read(index)
-            room = {"max_new_tokens": group.room}
+            given, room = (self.model, tokens, lengths, c), group.room
             read = timed(
-                lambda: CompressedPrompt(
-                    *prefill(self.model, tokens, lengths, c, **room)
-                )
+                lambda: CompressedPrompt(*prefill(*given, max_new_tokens=room))
             )
         elif not self.share or c.probes:  # which have a pass of their own
             tokens, lengths = group.read(index)

@@ -21,7 +21,7 @@ from kvjax.depth import in_order
 from kvjax.fields import Share, fit
 from kvjax.files import write_text
 from kvjax.messages import shown
-from kvjax.models import checks
+from kvjax.models import checks, origins
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.finite import check_rows
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
@@ -259,9 +259,9 @@ def choice(retained: np.ndarray, share: np.ndarray, retain: float | None) -> np.
 
 def _called(model: Decoder, name: str) -> str:
     """Name and digests of a model."""
-    weights: Any = checks.weights_of(model)
+    weights: Any = origins.weights_of(model)
     digest = "unknown" if weights is None else weights.digest
-    shape = checks.fingerprint(model.config)
+    shape = origins.fingerprint(model.config)
     return f"{name or 'unnamed'} (weights {digest}, config {shape})"
 
 

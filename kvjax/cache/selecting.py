@@ -250,8 +250,9 @@ class AbstractSelecting(AbstractPart):
         filled, slots = take(self.filled, turn), self.positions.shape[-1]
         start = jnp.minimum(filled, slots - growth.block)
         # Of what is read, as the prompt's is.
-        decoded = (x.decode(tail.positions, spec.rope) for x in (keys, values))
-        new = self.summary(*decoded, tail.positions)
+        at = tail.positions
+        k, v = keys.decode(at, spec.rope), values.decode(at, spec.rope)
+        new = self.summary(k, v, at)
         at = (start, rows, turn)
 
         def written(name: str) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import Landmarks, Slots
-from kvjax.codecs import PlainArray
+from kvjax.codecs import AbstractEncoded, PlainArray
 from kvjax.config import sized
 from kvjax.fields import Count, Fraction, Size
 from kvjax.pallas_kernels.page_summary import page_summary
@@ -56,7 +56,7 @@ class ShadowKV(AbstractBudgeted):
         slots, live = part.positions.shape[-1], part.positions >= 0
         chunks = slots // self.size
         filled = jnp.max(jnp.sum(live, axis=-1, dtype=jnp.int32), axis=-1)
-        keys = exact.keys.stored
+        keys = _plain(exact.keys)
         landmark = page_summary(keys, live, page=self.size).mean
         like = likeness(keys, landmark, live)
         chosen, there = self.held_exactly(like, filled)
@@ -123,8 +123,14 @@ def _chunks_of(
     live = jnp.repeat(there, size, axis=-1)
     positions = jnp.take_along_axis(exact.positions, slot, axis=-1)
     keys, values = (
-        PlainArray(data=jnp.take_along_axis(side.stored, slot[..., None], axis=2))
+        PlainArray(data=jnp.take_along_axis(_plain(side), slot[..., None], axis=2))
         for side in (exact.keys, exact.values)
     )
     positions = jnp.where(live, positions, EMPTY)
     return Slots(keys=keys, values=values, positions=positions)
+
+
+def _plain(side: AbstractEncoded) -> Array:
+    """The array of what is held as it is."""
+    assert isinstance(side, PlainArray)
+    return side.data

@@ -215,7 +215,7 @@ def test_weights_are_looked_at_once_per_checkpoint(files, model, monkeypatch):
     monkeypatch.setattr("kvjax.inputs.YOUNG_NS", -(10**18))
     looked = []
     monkeypatch.setattr(record, "fingerprint", lambda m: looked.append(m) or "1-2")
-    monkeypatch.setattr(record.checks, "fingerprint", lambda config: "1")
+    monkeypatch.setattr(record.origins, "fingerprint", lambda config: "1")
     run(files, model)
     run(files, model)
     assert len(looked) == 1
@@ -231,7 +231,7 @@ def test_weights_under_an_adapter_are_looked_at(files, model, monkeypatch):
     monkeypatch.setattr("kvjax.inputs.YOUNG_NS", -(10**18))
     looked = []
     monkeypatch.setattr(record, "fingerprint", lambda m: looked.append(m) or "1-2")
-    monkeypatch.setattr(record.checks, "fingerprint", lambda config: "1")
+    monkeypatch.setattr(record.origins, "fingerprint", lambda config: "1")
     (files / "model").rename(files / "base")
     (files / "model").mkdir()
     about = json.dumps({"base_model_name_or_path": "../base"})

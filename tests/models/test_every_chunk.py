@@ -77,8 +77,8 @@ def test_two_forms_agree(name):
 @functools.lru_cache
 def whole(name: str):
     prompt, later, _ = batch()
-    how = {"max_new_tokens": 64}
-    logits, cache = kvjax.prefill(small_model(), prompt, LENGTHS, preset(name), **how)
+    given = (small_model(), prompt, LENGTHS, preset(name))
+    logits, cache = kvjax.prefill(*given, max_new_tokens=64)
     return logits, kvjax.extend(small_model(), cache, later, LATER)[0]
 
 
@@ -122,8 +122,7 @@ def test_a_budget_of_all_is_the_whole_prompt(name):
 def test_a_row_is_what_it_is_alone(name):
     prompt, later, _ = batch()
     model, c, row = small_model(), chunked(name), 1
-    how = {"max_new_tokens": 64}
-    _, both = kvjax.prefill(model, prompt, LENGTHS, c, **how)
+    _, both = kvjax.prefill(model, prompt, LENGTHS, c, max_new_tokens=64)
     _, alone = kvjax.prefill(
         model, prompt[row : row + 1, : LENGTHS[row]], None, c, **how
     )
@@ -191,7 +190,7 @@ def test_memory_does_not_grow_with_the_prompt():
 def test_one_program_for_all_chunks():
     prompt, _, _ = batch()
     model, c = small_model(), chunked("knorm", 16)
-    chunked_prefill._read.clear_cache()
+    chunked_prefill._read.clear_cache()  # type: ignore[attr-defined]
     kvjax.prefill(model, prompt, LENGTHS, c)
     assert chunked_prefill._read._cache_size() == 1  # type: ignore[attr-defined]
 

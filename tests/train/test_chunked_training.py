@@ -12,7 +12,7 @@ from flax import nnx
 import kvjax
 from kvjax.compress.rolling_check import check_rolling
 from kvjax.models import Decoder
-from kvjax.models.chunked import Chunking
+from kvjax.models.chunked import Chunking, plainly
 from kvjax.train.data.batch import TokenBatch
 from kvjax.train.objectives.chunked import segmented
 from kvjax.train.objectives.losses import next_token, token_scores
@@ -236,11 +236,8 @@ def test_what_stays_is_the_best_of_what_was_held_and_the_chunk(name):
     @jax.jit
     def keys_of(tokens):
         start = whole.start(model.config, jnp.full((ROWS,), WIDTH))
-        return (
-            whole.read(model, start, tokens, everywhere)[1]
-            .groups[0]
-            .tokens.keys.data[0]
-        )
+        held = whole.read(model, start, tokens, everywhere)[1]
+        return plainly(held.groups[0]).keys[0]
 
     @jax.jit
     def read(held, tokens, positions):
