@@ -42,6 +42,7 @@ class VerticalSlash(AbstractPattern):
     last_q: Size = sized(64, short=8)
     first: Count = sized(30, short=2)
     local: Count = sized(100, short=8)
+    dense_below: Count = sized(16384, short=0)  # of its sizes: docs/sparse_prefill.md
 
     def choose(self, inputs: LayerInputs, lengths: Lengths) -> Chosen:
         """See `AbstractPattern`."""

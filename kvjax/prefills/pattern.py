@@ -17,7 +17,7 @@ from kvjax.prefills.chosen import Chosen, first_tokens, of_rows, own, unchosen
 from kvjax.types import LayerInputs, Lengths
 
 DENSE_BELOW = 8192
-"""Tokens from which sparse prefill pays; docs/benchmarks.md, "Sparse prefill"."""
+"""Tokens from which sparse prefill pays on a CPU, by docs/benchmarks.md."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ def test_short_rows_are_read_densely(name):
     switched = SPARSE[name](dense_below=edge, **fields)
     sparse = SPARSE[name](dense_below=0, **fields)
     dense = PREFILLS["dense"]()
-    for mass in (False, True):
+    for mass in (False, True) if name == "xattention" else (False,):
         found = attend(switched, sample.inputs, lengths, mass)
         long = attend(sparse, sample.inputs, lengths, mass)
         short = attend(dense, sample.inputs, lengths, mass)
