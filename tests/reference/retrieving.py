@@ -52,7 +52,7 @@ def infllm_mask(
     position = prompt_k.shape[1]  # of the query
     mask = np.zeros(k.shape[:2], bool)
     for head in range(len(k)):
-        received = sum(weights[h].sum(axis=0) for h in group_of(head, q, k))
+        received = weights[list(group_of(head, q, k))].sum(axis=(0, 1))
         scores, forced = [], []
         for start in range(0, k.shape[1], size):
             mine = np.arange(start, start + size)
