@@ -250,9 +250,8 @@ class AbstractSelecting(AbstractPart):
         filled, slots = take(self.filled, turn), self.positions.shape[-1]
         start = jnp.minimum(filled, slots - growth.block)
         # Of what is read, as the prompt's is.
-        at = tail.positions
-        k, v = keys.decode(at, spec.rope), values.decode(at, spec.rope)
-        new = self.summary(k, v, at)
+        decoded = [x.decode(tail.positions, spec.rope) for x in (keys, values)]
+        new = self.summary(decoded[0], decoded[1], tail.positions)
         at = (start, rows, turn)
 
         def written(name: str) -> Array:

@@ -315,8 +315,8 @@ class KVCache:
         the ones that this cache would have made. A body that goes on evicting
         (`every_tokens`) is copied for every row, since they will drop other tokens.
 
-        Deviation: where a step reads pages (`quest`), those of the shared body and
-        those that a row has added are chosen apart, each within the budget.
+        Deviation: where a step chooses what it reads (`quest` and the like), it does so
+        in the shared body and in what a row has added apart, each within the budget.
 
         Args:
             rows: of the new cache.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache import Landmarks, Slots
-from kvjax.codecs import AbstractEncoded, PlainArray
+from kvjax.codecs import PlainArray
 from kvjax.config import sized
 from kvjax.fields import Count, Fraction, Size
 from kvjax.pallas_kernels.page_summary import page_summary
@@ -52,15 +52,18 @@ class ShadowKV(AbstractBudgeted):
         return self.size
 
     def index(self, part, exact, seen, spec):
-        del seen, spec
+        del seen
         slots, live = part.positions.shape[-1], part.positions >= 0
         chunks = slots // self.size
         filled = jnp.max(jnp.sum(live, axis=-1, dtype=jnp.int32), axis=-1)
-        keys = _plain(exact.keys)
+        keys, values = (
+            side.decode(exact.positions, spec.rope)
+            for side in (exact.keys, exact.values)
+        )
         landmark = page_summary(keys, live, page=self.size).mean
         like = likeness(keys, landmark, live)
         chosen, there = self.held_exactly(like, filled)
-        near = _chunks_of(exact, chosen, there, self.size)
+        near = _chunks_of(keys, values, part.positions, chosen, there, self.size)
         row = jnp.arange(len(filled))[:, None, None]
         head = jnp.arange(live.shape[1])[:, None]
         gone = jnp.where(there, chosen, chunks)  # dropped
@@ -115,22 +118,23 @@ def likeness(
 
 
 def _chunks_of(
-    exact: Slots, chosen: Int[Array, "B K X"], there: Bool[Array, "B K X"], size: int
+    keys: Float[Array, "B K S D"],
+    values: Float[Array, "B K S D"],
+    positions: Int[Array, "B K S"],
+    chosen: Int[Array, "B K X"],
+    there: Bool[Array, "B K X"],
+    size: int,
 ) -> Slots:
-    """Some chunks of every head as slots of their own."""
+    """Some chunks of `size` tokens of every head as slots of their own."""
     lead = chosen.shape[:2]
     slot = (chosen[..., None] * size + jnp.arange(size)).reshape(*lead, -1)
     live = jnp.repeat(there, size, axis=-1)
-    positions = jnp.take_along_axis(exact.positions, slot, axis=-1)
+    positions = jnp.take_along_axis(positions, slot, axis=-1)
     keys, values = (
-        PlainArray(data=jnp.take_along_axis(_plain(side), slot[..., None], axis=2))
-        for side in (exact.keys, exact.values)
+        jnp.take_along_axis(x, slot[..., None], axis=2) for x in (keys, values)
     )
-    positions = jnp.where(live, positions, EMPTY)
-    return Slots(keys=keys, values=values, positions=positions)
-
-
-def _plain(side: AbstractEncoded) -> Array:
-    """The array of what is held as it is."""
-    assert isinstance(side, PlainArray)
-    return side.data
+    return Slots(
+        keys=PlainArray(data=keys),
+        values=PlainArray(data=values),
+        positions=jnp.where(live, positions, EMPTY),
+    )

@@ -124,7 +124,7 @@ def test_a_row_is_what_it_is_alone(name):
     model, c, row = small_model(), chunked(name), 1
     _, both = kvjax.prefill(model, prompt, LENGTHS, c, max_new_tokens=64)
     _, alone = kvjax.prefill(
-        model, prompt[row : row + 1, : LENGTHS[row]], None, c, **how
+        model, prompt[row : row + 1, : LENGTHS[row]], None, c, max_new_tokens=64
     )
     for layer in range(both.num_layers):
         ours, theirs = (x.kept_positions(layer) for x in (both, alone))
