@@ -32,6 +32,7 @@ def ops(monkeypatch) -> set[str]:
         ("kivi_2bit", {"quantize_pack"}, {"decode_attention"}),
         ("quest", {"page_summary"}, {"page_score", "paged_decode"}),
         ("vertical_slash", {"column_stats", "sparse_prefill"}, {"decode_attention"}),
+        ("xattention", {"block_score", "sparse_prefill"}, {"decode_attention"}),
     ],
 )
 def test_ops_serve_the_library(name, prefill, decode, ops):
