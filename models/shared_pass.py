@@ -6,14 +6,15 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
+from kvjax.cache import Weights, token_digest
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import observe, wants_mass
 from kvjax.compress.survey import plans_of
 from kvjax.depth import Depth, members, over, regrouped
 from kvjax.fields import fit
-from kvjax.models import checks
+from kvjax.models import checks, origins
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.finite import check_logits
@@ -48,6 +49,8 @@ class SharedPass:
         dtype: of the model.
         prefill: how it was read.
         longest: no row has more tokens.
+        digest: of the tokens, see `KVCache`.
+        weights: of the model, where they are known.
     """
 
     logits: Float[Array, "B V"]
@@ -58,6 +61,8 @@ class SharedPass:
     dtype: jnp.dtype = static()
     prefill: AbstractPrefill = static()
     longest: int = static()
+    digest: UInt32[Array, "B 4"]
+    weights: Weights | None = static(default=None)
 
     @narrow
     def prompt(self, c: Compression) -> Prompt:
@@ -101,6 +106,8 @@ class SharedPass:
             dtype=self.dtype,
             method=method,
             longest=self.longest,
+            digest=self.digest,
+            weights=self.weights,
         )
 
 
@@ -131,7 +138,8 @@ def _read(graph, params, tokens, lengths, prefill: AbstractPrefill, mass: bool):
     positions = padded_positions(lengths, tokens.shape[1])
     seen = model.run(tokens, positions, Attending(step=keep))
     inputs, sums = zip(*seen.left, strict=True)
-    return last_logits(model, seen.hidden, lengths), inputs, sums
+    digest = token_digest(tokens, positions)
+    return last_logits(model, seen.hidden, lengths), inputs, sums, digest
 
 
 @narrow
@@ -164,7 +172,7 @@ def read_shared(
     width = tokens.shape[1]
     tokens = pad_tokens(tokens, bucket(width, PROMPT))
     graph, params = nnx.split(model)
-    logits, inputs, sums = _read(graph, params, tokens, lengths, prefill, mass)
+    logits, inputs, sums, digest = _read(graph, params, tokens, lengths, prefill, mass)
     check_logits(model.dtype, logits, " behind the prompts")
     return SharedPass(
         logits=logits,
@@ -175,4 +183,6 @@ def read_shared(
         dtype=model.dtype,
         prefill=prefill,
         longest=bucket(width),
+        digest=digest,
+        weights=origins.weights_of(model),
     )
