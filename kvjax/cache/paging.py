@@ -97,7 +97,7 @@ class AbstractPages(AbstractSelecting):
 
 def most_pages(budget: PageBudget, pages: int, always: int = 0) -> int:
     """The most that is read of up to `pages` pages, `always` beside the budget."""
-    return min(pages, int(budget.read(np.array(pages))) + always)
+    return min(max(pages, 1), int(budget.read(np.array(pages))) + always)
 
 
 def spans(
