@@ -79,6 +79,7 @@ class _Tally:
 
     turns: list[_TurnTally]
     resident: list[float] = dataclasses.field(default_factory=list)
+    host: list[float] = dataclasses.field(default_factory=list)
     compress_s: list[float] = dataclasses.field(default_factory=list)
     compile_s: float = 0.0
     maps: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -242,6 +243,7 @@ class _Runner:
             for turn, given in zip(tally.turns, answers, strict=True):
                 turn.add(given)
             tally.resident.append(packed.value.nbytes / len(index))
+            tally.host.append(packed.value.host_nbytes / len(index))
             tally.compress_s.append(packed.run_s)
             tally.compile_s += packed.compile_s
             made = (packed.value, read.value, answers[0], index)
@@ -275,6 +277,7 @@ class _Runner:
             **averages(items),
             "resident_bytes": resident,
             "full_bytes": full,
+            "host_bytes": float(np.mean(tally.host)),
             "prefill_ms": prefill_ms,
             "compress_ms": 1e3 * float(np.mean(tally.compress_s)),
             "ask_ms": 1e3 * float(np.mean(turn.ask_s)),

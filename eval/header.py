@@ -8,7 +8,7 @@ from typing import Any
 from kvjax.files import read_json
 from kvjax.messages import shown
 
-SCHEMA = 2
+SCHEMA = 3
 RECORD = "run.json"
 
 

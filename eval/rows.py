@@ -37,6 +37,7 @@ ROWS = pa.schema(
         ("agreement_se", _real),
         ("resident_bytes", _real),
         ("full_bytes", _real),
+        ("host_bytes", _real),
         ("prefill_ms", _real),
         ("compress_ms", _real),
         ("ask_ms", _real),
@@ -55,8 +56,9 @@ ROWS = pa.schema(
 )
 """One cell. `depth` is null but for the needle, `turn` (from 1) where one question is
 asked, `keep` for methods without a budget, `score` for fidelity tasks, `nll` and `kl`
-for all others. `ask_ms` is the time in which a batch reads its questions, `source` a
-digest of what is asked."""
+for all others. `host_bytes` are those of `resident_bytes` in the host's memory.
+`ask_ms` is the time in which a batch reads its questions, `source` a digest of what is
+asked."""
 
 ITEMS = pa.schema(
     [
@@ -110,6 +112,10 @@ def _size(value: Any) -> bool:
     return value is None or 0 < value < 2**63
 
 
+def _from_zero(value: Any) -> bool:
+    return value is not None and 0 <= value < math.inf
+
+
 def _share(value: Any) -> bool:
     return value is None or 0 <= value <= 1
 
@@ -121,7 +127,9 @@ def _amount(value: Any) -> bool:
 
 _COLUMNS: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("task", "compression", "visibility"), _text),
-    **dict.fromkeys(("length", "turn", "items", "resident_bytes", "full_bytes"), _size),
+    **dict.fromkeys(("length", "turn", "items"), _size),
+    **dict.fromkeys(("resident_bytes", "full_bytes"), _size),
+    "host_bytes": _from_zero,
     **dict.fromkeys(("keep", "depth", "score", "agreement"), _share),
     **dict.fromkeys(("score_se", "agreement_se", "nll", "compile_s"), _amount),
     **dict.fromkeys(("prefill_ms", "compress_ms", "ask_ms", "ms_per_token"), _amount),

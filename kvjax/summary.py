@@ -17,7 +17,7 @@ import yaml
 
 from kvjax import messages
 from kvjax.cache import AbstractPart, KVCache, LayerCache, Ragged, Shared
-from kvjax.codecs import AbstractEncoded
+from kvjax.codecs import AbstractEncoded, OnHost
 from kvjax.compress.config import Compression
 from kvjax.compress.presets import canonical
 from kvjax.depth import members
@@ -121,6 +121,8 @@ def _lines(group: LayerCache, turn: int, turns: int, known: bool) -> Iterator[_L
 
 def _holder(side: AbstractEncoded | jax.ShapeDtypeStruct) -> str:
     """What keys or values are held as: its class, or the dtype of a bare array."""
+    if isinstance(side, OnHost):
+        return f"{type(side.of).__name__}, on the host"
     if isinstance(side, AbstractEncoded):
         return type(side).__name__
     return side.dtype.name

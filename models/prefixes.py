@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from kvjax.cache import KVCache, Provenance
+from kvjax.cache import KVCache, Provenance, restored
 from kvjax.cache.files import provenance_in
 from kvjax.cache.provenance import host_digests
 from kvjax.compress.config import Compression
@@ -210,7 +210,7 @@ class PrefixStore:
     def _raised(self, entry: _Entry, model: Decoder) -> KVCache | None:
         """An entry's cache on the device; None if its files are damaged."""
         if entry.device is None and entry.host is not None:
-            entry.device, entry.host = jax.device_put(entry.host), None
+            entry.device, entry.host = restored(entry.host), None
         if entry.device is None:
             assert entry.folder is not None
             try:

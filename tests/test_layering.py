@@ -22,6 +22,7 @@ LADDER = (
         "turns",
         "exact",
         "config",
+        "memory",
         "interrupt",
         "plaintext",
         "places",

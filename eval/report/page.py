@@ -24,6 +24,7 @@ _TABLE = {
     "agreement_se": "± SE",
     "resident_bytes": "resident",
     "full_bytes": "full",
+    "host_bytes": "of it on the host",
     "prefill_ms": "prefill ms",
     "compress_ms": "compress ms",
     "ms_per_token": "ms/token",
@@ -37,7 +38,8 @@ CAVEATS = (
     "cache too, but its first token tells nothing about the method.",
     "Resident bytes are what the cache holds after compression and before the first "
     "token, per sequence: keys, values, positions, scales and other side state; slots "
-    "reserved for tokens to come are included. Weights and activations are not.",
+    "reserved for tokens to come are included. Weights and activations are not. Where "
+    "bodies lie in the host's memory, a column says how many of these bytes are there.",
     "Error bars are one standard error over items. Methods saw the same items, so "
     "differences between them are better known than the bars suggest.",
     "Times are of this machine and this shape, compilation left out. They do not carry "

@@ -15,6 +15,10 @@ from kvjax.cache.parts import Growth as Growth
 from kvjax.cache.parts import KeysOnly as KeysOnly
 from kvjax.cache.parts import Slots as Slots
 from kvjax.cache.parts import put_positions as put_positions
+from kvjax.cache.placement import Places as Places
+from kvjax.cache.placement import host_nbytes as host_nbytes
+from kvjax.cache.placement import placed as placed
+from kvjax.cache.placement import restored as restored
 from kvjax.cache.provenance import Provenance as Provenance
 from kvjax.cache.provenance import Weights as Weights
 from kvjax.cache.provenance import text_digest as text_digest

@@ -32,6 +32,7 @@ from kvjax.cache.tracking import Folding
 from kvjax.codecs import AbstractCodec
 from kvjax.depth import Loop
 from kvjax.files import digest, read_json, regular, replacing, write_json
+from kvjax.memory import on_host, to_host
 from kvjax.messages import shown
 from kvjax.places import check_place, given_path
 from kvjax.rope import Rope
@@ -210,6 +211,8 @@ def _array(value: Any, arrays: dict[int, Any]) -> dict[str, Any]:
     if id(value) not in arrays:
         arrays[id(value)] = value
     said = {"array": list(arrays).index(id(value)), "dtype": value.dtype.name}
+    if on_host(value):
+        said["memory"] = "host"
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         said["dtype"], said["key"] = "uint32", str(jax.random.key_impl(value))
     return said
@@ -251,6 +254,8 @@ class _Reader:
             held = jnp.asarray(bits)
             if "key" in said:
                 held = jax.random.wrap_key_data(held, impl=said["key"])
+            if said.get("memory") == "host":
+                held = to_host(held)
             self._arrays[number] = held
         return self._arrays[number]
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from kvjax.cache.blocks import BLOCK, over_blocks
 from kvjax.cache.parts import AbstractPart, attend_stored, served
-from kvjax.codecs import AbstractEncoded
+from kvjax.codecs import AbstractEncoded, OnHost
 from kvjax.pallas_kernels.partial import Partial, cap, softmax_partial
 from kvjax.pallas_kernels.slots import slot_mask
 from kvjax.turns import cut, take
@@ -70,7 +70,10 @@ class Ragged(AbstractPart):
             cut_ = cut(positions, start, width, -1, None)
             return keys.block(start, width), values.block(start, width), cut_
 
-        return jax.vmap(row)(self.keys, self.values, self.positions, start)
+        given = (self.keys, self.values, self.positions, start)
+        if isinstance(self.keys, OnHost):  # what lies there is cut row by row
+            return jax.lax.map(lambda one: row(*one), given)
+        return jax.vmap(row)(*given)
 
     def attend(self, q, q_positions, spec, limit=None, turn=None):
         del limit

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from kvjax.cache.folding import fold
 from kvjax.cache.parts import AbstractPart, Growth, Slots
+from kvjax.cache.placement import Body, host_nbytes, placed
 from kvjax.cache.provenance import Provenance
 from kvjax.cache.shared import Shared
 from kvjax.cache.tail import Tail
@@ -256,6 +257,32 @@ class KVCache:
         What several rows or layers share counts once.
         """
         return nbytes(list({id(leaf): leaf for leaf in jax.tree.leaves(self)}.values()))
+
+    @property
+    def host_nbytes(self) -> int:
+        """Of `nbytes` those in the host's memory; the others are the device's."""
+        return host_nbytes(self)
+
+    def placed(self, body: Body) -> Self:
+        """The same with the bodies of all layers in a memory, `device` or `host`.
+
+        In the host's, a step fetches what it reads of them. Not for use under `jit`.
+
+        Raises:
+            ValueError: no such memory, or a body that is written to at every step.
+        """
+        fit(body, Body, "body")
+        if any(group.folding is not None for group in self.groups):
+            raise ValueError(
+                "this cache evicts while decoding: its bodies are written to at every "
+                f"step, and lie on the device; got body={body!r}. Use a compression "
+                "without schedule.interval."
+            )
+        groups = tuple(
+            dataclasses.replace(g, parts=tuple(placed(part, body) for part in g.parts))
+            for g in self.groups
+        )
+        return dataclasses.replace(self, groups=groups)
 
     @property
     def rooms(self) -> np.ndarray | None:

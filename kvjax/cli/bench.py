@@ -26,7 +26,7 @@ from kvjax.cli.base import (
     pick,
     split,
 )
-from kvjax.cli.tables import print_table
+from kvjax.cli.tables import held_label, print_table
 from kvjax.fields import Range
 from kvjax.models.bundled import DEFAULT
 
@@ -137,6 +137,7 @@ class Bench(Command):
             "prefill_ms": round(read_ms, 3),
             "ms_per_token": round(step_ms, 4),
             "resident_bytes": cache.nbytes // self.batch,
+            "host_bytes": cache.host_nbytes // self.batch,
         }
 
     def _median(self, call: Callable[[], Any]) -> float:
@@ -165,6 +166,6 @@ class Bench(Command):
                 "" if row["keep"] is None else f"{row['keep']:g}",
                 f"{row['prefill_ms']:.1f}",
                 f"{row['ms_per_token']:.2f}",
-                f"{row['resident_bytes'] / 1024:.0f}",
+                held_label(row),
             )
         print_table(console, table)

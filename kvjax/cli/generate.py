@@ -32,6 +32,7 @@ from kvjax.cli.base import (
 )
 from kvjax.cli.questions import Asking
 from kvjax.cli.stream import Stream
+from kvjax.cli.tables import held_label
 from kvjax.fields import Range
 from kvjax.messages import shown
 from kvjax.models import checks
@@ -128,7 +129,7 @@ class Generate(Command):
             "prompt_tokens": len(ids),
             "compression": self.compression,
             "keep": c.keep,
-            "resident_bytes": sizes,
+            **sizes,
             "prefill_s": round(times[0], 4),
             "decode_s": round(times[1], 4),
         }
@@ -140,7 +141,7 @@ class Generate(Command):
         seconds = result["decode_s"]
         note = (
             f"{result['prompt_tokens']} prompt tokens, cache "
-            f"{result['resident_bytes'] / 1024:.0f} KiB ({result['compression']}); "
+            f"{held_label(result)} KiB ({result['compression']}); "
             f"{made} tokens in {seconds:.2f} s, compilation included"
         )
         print(note, file=sys.stderr)
@@ -174,7 +175,8 @@ class Generate(Command):
             callback=printer,
         )
         printer.close()
-        return out, (middle - start, time.perf_counter() - middle), cache.nbytes
+        held = {"resident_bytes": cache.nbytes, "host_bytes": cache.host_nbytes}
+        return out, (middle - start, time.perf_counter() - middle), held
 
     def _sampling(self, given: Mapping[str, Any], ui: UI | None = None) -> Sampling:
         """How tokens are drawn: as the command line says, and else the checkpoint."""

@@ -74,6 +74,7 @@ class Asking:
             "answers": answers,
             "prompt_tokens": len(text_ids),
             "resident_bytes": cache.nbytes,
+            "host_bytes": cache.host_nbytes,
             "prefill_s": round(middle - start, 4),
             "decode_s": round(time.perf_counter() - middle, 4),
         }

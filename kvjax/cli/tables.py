@@ -166,3 +166,10 @@ def _percent(value: float | None) -> str:
 def _mean(rows: Sequence[Row], name: str) -> float | None:
     values = [row[name] for row in rows if row.get(name) is not None]
     return sum(values) / len(values) if values else None
+
+
+def held_label(row: Mapping[str, Any]) -> str:
+    """KiB of a cache on its device, and in the host's memory if any are there."""
+    host = row["host_bytes"]
+    here = f"{(row['resident_bytes'] - host) / 1024:.0f}"
+    return f"{here} + {host / 1024:.0f} on the host" if host else here

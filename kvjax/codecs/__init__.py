@@ -21,6 +21,7 @@ from kvjax.codecs.base import AbstractCodec as AbstractCodec
 from kvjax.codecs.base import AbstractEncoded as AbstractEncoded
 from kvjax.codecs.base import Side as Side
 from kvjax.codecs.base import straight_through as straight_through
+from kvjax.codecs.on_host import OnHost as OnHost
 
 CODECS: Mapping[str, type[AbstractCodec]] = MappingProxyType(
     {

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from kvjax.codecs.base import AbstractCodec, AbstractEncoded
 from kvjax.fields import Fraction
+from kvjax.memory import beside
 from kvjax.pallas_kernels.partial import PIECE
 from kvjax.turns import cut, take
 from kvjax.types import pytree, static
@@ -55,7 +56,8 @@ class LowRankArray(AbstractEncoded):
         coefficients, basis = take((self.coefficients, self.basis), turn)
         slot = index[..., None] * page + jnp.arange(page)
         slot = slot.reshape(*index.shape[:2], -1)
-        mine = coefficients[jnp.arange(len(slot))[:, None, None], slot]
+        at = beside((jnp.arange(len(slot))[:, None, None], slot), coefficients)
+        mine = coefficients[at]
         return dataclasses.replace(self, coefficients=mine, basis=basis)
 
     def settled(self):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvjax.fields import Checked
+from kvjax.memory import beside, to_device
 from kvjax.pallas_kernels.quantized import Quantized
 from kvjax.rope import Rope
 from kvjax.turns import FEW, Turn, each
@@ -123,7 +124,8 @@ def picked(
     row = jnp.arange(b) if turn is None else turn * b + jnp.arange(b)
     first = (row[:, None] * kv_heads + jnp.arange(kv_heads)) * (slots // page)
     line = x.reshape(-1, rows, x.shape[-1])
-    return line[first[..., None] + index].reshape(b, kv_heads, -1, x.shape[-1])
+    at = beside(first[..., None] + index, x)
+    return line[at].reshape(b, kv_heads, -1, x.shape[-1])
 
 
 def put_block(
@@ -142,9 +144,9 @@ def put_block(
         return (*lead, row, *zeros, start[row], jnp.int32(0))
 
     def piece(row: Any, held: Array) -> Array:
-        there = jax.lax.dynamic_slice(held, begin(row), shape)
+        there = to_device(jax.lax.dynamic_slice(held, begin(row), shape))
         mine = jax.lax.dynamic_slice_in_dim(new, row, 1).astype(held.dtype)
-        return jnp.where(rows[row], mine.reshape(shape), there)
+        return beside(jnp.where(rows[row], mine.reshape(shape), there), held)
 
     count = new.shape[0]
     if count == 1 or count > FEW:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kvjax.cache import KVCache, LayerCache, Ragged, Slots
+from kvjax.cache import KVCache, LayerCache, Ragged, Slots, placed
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build, handed_on
 from kvjax.compress.observe import Observed
@@ -170,12 +170,17 @@ class Building:
     def cache(self, state: Any, layers: Sequence[LayerCache]) -> KVCache:
         """The cache, of what `step` left."""
         _, pools = state
-        groups = tuple(
-            layer if pool is None else dataclasses.replace(layer, parts=(pool,))
-            for layer, pool in zip(layers, pools, strict=True)
-        )
+        groups = []
+        numbers = members(self.loops)
+        for group, layer, pool in zip(numbers, layers, pools, strict=True):
+            if pool is not None:
+                store = self.found.layouts[group.start].plan.store
+                layer = dataclasses.replace(
+                    layer, parts=(placed(pool, store.place.body),)
+                )
+            groups.append(layer)
         length = self.lengths + self.before
-        return KVCache(groups=groups, length=length, loops=self.loops)
+        return KVCache(groups=tuple(groups), length=length, loops=self.loops)
 
 
 def build_cache(

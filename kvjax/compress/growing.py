@@ -21,11 +21,13 @@ from kvjax.cache import (
     Slots,
     attend_earlier,
     empty_tail,
+    placed,
     put_positions,
 )
 from kvjax.compress.rolling import Holding, Place
 from kvjax.compress.stored import stored
 from kvjax.compress.survey import Layout
+from kvjax.reads import AbstractRead
 from kvjax.turns import Turn
 from kvjax.types import EMPTY, LayerInputs, LayerSpec, Lengths
 
@@ -61,6 +63,8 @@ def nothing_held(
     if block := layout.plan.block:
         rest = empty_tail(b, kv_heads, block, d, asked.k.dtype)
     body = Slots(keys=blank[0], values=blank[1], positions=free)
+    if not differentiable:
+        body = placed(body, layout.plan.store.place.body)
     return Holding(tokens=body, rest=rest)
 
 
@@ -145,8 +149,22 @@ def cache_of(
         blank = empty_tail(b, kv_heads, room, spec.head_dim, dtype)
         tail = jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), blank)
     # What wants tokens as they were is read in chunks only where they are plain.
-    parts = jax.vmap(lambda one: plan.read.index(one, one, (), spec))(body)
+    if plan.read.whole:
+        parts = (body,)
+    elif plan.store.place.body == "device":
+        parts = jax.vmap(lambda one: plan.read.index(one, one, (), spec))(body)
+    else:  # one layer at a time is fetched
+        found = jax.lax.map(lambda one: _without(plan.read, one, spec), body)
+        first = dataclasses.replace(found[0], keys=body.keys, values=body.values)
+        parts = (first, *found[1:])
     return LayerCache(parts=parts, tail=tail, growth=growth, spec=spec)
+
+
+def _without(read: AbstractRead, body: Slots, spec: LayerSpec) -> tuple[Any, ...]:
+    """What `read` knows of one layer's body, which itself is left out."""
+    body = placed(body, "device")
+    first, *others = read.index(body, body, (), spec)
+    return (dataclasses.replace(first, keys=None, values=None), *others)
 
 
 def _whole(layout: Layout, lengths: Lengths) -> Lengths:

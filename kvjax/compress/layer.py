@@ -18,6 +18,7 @@ from kvjax.cache import (
     Tail,
     Tracking,
     empty_tail,
+    placed,
 )
 from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray
 from kvjax.compress.config import Compression
@@ -173,6 +174,9 @@ class _Builder:
     def layer(
         self, parts: tuple[AbstractPart, ...], tail: Tail, **fields
     ) -> LayerCache:
+        # What is poured into a buffer for several layers is moved with it.
+        if not (self.differentiable or self.layout.pooled):
+            parts = tuple(placed(part, self.store.place.body) for part in parts)
         return LayerCache(parts=parts, tail=tail, spec=self.spec, **fields)
 
     def tail(self, capacity: int) -> Tail:

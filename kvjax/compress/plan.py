@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Annotated, Self
 
+from kvjax.cache import Places
 from kvjax.codecs import AbstractCodec, Plain
 from kvjax.compress.eviction import Eviction, undivided
 from kvjax.config import sized
@@ -22,11 +23,13 @@ class Storage(Checked):
         residual: newest tokens stay plain until this many have gathered; then they
             are encoded as one block and never again. 0 encodes the prompt once and
             keeps later tokens plain.
+        place: in which memory it lies.
     """
 
     keys: AbstractCodec = Plain()
     values: AbstractCodec = Plain()
     residual: Annotated[int, Range(0, 2**16)] = sized(0, short=32)
+    place: Places = Places()
 
     def __post_init__(self):
         super().__post_init__()
@@ -109,6 +112,12 @@ class LayerPlan(Checked):
                 )
         if self.schedule.interval is not None:
             self._check_bounded()
+            if self.store.place.body != "device":
+                raise ValueError(
+                    "what is evicted while decoding is written to at every step, and "
+                    f"lies on the device; got store.place.body={self.store.place.body} "
+                    f"with schedule.interval={self.schedule.interval}. Leave one out."
+                )
         if self.schedule.chunk is not None:
             self._check_chunks(self.schedule.chunk)
         if not self.read.whole:

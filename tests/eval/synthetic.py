@@ -36,6 +36,7 @@ def row(task: str, length: int, name: str, keep: float | None, **fields) -> dict
         "agreement_se": (score * (1 - score) / 32) ** 0.5,
         "resident_bytes": full * share + 2048.0,
         "full_bytes": float(full),
+        "host_bytes": 0.0,
         "prefill_ms": 40.0,
         "compress_ms": 4.0,
         "ms_per_token": 2.0 + 3 * share + (0.8 if "kivi" in name else 0),
@@ -44,7 +45,7 @@ def row(task: str, length: int, name: str, keep: float | None, **fields) -> dict
         "batch": 8,
         "nll": None,
         "kl": None,
-        "schema": 2,
+        "schema": 3,
         "versions": json.dumps(VERSIONS),
         "device": "cpu",
         "date": "2026-11-21T01:00:00",
@@ -111,7 +112,7 @@ def make_run(path: pathlib.Path, names, **kwargs) -> pathlib.Path:
     for folder in ("rows", "maps"):
         (path / folder).mkdir(parents=True)
     about = {
-        "schema": 2,
+        "schema": 3,
         **VERSIONS,
         "device": "cpu",
         "date": "2026-11-21T01:00:00",

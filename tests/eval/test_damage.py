@@ -68,10 +68,10 @@ def test_other_types_in_the_header(run, change):
     path.write_text(json.dumps(header))
     says(run, "run.json", next(iter(change)), "another directory")
     with pytest.raises(ValueError, match=r"run\.json"):
-        open_run(run, {"schema": 2})
+        open_run(run, {"schema": 3})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"schema": 2', "\ud800"])
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"schema": 3', "\ud800"])
 def test_a_header_that_is_no_object(run, text):
     (run / "run.json").write_bytes(text.encode(errors="surrogatepass"))
     says(run, "run.json")

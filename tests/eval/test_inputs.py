@@ -155,7 +155,7 @@ def test_a_fetched_model_says_where_it_is_from(files, model):
     run(files, model)
     said = read_header(files / "run")["source"]
     assert said == f"Tiny, package index, tiny==1.0, sha256 {'0' * 64}"
-    path.write_text(json.dumps({"schema": 2, "source": 3}))
+    path.write_text(json.dumps({"schema": 3, "source": 3}))
     with pytest.raises(ValueError, match="`source` is not what an evaluation writes"):
         read_header(files / "run")
 

@@ -18,7 +18,7 @@ from tests.eval import tiny
 from tests.eval.synthetic import make_rows
 from tests.faults.killing import Killed, calls, killed_at
 
-HEADER = {"schema": 2, "model_fingerprint": "abc", "config": {"items": 2}}
+HEADER = {"schema": 3, "model_fingerprint": "abc", "config": {"items": 2}}
 ROWS = [
     row | {"items": 1}
     for row in make_rows(["none", "random"], keeps=(0.5,), needle=False)[:2]

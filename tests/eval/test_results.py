@@ -16,7 +16,7 @@ from kvjax.eval import harness, reading
 from kvjax.eval.results import load_rows, open_run
 from tests.eval import tiny
 
-HEADER = {"schema": 2, "model_fingerprint": "abc", "config": {"items": 4, "keeps": [1]}}
+HEADER = {"schema": 3, "model_fingerprint": "abc", "config": {"items": 4, "keeps": [1]}}
 
 
 class Stop(Exception):
