@@ -116,7 +116,7 @@ def test_other_directories_are_refused(tmp_path):
         open_run(tmp_path, HEADER)
     (tmp_path / "run.json").write_text(json.dumps({**HEADER, "schema": 7}))
     for use in (load_rows, lambda path: open_run(path, HEADER)):
-        with pytest.raises(ValueError, match="schema 7; this version reads 2"):
+        with pytest.raises(ValueError, match="schema 7; this version reads 3"):
             use(tmp_path)
 
 

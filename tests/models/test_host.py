@@ -126,7 +126,7 @@ def test_it_works_under_jit():
 
 def test_files_stores_and_forks_know_where_it_lies(tmp_path):
     prompt, later, _ = batch()
-    model, c = small_model(), on_the_host(preset("kivi_4bit"))
+    model, c = small_model(), on_the_host(preset("none"))
     _, cache = kvjax.prefill(model, prompt[:1], None, c)
     cache.save(tmp_path / "cache")
     loaded = kvjax.load_cache(tmp_path / "cache", model)
