@@ -82,7 +82,9 @@ def compressions_of(given: Any) -> dict[str, Compression]:
                 name += "'"
             found[name] = _one(c)
     if not found:
-        raise ValueError("`c` names no compression. Leave it out for some of each kind.")
+        raise ValueError(
+            "`c` names no compression. Leave it out for some of each kind."
+        )
     return found
 
 

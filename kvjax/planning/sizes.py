@@ -97,5 +97,3 @@ def _of_part(part: AbstractPart) -> dict[str, int]:
 def _encoded(part: AbstractPart) -> list[AbstractEncoded]:
     held = [getattr(part, field.name) for field in dataclasses.fields(part)]  # type: ignore[arg-type]
     return [one for one in held if isinstance(one, AbstractEncoded)]
-
-
