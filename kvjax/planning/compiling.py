@@ -34,6 +34,7 @@ from kvjax.pallas_kernels.targets import TARGETS
 from kvjax.planning.chips import HERE, Chip
 from kvjax.planning.planner import Planner
 from kvjax.planning.record import Row
+from kvjax.planning.words import size
 
 PROGRAMS = ("prefill", "decode")
 
@@ -56,7 +57,8 @@ def compiled(
         rows: by formula.
         chip: whose compiler is asked.
         told: of what is being compiled.
-        context, batch: of the plan.
+        context: of the plan.
+        batch: of the plan.
 
     Raises:
         ValueError: no compiler for the chip, or one that ended without a word.
@@ -99,8 +101,10 @@ def _over(row: Row, found: Mapping[str, Mapping[str, Any]]) -> Row:
     held = row.weights + row.cache
     for name in PROGRAMS:
         one = found.get(name, {"status": "failed", "reason": "it said nothing"})
-        if one["status"] != "ok":
-            notes.append(f"{name}, {one['status']}: {one['reason']}")
+        if one["status"] == "too large" and one["total"]:
+            notes.append(f"the compiler refuses {name}, for {size(one['total'])}")
+        elif one["status"] != "ok":
+            notes.append(f"{name} was not compiled, {one['status']}: {one['reason']}")
         if one.get("total") is None:
             peaks.append(held + getattr(row, f"{name}_temporaries"))
             continue

@@ -1,4 +1,4 @@
-"""What a model needs at any compression, context and batch; asked often, traced once."""
+"""What a model needs at any compression, context and batch, traced once each."""
 
 import dataclasses
 import functools
@@ -102,13 +102,12 @@ class Planner:
         """
         check_divides("batch", batch, "data", self._axes)  # type: ignore[arg-type]
         lengths = np.full((batch,), context - self.new_tokens, np.int32)
-        checks.compression(self.config, c, lengths)
+        checks.compression(self.config, c, lengths)  # type: ignore[arg-type]
         budgets = [p.evict.budget.bytes for p in c.parts if p.evict is not None]
         if self.ways > 1 and any(given is not None for given in budgets):
             raise ValueError(
-                "a budget in bytes is of all KV heads together, and the plan of several "
-                "chips is of one chip's heads; got evict.budget.bytes. Give `keep` or "
-                "`slots`."
+                "a budget in bytes is of all KV heads, and the plan of several chips "
+                "is of one chip's; got evict.budget.bytes. Give `keep` or `slots`."
             )
 
     def held(self, c: Compression, context: int, batch: int) -> Held:
@@ -123,14 +122,31 @@ class Planner:
 
     def needs(self, c: Compression, context: int, batch: int, kind: str) -> Needs:
         """Bytes of one chip of a kind (`cpu`, `tpu`, `gpu`)."""
-        prompt = bucket(context - self.new_tokens, PROMPT)
+        held = self.held(c, context, batch)
+        decode, prefill = self._temporaries(c, context, batch, held.scales, kind)
+        return Needs(weights=self.weights, held=held, decode=decode, prefill=prefill)
+
+    def expected(
+        self,
+        c: Compression,
+        context: int,
+        batch: int,
+        kind: str,
+        cache: Held,
+        share: float,
+    ) -> int:
+        """About the peak, if the cache is `share` of a known one; nothing is traced."""
+        scales = int(cache.scales * share)
+        beside = self._temporaries(c, context, batch, scales, kind)
+        return self.weights + int(cache.total * share) + max(beside)
+
+    def _temporaries(
+        self, c: Compression, context: int, batch: int, scales: int, kind: str
+    ) -> tuple[int, int]:
         rows = -(-batch // self.rows)
-        return Needs(
-            weights=self.weights,
-            held=self.held(c, context, batch),
-            decode=self.widths.decode(rows, kind),
-            prefill=self.widths.prefill(c, rows, prompt, kind),
-        )
+        prompt = bucket(context - self.new_tokens, PROMPT)
+        decode = self.widths.decode(rows, scales, kind)
+        return decode, self.widths.prefill(c, rows, prompt, kind)
 
 
 def _share(config: DecoderConfig, ways: int) -> DecoderConfig:

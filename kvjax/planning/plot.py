@@ -62,8 +62,8 @@ def _finish(
     axes.set_xticks(contexts)
     axes.tick_params(axis="x", rotation=30)
     axes.minorticks_off()
-    weights = ends and plan.planner and plan.planner.weights / 1e9
-    assert weights  # a model has some
+    assert plan.planner is not None  # `figure` has looked
+    weights = plan.planner.weights / 1e9
     axes.axhline(weights, color=INK, linewidth=0.8, linestyle=":")
     tallest = max([end for end, _, _ in ends])
     shown = [chip for chip in plan.chips if chip.memory / 1e9 <= 1.6 * tallest]
@@ -72,7 +72,7 @@ def _finish(
     top = max([tallest, *(chip.memory / 1e9 for chip in shown)]) * 1.06
     axes.set_ylim(0, top)
     first = contexts[0]
-    axes.text(first, weights, " weights", va="bottom", fontsize=8)
+    axes.text(first, weights * 0.99, " weights", va="top", fontsize=8)
     for chip in shown:
         text = f" {chip.name}: {size(chip.memory)}"
         axes.text(first, chip.memory / 1e9, text, va="bottom", fontsize=8)

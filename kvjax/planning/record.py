@@ -196,8 +196,8 @@ class Plan:
             return cls(**given, rows=tuple(rows), chips=chips)
         except (TypeError, KeyError, AttributeError) as wrong:
             raise ValueError(
-                f"expected the tree of a plan, as `as_tree` gives it; got {shown(tree)} "
-                f"({wrong})."
+                "expected the tree of a plan, as `as_tree` gives it; got "
+                f"{shown(tree)} ({wrong})."
             ) from None
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
 """The largest of what is asked for that still fits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from kvjax.models.padding import PROMPT, bucket
 
@@ -40,8 +40,3 @@ def widths(most: int, new_tokens: int) -> tuple[int, ...]:
         found.append(min(wide + new_tokens, most))
         prompt = wide + 1
     return tuple(dict.fromkeys(found))
-
-
-def near(values: Sequence[int], wanted: float) -> int:
-    """Index of the last of ascending values that is not above `wanted`, at least 0."""
-    return max(sum(value <= wanted for value in values) - 1, 0)

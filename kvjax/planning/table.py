@@ -1,4 +1,4 @@
-"""A plan as a table: a row per compression, or the largest contexts of several chips."""
+"""A plan as a table: a row per compression, and the largest contexts of chips."""
 
 import io
 from collections.abc import Sequence
