@@ -162,7 +162,7 @@ plan = kvjax.plan(
     "Qwen/Qwen2.5-0.5B",
     ["none", "kivi_4bit", "snapkv", "snapkv_kivi"],
     context=32_768,
-    batch=32,
+    batch=24,
     device="v5e",
 )
 print(plan)
