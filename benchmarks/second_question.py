@@ -36,6 +36,7 @@ def rows_of(args, model, tokenizer) -> list[dict[str, Any]]:
             "lengths": [args.length],
             "items": args.items,
             "batch": args.batch,
+            "window": args.window,
         }
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -86,6 +87,7 @@ def main() -> int:
         items=200,
         length=512,
         batch=50,
+        window=8,
     )
     model, tokenizer = load(model_directory(args.model), "float32")
     rows = rows_of(args, model, tokenizer)

@@ -69,9 +69,8 @@ def plan(
             what to change.
 
     Example:
-        >>> found = plan("meta-llama/Llama-3.1-8B", "none", context=8192, device="v6e")
-        >>> found.rows[0].cache / 8192 / 1024  # KiB per token
-        128.5...
+        >>> plan("meta-llama/Llama-3.1-8B", "none", context=8192, device="v6e").fits
+        True
     """
     config, name = model_of(model)
     asked = compressions_of(c)
@@ -82,7 +81,8 @@ def plan(
     found = tuple(chip_of(one, memory) for one in dict.fromkeys(names))
     if not found:
         raise ValueError("`device` names no chip. Give one, or 'here'.")
-    axes = mesh_of(chips, mesh, config)
+    checks.count("chips", chips, 1)
+    axes = mesh_of(chips, mesh, config, batch)
     if compile and axes:
         raise ValueError(
             f"`compile` asks the compiler about one chip; got a mesh of {axes}. Leave "

@@ -92,8 +92,12 @@ def _one(given: Any) -> Compression:
     return given if isinstance(given, Compression) else compression(given)
 
 
+SPLIT = ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
+"""What axis `model` splits, by the table of `models.sharding`."""
+
+
 def mesh_of(
-    chips: int, mesh: Mapping[str, int] | None, config: DecoderConfig
+    chips: int, mesh: Mapping[str, int] | None, config: DecoderConfig, batch: int
 ) -> dict[str, int]:
     """Axes of the mesh, `data` and `model`: as given, or as many ways as heads divide.
 
@@ -101,18 +105,37 @@ def mesh_of(
         chips: how many.
         mesh: sizes by axis, or None.
         config: of the model.
+        batch: rows.
 
     Raises:
-        ValueError: axes that the rules of `models.sharding` do not know, sizes that are
-            none, or that do not make up the chips.
+        ValueError: other axes, sizes that are none or do not make up the chips, or that
+            do not divide the model or the rows.
     """
-    if isinstance(chips, bool) or not isinstance(chips, int) or chips < 1:
-        raise ValueError(f"`chips` must be an integer, at least 1; got {shown(chips)}.")
+    if mesh is None and chips == 1:
+        return {}
+    sizes = {name: getattr(config, name) for name in SPLIT}
     if mesh is None:
-        if chips == 1:
-            return {}
-        model = math.gcd(chips, config.num_kv_heads)
-        return {"data": chips // model, "model": model}
+        model = math.gcd(chips, *sizes.values())
+        given = {"data": chips // model, "model": model}
+    else:
+        given = {"data": 1, "model": 1, **_axes(mesh, chips)}
+    for name, size in sizes.items():
+        if size % given["model"]:
+            ways = math.gcd(*sizes.values())
+            raise ValueError(
+                f"a mesh of {given} splits the model's {name} of {size} over "
+                f"{given['model']} chips, which does not divide. Take a divisor of "
+                f"{ways} for `model`, and more of `data` for the rest."
+            )
+    if batch % given["data"]:
+        raise ValueError(
+            f"a mesh of {given} splits a batch of {batch} over {given['data']} chips, "
+            "which does not divide. Take a multiple as the batch, or less of `data`."
+        )
+    return given
+
+
+def _axes(mesh: Any, chips: int) -> Mapping[str, int]:
     if not isinstance(mesh, Mapping) or not set(mesh) <= {"data", "model"}:
         raise ValueError(
             f"`mesh` has sizes of the axes `data` (rows) and `model` (heads); got "
@@ -129,4 +152,4 @@ def mesh_of(
             f"`mesh` of {dict(mesh)} has {total} chips; got chips={chips}. Make them "
             "equal, or leave one of them out."
         )
-    return {"data": 1, "model": 1, **mesh}
+    return mesh

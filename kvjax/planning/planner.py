@@ -16,7 +16,7 @@ from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.padding import PROMPT, bucket
 from kvjax.models.programs import abstract_model, left_by_prefill
-from kvjax.models.sharding import check_divides, check_heads, parameter_sharding
+from kvjax.models.sharding import parameter_sharding
 from kvjax.models.weights import dotted
 from kvjax.planning.sizes import Held, held_of
 from kvjax.planning.temporaries import Widths
@@ -51,10 +51,7 @@ class Planner:
         config: of the model.
         dtype: of its weights.
         new_tokens: of each row's context, those that are made.
-        mesh: sizes of the axes `data` and `model`; empty: one chip.
-
-    Raises:
-        ValueError: a mesh that does not divide the model.
+        mesh: sizes of the axes `data` and `model`, which divide; empty: one chip.
     """
 
     def __init__(
@@ -69,7 +66,6 @@ class Planner:
         self.rows, self.ways = mesh.get("data", 1), mesh.get("model", 1)
         sizes = (self.rows, self.ways)
         self._axes = jax.sharding.AbstractMesh(sizes, ("data", "model"))
-        check_heads(config.num_heads, config.num_kv_heads, self._axes)  # type: ignore
         model = abstract_model(config, self.dtype)
         flat = nnx.to_flat_state(nnx.state(model))
         found = {dotted(path): leaf.get_value() for path, leaf in flat}
@@ -95,12 +91,11 @@ class Planner:
         return math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
 
     def check(self, c: Compression, context: int, batch: int) -> None:
-        """The compression is one for this model, and the batch divides.
+        """The compression is one for this model and for such prompts.
 
         Raises:
             ValueError: it is not; says which setting, and what to change.
         """
-        check_divides("batch", batch, "data", self._axes)  # type: ignore[arg-type]
         lengths = np.full((batch,), context - self.new_tokens, np.int32)
         checks.compression(self.config, c, lengths)  # type: ignore[arg-type]
         budgets = [p.evict.budget.bytes for p in c.parts if p.evict is not None]
