@@ -34,7 +34,7 @@ def in_chunks(config, c: Compression, length: int, room: int) -> dict[str, int]:
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(model)
     lengths, before = jax.ShapeDtypeStruct((1,), jnp.int32), jnp.int32(0)
-    chunking = Chunking.of(c, config.layers, length, jnp.float32, room=room)
+    chunking = Chunking.of_prompt(c, config.layers, length, jnp.float32, room=room)
     how = {"chunking": chunking}
     first = functools.partial(chunked_prefill._first, config, before=before, **how)
     state = jax.eval_shape(first, lengths)

@@ -67,6 +67,7 @@ class Chunking:
         longest: no row has more tokens; 0 where that does not matter.
         columns: of the rows, padded to whole chunks; 0 where no layer holds as many.
         room: later tokens that must fit; 0 likewise.
+        size: tokens of a chunk of a prompt; 0 of other rows.
         dtype: of keys and values.
         marks: see `Building`.
     """
@@ -79,6 +80,7 @@ class Chunking:
     room: int
     dtype: jnp.dtype
     marks: tuple[int, ...] = ()
+    size: int = 0
 
     @classmethod
     def of(
@@ -118,6 +120,23 @@ class Chunking:
             dtype=jnp.dtype(dtype),
             marks=marks,
         )
+
+    @classmethod
+    def of_prompt(
+        cls,
+        c: Compression,
+        specs: Sequence[LayerSpec],
+        width: int,
+        dtype: Any,
+        **how: Any,
+    ) -> Self:
+        """Of prompts of `width`, in the chunks of `c`; the rest as of `of`."""
+        assert c.schedule.chunk is not None
+        multiple = c.chunk_multiple
+        size = min(c.schedule.chunk, -(-width // multiple) * multiple)
+        columns = -(-width // size) * size
+        made = cls.of(c, specs, columns, dtype, **how)
+        return dataclasses.replace(made, size=size)
 
     @property
     def loops(self) -> tuple[Loop, ...]:

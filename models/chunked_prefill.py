@@ -173,16 +173,14 @@ def prefill_in_chunks(
         longest: no row has more tokens.
         prefix: of one row, in front of all.
     """
-    assert c.schedule.chunk is not None
     graph, params = nnx.split(model)
-    multiple, width = c.chunk_multiple, tokens.shape[1]
-    size = min(c.schedule.chunk, -(-width // multiple) * multiple)
-    count = -(-width // size)
+    how = {"longest": longest, "room": room, "marks": marks_of(prefix)}
+    given = (model.config.layers, tokens.shape[1], model.dtype)
+    chunking = Chunking.of_prompt(c, *given, **how)
+    size = chunking.size
+    count = -(-tokens.shape[1] // size)
     tokens = pad_tokens(tokens, count * size)
     chunks = jnp.moveaxis(tokens.reshape(len(tokens), count, size), 1, 0)
-    how = {"longest": longest, "room": room, "marks": marks_of(prefix)}
-    layers = (model.config.layers, count * size, model.dtype)
-    chunking = Chunking.of(c, *layers, **how)
     before = jnp.asarray(seen_before(prefix), jnp.int32)
     front = in_front(prefix, len(lengths), chunking.loops)
     state = _first(model.config, lengths, before, chunking)

@@ -13,7 +13,8 @@ from flax import nnx
 
 from kvjax.cache import KVCache
 from kvjax.compress.config import Compression
-from kvjax.models import generation, inference
+from kvjax.models import chunked_prefill, generation, inference
+from kvjax.models.chunked import Chunking
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.padding import PROMPT, bucket
@@ -59,7 +60,7 @@ def abstract_model(config: DecoderConfig, dtype: Any) -> Decoder:
 def prefill_program(
     model: Decoder, batch: int, tokens: int, c: Compression, room: int
 ) -> Program:
-    """What `prefill` runs.
+    """What `prefill` runs, over a whole prompt or (`every_chunk`) a chunk of it.
 
     Args:
         model: its arrays may be shapes.
@@ -74,8 +75,34 @@ def prefill_program(
     lengths = shape((batch,), jnp.int32)
     room = min(room, model.config.max_positions)
     arrays = (jax.tree.map(_bare, params), prompt, lengths)
-    how = (c, room, bucket(tokens))
-    return Program(inference._prefill, (graph, *arrays, *how), {})
+    if c.schedule.chunk is None:
+        how = (c, room, bucket(tokens))
+        return Program(inference._prefill, (graph, *arrays, *how), {})
+    chunking, state = _in_chunks(model, batch, tokens, c, room)
+    chunk = shape((batch, chunking.size), jnp.int32)
+    rest = (_front(chunking), chunk, shape((), jnp.int32), chunking)
+    return Program(chunked_prefill._read, (graph, arrays[0], *state, *rest), {})
+
+
+def _in_chunks(
+    model: Decoder, batch: int, tokens: int, c: Compression, room: int
+) -> tuple[Chunking, Any]:
+    """How a prompt is read in chunks, and what is handed on between them, as shapes."""
+    wide = bucket(tokens, PROMPT)
+    dtype = jnp.dtype(model.embedding.get_value().dtype)
+    how = {"longest": bucket(tokens), "room": room}
+    chunking = Chunking.of_prompt(c, model.config.layers, wide, dtype, **how)
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def first(lengths: Any) -> Any:
+        return chunked_prefill._start(model.config, lengths, jnp.int32(0), chunking)
+
+    return chunking, jax.eval_shape(first, lengths)
+
+
+def _front(chunking: Chunking) -> Any:
+    """Nothing is in front of the prompt."""
+    return ((),) * len(chunking.groups)
 
 
 def decode_program(model: Decoder, logits: Any, cache: KVCache, room: int) -> Program:
@@ -107,6 +134,16 @@ def left_by_prefill(
     The prompt's attention over itself is left out, which takes most of the time of
     tracing: what is held does not depend on how it is computed.
     """
+    if c.schedule.chunk is not None:
+        chunking, state = _in_chunks(model, batch, tokens, c, room)
+        graph, params = nnx.split(model)
+        given = (*chunked_prefill.parted(state, chunking), state.last)
+        how = (jax.ShapeDtypeStruct((), jnp.int32), chunking, bucket(tokens), room)
+        args = (graph, jax.tree.map(_bare, params), *given, *how)
+        program = Program(chunked_prefill._closed, args, {})
+        logits, cache = jax.tree.map(_bare, program.trace().out_info)
+        digest = jax.ShapeDtypeStruct((batch, 4), jnp.uint32)
+        return logits, dataclasses.replace(cache, digest=digest)
     blind = dataclasses.replace(c, prefill=_Unseen())
     program = prefill_program(model, batch, tokens, blind, room)
     return jax.tree.map(_bare, program.trace().out_info)

@@ -35,6 +35,10 @@ class OnHost(AbstractEncoded):
     def decode(self, positions, rope):
         return self.fetched.decode(positions, rope)
 
+    @property
+    def settles(self):
+        return self.of.settles
+
     def settled(self):
         return OnHost.moved(self.fetched.settled())
 

@@ -118,7 +118,8 @@ class Planner:
     def needs(self, c: Compression, context: int, batch: int, kind: str) -> Needs:
         """Bytes of one chip of a kind (`cpu`, `tpu`, `gpu`)."""
         held = self.held(c, context, batch)
-        decode, prefill = self._temporaries(c, context, batch, held.scales, kind)
+        known = (held.scales, held.total)
+        decode, prefill = self._temporaries(c, context, batch, *known, kind)
         return Needs(weights=self.weights, held=held, decode=decode, prefill=prefill)
 
     def expected(
@@ -132,16 +133,23 @@ class Planner:
     ) -> int:
         """About the peak, if the cache is `share` of a known one; nothing is traced."""
         scales = int(cache.scales * share)
-        beside = self._temporaries(c, context, batch, scales, kind)
-        return self.weights + int(cache.total * share) + max(beside)
+        total = int(cache.total * share)
+        beside = self._temporaries(c, context, batch, scales, total, kind)
+        return self.weights + total + max(beside)
 
     def _temporaries(
-        self, c: Compression, context: int, batch: int, scales: int, kind: str
+        self,
+        c: Compression,
+        context: int,
+        batch: int,
+        scales: int,
+        cache: int,
+        kind: str,
     ) -> tuple[int, int]:
         rows = -(-batch // self.rows)
         prompt = bucket(context - self.new_tokens, PROMPT)
         decode = self.widths.decode(rows, scales, kind)
-        return decode, self.widths.prefill(c, rows, prompt, kind)
+        return decode, self.widths.prefill(c, rows, prompt, cache, kind)
 
 
 def _share(config: DecoderConfig, ways: int) -> DecoderConfig:

@@ -50,6 +50,7 @@ class Row:
         positions: of the tokens, and where heads are in a buffer.
         tail: keys, values and positions of the newest tokens.
         statistics: what eviction while decoding remembers.
+        host: of codes and scales, what lies in the host's memory.
         decode_temporaries, prefill_temporaries: beside weights and cache.
         peak: at once, of whichever of both needs more.
         memory: that the chip gives to programs.
@@ -77,6 +78,7 @@ class Row:
     positions: int
     tail: int
     statistics: int
+    host: int
     decode_temporaries: int
     prefill_temporaries: int
     peak: int
@@ -97,9 +99,9 @@ class Row:
 
     @property
     def cache(self) -> int:
-        """Bytes of the cache, all that belongs to it."""
+        """Bytes of the cache on the chip, all that belongs to it."""
         held = self.codes + self.scales + self.positions
-        return held + self.tail + self.statistics
+        return held + self.tail + self.statistics - self.host
 
     @property
     def free(self) -> int:

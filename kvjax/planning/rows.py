@@ -9,6 +9,7 @@ from kvjax.planning.planner import Planner
 from kvjax.planning.record import Row
 from kvjax.planning.search import MOST_ROWS, last_true, widths
 from kvjax.planning.sizes import Held
+from kvjax.planning.words import size
 
 SHAPES, FORMULA = "shapes", "formula"
 
@@ -49,6 +50,7 @@ def row_of(
         positions=held.positions,
         tail=held.tail,
         statistics=held.statistics,
+        host=held.host,
         decode_temporaries=needs.decode,
         prefill_temporaries=needs.prefill,
         peak=needs.peak,
@@ -65,11 +67,20 @@ def row_of(
         batch_bound="search" if count == most else "memory",
         layers=held.layers if len(held.layers) > 1 else (),
         marks={**marks, "weights": SHAPES},
-        notes=_notes(c, held.upper),
+        notes=_notes(c, held),
     )
 
 
-_COUNTED = ("weights", "codes", "scales", "positions", "tail", "statistics", "read")
+_COUNTED = (
+    "weights",
+    "codes",
+    "scales",
+    "positions",
+    "tail",
+    "statistics",
+    "host",
+    "read",
+)
 _DERIVED = (
     "decode_temporaries",
     "prefill_temporaries",
@@ -82,9 +93,14 @@ _DERIVED = (
 )
 
 
-def _notes(c: Compression, upper: bool) -> tuple[str, ...]:
+def _notes(c: Compression, held: Held) -> tuple[str, ...]:
     notes = []
-    if upper:
+    if held.host:
+        notes.append(
+            f"{size(held.host)} of codes and scales lie in the host's memory; ms/token "
+            "is without fetching them"
+        )
+    if held.upper:
         notes.append("ranks go with the data: its cache is at most this")
     if not c.prefill.causal:
         notes.append("a sparse prefill: its floor is without attention")

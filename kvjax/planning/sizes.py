@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvjax.cache import KVCache
+from kvjax.cache import KVCache, host_nbytes
 from kvjax.cache.parts import AbstractPart
 from kvjax.codecs import AbstractEncoded
 from kvjax.depth import members
@@ -19,6 +19,7 @@ class Held:
 
     Attributes:
         codes, scales, positions, tail, statistics: see `planning.record.Row`.
+        host: of codes and scales, those in the host's memory.
         read: of a decode step.
         upper: whether it may be cut further, by data.
         layers: kinds of layers, in the order in which they come.
@@ -29,15 +30,16 @@ class Held:
     positions: int
     tail: int
     statistics: int
+    host: int
     read: int
     upper: bool
     layers: tuple[Layers, ...]
 
     @property
     def total(self) -> int:
-        """Bytes of the cache."""
+        """Bytes of the cache on the device."""
         held = self.codes + self.scales + self.positions
-        return held + self.tail + self.statistics
+        return held + self.tail + self.statistics - self.host
 
 
 def held_of(cache: KVCache) -> Held:
@@ -70,6 +72,7 @@ def held_of(cache: KVCache) -> Held:
         **found,
         tail=tail,
         statistics=statistics,
+        host=host_nbytes(cache),
         read=read,
         upper=upper,
         layers=tuple(kinds),

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import kvjax
-from kvjax.cache import KVCache
+from kvjax.cache import KVCache, Places
 from kvjax.models import Decoder, DecoderConfig
 from kvjax.models.programs import decode_program, left_by_prefill, prefill_program
 from kvjax.planning import Plan
@@ -21,6 +21,7 @@ from kvjax.planning.search import last_true, widths
 from kvjax.planning.sizes import held_of
 from kvjax.planning.words import layers_text
 from kvjax.rope import Rope
+from kvjax.schedules import EveryChunk
 from tests.small import PRESETS, one_per_structure, preset, small_model
 
 NEW = 24
@@ -100,6 +101,34 @@ def test_the_parts_are_the_whole(name):
     assert (held.scales == 0) == plain or c.evict and c.evict.values is not None
     kinds = sum(kind.count for kind in held.layers)
     assert kinds == len(small_model().config.layers)
+
+
+@pytest.mark.parametrize("name", ["none", "knorm", "adakv_snapkv"])
+def test_a_prompt_in_chunks(name):
+    """What is left is what is allocated; reading needs less than at once."""
+    model, whole = small_model(), preset(name)
+    schedule = EveryChunk(size=32 if name != "adakv_snapkv" else 64)
+    c = dataclasses.replace(whole, schedule=schedule)
+    planner = planner_of(model)
+    tokens = np.ones((2, 150 - NEW), np.int32)
+    _, cache = kvjax.prefill(model, tokens, None, c, max_new_tokens=NEW)
+    held = planner.held(c, 150, 2)
+    assert held.total == pytest.approx(buffers(cache), rel=0.02)
+    in_chunks, at_once = (planner.needs(x, 4000, 1, "tpu") for x in (c, whole))
+    assert in_chunks.prefill < at_once.prefill / 3
+    program = prefill_program(model, 1, 150 - NEW, c, NEW)
+    assert program.trace().lower().compile().memory_analysis() is not None
+
+
+def test_the_host_s_memory_is_no_part_of_the_peak():
+    name, model = "quest", small_model()
+    there = kvjax.Storage(place=Places(body="host"))
+    c = dataclasses.replace(preset(name), store=there)
+    held, here = (planner_of(model).held(x, 150, 2) for x in (c, preset(name)))
+    tokens = np.ones((2, 150 - NEW), np.int32)
+    _, cache = kvjax.prefill(model, tokens, None, c, max_new_tokens=NEW)
+    assert held.host == cache.host_nbytes > 0
+    assert held.total == here.total - held.host == cache.nbytes - cache.host_nbytes
 
 
 def test_codes_and_scales_by_hand():
