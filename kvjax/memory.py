@@ -11,6 +11,27 @@ from typing import Any
 import jax
 import jax.core
 
+HOST = "pinned_host"
+"""What JAX calls the host's memory that transfers need not be copied to first."""
+
+
+def check_host(device: jax.Device | None = None) -> None:
+    """A device can use its host's memory.
+
+    Args:
+        device: which; None: the default one.
+
+    Raises:
+        ValueError: it cannot; says which memories it has.
+    """
+    device = device or jax.devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:
+        raise ValueError(
+            f"{device.device_kind} ({device}) cannot use the host's memory: it has no "
+            f"{HOST!r}, only {kinds}. Leave `place` out, or use another device."
+        )
+
 
 def to_host[T](tree: T) -> T:
     """All arrays of `tree` in the host's memory."""
@@ -34,4 +55,4 @@ def on_host(x: Any) -> bool:
     if isinstance(x, jax.core.Tracer):
         return jax.typeof(x).memory_space == jax.memory.Space.Host
     where = getattr(x, "sharding", None)
-    return getattr(where, "memory_kind", None) == "pinned_host"
+    return getattr(where, "memory_kind", None) == HOST

@@ -10,6 +10,7 @@ from kvjax.cache import KVCache
 from kvjax.compress.config import Compression
 from kvjax.compress.plan import LayerPlan
 from kvjax.fields import Range, fit
+from kvjax.memory import check_host
 from kvjax.messages import shown
 from kvjax.models import origins
 from kvjax.models.arrays import (
@@ -217,6 +218,8 @@ def suits(config: DecoderConfig, c: Compression) -> None:
     """The model has what the compression asks of it."""
     for plan in c.parts:
         _plan(config, plan)
+    if any(plan.store.place.body == "host" for plan in c.parts):
+        check_host()
     reading(config, c.prefill)
     _retention(config, any(score.needs_retention for score in c.scores))
     _ranges(config, c)

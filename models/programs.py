@@ -134,19 +134,27 @@ def left_by_prefill(
     The prompt's attention over itself is left out, which takes most of the time of
     tracing: what is held does not depend on how it is computed.
     """
-    if c.schedule.chunk is not None:
-        chunking, state = _in_chunks(model, batch, tokens, c, room)
-        graph, params = nnx.split(model)
-        given = (*chunked_prefill.parted(state, chunking), state.last)
-        how = (jax.ShapeDtypeStruct((), jnp.int32), chunking, bucket(tokens), room)
-        args = (graph, jax.tree.map(_bare, params), *given, *how)
-        program = Program(chunked_prefill._closed, args, {})
-        logits, cache = jax.tree.map(_bare, program.trace().out_info)
-        digest = jax.ShapeDtypeStruct((batch, 4), jnp.uint32)
-        return logits, dataclasses.replace(cache, digest=digest)
-    blind = dataclasses.replace(c, prefill=_Unseen())
-    program = prefill_program(model, batch, tokens, blind, room)
-    return jax.tree.map(_bare, program.trace().out_info)
+    if c.schedule.chunk is None:
+        blind = dataclasses.replace(c, prefill=_Unseen())
+        program = prefill_program(model, batch, tokens, blind, room)
+    else:
+        program = _closing(model, batch, tokens, c, room)
+    logits, cache = jax.tree.map(_bare, program.trace().out_info)
+    # Of the tokens, which `prefill` adds.
+    digest = jax.ShapeDtypeStruct((batch, 4), jnp.uint32)
+    return logits, dataclasses.replace(cache, digest=digest)
+
+
+def _closing(
+    model: Decoder, batch: int, tokens: int, c: Compression, room: int
+) -> Program:
+    """What `prefill` runs behind the last chunk."""
+    chunking, state = _in_chunks(model, batch, tokens, c, room)
+    graph, params = nnx.split(model)
+    given = (*chunked_prefill.parted(state, chunking), state.last)
+    how = (jax.ShapeDtypeStruct((), jnp.int32), chunking, bucket(tokens), room)
+    args = (graph, jax.tree.map(_bare, params), *given, *how)
+    return Program(chunked_prefill._closed, args, {})
 
 
 def _bare(x: Any) -> jax.ShapeDtypeStruct:

@@ -20,6 +20,7 @@ from kvjax.cache.tail import Tail
 from kvjax.cache.tracking import Folding, Tracking, track
 from kvjax.depth import Loop, members
 from kvjax.fields import Range, fit
+from kvjax.memory import check_host
 from kvjax.pallas_kernels.partial import Partial, merge
 from kvjax.turns import Turn, take
 from kvjax.types import LayerInputs, LayerSpec, nbytes, pytree, static
@@ -269,9 +270,12 @@ class KVCache:
         In the host's, a step fetches what it reads of them. Not for use under `jit`.
 
         Raises:
-            ValueError: no such memory, or a body that is written to at every step.
+            ValueError: no such memory, or none on this device; a body that is written to
+                at every step.
         """
         fit(body, Body, "body")
+        if body == "host" and not isinstance(self.length, jax.core.Tracer):
+            check_host(next(iter(self.length.devices())))
         if any(group.folding is not None for group in self.groups):
             raise ValueError(
                 "this cache evicts while decoding: its bodies are written to at every "

@@ -11,7 +11,7 @@ import kvjax
 from kvjax.cache import Places
 from kvjax.codecs import AbstractEncoded, OnHost
 from kvjax.compress.config import Compression
-from kvjax.memory import on_host
+from kvjax.memory import check_host, on_host
 from kvjax.schedules import EveryChunk
 from tests.small import (
     LATER,
@@ -156,3 +156,14 @@ def test_what_is_written_to_at_every_step_stays():
         cache.placed("host")
     with pytest.raises(ValueError, match="body"):
         cache.placed("disk")
+
+
+def test_a_device_without_such_memory_says_which_it_has():
+    class Device:
+        device_kind = "toy"
+
+        def addressable_memories(self):
+            return [type("Memory", (), {"kind": "device"})]
+
+    with pytest.raises(ValueError, match=r"toy .* no 'pinned_host', only \['device'\]"):
+        check_host(Device())  # type: ignore[arg-type]

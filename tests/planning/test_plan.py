@@ -154,7 +154,8 @@ def test_programs_are_those_that_run(name):
     left = left_by_prefill(model, 1, 150 - NEW, c, NEW)
     traced = reading.trace()
     full = jax.tree.map(lambda x: (x.shape, x.dtype), traced.out_info)
-    assert full == jax.tree.map(lambda x: (x.shape, x.dtype), left)
+    made = (left[0], dataclasses.replace(left[1], digest=None))
+    assert full == jax.tree.map(lambda x: (x.shape, x.dtype), made)
     memory = traced.lower().compile().memory_analysis()
     logits = 4 * model.config.vocab_size
     assert memory.output_size_in_bytes - logits == pytest.approx(held, rel=0.02)
