@@ -79,12 +79,12 @@ def figure(rows: list[dict[str, Any]], title: str) -> Figure:
 def main() -> int:
     args = arguments(
         __doc__,
-        methods=["snapkv", "kivi_2bit"],
+        methods=["snapkv", "tova"],
         model="kvjax-tiny",
         task="recall",
         keep=0.25,
         turns=4,
-        items=200,
+        items=100,
         length=512,
         batch=50,
         window=8,

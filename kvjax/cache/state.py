@@ -270,8 +270,8 @@ class KVCache:
         In the host's, a step fetches what it reads of them. Not for use under `jit`.
 
         Raises:
-            ValueError: no such memory, or none on this device; a body that is written to
-                at every step.
+            ValueError: no such memory, or none on this device; a body that is written
+                to at every step.
         """
         fit(body, Body, "body")
         if body == "host" and not isinstance(self.length, jax.core.Tracer):
