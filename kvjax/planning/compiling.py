@@ -34,9 +34,11 @@ from kvjax.pallas_kernels.targets import TARGETS
 from kvjax.planning.chips import HERE, Chip
 from kvjax.planning.planner import Planner
 from kvjax.planning.record import Row
+from kvjax.planning.rows import row_of
 from kvjax.planning.words import size
 
 PROGRAMS = ("prefill", "decode")
+SEARCHED = ("largest_context", "context_bound", "largest_batch", "batch_bound")
 
 
 def compiled(
@@ -91,7 +93,19 @@ def compiled(
     for record in records:
         if "program" in record:
             by_name.setdefault(record["name"], {})[record["program"]] = record
-    return [_over(row, by_name.get(row.compression, {})) for row in rows], said
+
+    def made(row: Row) -> Row:
+        new = _over(row, by_name.get(row.compression, {}))
+        if new.fits == row.fits:
+            return new
+        # The formula is as far off around this context as it is there.
+        memory = max(chip.memory - (new.peak - row.peak), 1)
+        moved = dataclasses.replace(chip, memory=memory)
+        c = chosen[row.compression]
+        other = row_of(planner, row.compression, c, context, batch, moved)
+        return dataclasses.replace(new, **{n: getattr(other, n) for n in SEARCHED})
+
+    return [made(row) for row in rows], said
 
 
 def _over(row: Row, found: Mapping[str, Mapping[str, Any]]) -> Row:

@@ -62,6 +62,7 @@ def _finish(
     axes.set_xticks(contexts)
     axes.tick_params(axis="x", rotation=30)
     axes.minorticks_off()
+    axes.set_xlim(contexts[0] / 1.25, contexts[-1] * 1.06)
     assert plan.planner is not None  # `figure` has looked
     weights = plan.planner.weights / 1e9
     axes.axhline(weights, color=INK, linewidth=0.8, linestyle=":")
@@ -78,5 +79,6 @@ def _finish(
         axes.text(first, chip.memory / 1e9, text, va="bottom", fontsize=8)
     heights = spread([end for end, _, _ in ends], top / 17, 0, top)
     for height, (_, name, colour) in zip(heights, ends, strict=True):
-        place = (contexts[-1] * 1.1, height)
-        axes.annotate(name, place, color=colour, fontsize=8.5, va="center")
+        place = (contexts[-1] * 1.13, height)
+        how = {"color": colour, "fontsize": 8.5, "va": "center"}
+        axes.annotate(name, place, annotation_clip=False, **how)

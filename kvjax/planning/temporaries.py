@@ -1,25 +1,26 @@
 """Memory beside weights and cache, by formulas: for chips whose compiler is not asked.
 
 They count the arrays that are alive where a layer is widest, in the model's dtype
-unless said otherwise, and are what a compiler that is short of memory comes to. One
-that has more to spare takes more, for copies of weights say (docs/plan.md has both).
+unless said otherwise, and are meant as upper estimates of what a compiler that is short
+of memory comes to. One that has more to spare takes more, for copies of weights say
+(docs/plan.md has both).
 `B` rows, `T` tokens, `E` width, `I` feed-forward width, `H` and `K` heads, `D` head
 dim, `V` vocabulary, `s` bytes of a number.
 
     prefill   max(feed-forward, attention) + moved + surveyed + logits + one layer
       feed-forward   B T s (2 I + 3 E)               gate, up; stream, its sum, normed
-      attention      B T (s (2 E + H D + 2 K D) + 4 H D) + 4 C    q, k, v; f32 output
+      attention      B T (s (2 E + H D + 2 K D) + 4 H D) + 12 C   q, k, v; f32 output
       moved          B T s 2 K D                     if tokens are dropped: a layer's
       surveyed       L B T s 2 K D                   if all layers are looked at first
       logits         4 B V
     in chunks: T is that of a chunk, and `HELD` layers' caches are moved beside it
     decode    B (8 V + s (2 I + 3 E) + 8 H D) + 8 B K D W + one layer + laid out anew
 
-`C` is the logits that attention has at a time, `W` the slots decoded at a time
-(`cache.blocks.BLOCK`). One layer is the weights of one, which a CPU copies, and a TPU
-or GPU does not. A TPU multiplies gate and up without holding both: `I` in place of
-`2 I`. There scales and zeros, whose rows are shorter than its registers are wide, are
-laid out anew for the decode kernel: `ANEW` times their bytes, which is measured.
+`C` is the logits that attention has at a time, three of which are alive (with their
+mask and weights); `W` the slots decoded at a time (`cache.blocks.BLOCK`). One layer is
+the weights of one, which a CPU copies, and a TPU or GPU does not. On a TPU scales and
+zeros, whose rows are shorter than its registers are wide, are laid out anew for the
+decode kernel: `ANEW` times their bytes, which is measured.
 """
 
 import dataclasses
@@ -72,9 +73,9 @@ class Widths:
         heads = given.num_heads * given.head_dim
         pairs = 2 * given.num_kv_heads * given.head_dim
         rows = batch * tokens
-        feeding = rows * s * ((1 if kind == "tpu" else 2) * wide + 3 * e)
+        feeding = rows * s * (2 * wide + 3 * e)
         attending = rows * (s * (2 * e + heads + pairs) + 4 * heads)
-        attending += 4 * self._logits(c, batch, tokens, kind)
+        attending += 12 * self._logits(c, batch, tokens, kind)
         moved = rows * s * pairs if c.scores else 0
         moved += held
         surveyed = rows * s * pairs * given.num_layers if c.surveys else 0
