@@ -15,7 +15,7 @@ HOST = "pinned_host"
 """What JAX calls the host's memory that transfers need not be copied to first."""
 
 
-def check_host(device: jax.Device | None = None) -> None:
+def check_host(device: Any = None) -> None:
     """A device can use its host's memory.
 
     Args:
@@ -24,7 +24,7 @@ def check_host(device: jax.Device | None = None) -> None:
     Raises:
         ValueError: it cannot; says which memories it has.
     """
-    device = device or jax.devices()[0]
+    device = jax.devices()[0] if device is None else device
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST not in kinds:
         raise ValueError(

@@ -164,7 +164,8 @@ def _without(read: AbstractRead, body: Slots, spec: LayerSpec) -> tuple[Any, ...
     """What `read` knows of one layer's body, which itself is left out."""
     body = placed(body, "device")
     first, *others = read.index(body, body, (), spec)
-    return (dataclasses.replace(first, keys=None, values=None), *others)
+    none: dict[str, Any] = {"keys": None, "values": None}
+    return (dataclasses.replace(first, **none), *others)  # type: ignore[type-var]
 
 
 def _whole(layout: Layout, lengths: Lengths) -> Lengths:

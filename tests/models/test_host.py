@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.cache import Places
+from kvjax.cache import Pages, Places
 from kvjax.codecs import AbstractEncoded, OnHost
 from kvjax.compress.config import Compression
 from kvjax.memory import check_host, on_host
@@ -115,7 +115,9 @@ def test_it_works_under_jit():
     @jax.jit
     def run(prompt, lengths):
         _, cache = kvjax.prefill(model, prompt, lengths, c, max_new_tokens=64)
-        assert all(on_host(x) for x in jax.tree.leaves(cache.groups[0].parts[0].keys))
+        body = cache.groups[-1].parts[0]
+        assert isinstance(body, Pages)
+        assert all(on_host(x) for x in jax.tree.leaves(body.keys))
         return kvjax.extend(model, cache, later)[0]
 
     _, cache = kvjax.prefill(model, prompt, LENGTHS, c, max_new_tokens=64)
