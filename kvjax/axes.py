@@ -8,7 +8,9 @@ rules, without a mesh, and inside of `shard_map` nothing is split here.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,6 +23,16 @@ Rules = Mapping[str, MeshAxes]
 
 Pairs = tuple[tuple[str, MeshAxes], ...]
 """Rules that can be hashed."""
+
+LOGICAL: Mapping[str, str] = MappingProxyType(
+    # "Hx" are lists of blocks, of each head or of all; "A" slots in groups of codes.
+    {"B": "batch", "K": "kv_heads", "H": "kv_heads", "Hx": "kv_heads"}
+    | {"S": "slots", "A": "slots"}
+)
+"""What letters of the alphabet stand for, of those that may be split.
+
+Query heads go with the KV heads that they read.
+"""
 
 _RULES = jax.make_user_context(default_value=())
 
@@ -44,8 +56,9 @@ def split(mesh: AbstractMesh, rules: Pairs) -> Iterator[None]:
 
 
 def mesh() -> AbstractMesh | None:
-    """The mesh that the partitioner spreads this trace over by rules; None: there is
-    none, or one of a single device.
+    """The mesh that this trace is split over by rules.
+
+    None: there is none, or one of a single device, or no rules.
     """
     here = jax.sharding.get_abstract_mesh()
     if not _RULES.value or set(here.axis_types) != {AxisType.Auto} or here.size == 1:
@@ -77,6 +90,39 @@ def spec(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
         taken |= set(names)
         found.append(names[0] if len(names) == 1 else names)
     return PartitionSpec(*found)
+
+
+def letters_of(annotation: Any, rank: int, lead: Sequence[str] = ()) -> list[str]:
+    """The letters of an array's axes, by its annotation.
+
+    Args:
+        annotation: of a field, `Float[Array, "*lead S D"]` or several with `|`.
+        rank: of the array; where it has more axes, those in front are the layers: "".
+        lead: what `*lead` stands for.
+    """
+    found: list[str] = []
+    for kind in typing.get_args(annotation) or (annotation,):
+        # What an encoded array holds has no letters where any codec may hold it.
+        words = getattr(kind, "dim_str", "" if kind is type(None) else "*lead S D")
+        letters: list[str] = []
+        for word in words.split():
+            letters += lead if word == "*lead" else [word] * (word != "*layers")
+        if len(found) < len(letters) <= rank:
+            found = letters
+    return [""] * (rank - len(found)) + found
+
+
+def spec_of(x: Any, letters: Sequence[str], among: Set[str]) -> PartitionSpec:
+    """Where an array lies, by the letters of its first axes.
+
+    Args:
+        x: anything with a shape.
+        letters: of the first axes; the others are whole.
+        among: logical axes that may be split here.
+    """
+    logical = [LOGICAL.get(letter) for letter in letters]
+    logical = [axis if axis in among else None for axis in logical]
+    return spec([*logical, *[None] * (len(x.shape) - len(logical))], x.shape)
 
 
 def placed(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:

@@ -57,7 +57,8 @@ def step(
     The cache's `length` stays. With `lengths`, `[B]` tokens per row, logits are of each
     row's last token, and `t` is 1.
     """
-    own, front = spread.placed(cache).apart
+    own, front = cache.apart
+    own = spread.placed(own)
 
     def attend(inputs: LayerInputs, groups: tuple[LayerCache, ...]):
         at = inputs.depth.group

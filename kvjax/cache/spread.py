@@ -7,7 +7,6 @@ its heads, reads and writes nothing else, and runs the kernels of its chip.
 """
 
 import dataclasses
-import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +24,6 @@ from kvjax.cache.tracking import Tracking
 from kvjax.turns import Turn
 from kvjax.types import LayerInputs, LayerSpec
 
-# Axes of the alphabet that may be split; `A` are slots in groups of codes.
-LOGICAL = {"B": "batch", "K": "kv_heads", "H": "kv_heads", "S": "slots", "A": "slots"}
 ROWS, HEADS, SLOTS = frozenset({"batch"}), frozenset({"kv_heads"}), frozenset({"slots"})
 
 Axes = frozenset[str]
@@ -67,8 +64,8 @@ def _collect(held: Any, split: Axes, lead: Sequence[str], out: list) -> None:
         layers = held.limit.ndim - 1
         for name, shape in (("body", lead), ("tail", lead), ("row", lead[:1])):
             for leaf in jax.tree.leaves(getattr(held, name)):
-                out.append(_spec(leaf, [""] * layers + list(shape), split))
-        out.append(_spec(held.limit, [""] * layers + ["B"], split))
+                out.append(axes.spec_of(leaf, [""] * layers + list(shape), split))
+        out.append(axes.spec_of(held.limit, [""] * layers + ["B"], split))
         return
     if not dataclasses.is_dataclass(held):  # tuples of parts; numbers; None
         for item in held if isinstance(held, tuple) else jax.tree.leaves(held):
@@ -86,31 +83,10 @@ def _collect(held: Any, split: Axes, lead: Sequence[str], out: list) -> None:
         if field.metadata.get("static") or value is None:
             continue
         if isinstance(value, jax.Array | jax.ShapeDtypeStruct):
-            letters = _letters(field.type, lead, value.ndim)
-            out.append(_spec(value, letters, split))
+            letters = axes.letters_of(field.type, value.ndim, lead)
+            out.append(axes.spec_of(value, letters, split))
         else:
             _collect(value, split, lead, out)
-
-
-def _letters(annotation: Any, lead: Sequence[str], rank: int) -> list[str]:
-    """The letters of an array's axes; "" for those of the layers in front."""
-    found: list[str] = []
-    for kind in typing.get_args(annotation) or (annotation,):
-        # What an encoded array holds has no letters where any codec may hold it.
-        words = getattr(kind, "dim_str", "" if kind is type(None) else "*lead S D")
-        letters: list[str] = []
-        for word in words.split():
-            letters += lead if word == "*lead" else [word] * (word != "*layers")
-        if len(found) < len(letters) <= rank:
-            found = letters
-    return [""] * (rank - len(found)) + found
-
-
-def _spec(x: Any, letters: Sequence[str], split: Axes) -> PartitionSpec:
-    """Where an array lies, by the letters of its first axes."""
-    logical = [LOGICAL.get(letter) for letter in letters]
-    logical = [axis if axis in split else None for axis in logical]
-    return axes.spec([*logical, *[None] * (x.ndim - len(logical))], x.shape)
 
 
 def placed(cache: KVCache) -> KVCache:
@@ -132,12 +108,14 @@ def check_slots(group: LayerCache) -> None:
     Raises:
         ValueError: they cannot.
     """
-    body = group.parts[0]
     batch, kv_heads = group.tail.positions.shape[-3:-1]
     ways = slot_ways(batch, kv_heads)
-    if ways == 1 or (group.folding is None and isinstance(body, Slots)):
+    others = [part for part in group.own.parts if not isinstance(part, Slots)]
+    if ways == 1 or not (group.folding or others):
         return
-    what = "is evicted from while decoding" if group.folding else type(body).__name__
+    what = "one that later tokens evict from"
+    if others:
+        what = f"one with {type(others[0]).__name__} parts"
     raise ValueError(
         f"the rules split `slots` over {ways} devices, and this compression holds a "
         f"body that cannot be: {what}. Only bodies with one capacity for all heads "
@@ -157,7 +135,7 @@ def attend(
     if mesh is None:
         return group.attend(inputs, turn, front)
     split = axes_of(group)
-    rows, heads, *_ = _spec(inputs.k, "BKTD", split)
+    rows, heads, *_ = axes.spec_of(inputs.k, "BKTD", split)
     split = split if heads else split - HEADS  # query heads go with KV heads
     # A prefix of one row may be split along slots by what splits the rows.
     beside = split if not _slots(front, split, rows) else split - SLOTS
@@ -190,7 +168,7 @@ def attend(
         mine,
         mesh=mesh,
         in_specs=where,
-        out_specs=(_spec(inputs.q, "BHTD", split), where[0]),
+        out_specs=(axes.spec_of(inputs.q, "BHTD", split), where[0]),
         check_vma=False,
     )
     return mapped(group, inputs, turn, tuple(front))
