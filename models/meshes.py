@@ -14,10 +14,18 @@ from typing import Any
 import jax
 import jax.core
 import numpy as np
+from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from kvjax import axes
-from kvjax.models.sharding import RULES, TRAINING, automatic
+from kvjax.models.sharding import (
+    RULES,
+    TRAINING,
+    automatic,
+    check_heads,
+    parameter_sharding,
+    place,
+)
 from kvjax.narrow import narrow
 
 
@@ -105,3 +113,27 @@ def spread(model: Any, x: jax.Array, logical: Sequence[str | None]) -> jax.Array
         return jax.device_put(x, where)
     held = np.asarray(x)
     return jax.make_array_from_callback(held.shape, where, lambda i: held[i])
+
+
+def over(model: Any, mesh: Mesh, rules: axes.Rules = RULES) -> Any:
+    """The same decoder, its weights spread over a mesh as `kvjax.load` spreads them.
+
+    Args:
+        model: a decoder whose weights every process holds.
+        mesh: devices, see `kvjax.load`.
+        rules: likewise.
+
+    Raises:
+        ValueError: see `kvjax.load`.
+    """
+    mesh = automatic(mesh)
+    check_heads(model.config.num_heads, model.config.num_kv_heads, mesh, rules)
+    graph, state = nnx.split(model)
+    for path, leaf in nnx.to_flat_state(state):
+        array = leaf.get_value()
+        name = ".".join(map(str, path))
+        where = parameter_sharding(name, array.shape, mesh, rules)
+        leaf.set_value(place(np.asarray(array), where))
+    spread = nnx.merge(graph, state)
+    spread.placement = Placement.of(mesh, rules)
+    return spread
