@@ -8,6 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
+from kvjax.axes import on_host
 from kvjax.messages import shown
 from kvjax.models.sharding import automatic
 
@@ -19,7 +20,7 @@ def is_traced(*values: Any) -> bool:
 
 def concrete(x: Any) -> np.ndarray | None:
     """The values, unless they are traced."""
-    return None if is_traced(x) else np.asarray(x)
+    return None if is_traced(x) else on_host(x)
 
 
 def held(name: str, values: Any) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kvjax import axes
 from kvjax.depth import Depth
 from kvjax.models.config import DecoderConfig
 from kvjax.pallas_kernels.partial import feature_sum
@@ -101,6 +102,7 @@ class SelfAttention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, retention = self._retention(x, q)
+        q, k, v = (by_heads(one) for one in (q, k, v))
         turn = jnp.maximum(positions, 0)[:, None, :]
         inputs = LayerInputs(
             q=spec.rope.rotate(q.transpose(0, 2, 1, 3), turn),
@@ -129,6 +131,14 @@ class SelfAttention(nnx.Module):
         q = q.at[:, :, ::groups, -1].set(0)
         evict = self.evictor.gain * lent - self.evictor.offset
         return q, -evict.transpose(0, 2, 1)
+
+
+def by_heads(x: Float[Array, "B T X D"]) -> Float[Array, "B T X D"]:
+    """Queries, keys or values split along rows and heads, if the trace is for a mesh.
+
+    Query heads go with the KV heads that they read.
+    """
+    return axes.placed(x, ("batch", None, "kv_heads", None))
 
 
 class RetentionHead(nnx.Module):

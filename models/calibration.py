@@ -24,8 +24,8 @@ from kvjax.messages import shown
 from kvjax.models import checks, origins
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.finite import check_rows
+from kvjax.models.meshes import entry
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
-from kvjax.narrow import narrow
 from kvjax.pallas_kernels.dense import self_attention_with_mass
 from kvjax.pallas_kernels.partial import merge
 from kvjax.prefills import (
@@ -173,7 +173,7 @@ def _measure(graph, params, tokens, lengths, patterns):
     return in_order(loops_of(model.config.layers), seen.left)
 
 
-@narrow
+@entry
 def calibrate(
     model: Decoder,
     tokens: TokensLike,

@@ -22,7 +22,11 @@ from kvjax.models.arrays import (
     whole,
 )
 from kvjax.models.config import DecoderConfig
+from kvjax.models.meshes import spread
 from kvjax.prefills import AbstractPrefill
+
+ROWS, WHOLE = ("batch", None), (None,)
+"""Logical axes of tokens and of lengths."""
 
 
 def count(name: str, value: int, least: int = 0) -> None:
@@ -101,7 +105,7 @@ def asked(found: Any, tokens, lengths) -> tuple[jax.Array, jax.Array]:
     """`prompt`, of what was given as a model, which lies where its prompt does."""
     tokens, lengths = prompt(model(found), tokens, lengths)
     together(model=found.embedding[...], tokens=tokens, lengths=lengths)
-    return tokens, lengths
+    return spread(found, tokens, ROWS), spread(found, lengths, WHOLE)
 
 
 def prompt_lengths(inner, lengths: jax.Array) -> jax.Array:
@@ -159,7 +163,7 @@ def extension(
     new = concrete(lengths)
     room(found, cache, np.full(len(tokens), tokens.shape[1]) if new is None else new)
     together(model=found.embedding[...], cache=cache, tokens=tokens, lengths=lengths)
-    return tokens, lengths
+    return spread(found, tokens, ROWS), spread(found, lengths, WHOLE)
 
 
 def is_cache(name: str, found: Any) -> None:

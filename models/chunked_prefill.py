@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import Front, KVCache, LayerCache
+from kvjax.cache import Front, KVCache, LayerCache, spread
 from kvjax.compress import growing
 from kvjax.compress.building import Building
 from kvjax.compress.config import Compression
@@ -119,7 +119,8 @@ def _close(
             how = (layout, held.lengths, room, spec, chunking.dtype)
             layer = growing.cache_of(holding, *how)
         caches.append(layer)
-    return model.logits(state.last), building.cache(carry, caches)
+    cache = spread.placed(building.cache(carry, caches))
+    return model.logits(state.last), cache
 
 
 _static = ("graph", "chunking")

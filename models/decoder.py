@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kvjax import axes
 from kvjax.depth import Depth, Loop, grouped, members, over
 from kvjax.models.blocks import Layer, Linear, norm_of, product
 from kvjax.models.config import DecoderConfig
+from kvjax.models.meshes import Placement
 from kvjax.types import LayerInputs, loops_of
 
 Attention = Callable[[LayerInputs], Array]
@@ -53,6 +55,11 @@ def attending(attention: Attention | Attending) -> Attending:
     return Attending(step=lambda inputs, state: (attention(inputs), state, ()))
 
 
+def along_rows(x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+    """A residual stream split along its rows, if the trace is for a mesh."""
+    return axes.placed(x, ("batch", None, None))
+
+
 class Pass(NamedTuple):
     """What a pass over some tokens gives.
 
@@ -75,6 +82,7 @@ class Decoder(nnx.Module):
     """A causal language model without an opinion on attention.
 
     `layers` is one `Layer` whose weights have a leading axis for the layers.
+    `placement` is what it was spread over when it was loaded, or None.
 
     Args:
         config: static; `config.layers` says what each layer's attention is.
@@ -84,6 +92,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
+        self.placement: Placement | None = None
         shape = (config.vocab_size, config.hidden_size)
         noise = jax.random.normal(rngs.params(), shape, jnp.float32)
         self.embedding = nnx.Param((noise * config.init_std).astype(dtype))
@@ -129,7 +138,7 @@ class Decoder(nnx.Module):
         remat: bool = False,
         unroll: bool = False,
         streams: bool = False,
-        place: Callable[[Array], Array] = lambda x: x,
+        place: Callable[[Array], Array] = along_rows,
     ) -> Pass:
         """A pass over tokens, with all that it leaves.
 
@@ -143,7 +152,8 @@ class Decoder(nnx.Module):
             unroll: compile layer by layer: programs grow with depth.
             streams: keep the residual stream behind every layer.
             place: where the residual stream is to be, over several devices; called
-                with it in front of every layer.
+                with it in front of every layer. By default its rows are split as the
+                rules of the trace say.
         """
         asked = attending(attention)
         specs, kinds = self.config.layers, asked.kinds

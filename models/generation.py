@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax import axes
 from kvjax.cache import Front, KVCache
 from kvjax.compress.config import Compression
 from kvjax.fields import Range, fit
@@ -21,9 +22,9 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.finite import check_rows
 from kvjax.models.inference import nameless, prefill, step
+from kvjax.models.meshes import entry
 from kvjax.models.prompts import NONE
 from kvjax.models.sampling import Sampling
-from kvjax.narrow import narrow
 from kvjax.types import EMPTY, LengthsLike, TokensLike, pytree
 
 Callback = Callable[[np.ndarray, np.ndarray], None]
@@ -108,7 +109,16 @@ def _run(
         state = dataclasses.replace(state, length=length, key=key)
         return cache, _record(state, logits[:, 0], token, stops)
 
-    return jax.lax.while_loop(go_on, body, (cache, state))
+    cache, state = jax.lax.while_loop(go_on, body, (cache, state))
+    return cache, _everywhere(state)
+
+
+def _everywhere(state: _State) -> _State:
+    """What callers look at, on every device of a mesh."""
+    look = ("tokens", "made", "done", "sound", "count")
+    found = {name: getattr(state, name) for name in look}
+    whole = {name: axes.placed(x, (None,) * x.ndim) for name, x in found.items()}
+    return dataclasses.replace(state, **whole)
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "room"))
@@ -136,7 +146,7 @@ _decode_donating = jax.jit(
 )
 
 
-@narrow
+@entry
 def generate(
     model: Decoder,
     tokens: TokensLike,
@@ -195,7 +205,7 @@ def generate(
     )
 
 
-@narrow
+@entry
 def generate_from(
     model: Decoder,
     cache: KVCache,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import KVCache, LayerCache, token_digest
+from kvjax.cache import KVCache, LayerCache, spread, token_digest
 from kvjax.compress.building import Building, build_cache
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import observe
@@ -22,6 +22,7 @@ from kvjax.models import checks, origins
 from kvjax.models.arrays import is_traced, together
 from kvjax.models.chunked_prefill import prefill_in_chunks
 from kvjax.models.decoder import Attending, Decoder
+from kvjax.models.meshes import entry
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
 from kvjax.models.prompts import NONE, settled
 from kvjax.models.reading import (
@@ -33,7 +34,6 @@ from kvjax.models.reading import (
     observe_prompt,
     seen_before,
 )
-from kvjax.narrow import narrow
 from kvjax.types import (
     LayerInputs,
     Lengths,
@@ -58,10 +58,11 @@ def step(
     row's last token, and `t` is 1.
     """
     own, front = cache.apart
+    own = spread.placed(own)
 
     def attend(inputs: LayerInputs, groups: tuple[LayerCache, ...]):
         at = inputs.depth.group
-        out, group = groups[at].attend(inputs, inputs.depth.turn, front[at])
+        out, group = spread.attend(groups[at], inputs, inputs.depth.turn, front[at])
         return out, (*groups[:at], group, *groups[at + 1 :]), ()
 
     reading = Attending(step=attend, state=own.groups, loops=cache.loops)
@@ -101,7 +102,7 @@ def _prefill(
         loops = loops_of(specs, plans_of(c, specs, longest or width), marks)
         how = (room, before, longest, marks)
         cache = build_cache(seen, loops, specs, lengths, c, *how)
-        return logits, cache
+        return logits, spread.placed(cache)
     how = (width, room, model.dtype, before, longest, marks)
     building = Building.of(c, specs, lengths, *how)
     groups = in_front(prefix, len(lengths), building.loops)
@@ -121,7 +122,7 @@ def _prefill(
     positions = padded_positions(lengths, width, before)
     seen = model.run(tokens, positions, compressing)
     logits = last_logits(model, seen.hidden, lengths)
-    return logits, building.cache(seen.state, seen.left)
+    return logits, spread.placed(building.cache(seen.state, seen.left))
 
 
 @jax.jit
@@ -138,7 +139,7 @@ def _extend(graph, params, cache, front, tokens, positions, lengths=None):
     return logits, after.apart[0]
 
 
-@narrow
+@entry
 def prefill(
     model: Decoder,
     tokens: TokensLike,
@@ -202,7 +203,7 @@ def prefill(
     return logits, cache.behind(in_front(prefix, len(lengths), cache.loops))
 
 
-@narrow
+@entry
 def extend(
     model: Decoder,
     cache: KVCache,

@@ -25,6 +25,7 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.families import read_config
 from kvjax.models.gguf import gguf_config, is_gguf
 from kvjax.models.hub import checkpoint_directory
+from kvjax.models.meshes import Placement
 from kvjax.models.saving import alone, check_target, clear, contents, move
 from kvjax.models.shards import CONFIG, SAVE
 from kvjax.models.storable import storable
@@ -86,7 +87,10 @@ def load(
     shapes = {path: tuple(leaf.get_value().shape) for path, leaf in flat.items()}
     for path, array in stream_parameters(source, config, shapes, kind, mesh, rules):
         flat[path].set_value(array)
-    return nnx.merge(graphdef, state), words
+    model = nnx.merge(graphdef, state)
+    if mesh is not None:
+        model.placement = Placement.of(mesh, rules)
+    return model, words
 
 
 def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:

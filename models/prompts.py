@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt32
 
-from kvjax.cache import KVCache, Weights, token_digest
+from kvjax.cache import KVCache, Weights, spread, token_digest
 from kvjax.compress.building import build_cache
 from kvjax.compress.config import Compression
 from kvjax.compress.observe import Observed
@@ -19,9 +19,9 @@ from kvjax.models.arrays import is_traced
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.finite import check_logits
+from kvjax.models.meshes import Placement, entry, placement_of
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
 from kvjax.models.reading import observe_prompt
-from kvjax.narrow import narrow
 from kvjax.types import (
     Lengths,
     LengthsLike,
@@ -43,8 +43,12 @@ def _observe(graph, params, tokens, lengths, c: Compression, longest: int):
     return logits, seen, digest
 
 
+def _built(*args, **how) -> KVCache:
+    return spread.placed(build_cache(*args, **how))
+
+
 _static = ("loops", "specs", "c", "room", "longest")
-_build = jax.jit(build_cache, static_argnames=_static)
+_build = jax.jit(_built, static_argnames=_static)
 
 
 @pytree
@@ -61,6 +65,7 @@ class Prompt:
         longest: no row has more tokens.
         digest: of the tokens, see `KVCache`.
         weights: of the model, where they are known.
+        placement: of the model, where it is spread over a mesh.
     """
 
     logits: Float[Array, "B V"]
@@ -72,8 +77,9 @@ class Prompt:
     longest: int = static()
     digest: UInt32[Array, "B 4"] | None = None
     weights: Weights | None = static(default=None)
+    placement: Placement | None = static(default=None)
 
-    @narrow
+    @entry
     def compress(self, c: Compression, *, max_new_tokens: int = 64) -> KVCache:
         """The cache that `prefill` with `c` gives; only the budget may differ."""
         checks.compression(self.config, c, self.lengths)
@@ -124,7 +130,7 @@ def method_of(c: Compression) -> Compression:
     return c.with_keep(1.0) if c.has_budget else c
 
 
-@narrow
+@entry
 def read_prompt(
     model: Decoder,
     tokens: TokensLike,
@@ -154,6 +160,7 @@ def read_prompt(
         longest=longest,
         digest=digest,
         weights=origins.weights_of(model),
+        placement=placement_of(model),
     )
 
 

@@ -7,11 +7,8 @@ from types import MappingProxyType
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kvjax.axes import MeshAxes, Rules, names_of
 from kvjax.messages import nearest, shown
-
-MeshAxes = str | tuple[str, ...] | None
-Rules = Mapping[str, MeshAxes]
-"""Logical axis to the axis, or axes, of a mesh that split it; None: whole."""
 
 # Each logical axis on a mesh that decodes (data, model), and on one that trains (data,
 # fsdp, tensor).
@@ -76,11 +73,7 @@ def spec(
     """`PartitionSpec` of logical `axes` on `mesh`."""
     placed = [rules.get(axis) if axis else None for axis in axes]
     here = set(mesh.axis_names)
-    return PartitionSpec(*(x if set(_names(x)) <= here else None for x in placed))
-
-
-def _names(axes: MeshAxes) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else axes or ()
+    return PartitionSpec(*(x if set(names_of(x)) <= here else None for x in placed))
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -152,7 +145,7 @@ def _check_axes(logical: str, axes: MeshAxes, mesh: Mesh) -> None:
             f"`rules[{logical!r}]` must be the name of a mesh axis, several as a "
             f"tuple, or None; got {shown(axes)}."
         )
-    for axis in () if axes in _TABLE[logical] else _names(axes):
+    for axis in () if axes in _TABLE[logical] else names_of(axes):
         if axis not in known:
             raise ValueError(
                 f"`rules[{logical!r}]` names {shown(axis)}, which is no axis of the "
@@ -164,7 +157,7 @@ def _check_once(path: str, axes: tuple[str | None, ...], placed: PartitionSpec) 
     """No mesh axis splits one parameter twice."""
     seen: dict[str, str | None] = {}
     for logical, names in zip(axes, placed, strict=True):
-        for name in _names(names):
+        for name in names_of(names):
             if name in seen:
                 raise ValueError(
                     f"`rules` split {path} by mesh axis {name!r} twice: as "
@@ -176,7 +169,7 @@ def _check_once(path: str, axes: tuple[str | None, ...], placed: PartitionSpec) 
 
 def check_divides(logical: str, size: int, name: MeshAxes, mesh: Mesh) -> None:
     """Raise unless `size` divides over mesh axis `name` (None: not split)."""
-    ways = math.prod(mesh.shape[axis] for axis in _names(name))
+    ways = math.prod(mesh.shape[axis] for axis in names_of(name))
     if size % ways:
         raise ValueError(
             f"{logical!r} of size {size} does not divide over mesh axis {name!r} of "

@@ -18,10 +18,10 @@ from kvjax.models import checks, origins
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.finite import check_logits
+from kvjax.models.meshes import Placement, entry, placement_of
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
 from kvjax.models.prompts import Prompt, check_whole, method_of
 from kvjax.models.reading import last_logits
-from kvjax.narrow import narrow
 from kvjax.prefills import AbstractPrefill
 from kvjax.types import (
     LayerInputs,
@@ -51,6 +51,7 @@ class SharedPass:
         longest: no row has more tokens.
         digest: of the tokens, see `KVCache`.
         weights: of the model, where they are known.
+        placement: of the model, where it is spread over a mesh.
     """
 
     logits: Float[Array, "B V"]
@@ -63,8 +64,9 @@ class SharedPass:
     longest: int = static()
     digest: UInt32[Array, "B 4"]
     weights: Weights | None = static(default=None)
+    placement: Placement | None = static(default=None)
 
-    @narrow
+    @entry
     def prompt(self, c: Compression) -> Prompt:
         """What `read_prompt` with `c` gives, up to the order of summation.
 
@@ -108,6 +110,7 @@ class SharedPass:
             longest=self.longest,
             digest=self.digest,
             weights=self.weights,
+            placement=self.placement,
         )
 
 
@@ -142,7 +145,7 @@ def _read(graph, params, tokens, lengths, prefill: AbstractPrefill, mass: bool):
     return last_logits(model, seen.hidden, lengths), inputs, sums, digest
 
 
-@narrow
+@entry
 def read_shared(
     model: Decoder,
     tokens: TokensLike,
@@ -185,4 +188,5 @@ def read_shared(
         longest=bucket(width),
         digest=digest,
         weights=origins.weights_of(model),
+        placement=placement_of(model),
     )

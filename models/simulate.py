@@ -19,9 +19,9 @@ from kvjax.depth import in_order, members
 from kvjax.models import checks
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.finite import check_rows
+from kvjax.models.meshes import entry
 from kvjax.models.prompts import NONE
 from kvjax.models.reading import observe_prompt
-from kvjax.narrow import narrow
 from kvjax.types import (
     LayerInputs,
     Lengths,
@@ -101,7 +101,7 @@ def _of_probe(plan: LayerPlan, seen: Observed) -> Float[Array, "turns B K S"]:
     return seen.memory.slots
 
 
-@narrow
+@entry
 def simulate(
     model: Decoder,
     tokens: TokensLike,

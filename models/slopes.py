@@ -11,7 +11,7 @@ from kvjax.attention import self_attention
 from kvjax.models import checks
 from kvjax.models.decoder import Attending, Decoder
 from kvjax.models.finite import check_rows
-from kvjax.narrow import narrow
+from kvjax.models.meshes import entry
 from kvjax.pallas_kernels.held import Earlier
 from kvjax.turns import take
 from kvjax.types import EMPTY, LayerInputs, LengthsLike, TokensLike, padded_positions
@@ -53,7 +53,7 @@ def _slopes(graph, params, tokens, lengths, prompt_lengths):
     return slopes, sound & jnp.all(jnp.isfinite(slopes), axis=(0, 2, 3))
 
 
-@narrow
+@entry
 def gate_slopes(
     model: Decoder,
     tokens: TokensLike,

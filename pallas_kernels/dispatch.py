@@ -18,7 +18,9 @@ from typing import Any, Literal
 import jax
 from jax.sharding import AxisType
 
+from kvjax import axes
 from kvjax.pallas_kernels import tuning
+from kvjax.pallas_kernels.mapped import mapped
 from kvjax.pallas_kernels.targets import TARGETS
 
 Backend = Literal["auto", "reference", "xla", "tpu", "gpu"]
@@ -43,10 +45,14 @@ class Op:
     Attributes:
         name: of the op, of its package and of the function in each of its modules.
         backends: those that exist, `reference` always among them.
+        gives: letters of the arrays that it returns. What it takes is annotated. An
+            op with these is split over a mesh along rows and KV heads, each device
+            running its kernel; None: it is not.
     """
 
     name: str
     backends: tuple[str, ...]
+    gives: tuple[str, ...] | None = None
 
     def implementation(self, backend: str) -> Any:
         """The function of one backend.
@@ -76,8 +82,10 @@ class Op:
             args: the record of the call; of an op too small for one, its arrays.
             backend: an explicit choice is followed or refused, never replaced;
                 `auto` takes the first of `PREFERENCE` that serves the call and logs
-                every refusal. A program that XLA's partitioner splits over devices
-                gets the XLA path, the only one that it can split.
+                every refusal. In a program that XLA's partitioner splits over devices
+                a kernel runs on each device for its rows and heads, where the mesh has
+                rules (`kvjax.axes`) and the op knows its axes; elsewhere the XLA path
+                is taken, the only one that the partitioner can split.
             tiles: block sizes of a Pallas backend, those left out being the tuned ones
                 of the chip that the trace is for; or the name of a chip.
             interpret: run a Pallas backend in its interpreter, on any machine.
@@ -94,7 +102,8 @@ class Op:
             )
         if backend != "auto":
             return self._run(backend, args, kwargs, tiles, interpret)
-        choices = ("xla",) if partitioned() else PREFERENCE.get(platform(), ("xla",))
+        whole = partitioned() and not self._splits
+        choices = ("xla",) if whole else PREFERENCE.get(platform(), ("xla",))
         for name in choices:
             if name == "xla":
                 break
@@ -105,11 +114,22 @@ class Op:
         name = "xla" if "xla" in self.backends else "reference"
         return self._run(name, args, kwargs, None, False)
 
+    @property
+    def _splits(self) -> bool:
+        """Whether a kernel of it runs on the devices of this trace's mesh."""
+        return self.gives is not None and axes.mesh() is not None
+
     def _run(self, backend, args, kwargs, tiles, interpret):
         run = self.implementation(backend)
         if backend in ("tpu", "gpu"):
             sizes = block_sizes(self.name, backend, tiles)
-            kwargs = {**kwargs, "tiles": sizes, "interpret": interpret}
+            how = {**kwargs, "tiles": sizes, "interpret": interpret}
+            if self._splits:
+                assert self.gives is not None
+                plain = functools.partial(self.implementation("reference"), **kwargs)
+                kernel = functools.partial(run, **how)
+                return mapped(kernel, plain, self.gives, *args)
+            kwargs = how
         elif interpret or tiles is not None:
             raise ValueError(
                 f"`tiles` and `interpret` are for the Pallas backends; got "

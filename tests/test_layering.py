@@ -28,6 +28,7 @@ LADDER = (
         "places",
         "inputs",
         "narrow",
+        "axes",
     ),
     ("pallas_kernels",),
     ("codecs", "cache", "attention"),

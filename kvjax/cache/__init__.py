@@ -30,6 +30,7 @@ from kvjax.cache.ranking import levelled as levelled
 from kvjax.cache.ranking import places as places
 from kvjax.cache.selecting import AbstractSelecting as AbstractSelecting
 from kvjax.cache.shared import Shared as Shared
+from kvjax.cache.spread import slot_ways as slot_ways
 from kvjax.cache.state import Front as Front
 from kvjax.cache.state import KVCache as KVCache
 from kvjax.cache.state import LayerCache as LayerCache

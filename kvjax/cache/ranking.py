@@ -53,6 +53,10 @@ class AbstractRanking(abc.ABC):
     needs_mass: ClassVar[bool] = False
     """Whether it wants what each token held receives of every query's attention."""
 
+    per_head: ClassVar[bool] = False
+    """Whether the scores of a head follow from what that head alone asked and holds,
+    and nothing is remembered of rows: then heads may be on several devices."""
+
     def tokens(self, asked: LayerInputs) -> Any:
         """What is remembered of new tokens themselves, leaves `[B, K, T, ...]`.
 

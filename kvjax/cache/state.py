@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from kvjax import axes
 from kvjax.cache.folding import fold
 from kvjax.cache.parts import AbstractPart, Growth, Slots
 from kvjax.cache.placement import Body, host_nbytes, placed
@@ -295,7 +296,7 @@ class KVCache:
         Reads the device; not for use under `jit`.
         """
         rooms = [group.room for group in self.groups]
-        known = [np.asarray(room).min(axis=0) for room in rooms if room is not None]
+        known = [axes.on_host(room).min(axis=0) for room in rooms if room is not None]
         return np.min(known, axis=0) if known else None
 
     @property

@@ -19,6 +19,7 @@ from kvjax.cache import (
     Tracking,
     empty_tail,
     placed,
+    slot_ways,
 )
 from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray
 from kvjax.compress.config import Compression
@@ -160,8 +161,11 @@ class _Builder:
         return stored(*how, differentiable=self.differentiable)
 
     def part(self, choice: Choice, slots: int, filled=None) -> Slots:
-        """Chosen tokens in `slots` slots, padded to what the codecs group."""
-        multiple = self.store.multiple
+        """Chosen tokens in `slots` slots, padded to what the codecs group.
+
+        On a mesh that splits them every device has as many.
+        """
+        multiple = self.store.multiple * slot_ways(*self.held.k.shape[:2])
         choice = _fit(choice, -(-slots // multiple) * multiple)
         positions = self.positions(choice)
         return Slots(
@@ -192,7 +196,8 @@ class _Builder:
             parts = self.indexed(choice, -(-slots // page) * page)
             return self.layer(parts, self.tail(self.room))
         whole = counts // block * block  # tokens that are encoded now
-        capacity = max(1, (slots + self.room) // block) * block
+        ways = slot_ways(*self.held.k.shape[:2])
+        capacity = -(-max(1, (slots + self.room) // block) // ways) * ways * block
         index = jnp.arange(max(capacity, slots))
         body = _fit(choice, index.shape[0])
         body = Choice(body.index, body.live & (index < whole[:, None, None]))

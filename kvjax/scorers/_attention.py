@@ -89,6 +89,7 @@ class H2O(AbstractScorer):
     """
 
     needs_mass: ClassVar[bool] = True
+    per_head: ClassVar[bool] = True
     normalize: bool = True
     recent: Count = sized(0, short=8, recent=True)
 

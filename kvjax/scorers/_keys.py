@@ -1,7 +1,7 @@
 """Scores that look at the keys alone: key norm and KeyDiff."""
 
 import dataclasses
-from typing import final
+from typing import ClassVar, final
 
 import jax.numpy as jnp
 
@@ -18,6 +18,8 @@ class KNorm(AbstractScorer):
     `KnormPress`.
     Deviations: none (the paper leaves the first two layers alone).
     """
+
+    per_head: ClassVar[bool] = True
 
     def score(self, memory, held, counts):
         del memory, counts

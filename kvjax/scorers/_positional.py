@@ -58,6 +58,7 @@ class StreamingLLM(AbstractScorer):
 
     n_sink: Count = 4
     exact: ClassVar[bool] = True
+    per_head: ClassVar[bool] = True
 
     @property
     def protected(self):

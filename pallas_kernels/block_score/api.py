@@ -6,7 +6,11 @@ from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.block_score.args import BlockArgs
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 
-OP = Op(name="block_score", backends=("reference", "xla", "tpu", "gpu"))
+OP = Op(
+    name="block_score",
+    backends=("reference", "xla", "tpu", "gpu"),
+    gives=("B H Q P",),
+)
 
 MODES = ("mean", "antidiagonal")
 

@@ -7,7 +7,11 @@ from kvjax.pallas_kernels.column_stats.args import ColumnArgs
 from kvjax.pallas_kernels.column_stats.stats import ColumnStats as ColumnStats
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 
-OP = Op(name="column_stats", backends=("reference", "xla", "tpu", "gpu"))
+OP = Op(
+    name="column_stats",
+    backends=("reference", "xla", "tpu", "gpu"),
+    gives=("B H X", "B H X", "B H X"),
+)
 
 
 def column_stats(

@@ -6,7 +6,11 @@ from kvjax.pallas_kernels import checks
 from kvjax.pallas_kernels.dispatch import Backend, Op, Tiles
 from kvjax.pallas_kernels.page_summary.summary import PageSummary
 
-OP = Op(name="page_summary", backends=("reference", "xla", "tpu", "gpu"))
+OP = Op(
+    name="page_summary",
+    backends=("reference", "xla", "tpu", "gpu"),
+    gives=("B K P D", "B K P D", "B K P D"),
+)
 
 
 def page_summary(

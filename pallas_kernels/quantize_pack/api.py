@@ -13,7 +13,11 @@ from kvjax.pallas_kernels.quantize_pack.args import PackArgs
 from kvjax.pallas_kernels.quantize_pack.xla import dequantize as _dequantize
 from kvjax.pallas_kernels.quantized import BITS, Quantized
 
-OP = Op(name="quantize_pack", backends=("reference", "xla", "tpu", "gpu"))
+OP = Op(
+    name="quantize_pack",
+    backends=("reference", "xla", "tpu", "gpu"),
+    gives=("*lead X D", "*lead X D", "*lead X D"),
+)
 
 AXES = ("channel", "token")
 

@@ -16,7 +16,11 @@ from kvjax.pallas_kernels.sparse_prefill.patterns import (
     table,
 )
 
-OP = Op(name="sparse_prefill", backends=("reference", "xla", "tpu", "gpu"))
+OP = Op(
+    name="sparse_prefill",
+    backends=("reference", "xla", "tpu", "gpu"),
+    gives=("B H T D", "B H T"),
+)
 
 
 def sparse_prefill(

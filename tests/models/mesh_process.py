@@ -1,0 +1,170 @@
+"""Run by `test_mesh.py`: caches on meshes of virtual devices, or of two processes.
+
+    python -m tests.models.mesh_process CASE...
+
+CASE is `WHAT/COMPRESSION/MESH`, MESH is `data,model`, perhaps with `,slots` for rules
+that split slots where batches are split otherwise. Prints one JSON object: what each
+case found. `DEVICES` says how many devices this process has; with the variables of
+`kvjax.train.run.processes` it is one of several.
+"""
+
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+
+from kvjax.train.run.processes import VARIABLES, join  # noqa: E402
+
+if __name__ == "__main__":  # before anything asks for devices
+    jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
+    if VARIABLES[0] in os.environ:
+        join()
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from flax import nnx  # noqa: E402
+
+import kvjax  # noqa: E402
+from kvjax.eval import harness  # noqa: E402
+from kvjax.models import generation, inference, meshes  # noqa: E402
+from kvjax.models.generation import generate_from  # noqa: E402
+from kvjax.models.sampling import Sampling  # noqa: E402
+from kvjax.models.sharding import RULES  # noqa: E402
+from kvjax.types import nbytes  # noqa: E402
+from tests.eval import tiny  # noqa: E402
+from tests.small import preset  # noqa: E402
+
+ROWS, WIDTH, NEW = 4, 64, 12
+LENGTHS = np.array([64, 50, 61, 33], np.int32)
+MOVES = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+SLOTS = {**RULES, "batch": None, "slots": "data"}
+
+
+def prompts(seed: int = 0) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    return draw.integers(1, tiny.CONFIG.vocab_size, (ROWS, WIDTH)).astype(np.int32)
+
+
+def model_on(mesh: str) -> Any:
+    """The tiny model on one device, or on a mesh."""
+    if not mesh:
+        return tiny.model(intermediate_size=32)
+    data, heads, *slots = mesh.split(",")
+    shape = (int(data), int(heads))
+    spread = jax.make_mesh(shape, ("data", "model"))
+    return meshes.over(
+        tiny.model(intermediate_size=32), spread, SLOTS if slots else RULES
+    )
+
+
+def generated(model: Any, c: Any) -> dict[str, Any]:
+    """A generation of rows of several lengths."""
+    made = kvjax.generate(model, prompts(), LENGTHS, c, max_new_tokens=NEW)
+    return {"tokens": np.asarray(made.tokens).tolist()}
+
+
+def lived(model: Any, c: Any) -> dict[str, Any]:
+    """Behind a prefix, extended, and forked."""
+    _, prefix = kvjax.prefill(model, prompts(1)[:1], max_new_tokens=0)
+    logits, cache = kvjax.prefill(
+        model, prompts(), LENGTHS, c, max_new_tokens=2 * NEW, prefix=prefix
+    )
+    made = generate_from(model, cache, logits, max_new_tokens=4)
+    few = np.array([5, 3, 4, 1], np.int32)
+    more, _ = kvjax.extend(model, cache, prompts(2)[:, :5], few)
+    seen = np.arange(5)[None] < few[:, None]
+    _, one = kvjax.prefill(model, prompts(3)[:1], None, c, max_new_tokens=2 * NEW)
+    many = one.fork(ROWS, max_new_tokens=NEW)
+    forked, _ = kvjax.extend(model, many, prompts(4)[:, :3])
+    return {
+        "tokens": np.asarray(made.tokens).tolist(),
+        "extended": np.asarray(more)[seen].tolist(),
+        "forked": np.asarray(forked).tolist(),
+    }
+
+
+def moved(model: Any, c: Any) -> dict[str, Any]:
+    """Collectives of the loop that decodes, and how much of a cache a device has."""
+    logits, cache = kvjax.prefill(model, prompts(), LENGTHS, c, max_new_tokens=NEW)
+    graph, params = nnx.split(model)
+    stops = jnp.full((4,), -1, jnp.int32)
+    with meshes.on_mesh_of(model):
+        start = (logits, cache.length, jax.random.key(0), stops, 0, Sampling(), NEW)
+        state = generation._first(*start)
+        own, front = inference.nameless(cache).apart
+        given = (graph, params, own, front, state, jnp.int32(NEW), stops)
+        lowered = generation._decode.lower(*given, sampling=Sampling())
+    found = []
+    for line in lowered.compile().as_text().splitlines():
+        hit = re.search(rf"= (.*?) ({MOVES})(?:-start)?\(", line)
+        if hit and "/while/body" in line:
+            found.append([hit[2], hit[1], "/while/body/while/body" in line])
+    bodies = [group.parts[0] for group in cache.groups]
+    one = jax.devices()[0]
+    held = [
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(bodies)
+        for shard in leaf.addressable_shards
+        if shard.device == one
+    ]
+    return {"moves": found, "share": sum(held) / nbytes(bodies)}
+
+
+def saved(model: Any, c: Any) -> dict[str, Any]:
+    """A cache that was saved from a mesh goes on there, and on one device."""
+    logits, cache = kvjax.prefill(model, prompts(), LENGTHS, c, max_new_tokens=NEW)
+    with tempfile.TemporaryDirectory() as folder:
+        cache.save(folder)
+        out = []
+        for other in (tiny.model(intermediate_size=32), model):
+            again = kvjax.load_cache(folder, other)
+            made = generate_from(other, again, np.asarray(logits), max_new_tokens=NEW)
+            out.append(np.asarray(made.tokens).tolist())
+    return {"tokens": out}
+
+
+def evaluated(model: Any, c: Any) -> dict[str, Any]:
+    """Rows of an evaluation, times aside."""
+    del c
+    with tempfile.TemporaryDirectory() as folder:
+        config = tiny.config(items=4, batch=4)
+        rows = harness.run(model, tiny.tokenizer(), config, pathlib.Path(folder) / "r")
+    names = ("compression", "keep", "task", "score", "nbytes", "predictions")
+    return {"rows": [{name: row.get(name) for name in names} for row in rows]}
+
+
+def refused(model: Any, c: Any) -> dict[str, Any]:
+    try:
+        kvjax.prefill(model, prompts(), LENGTHS, c)
+    except ValueError as error:
+        return {"said": str(error)}
+    return {"said": ""}
+
+
+KINDS = {
+    "generate": generated,
+    "life": lived,
+    "moves": moved,
+    "save": saved,
+    "eval": evaluated,
+    "refused": refused,
+}
+
+
+def main() -> None:
+    found = {}
+    for case in sys.argv[1:]:
+        kind, name, mesh = case.split("/")
+        found[case] = KINDS[kind](model_on(mesh), preset(name))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
