@@ -10,7 +10,7 @@ LEVEL := fast
 TESTS ?=
 RECORD ?=
 
-.PHONY: help setup demo test test-all test-kernels lint format bench results kernels device device-pack lock build clean
+.PHONY: help setup demo test test-all test-kernels lint format bench notebooks results kernels device device-pack lock build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -41,6 +41,11 @@ format: setup ## let ruff rewrite what it can
 
 bench: setup ## every script of benchmarks/, an hour or more
 	@$(PY) benchmarks/run.py
+
+notebooks: setup ## notebooks as .ipynb, executed, in dist/notebooks; minutes
+	@mkdir -p dist/notebooks
+	@for file in notebooks/*.py; do $(PY) -m jupytext --quiet --to ipynb --execute \
+		--output dist/notebooks/$$(basename $$file .py).ipynb $$file || exit 1; done
 
 results: setup ## train and measure what docs/results/ shows, hours
 	@$(PY) tools/results.py

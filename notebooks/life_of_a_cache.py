@@ -154,8 +154,7 @@ bars()
 # ## And on a chip that is not here?
 #
 # Compressions of a model of another size, for a v5e. Bytes of weights and
-# caches are the library's own shapes; temporaries are formulas unless a compiler for
-# the chip is asked (`compile=True`). Nothing runs.
+# caches are the library's own shapes; temporaries are formulas. Nothing runs.
 
 # %%
 plan = kvjax.plan(

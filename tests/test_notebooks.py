@@ -23,6 +23,15 @@ def test_is_short(path: pathlib.Path):
     assert "Hardware" in first.source and "Run time" in first.source
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_becomes_an_ipynb(path: pathlib.Path):
+    """As `make notebooks` writes it; no cell is lost."""
+    book = jupytext.read(path)
+    again = jupytext.reads(jupytext.writes(book, fmt="ipynb"), fmt="ipynb")
+    assert [c.source for c in again.cells] == [c.source for c in book.cells]
+    assert again.metadata["kernelspec"]["name"] == "python3"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not BUNDLED.is_file(), reason="the bundled model is not there")
 # The kernel's client still opens its loop and sockets the old way.
