@@ -4,6 +4,7 @@ Memory is compiled, not measured: of the program of a chunk and of the one that 
 the most that arguments, results and temporaries take together, weights not counted.
 """
 
+import dataclasses
 import functools
 import sys
 from typing import Any
@@ -90,7 +91,8 @@ def main() -> int:
         layers=4,
         room=64,
     )
-    config = large(args.layers, vocab=8192)
+    longest = max(*args.lengths, *args.timed) + args.room
+    config = dataclasses.replace(large(args.layers, 8192), max_positions=longest)
     model = random_model(config)
     schedule = {"type": "every_chunk", "size": args.size}
     results: dict[str, Any] = {}
