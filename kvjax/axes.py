@@ -66,6 +66,11 @@ def mesh() -> AbstractMesh | None:
     return here
 
 
+def rule(axis: str) -> MeshAxes:
+    """What splits a logical axis in this trace; None: nothing, or there is no mesh."""
+    return None if mesh() is None else dict(_RULES.value).get(axis)
+
+
 def ways(axes: MeshAxes, mesh: Any) -> int:
     """Devices that these axes of a mesh have together."""
     return math.prod(mesh.shape[name] for name in names_of(axes))

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from kvjax import messages
-from kvjax.cache import AbstractPart, KVCache, LayerCache, Ragged, Shared
+from kvjax.cache import AbstractPart, ByShard, KVCache, LayerCache, Ragged, Shared
 from kvjax.codecs import AbstractEncoded, OnHost
 from kvjax.compress.config import Compression
 from kvjax.compress.presets import canonical
@@ -95,7 +95,7 @@ class _Line:
 def _lines(group: LayerCache, turn: int, turns: int, known: bool) -> Iterator[_Line]:
     """The parts of one of a group's layers."""
     for part in (*group.parts, group.tail):
-        own = part.part if isinstance(part, Shared) else part
+        own = part.part if isinstance(part, Shared | ByShard) else part
         fields = vars(own)
         sides = {name: _holder(fields[name]) for name in SIDES if name in fields}
         width, size = own.positions.shape[-1], nbytes(part) / turns
@@ -107,7 +107,7 @@ def _lines(group: LayerCache, turn: int, turns: int, known: bool) -> Iterator[_L
             size = nbytes(part) * width / slots
         kind = type(own).__name__
         yield _Line(
-            kind=f"{kind}, shared" if own is not part else kind,
+            kind=f"{kind}, shared" if isinstance(part, Shared) else kind,
             slots=f"{width} {'in all' if isinstance(own, Ragged) else 'per head'}",
             size=size,
             capacity=capacity,

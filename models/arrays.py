@@ -49,7 +49,7 @@ def _found(name: str, values: Any) -> np.ndarray | jax.Array | None:
             "(`.filled(...)`), and say where rows end by `lengths`."
         )
     try:
-        return np.asarray(values)
+        return on_host(values)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # ragged, and others
         return None
 

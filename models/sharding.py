@@ -20,6 +20,7 @@ _TABLE: Mapping[str, tuple[MeshAxes, MeshAxes]] = MappingProxyType(
         "mlp": ("model", "tensor"),
         "vocab": ("model", "tensor"),
         "slots": (None, None),
+        "shared_slots": (None, None),
         "embed": (None, "fsdp"),
         "head_dim": (None, None),
         "layers": (None, None),

@@ -27,6 +27,7 @@ class AdaKV(AbstractBudget):
 
     safeguard: Share = 0.2
     per_head: ClassVar[bool] = True
+    parts: ClassVar[bool] = True
 
     def by_layer(self, mean, lengths, specs):
         del lengths

@@ -54,6 +54,10 @@ class AbstractBudget(Checked, abc.ABC):
     even: ClassVar[bool] = False
     """Whether all layers and heads get the same."""
 
+    parts: ClassVar[bool] = False
+    """Whether some of a layer's heads may share their part of its slots (`split`), for
+    no head surely gets more than its own."""
+
     def __post_init__(self):
         super().__post_init__()
         given = {

@@ -1,5 +1,7 @@
 """Cache state: parts in several layouts, the tail, and how a layer attends."""
 
+from kvjax.cache.by_shard import ByShard as ByShard
+from kvjax.cache.by_shard import folded as folded
 from kvjax.cache.clustered import Clustered as Clustered
 from kvjax.cache.clustered import clusters_of as clusters_of
 from kvjax.cache.earlier import attend_earlier as attend_earlier
@@ -30,6 +32,7 @@ from kvjax.cache.ranking import levelled as levelled
 from kvjax.cache.ranking import places as places
 from kvjax.cache.selecting import AbstractSelecting as AbstractSelecting
 from kvjax.cache.shared import Shared as Shared
+from kvjax.cache.spread import head_ways as head_ways
 from kvjax.cache.spread import slot_ways as slot_ways
 from kvjax.cache.state import Front as Front
 from kvjax.cache.state import KVCache as KVCache

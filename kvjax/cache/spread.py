@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from kvjax import axes
 from kvjax.cache.apart import Apart
+from kvjax.cache.by_shard import ByShard
 from kvjax.cache.parts import AbstractPart, Slots
 from kvjax.cache.ragged import Ragged
 from kvjax.cache.shared import Shared
@@ -36,7 +37,11 @@ def axes_of(group: LayerCache) -> Axes:
     Evicting while decoding ranks the tokens of each head by themselves in some scores
     alone; where it does not, or merges tokens, every device has all heads.
     """
-    folding = group.folding
+    folding, (batch, kv_heads) = group.folding, group.tail.positions.shape[-3:-1]
+    parts = [_of_one(part) for part in group.parts]
+    pieces = {part.ways for part in parts if isinstance(part, ByShard)}
+    if not pieces <= {head_ways(batch, kv_heads)}:
+        return ROWS | SLOTS  # made for another mesh
     if folding is None:
         return ROWS | HEADS | SLOTS
     return ROWS | HEADS if folding.score.per_head and not folding.merge else ROWS
@@ -44,11 +49,20 @@ def axes_of(group: LayerCache) -> Axes:
 
 def slot_ways(batch: int, kv_heads: int) -> int:
     """Devices that share the slots of a body, which are to be a multiple of it."""
+    return _ways(batch, kv_heads)[2]
+
+
+def head_ways(batch: int, kv_heads: int) -> int:
+    """Devices that share the KV heads of a row."""
+    return _ways(batch, kv_heads)[1]
+
+
+def _ways(batch: int, kv_heads: int) -> tuple[int, ...]:
     here = axes.mesh()
     if here is None:
-        return 1
-    shape = (batch, kv_heads, 0)
-    return axes.ways(axes.spec(("batch", "kv_heads", "slots"), shape)[2], here)
+        return 1, 1, 1
+    found = axes.spec(("batch", "kv_heads", "slots"), (batch, kv_heads, 0))
+    return tuple(axes.ways(names, here) for names in found)
 
 
 def specs_of[T](tree: T, split: Axes) -> T:
@@ -74,6 +88,14 @@ def _collect(held: Any, split: Axes, lead: Sequence[str], out: list) -> None:
             else:
                 out.append(PartitionSpec())
         return
+    if isinstance(held, ByShard):
+        first = len(out)
+        _collect(held.part, split, lead, out)
+        rows = _rows_of(held, split)
+        for at, leaf in enumerate(jax.tree.leaves(held.part), first):
+            axis = leaf.ndim - 2 if leaf is held.part.offsets else 0
+            out[at] = PartitionSpec(*[None] * axis, rows)
+        return
     if isinstance(held, Ragged):
         lead = ("B",)
     if isinstance(held, AbstractPart) and not isinstance(held, Slots | Shared):
@@ -87,6 +109,17 @@ def _collect(held: Any, split: Axes, lead: Sequence[str], out: list) -> None:
             out.append(axes.spec_of(value, letters, split))
         else:
             _collect(value, split, lead, out)
+
+
+def _rows_of(part: ByShard, split: Axes) -> axes.MeshAxes:
+    """What splits rows that are pieces of heads, and of each the rows."""
+    rows, ways = part.positions.shape[0] // part.ways, part.ways
+    among = [axis if axis in split else None for axis in ("batch", "kv_heads")]
+    names = [axes.names_of(x) for x in axes.spec(among, (rows, ways))]
+    here = axes.mesh()
+    if here is not None and axes.ways(names[1], here) != ways:
+        names[1] = ()
+    return (*names[1], *names[0]) or None
 
 
 def placed(cache: KVCache) -> KVCache:
@@ -202,6 +235,8 @@ class _Piece:
         """`part` as it attends and grows by itself."""
         if isinstance(part, Shared):
             return dataclasses.replace(part, part=self.of(part.part))
+        if isinstance(part, ByShard) and self.heads:
+            return part.part  # of its rows and heads
         if isinstance(part, Slots) and self.slots:
             return Apart(part=part, names=axes.names_of(self.slots))
         if isinstance(part, Ragged) and self.heads:
@@ -215,6 +250,6 @@ class _Piece:
 
 def _restored(before: AbstractPart, after: AbstractPart) -> AbstractPart:
     """A part as the cache has it, which nobody writes to where it is ragged."""
-    if isinstance(before, Ragged):
+    if isinstance(before, Ragged | ByShard):
         return before
     return after.part if isinstance(after, Apart) else after

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kvjax.cache import KVCache, LayerCache, Ragged, Slots, placed
+from kvjax.cache import ByShard, KVCache, LayerCache, Ragged, Slots, placed
+from kvjax.compress import shards
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build, handed_on
 from kvjax.compress.observe import Observed
@@ -115,11 +116,23 @@ class Building:
         for group in members(self.loops):
             layout, pool = self.found.layouts[group.start], None
             if layout.pooled:
-                slots = tuple(self.found.slots[layer] for layer in group)
-                spec = specs[group.start]
-                pool = empty_pool(layout, slots, spec, batch, self.dtype)
+                ways = self._ways(group)
+                slots = tuple(self._slots(layer, ways) for layer in group)
+                how = shards.local(layout, specs[group.start], ways)
+                given = (how[0], slots, how[1], batch * ways, self.dtype)
+                pool = empty_pool(*given)
             pools.append(pool)
         return self._handed, tuple(pools)
+
+    def _ways(self, group: range) -> int:
+        """Pieces of a group's buffer, for devices that split its heads."""
+        layout, spec = self.found.layouts[group.start], self.specs[group.start]
+        return shards.ways_of(layout, self.lengths.shape[0], spec)
+
+    def _slots(self, layer: int, ways: int) -> int:
+        """Slots of a layer in one piece: of each head, or of those that share them."""
+        slots = self.found.slots[layer]
+        return -(-slots // ways) if self.found.layouts[layer].shared else slots
 
     @property
     def _handed(self) -> Array | None:
@@ -129,7 +142,8 @@ class Building:
 
     def _pieces(self, group: range) -> tuple[Array, Array]:
         """First slot and number of slots of each layer in its pool, `[L, B]` each."""
-        layout, batch = self.found.layouts[group.start], self.lengths.shape[0]
+        layout, ways = self.found.layouts[group.start], self._ways(group)
+        batch = self.lengths.shape[0] * ways
         heads = self.found.share.heads
         evict = layout.plan.evict
         if heads is not None and evict is not None and evict.budget.surveys:
@@ -137,8 +151,8 @@ class Building:
             mine = jnp.sum(heads[np.array(group)], axis=-1)
             counts = -(-mine // multiple) * multiple
         else:
-            slots = tuple(self.found.slots[layer] for layer in group)
-            sizes = aligned(slots, layout, self.specs[group.start].num_kv_heads)
+            slots = tuple(self._slots(layer, ways) for layer in group)
+            sizes = aligned(slots, layout, self.specs[group.start].num_kv_heads // ways)
             counts = jnp.asarray(sizes, jnp.int32)[:, None]
             counts = jnp.broadcast_to(counts, (len(group), batch))
         return jnp.cumsum(counts, axis=0) - counts, counts
@@ -161,7 +175,10 @@ class Building:
         if (pool := pools[depth.group]) is not None:
             (part,) = layer.parts
             assert isinstance(part, Slots | Ragged)
-            pieces = self._pieces(members(self.loops)[depth.group])
+            group = members(self.loops)[depth.group]
+            pieces = self._pieces(group)
+            if isinstance(part, Slots):
+                part = shards.folded(part, self._ways(group))
             pool = pour(pool, part, depth.turn, *take(pieces, depth.turn))
             pools = (*pools[: depth.group], pool, *pools[depth.group + 1 :])
             layer = dataclasses.replace(layer, parts=())
@@ -175,9 +192,9 @@ class Building:
         for group, layer, pool in zip(numbers, layers, pools, strict=True):
             if pool is not None:
                 store = self.found.layouts[group.start].plan.store
-                layer = dataclasses.replace(
-                    layer, parts=(placed(pool, store.place.body),)
-                )
+                part, ways = placed(pool, store.place.body), self._ways(group)
+                part = part if ways == 1 else ByShard(part=part, ways=ways)
+                layer = dataclasses.replace(layer, parts=(part,))
             groups.append(layer)
         length = self.lengths + self.before
         return KVCache(groups=tuple(groups), length=length, loops=self.loops)

@@ -22,6 +22,7 @@ from kvjax.cache import (
     slot_ways,
 )
 from kvjax.codecs import AbstractCodec, AbstractEncoded, PlainArray
+from kvjax.compress import shards
 from kvjax.compress.config import Compression
 from kvjax.compress.eviction import Eviction
 from kvjax.compress.observe import Observed
@@ -239,22 +240,28 @@ class _Builder:
     def ragged(self, evict: Eviction, priorities: Scores) -> LayerCache:
         """One flat buffer whose heads share the layer's slots."""
         share, multiple = self.share, self.store.multiple
-        capacity = -(-self.layout.slots // multiple) * multiple
+        rows, spec = len(self.lengths), self.spec
+        ways = shards.ways_of(self.layout, rows, spec)
+        each, _ = shards.local(self.layout, spec, ways)
+        capacity = -(-each.slots // multiple) * multiple
         if evict.budget.surveys:
             assert share.heads is not None
             heads = share.heads
         else:
             assert share.sure is not None and share.total is not None
-            given = (share.sure, share.total, capacity)
-            heads = head_counts(priorities, *given)
-        flat = choose_flat(priorities, heads, capacity)
+            given = shards.folded((priorities, share.sure), ways)
+            heads = head_counts(*given, shards.parted(share.total, ways), capacity)
+        if self.differentiable and ways > 1:  # one buffer, of as many from each device
+            heads = jnp.moveaxis(heads.reshape(ways, rows, -1), 0, 1).reshape(rows, -1)
+            ways, capacity = 1, -(-ways * each.slots // multiple) * multiple
+        flat = choose_flat(shards.folded(priorities, ways), heads, capacity)
         made = self.merged(flat)
-        row = jnp.arange(len(self.lengths))[:, None]
-        positions = self.held.positions[row, flat.head, flat.index]
+        k, v, at = shards.folded((made.held.k, made.held.v, made.held.positions), ways)
+        positions = at[jnp.arange(len(at))[:, None], flat.head, flat.index]
         positions = jnp.where(flat.live, positions, EMPTY)
         part = Ragged(
-            keys=self.keys(take_flat(made.held.k, flat), flat.live, positions),
-            values=self.values(take_flat(made.held.v, flat), flat.live, positions),
+            keys=self.keys(take_flat(k, flat), flat.live, positions),
+            values=self.values(take_flat(v, flat), flat.live, positions),
             positions=positions,
             offsets=flat.offsets,
         )

@@ -3,7 +3,8 @@
     python -m tests.models.mesh_process CASE...
 
 CASE is `WHAT/COMPRESSION/MESH`, MESH is `data,model`, perhaps with `,slots` for rules
-that split slots where batches are split otherwise. Prints one JSON object: what each
+that split slots where batches are split otherwise, or `,shared` for rules by which the
+heads of a device share slots. Prints one JSON object: what each
 case found. `DEVICES` says how many devices this process has; with the variables of
 `kvjax.train.run.processes` it is one of several.
 """
@@ -44,7 +45,10 @@ from tests.small import preset  # noqa: E402
 ROWS, WIDTH, NEW = 4, 64, 12
 LENGTHS = np.array([64, 50, 61, 33], np.int32)
 MOVES = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-SLOTS = {**RULES, "batch": None, "slots": "data"}
+OTHER = {
+    "slots": {**RULES, "batch": None, "slots": "data"},
+    "shared": {**RULES, "shared_slots": "model"},
+}
 
 
 def prompts(seed: int = 0) -> np.ndarray:
@@ -56,11 +60,11 @@ def model_on(mesh: str) -> Any:
     """The tiny model on one device, or on a mesh."""
     if not mesh:
         return tiny.model(intermediate_size=32)
-    data, heads, *slots = mesh.split(",")
+    data, heads, *other = mesh.split(",")
     shape = (int(data), int(heads))
     spread = jax.make_mesh(shape, ("data", "model"))
     return meshes.over(
-        tiny.model(intermediate_size=32), spread, SLOTS if slots else RULES
+        tiny.model(intermediate_size=32), spread, OTHER[other[0]] if other else RULES
     )
 
 

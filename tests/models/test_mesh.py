@@ -14,9 +14,18 @@ from tests.tree import ROOT
 
 LIMIT_S = 900
 FAST = ("generate/none/", "generate/none/2,2", "moves/none/2,2")
-METHODS = ("none", "snapkv", "kivi_4bit", "adakv_snapkv", "quest", "h2o_decode")
+METHODS = (
+    "none",
+    "pyramidkv",
+    "snapkv",
+    "kivi_4bit",
+    "adakv_snapkv",
+    "quest",
+    "h2o_decode",
+)
 MESHES = ("4,1", "1,2", "2,2")
 SEQUENCE = ("4,1,slots", "2,2,slots")
+LIVED = ("kivi_4bit", "adakv_snapkv", "quest", "h2o_decode")
 SPLIT = ("none", "kivi_4bit", "snapkv_kivi")
 """Whose bodies may be split along slots."""
 
@@ -57,15 +66,18 @@ def every() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def lives() -> dict[str, Any]:
     """Prefixes, later tokens and forks, and slots that are split."""
-    cases = [f"life/{name}/{mesh}" for name in METHODS for mesh in ("", "2,2")]
+    cases = [f"life/{name}/{mesh}" for name in LIVED for mesh in ("", "2,2")]
+    cases += [f"life/kivi_4bit/{SEQUENCE[0]}"]
     for name in SPLIT:
-        cases += [f"{kind}/{name}/" for kind in ("generate", "life")]
+        cases += [f"generate/{name}/"]
         for mesh in SEQUENCE:
-            cases += [f"{kind}/{name}/{mesh}" for kind in ("generate", "life", "moves")]
+            cases += [f"{kind}/{name}/{mesh}" for kind in ("generate", "moves")]
     cases += [
         f"{kind}/snapkv/{mesh}" for kind in ("save", "eval") for mesh in ("", "2,2")
     ]
     cases += [f"refused/{name}/2,2,slots" for name in ("quest", "h2o_decode")]
+    cases += ["generate/snapkv/", "generate/adakv_snapkv/"]
+    cases += [f"{k}/adakv_snapkv/1,2,shared" for k in ("generate", "moves")]
     return found_by(started(*dict.fromkeys(cases)))
 
 
@@ -97,13 +109,13 @@ def test_every_layout_on_every_mesh(name, mesh, every):
     assert len(found) == (0 if mesh == "4,1" else 2), found
     data, heads = map(int, mesh.split(","))
     share = every[f"moves/{name}/{mesh}"]["share"]
-    # Flat buffers are whole on the devices that share heads.
+    # Slots that all heads share are whole on the devices that split heads.
     ways = data if name == "adakv_snapkv" else data * heads
     assert share == pytest.approx(1 / ways, rel=0.02)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", LIVED)
 def test_prefixes_and_forks_on_a_mesh(name, lives):
     same(lives[f"life/{name}/2,2"], lives[f"life/{name}/"])
 
@@ -114,7 +126,6 @@ def test_prefixes_and_forks_on_a_mesh(name, lives):
 def test_slots_over_devices(name, mesh, lives):
     """Merged by log-sum-exp in two collectives a layer, whose bytes are no slots'."""
     assert lives[f"generate/{name}/{mesh}"] == lives[f"generate/{name}/"]
-    same(lives[f"life/{name}/{mesh}"], lives[f"life/{name}/"])
     found = [kind for kind, *_ in moves(lives, name, mesh)]
     assert found.count("all-to-all") == 1 and found.count("all-gather") == 1
     assert found.count("all-reduce") == (2 if mesh.startswith("2,2") else 0)
@@ -128,6 +139,24 @@ def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["tokens"] == wanted["tokens"]
     for name in ("extended", "forked"):
         np.testing.assert_allclose(found[name], wanted[name], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_prefixes_and_forks_over_slots(lives):
+    same(lives[f"life/kivi_4bit/{SEQUENCE[0]}"], lives["life/kivi_4bit/"])
+
+
+@pytest.mark.slow
+def test_heads_share_slots_on_their_device(lives):
+    """With a head on each device they share with nobody: every head has the mean.
+
+    Budgets are exact sums: as many slots in all as where all heads share.
+    """
+    one, spread = lives["generate/snapkv/"], lives["generate/adakv_snapkv/1,2,shared"]
+    assert spread == one != lives["generate/adakv_snapkv/"]
+    found = lives["moves/adakv_snapkv/1,2,shared"]
+    assert found["share"] == pytest.approx(0.5, rel=0.02)
+    assert [kind for kind, _, inner in found["moves"] if inner] == ["all-reduce"] * 2
 
 
 @pytest.mark.slow

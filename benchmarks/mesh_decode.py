@@ -1,0 +1,191 @@
+"""The decode step of a model on several chips that are not here: bytes, collectives.
+
+Compiled by the chips' own compilers, in processes of their own; nothing is run. For
+every chip and way to split, under every compression: bytes of weights and cache on one
+chip against the whole over the number of chips, temporaries, and the collectives of a
+step, those of a layer apart.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from typing import Any
+
+WAYS: dict[str, tuple[int, int, bool]] = {
+    "heads": (1, 8, False),
+    "batch": (8, 1, False),
+    "both": (2, 4, False),
+    "slots": (2, 4, True),
+}
+"""Sizes of the axes `data` and `model`, and whether `data` splits slots, not rows."""
+
+MOVES = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+
+
+def compiled(request: dict[str, Any]) -> dict[str, Any]:
+    """One program, in a process that holds the compiler."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    import kvjax
+    from kvjax import axes
+    from kvjax.cache import spread
+    from kvjax.models import meshes, programs
+    from kvjax.models.bundled import shape_of
+    from kvjax.models.sharding import RULES, parameter_sharding
+    from kvjax.pallas_kernels.targets import TARGETS
+    from kvjax.types import nbytes
+
+    data, model_ways, along = WAYS[request["ways"]]
+    target, chips = TARGETS[request["device"]], data * model_ways
+    devices = topologies.get_topology_desc(**target.of(chips)).devices
+    # A chip of v7x is two devices, which share the rows or the slots of one.
+    data *= len(devices) // chips
+    grid = np.array(devices).reshape(data, model_ways)
+    mesh = Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rules = {**RULES, "batch": None, "slots": "data"} if along else RULES
+    where = meshes.Placement.of(mesh, rules)
+    model = programs.abstract_model(shape_of(request["model"]), jnp.bfloat16)
+    c = kvjax.compression(request["compression"])
+    sizes = (request["batch"], request["context"] - request["room"])
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def lying(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    with axes.split(where.mesh, where.rules):
+        left = programs.left_by_prefill(model, *sizes, c, request["room"])
+        program = programs.decode_program(model, *left, request["room"])
+        graph, params, cache, front, *rest = program.args
+        for path, leaf in nnx.to_flat_state(params):
+            x, name = leaf.get_value(), ".".join(map(str, path))
+            at = parameter_sharding(name, x.shape, mesh, rules)
+            leaf.set_value(lying(x, at))
+        groups = tuple(
+            jax.tree.map(
+                lambda x, at: lying(x, NamedSharding(mesh, at)),
+                group,
+                spread.specs_of(group, spread.axes_of(group)),
+            )
+            for group in cache.groups
+        )
+        rest = jax.tree.map(lambda x: lying(x, whole), rest)
+        length = lying(cache.length, whole)
+        cache = dataclasses.replace(cache, groups=groups, length=length)
+        program = program._replace(args=(graph, params, cache, front, *rest))
+        began = time.perf_counter()
+        done = program.trace().lower().compile()
+    memory = done.memory_analysis()
+    text = done.as_text()
+    total = nbytes((params, cache))
+    found = []
+    for line in text.splitlines():
+        hit = re.search(rf" = .*? ({MOVES})(?:-start)?\(", line)
+        if hit and "/while/body" in line:
+            found.append((hit[1], "/while/body/while/body" in line))
+    layer = sorted(kind for kind, inner in found if inner)
+    step = sorted(kind for kind, inner in found if not inner)
+    return {
+        "status": "ok",
+        "weights_bytes": nbytes(params),
+        "cache_bytes": nbytes(cache),
+        "devices": mesh.size,
+        "arguments_per_device_bytes": memory.argument_size_in_bytes,
+        "temporaries_per_device_bytes": memory.temp_size_in_bytes,
+        "cache_over_share": _held(groups) / (nbytes(groups) / mesh.size),
+        "arguments_over_share": memory.argument_size_in_bytes / (total / mesh.size),
+        "collectives_per_layer": layer,
+        "collectives_per_step_besides": step,
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
+        "compile_s": round(time.perf_counter() - began, 1),
+    }
+
+
+def _held(tree: Any) -> int:
+    """Bytes of a tree on one device."""
+    import jax
+    import numpy as np
+
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def asked(request: dict[str, Any]) -> dict[str, Any]:
+    """What a process of its own says of a program."""
+    import os
+
+    from kvjax.pallas_kernels.targets import TARGETS
+    from kvjax.train.run.dry_run import interpreter
+
+    target = TARGETS[request["device"]]
+    done = subprocess.run(
+        [interpreter(target), __file__, "--one", json.dumps(request)],
+        env={**os.environ, **target.environment},
+        capture_output=True,
+        text=True,
+    )
+    for line in done.stdout.splitlines():
+        with contextlib.suppress(ValueError):
+            return request | json.loads(line)
+    last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+    return request | {"status": "failed", "reason": last[0][:300]}
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--one"]:
+        request = json.loads(sys.argv[2])
+        try:
+            found = compiled(request)
+        except Exception as error:  # compilers raise whatever they like
+            full = re.search(r"RESOURCE_EXHAUSTED|Ran out of memory", str(error))
+            said = re.search(r"Used [^.]*\.\d+\w of \S+ hbm", str(error))
+            reason = said[0] if said else " ".join(str(error).split())[:300]
+            status = "too large" if full else "failed"
+            found = {"status": status, "reason": reason}
+        print(json.dumps(found))
+        return 0
+    from common import arguments, report
+
+    args = arguments(
+        __doc__,
+        name="mesh_decode",
+        model="meta-llama/Llama-3.1-8B",
+        context=131072,
+        batch=8,
+        room=64,
+        devices=["v5e", "v6e", "v7x"],
+        ways=["heads", "both", "slots"],
+        methods=["none", "adakv_snapkv", "kivi_4bit", "snapkv_kivi"],
+    )
+    rows = []
+    for device in args.devices:
+        for ways in args.ways:
+            for name in args.methods:
+                request = {
+                    "device": device,
+                    "ways": ways,
+                    "compression": name,
+                    "model": args.model,
+                    "context": args.context,
+                    "batch": args.batch,
+                    "room": args.room,
+                }
+                if WAYS[ways][2] and name == "adakv_snapkv":
+                    continue  # whose bodies are not split along slots
+                rows.append(asked(request))
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return report(args.name, vars(args), rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
