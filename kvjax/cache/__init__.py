@@ -7,6 +7,7 @@ from kvjax.cache.clustered import clusters_of as clusters_of
 from kvjax.cache.earlier import attend_earlier as attend_earlier
 from kvjax.cache.landmarks import Landmarks as Landmarks
 from kvjax.cache.landmarks import always_pages as always_pages
+from kvjax.cache.layer import LayerCache as LayerCache
 from kvjax.cache.merging import AbstractMerge as AbstractMerge
 from kvjax.cache.merging import present as present
 from kvjax.cache.pages import Pages as Pages
@@ -36,7 +37,6 @@ from kvjax.cache.spread import head_ways as head_ways
 from kvjax.cache.spread import slot_ways as slot_ways
 from kvjax.cache.state import Front as Front
 from kvjax.cache.state import KVCache as KVCache
-from kvjax.cache.state import LayerCache as LayerCache
 from kvjax.cache.tail import Tail as Tail
 from kvjax.cache.tail import empty_tail as empty_tail
 from kvjax.cache.top_tokens import TopTokens as TopTokens

@@ -17,10 +17,11 @@ from jaxtyping import Array
 from kvjax import axes
 from kvjax.cache.apart import Apart
 from kvjax.cache.by_shard import ByShard
+from kvjax.cache.layer import LayerCache
 from kvjax.cache.parts import AbstractPart, Slots
 from kvjax.cache.ragged import Ragged
 from kvjax.cache.shared import Shared
-from kvjax.cache.state import KVCache, LayerCache
+from kvjax.cache.state import KVCache
 from kvjax.cache.tracking import Tracking
 from kvjax.turns import Turn
 from kvjax.types import LayerInputs, LayerSpec
