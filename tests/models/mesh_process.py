@@ -50,6 +50,7 @@ MOVES = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 OTHER = {
     "slots": {**RULES, "batch": None, "slots": "data"},
     "shared": {**RULES, "shared_slots": "model"},
+    "instead": {**RULES, "kv_heads": None, "slots": "model"},
 }
 
 
@@ -108,7 +109,7 @@ def moved(model: Any, c: Any) -> dict[str, Any]:
         given = (graph, params, own, front, state, jnp.int32(NEW), stops)
         lowered = generation._decode.lower(*given, sampling=Sampling())
     found = []
-    for line in lowered.compile().as_text().splitlines():
+    for line in (lowered.compile().as_text() or "").splitlines():
         hit = re.search(rf"= (.*?) ({MOVES})(?:-start)?\(", line)
         if hit and "/while/body" in line:
             found.append([hit[2], hit[1], "/while/body/while/body" in line])
@@ -131,7 +132,9 @@ def saved(model: Any, c: Any) -> dict[str, Any]:
         out = []
         for other in (tiny.model(intermediate_size=32), model):
             again = kvjax.load_cache(folder, other)
-            made = generate_from(other, again, np.asarray(logits), max_new_tokens=NEW)
+            made = generate_from(
+                other, again, jnp.array(np.array(logits)), max_new_tokens=NEW
+            )
             out.append(np.asarray(made.tokens).tolist())
     return {"tokens": out}
 
