@@ -51,7 +51,9 @@ def compiled(request: dict[str, Any]) -> dict[str, Any]:
     data *= len(devices) // chips
     grid = np.array(devices).reshape(data, model_ways)
     mesh = Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    rules = {**RULES, "batch": None, "slots": "data"} if along else RULES
+    rules = {**RULES, "shared_slots": "model"}  # of adakv_snapkv, which alone asks
+    if along:
+        rules |= {"batch": None, "slots": "data"}
     where = meshes.Placement.of(mesh, rules)
     model = programs.abstract_model(shape_of(request["model"]), jnp.bfloat16)
     c = kvjax.compression(request["compression"])

@@ -172,11 +172,24 @@ def check_divides(logical: str, size: int, name: MeshAxes, mesh: Mesh) -> None:
     """Raise unless `size` divides over mesh axis `name` (None: not split)."""
     ways = math.prod(mesh.shape[axis] for axis in names_of(name))
     if size % ways:
+        possible = [n for n in range(1, size + 1) if size % n == 0]
+        other = ""
+        if logical == "kv_heads":
+            rules = f"{{'kv_heads': None, 'slots': {name!r}}}"
+            other = f" `rules=RULES | {rules}` splits the slots of caches instead."
         raise ValueError(
             f"{logical!r} of size {size} does not divide over mesh axis {name!r} of "
-            f"size {ways}. Use a smaller mesh axis, or pass "
-            f"`rules=RULES | {{{logical!r}: None}}` to replicate it."
+            f"size {ways}. Use a smaller mesh axis, of {_few(possible)}, or pass "
+            f"`rules=RULES | {{{logical!r}: None}}` to replicate it.{other}"
         )
+
+
+def _few(sizes: list[int]) -> str:
+    """The smallest of some sizes in words."""
+    if len(sizes) < 2:
+        return "1"
+    kept = sizes[:8]
+    return f"{', '.join(map(str, kept[:-1]))} or {kept[-1]}"
 
 
 def check_heads(

@@ -7,6 +7,7 @@ its heads, reads and writes nothing else, and runs the kernels of its chip.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,18 +29,20 @@ from kvjax.types import LayerInputs, LayerSpec
 
 ROWS, HEADS, SLOTS = frozenset({"batch"}), frozenset({"kv_heads"}), frozenset({"slots"})
 
+_POSITIONS = ("", "B", "K", "S")
+
 Axes = frozenset[str]
 """Logical axes that are split, of those that the rules are about."""
 
 
-def axes_of(group: LayerCache) -> Axes:
+def axes_of(group: LayerCache, front: Sequence[Shared] = ()) -> Axes:
     """What a group of layers may be split along.
 
     Evicting while decoding ranks the tokens of each head by themselves in some scores
     alone; where it does not, or merges tokens, every device has all heads.
     """
     folding, (batch, kv_heads) = group.folding, group.tail.positions.shape[-3:-1]
-    parts = [_of_one(part) for part in group.parts]
+    parts = [_of_one(part) for part in (*group.parts, *front)]
     pieces = {part.ways for part in parts if isinstance(part, ByShard)}
     if not pieces <= {head_ways(batch, kv_heads)}:
         return ROWS | SLOTS  # made for another mesh
@@ -73,8 +76,12 @@ def specs_of[T](tree: T, split: Axes) -> T:
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def _collect(held: Any, split: Axes, lead: Sequence[str], out: list) -> None:
-    """The specs of all leaves of `held`, in order."""
+def _collect(
+    held: Any, split: Axes, lead: Sequence[str], out: list, block: int = 1
+) -> None:
+    """The specs of all leaves of `held`, in order; blocks of slots stay together."""
+    if isinstance(held, LayerCache) and held.growth is not None:
+        block = held.growth.block
     if isinstance(held, Tracking):
         layers = held.limit.ndim - 1
         for name, shape in (("body", lead), ("tail", lead), ("row", lead[:1])):
@@ -85,7 +92,7 @@ def _collect(held: Any, split: Axes, lead: Sequence[str], out: list) -> None:
     if not dataclasses.is_dataclass(held):  # tuples of parts; numbers; None
         for item in held if isinstance(held, tuple) else jax.tree.leaves(held):
             if isinstance(held, tuple):
-                _collect(item, split, lead, out)
+                _collect(item, split, lead, out, block)
             else:
                 out.append(PartitionSpec())
         return
@@ -99,7 +106,8 @@ def _collect(held: Any, split: Axes, lead: Sequence[str], out: list) -> None:
         return
     if isinstance(held, Ragged):
         lead = ("B",)
-    if isinstance(held, AbstractPart) and not isinstance(held, Slots | Shared):
+    whole = isinstance(held, AbstractPart) and not isinstance(held, Slots | Shared)
+    if whole or (isinstance(held, Slots) and not _cut(held, split, block)):
         split = split - SLOTS
     for field in dataclasses.fields(held):
         value = getattr(held, field.name)
@@ -109,7 +117,20 @@ def _collect(held: Any, split: Axes, lead: Sequence[str], out: list) -> None:
             letters = axes.letters_of(field.type, value.ndim, lead)
             out.append(axes.spec_of(value, letters, split))
         else:
-            _collect(value, split, lead, out)
+            _collect(value, split, lead, out, block)
+
+
+def _cut(part: Slots, split: Axes, block: int) -> bool:
+    """Whether devices get whole blocks of its slots, and whole groups of codes.
+
+    What rows add behind a fork may be less than a block for each.
+    """
+    names = axes.spec_of(part.positions, _POSITIONS[-part.positions.ndim :], split)
+    here = axes.mesh()
+    if here is None or not names[-1]:
+        return False
+    unit = math.lcm(block, part.keys.block_multiple, part.values.block_multiple)
+    return part.positions.shape[-1] % (unit * axes.ways(names[-1], here)) == 0
 
 
 def _rows_of(part: ByShard, split: Axes) -> axes.MeshAxes:
@@ -168,7 +189,7 @@ def attend(
     mesh = axes.mesh()
     if mesh is None:
         return group.attend(inputs, turn, front)
-    split = axes_of(group)
+    split = axes_of(group, front)
     rows, heads, *_ = axes.spec_of(inputs.k, "BKTD", split)
     split = split if heads else split - HEADS  # query heads go with KV heads
     # A prefix of one row may be split along slots by what splits the rows.
@@ -196,8 +217,9 @@ def attend(
         parts = tuple(map(_restored, group.parts, after.parts))
         return out, dataclasses.replace(after, parts=parts, spec=spec)
 
-    bodies = [one.positions for one in where[0].parts]
-    fronts = [_of_one(one).positions for one in where[3]]
+    # Specs, where arrays are in a cache.
+    bodies: list[Any] = [one.positions for one in where[0].parts]
+    fronts: list[Any] = [_of_one(one).positions for one in where[3]]
     mapped = jax.shard_map(
         mine,
         mesh=mesh,
@@ -214,7 +236,9 @@ def _of_one(part: AbstractPart) -> AbstractPart:
 
 def _slots(front: Sequence[Shared], split: Axes, rows: axes.MeshAxes) -> bool:
     """Whether what splits the rows splits slots of what is in front of them."""
-    found = [_of_one(one).positions[-1] for one in specs_of(tuple(front), split)]
+    found: list[Any] = [
+        _of_one(one).positions[-1] for one in specs_of(tuple(front), split)
+    ]
     mine = set(axes.names_of(rows))
     return any(mine & set(axes.names_of(names)) for names in found)
 
@@ -232,7 +256,7 @@ class _Piece:
     heads: axes.MeshAxes
     slots: axes.MeshAxes
 
-    def of(self, part: AbstractPart) -> AbstractPart:
+    def of(self, part: AbstractPart) -> Any:
         """`part` as it attends and grows by itself."""
         if isinstance(part, Shared):
             return dataclasses.replace(part, part=self.of(part.part))

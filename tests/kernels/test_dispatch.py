@@ -7,8 +7,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from kvjax import axes
 from kvjax.pallas_kernels import dispatch, tuning
 from kvjax.pallas_kernels.page_score import page_score
+from kvjax.pallas_kernels.quantize_pack import quantize_pack
 
 Q, MEANS = jnp.ones((1, 2, 1, 64)), jnp.ones((1, 1, 2048, 64))
 
@@ -94,6 +96,28 @@ def test_what_is_split_over_devices_gets_no_kernel():
     assert not dispatch.partitioned()
     assert split(2, AxisType.Auto)
     assert not split(1, AxisType.Auto) and not split(2, AxisType.Manual)
+
+
+def test_with_rules_a_kernel_runs_on_each_device():
+    """The automatic choice is the chip's kernel, under a `shard_map` of its own."""
+    device = AbstractDevice("TPU v6 lite", None, platform="tpu")
+    mesh = AbstractMesh(
+        (2, 2), ("data", "model"), (AxisType.Auto,) * 2, abstract_device=device
+    )
+    rules = (("batch", "data"), ("kv_heads", "model"))
+    x, live = jnp.ones((2, 4, 64, 128)), jnp.ones((2, 4, 64), bool)
+
+    def program(rules) -> str:
+        def run(x, live):
+            return quantize_pack(x, live, bits=4, axis="token", group=32)
+
+        with axes.split(mesh, rules):
+            return str(jax.make_jaxpr(run)(x, live))
+
+    assert "pallas_call" not in program(())
+    found = program(rules)
+    assert "pallas_call" in found and "shard_map" in found
+    assert "f32[1,2,64,128]" in found  # what a device has
 
 
 def test_unknown_sizes(tuned):

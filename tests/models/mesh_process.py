@@ -9,6 +9,7 @@ case found. `DEVICES` says how many devices this process has; with the variables
 `kvjax.train.run.processes` it is one of several.
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -33,11 +34,12 @@ import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
 import kvjax  # noqa: E402
+from kvjax import axes  # noqa: E402
 from kvjax.eval import harness  # noqa: E402
 from kvjax.models import generation, inference, meshes  # noqa: E402
 from kvjax.models.generation import generate_from  # noqa: E402
 from kvjax.models.sampling import Sampling  # noqa: E402
-from kvjax.models.sharding import RULES  # noqa: E402
+from kvjax.models.sharding import RULES, automatic  # noqa: E402
 from kvjax.types import nbytes  # noqa: E402
 from tests.eval import tiny  # noqa: E402
 from tests.small import preset  # noqa: E402
@@ -48,6 +50,7 @@ MOVES = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 OTHER = {
     "slots": {**RULES, "batch": None, "slots": "data"},
     "shared": {**RULES, "shared_slots": "model"},
+    "instead": {**RULES, "kv_heads": None, "slots": "model"},
 }
 
 
@@ -106,7 +109,7 @@ def moved(model: Any, c: Any) -> dict[str, Any]:
         given = (graph, params, own, front, state, jnp.int32(NEW), stops)
         lowered = generation._decode.lower(*given, sampling=Sampling())
     found = []
-    for line in lowered.compile().as_text().splitlines():
+    for line in (lowered.compile().as_text() or "").splitlines():
         hit = re.search(rf"= (.*?) ({MOVES})(?:-start)?\(", line)
         if hit and "/while/body" in line:
             found.append([hit[2], hit[1], "/while/body/while/body" in line])
@@ -129,7 +132,9 @@ def saved(model: Any, c: Any) -> dict[str, Any]:
         out = []
         for other in (tiny.model(intermediate_size=32), model):
             again = kvjax.load_cache(folder, other)
-            made = generate_from(other, again, np.asarray(logits), max_new_tokens=NEW)
+            made = generate_from(
+                other, again, jnp.array(np.array(logits)), max_new_tokens=NEW
+            )
             out.append(np.asarray(made.tokens).tolist())
     return {"tokens": out}
 
@@ -152,6 +157,31 @@ def refused(model: Any, c: Any) -> dict[str, Any]:
     return {"said": ""}
 
 
+def kernel(name: str, mesh: str) -> dict[str, Any]:
+    """A Pallas kernel on every device, in its interpreter, against the reference."""
+    case = importlib.import_module(f"kvjax.pallas_kernels.{name}.cases").CASES[0]
+    call = getattr(importlib.import_module(f"kvjax.pallas_kernels.{name}"), name)
+    args, fixed = case.make(np.random.default_rng(0))
+    shape = tuple(map(int, mesh.split(",")))
+    devices = automatic(jax.make_mesh(shape, ("data", "model")))
+    everywhere = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
+    where = meshes.Placement.of(devices)
+
+    def run(*args: Any) -> Any:
+        return call(*args, **fixed, backend="tpu", interpret=True)
+
+    with axes.split(where.mesh, where.rules):
+        found = jax.jit(run)(*jax.device_put(args, everywhere))
+    wanted = call(*args, **fixed, backend="reference")
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    return {
+        "errors": [
+            float(np.max(np.abs(np.float32(x) - np.float32(y)))) for x, y in pairs
+        ],
+        "specs": [str(x.sharding.spec) for x in jax.tree.leaves(found)],
+    }
+
+
 KINDS = {
     "generate": generated,
     "life": lived,
@@ -166,6 +196,9 @@ def main() -> None:
     found = {}
     for case in sys.argv[1:]:
         kind, name, mesh = case.split("/")
+        if kind == "kernel":
+            found[case] = kernel(name, mesh)
+            continue
         found[case] = KINDS[kind](model_on(mesh), preset(name))
     print(json.dumps(found))
 

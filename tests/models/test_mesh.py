@@ -180,6 +180,15 @@ def test_bodies_whose_slots_cannot_be_split(lives):
 
 
 @pytest.mark.slow
+def test_a_kernel_runs_on_every_device():
+    names = ("quantize_pack", "page_summary", "sparse_prefill")
+    found = found_by(started(*(f"kernel/{name}/1,2" for name in names)))
+    for name in names:
+        one = found[f"kernel/{name}/1,2"]
+        assert max(one["errors"]) < 1e-5 and "model" in one["specs"][0], (name, one)
+
+
+@pytest.mark.slow
 def test_two_processes_decode_together():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

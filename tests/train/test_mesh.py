@@ -134,7 +134,8 @@ def test_replies_through_the_cache_of_a_mesh(kinds):
     )
     assert [len(items) for items in spread["replies"]] == [2, 2]  # full, and snapkv
     assert spread["replies"] == whole["replies"]
-    assert set(spread["partitions"]) == {4} and set(whole["partitions"]) == {1}
+    # Inside of a step each device is by itself.
+    assert set(spread["partitions"]) == {1, 4} and set(whole["partitions"]) == {1}
 
 
 @pytest.mark.slow
