@@ -63,5 +63,5 @@ def local(layout: Layout, spec: LayerSpec, ways: int) -> tuple[Layout, LayerSpec
 def parted(total: Int[Array, "B"], ways: int) -> Int[Array, "X"]:
     """`total` in `ways` equal parts, piece by piece; the first get what is left."""
     part = jnp.arange(ways, dtype=total.dtype)[:, None]
-    each = total // ways + (part < total % ways)
+    each = total // ways + (part < total % ways).astype(jnp.int32)
     return each.astype(total.dtype).reshape(-1)
