@@ -87,14 +87,13 @@ def compiled(request: dict[str, Any]) -> dict[str, Any]:
         done = program.trace().lower().compile()
     memory = done.memory_analysis()
     text = done.as_text()
-    total = nbytes((params, cache))
-    found = []
+    found = {}
     for line in text.splitlines():
-        hit = re.search(rf" = .*? ({MOVES})(?:-start)?\(", line)
-        if hit and "/while/body" in line:
-            found.append((hit[1], "/while/body/while/body" in line))
-    layer = sorted(kind for kind, inner in found if inner)
-    step = sorted(kind for kind, inner in found if not inner)
+        hit = re.search(rf" = .*? ({MOVES})(?:-start)?\(.*channel_id=(\d+)", line)
+        if hit and "/while/body" in line:  # one that goes on behind others: once
+            found[hit[1], hit[2]] = "/while/body/while/body" in line
+    layer = sorted(kind for (kind, _), inner in found.items() if inner)
+    step = sorted(kind for (kind, _), inner in found.items() if not inner)
     return {
         "status": "ok",
         "weights_bytes": nbytes(params),
@@ -103,7 +102,8 @@ def compiled(request: dict[str, Any]) -> dict[str, Any]:
         "arguments_per_device_bytes": memory.argument_size_in_bytes,
         "temporaries_per_device_bytes": memory.temp_size_in_bytes,
         "cache_over_share": _held(groups) / (nbytes(groups) / mesh.size),
-        "arguments_over_share": memory.argument_size_in_bytes / (total / mesh.size),
+        "arguments_over_shards": memory.argument_size_in_bytes
+        / _held(program.args[1:]),
         "collectives_per_layer": layer,
         "collectives_per_step_besides": step,
         "kernels": text.count('custom_call_target="tpu_custom_call"'),

@@ -43,7 +43,7 @@ def _observe(graph, params, tokens, lengths, c: Compression, longest: int):
     return logits, seen, digest
 
 
-@functools.wraps(build_cache)  # whose names say what is static
+@functools.wraps(build_cache)
 def _built(*args, **how) -> KVCache:
     return spread.placed(build_cache(*args, **how))
 

@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import typing
@@ -44,6 +45,7 @@ Model = Annotated[str, tyro.conf.arg(metavar="DIR|ID", help=MODELS)]
 Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], tyro.conf.arg()]
 Text = Annotated[str | None, optional("TEXT")]
 Names = Annotated[str | None, optional("A,B,C")]
+Mesh = Annotated[str | None, optional("AXIS=N,AXIS=N")]
 MOST = 2**31 - 1
 """Of what is counted."""
 Count = Annotated[int | None, Range(1, MOST), optional("N")]
@@ -149,7 +151,9 @@ CLOSED_OUTPUT = (
 )
 
 
-def load_model(name: str, dtype: str, ui: UI) -> tuple[Any, Any]:
+def load_model(
+    name: str, dtype: str, ui: UI, mesh: str | None = None
+) -> tuple[Any, Any]:
     """Model and tokenizer, with compiled programs cached on disk."""
     from kvjax.models.io import load
 
@@ -159,8 +163,36 @@ def load_model(name: str, dtype: str, ui: UI) -> tuple[Any, Any]:
     path = model_directory(name)
     if dtype == "auto":
         dtype = "float32" if name in small_models() else "bfloat16"
+    spread = None if mesh is None else _devices(mesh)
     with ui.status(f"loading {name}"):
-        return load(path, dtype)
+        return load(path, dtype, mesh=spread)
+
+
+def _devices(text: str) -> Any:
+    """The mesh that `--mesh` asks for, of the devices that there are.
+
+    Raises:
+        ValueError: there are too few, or an axis of another name.
+    """
+    import jax
+
+    from kvjax.models.sharding import RULES
+
+    sizes = mesh_of(text)
+    known = {axis for axis in RULES.values() if axis is not None}
+    if other := [name for name in sizes if name not in known]:
+        raise ValueError(
+            f"--mesh {shown(text)}: there is no axis {shown(other[0])}; expected some "
+            f"of {sorted(map(str, known))}."
+        )
+    count, there = math.prod(sizes.values()), jax.device_count()
+    if not 1 <= count <= there:
+        raise ValueError(
+            f"--mesh {shown(text)} asks for {count} devices; there are {there}. The "
+            "product of the sizes must be at most that, and at least 1."
+        )
+    devices = jax.devices()[:count]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
 
 
 def compile_cache() -> None:
@@ -203,3 +235,19 @@ def numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
         raise ValueError(
             f"{name} needs numbers with commas between; got {shown(text)}."
         ) from None
+
+
+def mesh_of(text: str) -> dict[str, int]:
+    """`data=2,model=4` as sizes by axis.
+
+    Raises:
+        ValueError: it is none.
+    """
+    pairs = [part.partition("=") for part in split(text)]
+    sizes = {name: size for name, _, size in pairs}
+    whole = all(size.isdecimal() and len(size) < 8 for size in sizes.values())
+    if not pairs or not whole or len(sizes) < len(pairs):
+        raise ValueError(
+            f"--mesh {shown(text)}: expected sizes by axis, as in data=2,model=4."
+        )
+    return {name: int(size) for name, size in sizes.items()}

@@ -18,6 +18,7 @@ from kvjax.cli.base import (
     Flag,
     Folder,
     Items,
+    Mesh,
     Names,
     OptionalModel,
     Output,
@@ -109,6 +110,8 @@ class Eval(Command):
     """Run directory; results/CONFIG-MODEL if left out."""
     dtype: Dtype = "auto"
     """Of the parameters; auto: float32 if bundled or fetched, else bfloat16."""
+    mesh: Mesh = None
+    """Devices: data splits rows, model splits heads, as in data=2,model=4."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:
@@ -117,7 +120,7 @@ class Eval(Command):
         name = pathlib.Path(self.base).stem, pathlib.Path(config.model).name
         out = self.out or pathlib.Path("results") / "-".join(name)
         rows, resumed, exported = evaluate(
-            config, out, self.dtype, ui, export=self.export
+            config, out, self.dtype, ui, export=self.export, mesh=self.mesh
         )
         return {
             "run": str(out),
@@ -243,7 +246,12 @@ def _tasks(config, names: str) -> tuple[Any, ...]:
 
 
 def evaluate(
-    config, out: pathlib.Path, dtype: str, ui: UI, export: str | None = None
+    config,
+    out: pathlib.Path,
+    dtype: str,
+    ui: UI,
+    export: str | None = None,
+    mesh: str | None = None,
 ) -> tuple[Sequence[Mapping[str, Any]], int, list[str]]:
     """Run an evaluation with a progress bar.
 
@@ -260,7 +268,7 @@ def evaluate(
     methods(config)
     check_directory(out, config)
     name = DEFAULT if config.model is None else config.model
-    model, tokenizer = load_model(name, dtype, ui)
+    model, tokenizer = load_model(name, dtype, ui, mesh)
     checkpoint = expanded(model_directory(name))
     made = plan(model.config, tokenizer, config) if export else None
     if made:

@@ -21,6 +21,7 @@ from kvjax.cli.base import (
     File,
     Flag,
     Fraction,
+    Mesh,
     Model,
     Output,
     Seed,
@@ -100,6 +101,8 @@ class Generate(Command):
     """Of the drawing; 0 if left out."""
     dtype: Dtype = "auto"
     """Of the parameters; auto: float32 if bundled or fetched, else bfloat16."""
+    mesh: Mesh = None
+    """Devices: data splits rows, model splits heads, as in data=2,model=4."""
     output: Output = Output()
 
     def run(self, ui: UI) -> Mapping[str, Any]:
@@ -111,7 +114,7 @@ class Generate(Command):
             raise ValueError("the prompt is empty; give at least one token.")
         self._sampling({})
         c = pick(self.compression, self.keep, self.set)
-        model, tokenizer = load_model(self.model, self.dtype, ui)
+        model, tokenizer = load_model(self.model, self.dtype, ui, self.mesh)
         drawing = self._sampling(model.config.generation_settings, ui)
         stops = [*model.config.eos_tokens, *self._stops(tokenizer)]
         if self.question:

@@ -19,8 +19,10 @@ from kvjax.cli.base import (
     File,
     Flag,
     Fraction,
+    Mesh,
     Output,
     Text,
+    mesh_of,
     optional,
     pick,
     split,
@@ -77,7 +79,7 @@ class PlanCommand(Command):
     """Of the weights, and of keys and values that are not encoded."""
     chips: Annotated[int, Range(1, 4096)] = 1
     """Chips over which weights, heads and rows are split."""
-    mesh: Annotated[str | None, optional("AXIS=N,AXIS=N")] = None
+    mesh: Mesh = None
     """How many ways, by axis: data (rows) and model (heads), as in data=2,model=4."""
     fit: Flag = False
     """Search the mildest budget that fits, or the most bits."""
@@ -177,19 +179,3 @@ def bytes_of(text: str) -> int:
             f"--memory {shown(text)}: expected a size in {[*_UNITS][1:]}, as in 12GB."
         )
     return int(float(found[1]) * _UNITS[found[2]])
-
-
-def mesh_of(text: str) -> dict[str, int]:
-    """`data=2,model=4` as sizes by axis.
-
-    Raises:
-        ValueError: it is none.
-    """
-    pairs = [part.partition("=") for part in split(text)]
-    sizes = {name: size for name, _, size in pairs}
-    whole = all(size.isdecimal() and len(size) < 8 for size in sizes.values())
-    if not pairs or not whole or len(sizes) < len(pairs):
-        raise ValueError(
-            f"--mesh {shown(text)}: expected sizes by axis, as in data=2,model=4."
-        )
-    return {name: int(size) for name, size in sizes.items()}

@@ -123,7 +123,7 @@ def test_generate(kvjax, checkpoint, tmp_path):
     result = json.loads(out)
     assert code == 0 and len(result["tokens"]) <= 6
     assert result["keep"] == 0.25 and result["prompt_tokens"] == 105
-    code, text, err = kvjax(*words)
+    code, text, err = kvjax(*words, "--mesh", "data=1,model=1")
     assert code == 0 and text == result["text"] + "\n"
     assert "105 prompt tokens" in err
     assert kvjax(*words, "--stop", "]")[0] == 0

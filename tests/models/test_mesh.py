@@ -75,6 +75,7 @@ def lives() -> dict[str, Any]:
     cases += [
         f"{kind}/snapkv/{mesh}" for kind in ("save", "eval") for mesh in ("", "2,2")
     ]
+    cases += ["generate/none/1,4,instead", "moves/none/1,4,instead"]
     cases += [f"refused/{name}/2,2,slots" for name in ("quest", "h2o_decode")]
     cases += ["generate/snapkv/", "generate/adakv_snapkv/"]
     cases += [f"{k}/adakv_snapkv/1,2,shared" for k in ("generate", "moves")]
@@ -169,6 +170,13 @@ def test_a_saved_cache_goes_on_anywhere(lives):
 def test_an_evaluation_on_a_mesh(lives):
     assert lives["eval/snapkv/2,2"] == lives["eval/snapkv/"]
     assert lives["eval/snapkv/"]["rows"][0]["score"] is not None
+
+
+@pytest.mark.slow
+def test_heads_that_do_not_divide_split_slots_instead(lives):
+    """What the message of `load` says; queries are whole for a moment."""
+    assert lives["generate/none/1,4,instead"] == lives["generate/none/"]
+    assert lives["moves/none/1,4,instead"]["share"] == 0.25
 
 
 @pytest.mark.slow
