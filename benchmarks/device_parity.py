@@ -52,10 +52,10 @@ def expected(name: str, case: Case) -> tuple[Any, ...]:
     how = {"backend": "reference"}
     want = public(name)(*args, **kwargs, **how)
     slopes = gradients(name, case, args, kwargs, how) if case.gradient else None
-    return jax.tree.map(_on_host, (args, kwargs, want, slopes))
+    return jax.tree.map(_as_numpy, (args, kwargs, want, slopes))
 
 
-def _on_host(x: Any) -> Any:
+def _as_numpy(x: Any) -> Any:
     return np.asarray(x) if isinstance(x, jax.Array) else x
 
 

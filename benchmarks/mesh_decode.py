@@ -126,8 +126,8 @@ def asked(request: dict[str, Any]) -> dict[str, Any]:
     """What a process of its own says of a program."""
     import os
 
+    from kvjax.pallas_kernels.compilers import interpreter
     from kvjax.pallas_kernels.targets import TARGETS
-    from kvjax.train.run.dry_run import interpreter
 
     target = TARGETS[request["device"]]
     done = subprocess.run(
@@ -149,11 +149,10 @@ def main() -> int:
         try:
             found = compiled(request)
         except Exception as error:  # compilers raise whatever they like
-            full = re.search(r"RESOURCE_EXHAUSTED|Ran out of memory", str(error))
-            said = re.search(r"Used [^.]*\.\d+\w of \S+ hbm", str(error))
-            reason = said[0] if said else " ".join(str(error).split())[:300]
-            status = "too large" if full else "failed"
-            found = {"status": status, "reason": reason}
+            from kvjax.pallas_kernels.compilers import refusal
+
+            status, reason, needs = refusal(error)
+            found = {"status": status, "reason": reason, "needs_bytes": needs}
         print(json.dumps(found))
         return 0
     from common import arguments, report

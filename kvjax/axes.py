@@ -130,14 +130,14 @@ def spec_of(x: Any, letters: Sequence[str], among: Set[str]) -> PartitionSpec:
     return spec([*logical, *[None] * (len(x.shape) - len(logical))], x.shape)
 
 
-def placed(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+def laid_out(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """`x` split by its logical axes; as it is, where nothing is split."""
     if mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape))
 
 
-def on_host(x: Any) -> np.ndarray:
+def as_numpy(x: Any) -> np.ndarray:
     """The numbers of an array, whichever process holds them; outside of `jit`."""
     if isinstance(x, jax.Array) and not (
         x.is_fully_addressable or x.is_fully_replicated

@@ -2,8 +2,8 @@
 
 Where an array lies is part of its type (`jax.memory.Space`): an operation takes arrays
 of one memory, and what is to be computed with is fetched first. On a GPU or TPU the
-host's memory is pinned, and transfers run beside the computation where nothing waits
-for them. A CPU has the same types, and copies nothing.
+host's memory is pinned, so that a transfer may run beside a computation that does not
+wait for it. A CPU has the same types, and copies nothing.
 """
 
 from typing import Any

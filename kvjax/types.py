@@ -31,6 +31,9 @@ LengthsLike = Int[Array | np.ndarray, "B"]
 EMPTY = -1
 """Position of a slot that holds nothing."""
 
+NEVER = np.iinfo(np.int32).max
+"""A position behind all others."""
+
 NEG_INF = float("-inf")
 
 
@@ -246,3 +249,8 @@ def nbytes(tree: object) -> int:
     return sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(tree)
     )
+
+
+def nbytes_once(tree: object) -> int:
+    """Bytes of all array leaves, of one that is there several times once."""
+    return nbytes(list({id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values()))

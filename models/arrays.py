@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
-from kvjax.axes import on_host
+from kvjax.axes import as_numpy
 from kvjax.messages import shown
 from kvjax.models.sharding import automatic
 
@@ -20,7 +20,7 @@ def is_traced(*values: Any) -> bool:
 
 def concrete(x: Any) -> np.ndarray | None:
     """The values, unless they are traced."""
-    return None if is_traced(x) else on_host(x)
+    return None if is_traced(x) else as_numpy(x)
 
 
 def held(name: str, values: Any) -> None:
@@ -49,7 +49,7 @@ def _found(name: str, values: Any) -> np.ndarray | jax.Array | None:
             "(`.filled(...)`), and say where rows end by `lengths`."
         )
     try:
-        return on_host(values)
+        return as_numpy(values)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # ragged, and others
         return None
 

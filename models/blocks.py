@@ -138,7 +138,7 @@ def by_heads(x: Float[Array, "B T X D"]) -> Float[Array, "B T X D"]:
 
     Query heads go with the KV heads that they read.
     """
-    return axes.placed(x, ("batch", None, "kv_heads", None))
+    return axes.laid_out(x, ("batch", None, "kv_heads", None))
 
 
 class RetentionHead(nnx.Module):

@@ -119,7 +119,7 @@ def _close(
             how = (layout, held.lengths, room, spec, chunking.dtype)
             layer = growing.cache_of(holding, *how)
         caches.append(layer)
-    cache = spread.placed(building.cache(carry, caches))
+    cache = spread.laid_out(building.cache(carry, caches))
     return model.logits(state.last), cache
 
 

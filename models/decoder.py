@@ -57,7 +57,7 @@ def attending(attention: Attention | Attending) -> Attending:
 
 def along_rows(x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
     """A residual stream split along its rows, if the trace is for a mesh."""
-    return axes.placed(x, ("batch", None, None))
+    return axes.laid_out(x, ("batch", None, None))
 
 
 class Pass(NamedTuple):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.axes import on_host
+from kvjax.axes import as_numpy
 from kvjax.models.arrays import is_traced
 
 
@@ -27,7 +27,7 @@ def check_logits(dtype: Any, logits: jax.Array | np.ndarray, where: str = "") ->
 
 def check_rows(dtype: Any, rows: jax.Array | np.ndarray, where: str = "") -> None:
     """`check_logits`, of rows of which that is known."""
-    if is_traced(rows) or (values := on_host(rows)).all():
+    if is_traced(rows) or (values := as_numpy(rows)).all():
         return
     first = int(np.argmin(values.reshape(len(values), -1).all(axis=1)))
     dtype = jnp.dtype(dtype).name

@@ -117,7 +117,7 @@ def _everywhere(state: _State) -> _State:
     """What callers look at, on every device of a mesh."""
     look = ("tokens", "made", "done", "sound", "count")
     found = {name: getattr(state, name) for name in look}
-    whole = {name: axes.placed(x, (None,) * x.ndim) for name, x in found.items()}
+    whole = {name: axes.laid_out(x, (None,) * x.ndim) for name, x in found.items()}
     return dataclasses.replace(state, **whole)
 
 

@@ -58,7 +58,7 @@ def step(
     row's last token, and `t` is 1.
     """
     own, front = cache.apart
-    own = spread.placed(own)
+    own = spread.laid_out(own)
 
     def attend(inputs: LayerInputs, groups: tuple[LayerCache, ...]):
         at = inputs.depth.group
@@ -102,7 +102,7 @@ def _prefill(
         loops = loops_of(specs, plans_of(c, specs, longest or width), marks)
         how = (room, before, longest, marks)
         cache = build_cache(seen, loops, specs, lengths, c, *how)
-        return logits, spread.placed(cache)
+        return logits, spread.laid_out(cache)
     how = (width, room, model.dtype, before, longest, marks)
     building = Building.of(c, specs, lengths, *how)
     groups = in_front(prefix, len(lengths), building.loops)
@@ -122,7 +122,7 @@ def _prefill(
     positions = padded_positions(lengths, width, before)
     seen = model.run(tokens, positions, compressing)
     logits = last_logits(model, seen.hidden, lengths)
-    return logits, spread.placed(building.cache(seen.state, seen.left))
+    return logits, spread.laid_out(building.cache(seen.state, seen.left))
 
 
 @jax.jit

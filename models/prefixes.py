@@ -25,7 +25,7 @@ from kvjax.models.caches import load_cache
 from kvjax.models.decoder import Decoder
 from kvjax.models.prompts import NONE
 from kvjax.places import check_place, given_path
-from kvjax.types import nbytes
+from kvjax.types import nbytes_once
 
 LOG = logging.getLogger("kvjax.models")
 
@@ -119,12 +119,12 @@ class PrefixStore:
     @property
     def nbytes(self) -> int:
         """Bytes on the device; what several caches share counts once."""
-        return _unique(entry.device for entry in self._all())
+        return nbytes_once([entry.device for entry in self._all()])
 
     @property
     def host_nbytes(self) -> int:
         """Bytes in the host's memory."""
-        return _unique(entry.host for entry in self._all())
+        return nbytes_once([entry.host for entry in self._all()])
 
     def put(self, tokens: Row, cache: KVCache) -> None:
         """Take a cache of one row, which has read `tokens` and nothing else.
@@ -269,13 +269,6 @@ def _kind(about: Provenance) -> tuple[Any, ...]:
 
 def _name(tokens: np.ndarray) -> tuple[int, bytes]:
     return len(tokens), host_digests(tokens)[-1].tobytes()
-
-
-def _unique(caches: Any) -> int:
-    leaves = (
-        x for cache in caches if cache is not None for x in jax.tree.leaves(cache)
-    )
-    return nbytes(list({id(x): x for x in leaves}.values()))
 
 
 def _row(tokens: Any) -> np.ndarray:

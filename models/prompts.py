@@ -45,7 +45,7 @@ def _observe(graph, params, tokens, lengths, c: Compression, longest: int):
 
 @functools.wraps(build_cache)
 def _built(*args, **how) -> KVCache:
-    return spread.placed(build_cache(*args, **how))
+    return spread.laid_out(build_cache(*args, **how))
 
 
 _static = ("loops", "specs", "c", "room", "longest")

@@ -6,7 +6,6 @@ from kvjax.cache.clustered import Clustered as Clustered
 from kvjax.cache.clustered import clusters_of as clusters_of
 from kvjax.cache.earlier import attend_earlier as attend_earlier
 from kvjax.cache.landmarks import Landmarks as Landmarks
-from kvjax.cache.landmarks import always_pages as always_pages
 from kvjax.cache.layer import LayerCache as LayerCache
 from kvjax.cache.merging import AbstractMerge as AbstractMerge
 from kvjax.cache.merging import present as present

@@ -4,17 +4,16 @@ from typing import ClassVar, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import exact
 from kvjax.cache.kmeans import clustered
-from kvjax.cache.paging import PageBudget, log_shares
-from kvjax.cache.selecting import NEVER, AbstractSelecting
+from kvjax.cache.paging import PageBudget, log_shares, most_pages
+from kvjax.cache.selecting import AbstractSelecting
 from kvjax.pallas_kernels.partial import Partial, merge, softmax_partial
 from kvjax.pallas_kernels.slots import slot_logits
 from kvjax.turns import take
-from kvjax.types import pytree, static
+from kvjax.types import NEVER, pytree, static
 
 
 class Zones(NamedTuple):
@@ -72,8 +71,9 @@ class Clustered(AbstractSelecting):
         how = (self.segment, self.cluster, self.iterations, self.sinks)
         return clusters_of(keys, values, positions, *how)
 
-    def blank_like(self, slots):
-        return {"most": int(self.budget.read(np.array(slots)))}
+    @property
+    def most(self):
+        return most_pages(self.budget, self.slots)
 
     def zones(self, q, q_positions, spec, limit=None, turn=None) -> Zones:
         """What becomes of each cluster; arguments are those of `attend`."""

@@ -31,9 +31,9 @@ def attend_earlier(
         return merge([part.attend(*how) for part in parts]), ()
 
     chunk = query_chunk(tokens, b * h * max(map(_at_once, parts)))
-    return map_query_chunks(read, chunk, jnp.moveaxis(asked.q, 1, 2), asked.positions)[
-        0
-    ]
+    q = jnp.moveaxis(asked.q, 1, 2)
+    found, _ = map_query_chunks(read, chunk, q, asked.positions)
+    return found
 
 
 def _at_once(part: AbstractPart) -> int:

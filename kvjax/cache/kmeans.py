@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.types import EMPTY, NEG_INF
-
-LATE = jnp.iinfo(jnp.int32).max
+from kvjax.types import EMPTY, NEG_INF, NEVER
 
 
 class Clusters(NamedTuple):
@@ -93,7 +91,7 @@ def clustered(
 
     at = positions[..., None]
     span = (
-        jnp.min(jnp.where(member, at, LATE), axis=1),
+        jnp.min(jnp.where(member, at, NEVER), axis=1),
         jnp.max(jnp.where(member, at, EMPTY), axis=1),
     )
     return Clusters(

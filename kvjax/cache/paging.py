@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import exact
-from kvjax.cache.selecting import NEVER, AbstractSelecting
+from kvjax.cache.selecting import AbstractSelecting
 from kvjax.pallas_kernels.slots import slot_logits
 from kvjax.turns import Turn, take
-from kvjax.types import EMPTY, LayerSpec, static
+from kvjax.types import EMPTY, NEVER, LayerSpec, static
 
 
 @final
@@ -76,9 +76,10 @@ class AbstractPages(AbstractSelecting):
         del pages
         return 0
 
-    def blank_like(self, slots):
-        pages = slots // self.page
-        return {"most": most_pages(self.budget, pages, self.always(pages))}
+    @property
+    def most(self):
+        pages = self.slots // self.page
+        return most_pages(self.budget, pages, self.always(pages))
 
     def select(self, q, q_positions, spec, limit=None, turn=None):
         q = jax.lax.stop_gradient(q)  # a choice has none

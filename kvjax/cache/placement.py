@@ -9,7 +9,7 @@ from kvjax.cache.parts import AbstractPart
 from kvjax.codecs import AbstractEncoded, OnHost
 from kvjax.fields import Checked, OneOf
 from kvjax.memory import to_host
-from kvjax.types import nbytes
+from kvjax.types import nbytes_once
 
 Body = Annotated[str, OneOf("device", "host")]
 """Where bodies lie."""
@@ -64,5 +64,4 @@ def restored[T](tree: T) -> T:
 def host_nbytes(tree: Any) -> int:
     """Bytes of what a tree of caches has in the host's memory; of each array once."""
     found = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, OnHost))
-    arrays = jax.tree.leaves([x for x in found if isinstance(x, OnHost)])
-    return nbytes(list({id(x): x for x in arrays}.values()))
+    return nbytes_once([x for x in found if isinstance(x, OnHost)])

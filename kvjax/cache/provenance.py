@@ -168,7 +168,7 @@ def _digest_of(names: Sequence[str], arrays: Sequence[Any]) -> str:
 
 def _pieces(x: jax.Array) -> Iterator[np.ndarray]:
     """The values in their order; no more than `PIECE` bytes are copied at once."""
-    if x.nbytes <= PIECE or _on_host(x):
+    if x.nbytes <= PIECE or _in_sight(x):
         yield np.ascontiguousarray(x)
     elif len(x) == 1:
         yield from _pieces(x[0])
@@ -179,7 +179,7 @@ def _pieces(x: jax.Array) -> Iterator[np.ndarray]:
             yield from _pieces(jax.lax.dynamic_slice_in_dim(x, first, size))
 
 
-def _on_host(x: jax.Array) -> bool:
+def _in_sight(x: jax.Array) -> bool:
     """Whether NumPy sees the values where they are."""
     return [device.platform for device in x.devices()] == ["cpu"]
 

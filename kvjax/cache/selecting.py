@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.parts import AbstractPart, Slots, by_head, put_positions
@@ -21,19 +20,16 @@ from kvjax.types import LayerSpec, nbytes, static
 LANES = 128
 """Numbers side by side in the registers of a TPU."""
 
-NEVER = np.iinfo(np.int32).max
-"""A position behind all others."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractSelecting(AbstractPart):
     """Tokens of which each query reads, per KV head, the pages that it chooses.
 
-    `page` slots are read as one, and no query reads more than `most` of them.
+    `page` slots are read as one.
     Everything goes by `positions`; the slots of a row are taken from the first on,
-    `filled` of them, later blocks behind those of the prompt. All arrays are on the
-    device. What is read is found before it is fetched, by the numbers of pages, so that
-    values could be fetched from elsewhere.
+    `filled` of them, later blocks behind those of the prompt. What is read is found
+    before it is fetched, by the numbers of pages: keys and values may lie in the host's
+    memory.
     """
 
     keys: AbstractEncoded
@@ -41,7 +37,6 @@ class AbstractSelecting(AbstractPart):
     positions: Int[Array, "*layers B K S"]
     filled: Int[Array, "*layers B"]
     page: int = static()
-    most: int = static()
 
     SUMMARY: ClassVar[tuple[str, ...]] = ()
     """Fields that say what is in the slots; leaves `[*layers, B, K, X, C]`, each entry
@@ -71,10 +66,10 @@ class AbstractSelecting(AbstractPart):
     ) -> dict[str, Array]:
         """`SUMMARY` of slots by themselves: whole blocks, decoded."""
 
-    def blank_like(self, slots: int) -> dict[str, Any]:
-        """Fields that depend on the number of slots, of a part with so many."""
-        del slots
-        return {}
+    @property
+    @abc.abstractmethod
+    def most(self) -> int:
+        """The most pages that a query reads."""
 
     @property
     def free(self):
@@ -242,7 +237,6 @@ class AbstractSelecting(AbstractPart):
             positions=held.positions,
             filled=held.filled,
             **{name: nothing(getattr(self, name)) for name in self.SUMMARY},
-            **self.blank_like(slots),
         )
 
     def grow(self, tail, rows, growth, spec, turn=None):

@@ -144,7 +144,7 @@ def _rows_of(part: ByShard, split: Axes) -> axes.MeshAxes:
     return (*names[1], *names[0]) or None
 
 
-def placed(cache: KVCache) -> KVCache:
+def laid_out(cache: KVCache) -> KVCache:
     """`cache` split over the mesh that this trace is for, if there is one."""
     if axes.mesh() is None:
         return cache

@@ -18,7 +18,7 @@ from kvjax.cache.shared import Shared
 from kvjax.depth import Loop, members
 from kvjax.fields import Range, fit
 from kvjax.memory import check_host
-from kvjax.types import nbytes, pytree, static
+from kvjax.types import nbytes_once, pytree, static
 
 Front = tuple[tuple[Shared, ...], ...]
 """What rows share, by groups of layers."""
@@ -61,7 +61,7 @@ class KVCache:
 
         What several rows or layers share counts once.
         """
-        return nbytes(list({id(leaf): leaf for leaf in jax.tree.leaves(self)}.values()))
+        return nbytes_once(self)
 
     @property
     def host_nbytes(self) -> int:
@@ -99,7 +99,7 @@ class KVCache:
         Reads the device; not for use under `jit`.
         """
         rooms = [group.room for group in self.groups]
-        known = [axes.on_host(room).min(axis=0) for room in rooms if room is not None]
+        known = [axes.as_numpy(room).min(axis=0) for room in rooms if room is not None]
         return np.min(known, axis=0) if known else None
 
     @property

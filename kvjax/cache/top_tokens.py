@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.paging import AbstractPages, log_shares
-from kvjax.cache.selecting import NEVER
 from kvjax.turns import take
-from kvjax.types import pytree
+from kvjax.types import NEVER, pytree
 
 
 @final

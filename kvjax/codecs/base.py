@@ -113,7 +113,7 @@ class AbstractEncoded(abc.ABC):
 
 def picked(
     x: Shaped[Array, "*layers B K X C"],
-    index: Int[Array, "B K C"],
+    index: Int[Array, "B K N"],
     page: int,
     slots: int,
     turn: Turn = None,

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kvjax.cache import ByShard, KVCache, LayerCache, Ragged, Slots, placed
+from kvjax.cache import (
+    ByShard,
+    KVCache,
+    LayerCache,
+    Ragged,
+    Slots,
+    folded,
+    placed,
+)
 from kvjax.compress import shards
 from kvjax.compress.config import Compression
 from kvjax.compress.layer import build, handed_on
@@ -178,7 +186,7 @@ class Building:
             group = members(self.loops)[depth.group]
             pieces = self._pieces(group)
             if isinstance(part, Slots):
-                part = shards.folded(part, self._ways(group))
+                part = folded(part, self._ways(group))
             pool = pour(pool, part, depth.turn, *take(pieces, depth.turn))
             pools = (*pools[: depth.group], pool, *pools[depth.group + 1 :])
             layer = dataclasses.replace(layer, parts=())

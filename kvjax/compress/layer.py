@@ -18,6 +18,7 @@ from kvjax.cache import (
     Tail,
     Tracking,
     empty_tail,
+    folded,
     placed,
     slot_ways,
 )
@@ -249,14 +250,14 @@ class _Builder:
             heads = share.heads
         else:
             assert share.sure is not None and share.total is not None
-            given = shards.folded((priorities, share.sure), ways)
+            given = folded((priorities, share.sure), ways)
             heads = head_counts(*given, shards.parted(share.total, ways), capacity)
         if self.differentiable and ways > 1:  # one buffer, of as many from each device
             heads = jnp.moveaxis(heads.reshape(ways, rows, -1), 0, 1).reshape(rows, -1)
             ways, capacity = 1, -(-ways * each.slots // multiple) * multiple
-        flat = choose_flat(shards.folded(priorities, ways), heads, capacity)
+        flat = choose_flat(folded(priorities, ways), heads, capacity)
         made = self.merged(flat)
-        k, v, at = shards.folded((made.held.k, made.held.v, made.held.positions), ways)
+        k, v, at = folded((made.held.k, made.held.v, made.held.positions), ways)
         positions = at[jnp.arange(len(at))[:, None], flat.head, flat.index]
         positions = jnp.where(flat.live, positions, EMPTY)
         part = Ragged(

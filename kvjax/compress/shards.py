@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from kvjax import axes
-from kvjax.cache import folded as folded
 from kvjax.cache import head_ways
 from kvjax.compress.survey import Layout
 from kvjax.types import LayerSpec

@@ -1,14 +1,11 @@
 """What the compiler of a chip says of prefill and of decoding; nothing is executed.
 
 For this machine's device it is JAX's own. A chip that is not here has its compiler in a
-process of its own, `python -m kvjax.planning.compiling`, as the dry run of a recipe has
-(`kvjax.train.run.dry_run`): it wants an environment that is set before JAX is imported.
+process of its own (`kvjax.pallas_kernels.compilers`): this module as a program.
 """
 
 import contextlib
 import dataclasses
-import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +26,7 @@ from kvjax.models.programs import (
     prefill_program,
 )
 from kvjax.pallas_kernels.compile import topology_mesh, versions
-from kvjax.pallas_kernels.measured import one_line
+from kvjax.pallas_kernels.compilers import answer, ask, needed, refusal
 from kvjax.pallas_kernels.targets import TARGETS
 from kvjax.planning.chips import HERE, Chip
 from kvjax.planning.planner import Planner
@@ -85,9 +82,7 @@ def compiled(
         for record in _records(request):
             heard(record)
     else:
-        from kvjax.train.run.dry_run import ask_compiler
-
-        ask_compiler("kvjax.planning.compiling", TARGETS[chip.name], request, heard)
+        ask("kvjax.planning.compiling", TARGETS[chip.name], request, heard)
     said = {k: v for r in records for k, v in r.get("versions", {}).items()}
     by_name: dict[str, dict[str, Any]] = {}
     for record in records:
@@ -157,8 +152,6 @@ def _records(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _compiled(program: Program, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
     """What a compiler says of a program; a failure is its status."""
-    from kvjax.train.run.dry_run import used
-
     began, where = time.perf_counter(), contextlib.nullcontext()
     if mesh is not None:
         spec = jax.sharding.PartitionSpec()
@@ -168,27 +161,11 @@ def _compiled(program: Program, mesh: jax.sharding.Mesh | None) -> dict[str, Any
         with where:
             memory = program.trace().lower().compile().memory_analysis()
     except Exception as error:  # compilers raise whatever they like
-        full = re.search(r"RESOURCE_EXHAUSTED|Ran out of memory", str(error))
-        total = used(str(error)) if full else None
-        status = "too large" if full else "failed"
-        return {"status": status, "reason": one_line(error), "total": total}
-    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
-    own = outputs - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    took = round(time.perf_counter() - began, 1)
-    return {"status": "ok", "reason": "", "total": arguments + own, "compile_s": took}
-
-
-def main() -> int:
-    """Read a request from stdin, compile, print records; 1 for a wrong request."""
-    request = json.load(sys.stdin)
-    try:
-        for record in _records(request):
-            print(json.dumps(record), flush=True)
-    except ValueError as wrong:
-        print(json.dumps({"wrong": str(wrong)}), flush=True)
-        return 1
-    return 0
+        status, reason, total = refusal(error)
+        return {"status": status, "reason": reason, "total": total}
+    took, total = round(time.perf_counter() - began, 1), needed(memory)
+    return {"status": "ok", "reason": "", "total": total, "compile_s": took}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(_records))

@@ -9,10 +9,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.config import sized
 from kvjax.fields import Fraction, Positive, Share
-from kvjax.pallas_kernels.column_stats import column_stats
 from kvjax.prefills.chosen import Chosen, visible_blocks
 from kvjax.prefills.pattern import AbstractPattern
-from kvjax.prefills.ranking import block_means, fewest, highest, mean_logits
+from kvjax.prefills.ranking import (
+    block_means,
+    fewest,
+    highest,
+    line_mass,
+    mean_logits,
+)
 from kvjax.scorers.base import last_queries
 from kvjax.types import NEG_INF, LayerInputs, Lengths
 
@@ -66,20 +71,9 @@ class FlexPrefill(AbstractPattern):
         self, inputs: LayerInputs, lengths: Lengths
     ) -> tuple[Float[Array, "B H S"], Float[Array, "B H S"]]:
         """Mass of each column and of each diagonal, over the last queries; each 1."""
-        last, spec = last_queries(inputs, self.block, None), inputs.spec
-        stats = column_stats(
-            last.q,
-            inputs.k,
-            last.positions,
-            inputs.positions,
-            scale=spec.scale,
-            window=spec.window,
-            softcap=spec.softcap,
-            slash=True,
-        )
-        assert stats.slash is not None
+        columns, diagonals = line_mass(inputs, self.block)
         count = self._asking(lengths)
-        return stats.sum / count, stats.slash / count
+        return columns / count, diagonals / count
 
     def distance(
         self, inputs: LayerInputs, lengths: Lengths, columns: Float[Array, "B H S"]

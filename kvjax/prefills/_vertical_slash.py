@@ -8,11 +8,9 @@ from jaxtyping import Array, Bool
 
 from kvjax.config import sized
 from kvjax.fields import Count, Positive, Size
-from kvjax.pallas_kernels.column_stats import column_stats
 from kvjax.prefills.chosen import Chosen
 from kvjax.prefills.pattern import AbstractPattern
-from kvjax.prefills.ranking import highest
-from kvjax.scorers.base import last_queries
+from kvjax.prefills.ranking import highest, line_mass
 from kvjax.types import NEG_INF, LayerInputs, Lengths
 
 
@@ -59,22 +57,11 @@ class VerticalSlash(AbstractPattern):
         self, inputs: LayerInputs, lengths: Lengths
     ) -> tuple[Bool[Array, "B H S"], Bool[Array, "B H S"]]:
         """Kept columns, and kept diagonals by their distance `q - k`."""
-        last, spec = last_queries(inputs, self.last_q, None), inputs.spec
-        stats = column_stats(
-            last.q,
-            inputs.k,
-            last.positions,
-            inputs.positions,
-            scale=spec.scale,
-            window=spec.window,
-            softcap=spec.softcap,
-            slash=True,
-        )
-        assert stats.slash is not None
-        index = jnp.arange(stats.sum.shape[-1])
+        columns, diagonals = line_mass(inputs, self.last_q)
+        index = jnp.arange(columns.shape[-1])
         live = (index < lengths[:, None])[:, None]
-        vertical = jnp.where(index < self.first, jnp.inf, stats.sum)
-        slash = jnp.where(index < self.local, jnp.inf, stats.slash)
+        vertical = jnp.where(index < self.first, jnp.inf, columns)
+        slash = jnp.where(index < self.local, jnp.inf, diagonals)
         return (
             highest(jnp.where(live, vertical, NEG_INF), self.vertical),
             highest(jnp.where(live, slash, NEG_INF), self.slash),

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kvjax.pallas_kernels.column_stats import column_stats
+from kvjax.scorers.base import last_queries
 from kvjax.types import NEG_INF, LayerInputs, Lengths
 
 
@@ -41,6 +43,30 @@ def mean_logits(
     grouped = q.reshape(b, k.shape[1], -1, n, d)
     logits = jnp.einsum("BKGXD,BKYD->BKGXY", grouped, k) * inputs.spec.scale
     return logits.reshape(b, h, n, n)
+
+
+def line_mass(
+    inputs: LayerInputs, count: int
+) -> tuple[Float[Array, "B H S"], Float[Array, "B H S"]]:
+    """Mass of each column, and of each diagonal by its distance `q - k`.
+
+    Args:
+        inputs: of the whole prompt.
+        count: last queries of each row that it is summed over.
+    """
+    last, spec = last_queries(inputs, count, None), inputs.spec
+    stats = column_stats(
+        last.q,
+        inputs.k,
+        last.positions,
+        inputs.positions,
+        scale=spec.scale,
+        window=spec.window,
+        softcap=spec.softcap,
+        slash=True,
+    )
+    assert stats.slash is not None
+    return stats.sum, stats.slash
 
 
 def highest(

@@ -42,6 +42,5 @@ class ExactTopK(AbstractBudgeted):
             filled=part.filled,
             page=1,
             budget=self.budget,
-            most=self.most_pages(part.positions.shape[-1]),
         )
         return (ranked,)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax.cache import Landmarks, always_pages, levelled, most_pages
+from kvjax.cache import Landmarks, levelled
 from kvjax.config import sized
 from kvjax.fields import Count, Positive, Size
 from kvjax.reads.base import AbstractBudgeted
@@ -35,7 +35,8 @@ class InfLLM(AbstractBudgeted):
     Deviations: attention is that of all later queries of the prompt, not of the local
     window alone; each KV head chooses its own blocks, and each query (there all heads
     together, 512 queries at a time); keys keep their positions, where the paper gives
-    all far tokens one distance; prompts are read densely. All is on the device.
+    all far tokens one distance; prompts are read densely. `store.place` says where
+    blocks lie, there in the host's memory.
     """
 
     size: Size = sized(128, short=8)
@@ -64,8 +65,6 @@ class InfLLM(AbstractBudgeted):
         assert part.filled is not None
         keys = part.keys.decode(part.positions, spec.rope)
         received = jnp.where(part.positions >= 0, seen, -jnp.inf)
-        pages = part.positions.shape[-1] // self.size
-        beside = always_pages(self.sinks, self.local, self.size)
         marked = Landmarks(
             keys=part.keys,
             values=part.values,
@@ -74,7 +73,6 @@ class InfLLM(AbstractBudgeted):
             page=self.size,
             landmark=represented(keys, received, self.size, self.representatives),
             budget=self.budget,
-            most=most_pages(self.budget, pages, beside),
             group="sum",
             sinks=self.sinks,
             local=self.local,

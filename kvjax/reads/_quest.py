@@ -43,6 +43,5 @@ class Quest(AbstractBudgeted):
             budget=self.budget,
             filled=part.filled,
             page=self.page,
-            most=self.most_pages(part.positions.shape[-1] // self.page),
         )
         return (paged,)

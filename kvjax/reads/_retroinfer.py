@@ -34,7 +34,8 @@ class RetroInfer(AbstractBudgeted):
     Deviations: the budget counts tokens, not clusters, so that shapes are static: one
     that does not fit is estimated; segments have one length, there 8192 for prompts and
     1024 later; what is behind the last whole one is read. A cluster with local tokens
-    in it is not estimated. All is on the device, nothing is cached between steps.
+    in it is not estimated. `store.place` says where clusters lie, there in the host's
+    memory; nothing is cached between steps.
     """
 
     keep: Fraction | None = 0.018
@@ -72,7 +73,6 @@ class RetroInfer(AbstractBudgeted):
             filled=part.filled,
             page=1,
             budget=self.budget,
-            most=self.most_pages(part.positions.shape[-1]),
             segment=self.segment,
             cluster=self.cluster,
             iterations=self.iterations,

@@ -36,8 +36,8 @@ class ShadowKV(AbstractBudgeted):
     Source: ShadowKV (2410.21465) and its repository at a21f5a9 (chunks of 8, 48
     outliers and 2048 tokens of 128K, 4 local chunks).
     Deviations: the rank of keys is a matter of `store.keys`; landmarks and outliers are
-    of exact keys; logits have the layer's scale. All is on the device: the values
-    that a step needs are found by chunk before they are read.
+    of exact keys; logits have the layer's scale. `store.place` says where keys and
+    values lie, there the values in the host's memory.
     """
 
     keep: Fraction | None = 0.0156
@@ -78,7 +78,6 @@ class ShadowKV(AbstractBudgeted):
             page=self.size,
             landmark=landmark,
             budget=self.budget,
-            most=self.most_pages(chunks),
             group="softmax_max",
         )
         return far, near

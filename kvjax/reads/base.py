@@ -4,10 +4,9 @@ import abc
 import dataclasses
 from typing import Any, ClassVar, Self
 
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from kvjax.cache import AbstractPart, PageBudget, Slots, most_pages
+from kvjax.cache import AbstractPart, PageBudget, Slots
 from kvjax.config import sized
 from kvjax.fields import Checked, Fraction, Positive
 from kvjax.types import Held, LayerInputs, LayerSpec
@@ -123,11 +122,3 @@ class AbstractBudgeted(AbstractRead):
         if self.slots is None:
             return PageBudget(keep=self.keep)
         return PageBudget(pages=-(-self.slots // self.page))
-
-    def pages(self, held: Int[Array | np.ndarray, "..."]) -> Any:
-        """Pages to read when `held` pages are, NumPy or traced."""
-        return self.budget.read(held)
-
-    def most_pages(self, pages: int) -> int:
-        """The most that is read when up to `pages` pages are held."""
-        return most_pages(self.budget, pages)

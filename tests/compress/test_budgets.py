@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import kvjax
 from kvjax import exact
 from kvjax.budgets import AbstractBudget, AdaKV, Pyramid, RetrievalHeads, Uniform
+from kvjax.cache import most_pages
 from kvjax.compress.presets import compressions
 from kvjax.reads import Quest
 from kvjax.units import Chunk, Token
@@ -323,9 +324,10 @@ def test_pages_of_a_read(read):
     if read.keep is not None:
         want = ceil_share(held, read.keep)
     want = np.clip(want, 1, np.maximum(held, 1))
-    np.testing.assert_array_equal(read.pages(held), want)
-    np.testing.assert_array_equal(jax.jit(read.pages)(held.astype(np.int32)), want)
-    assert [read.most_pages(n) for n in range(400)] == list(want)
+    pages = read.budget.read
+    np.testing.assert_array_equal(pages(held), want)
+    np.testing.assert_array_equal(jax.jit(pages)(held.astype(np.int32)), want)
+    assert [most_pages(read.budget, n) for n in range(400)] == list(want)
 
 
 def constants(jaxpr) -> int:

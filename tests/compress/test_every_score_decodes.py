@@ -73,9 +73,9 @@ def test_what_queries_pay_to_a_prefix_is_remembered():
         values=PlainArray(data=front.v),
         positions=jnp.zeros(front.k.shape[:3], jnp.int32),
     )
-    cache = dataclasses.replace(cache, parts=(*cache.parts, Shared(part=part, rows=2)))
+    shared = (Shared(part=part, rows=2),)
     for step in range(steps):
-        _, cache = ATTEND(cache, decode_inputs(whole, prompts, step))
+        _, cache = ATTEND(cache, decode_inputs(whole, prompts, step), None, shared)
         assert cache.tracking is not None
         for row, n in enumerate(prompts + step + 1):
             ours = cache.tracking.row.elsewhere[row]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from kvjax.pallas_kernels.sparse_prefill import gradient
-from kvjax.prefills import VerticalSlash
-from kvjax.prefills import _vertical_slash as module
+from kvjax.prefills import VerticalSlash, ranking
 from tests.compress.samples import Sample, draw, layer_spec
 
 CASES = {
@@ -103,7 +102,7 @@ def test_gradient_is_that_of_masked_dense_attention(case, monkeypatch):
 
 def test_the_choice_of_blocks_is_not_differentiated(monkeypatch):
     """`column_stats` has no gradient on every backend, and needs none here."""
-    stats = module.column_stats
+    stats = ranking.column_stats
 
     def blunt(queries, keys, *args, **kwargs):
         run = jax.custom_jvp(lambda q, k: stats(q, k, *args, **kwargs))
@@ -114,7 +113,7 @@ def test_the_choice_of_blocks_is_not_differentiated(monkeypatch):
 
         return run(queries, keys)
 
-    monkeypatch.setattr(module, "column_stats", blunt)
+    monkeypatch.setattr(ranking, "column_stats", blunt)
     sample = draw(5, CASES["block16"][2], (64, 40))
     prefill, size = (
         VerticalSlash(block=16, dense_below=0),

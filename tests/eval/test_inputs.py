@@ -197,7 +197,8 @@ def test_every_value_of_a_model_counts(model, change):
 def test_pieces_of_any_size_give_one_fingerprint(model, monkeypatch):
     whole = fingerprint(model)
     monkeypatch.setattr(provenance, "PIECE", 100)
-    monkeypatch.setattr(provenance, "_on_host", lambda x: False)  # as on an accelerator
+    # As on an accelerator.
+    monkeypatch.setattr(provenance, "_in_sight", lambda x: False)
     sizes = []
 
     def noted(x):

@@ -10,6 +10,7 @@ import yaml
 
 from kvjax.cli.main import main
 from kvjax.models.bundled import bundled_models, shape_of, shapes
+from kvjax.pallas_kernels.compilers import used
 from kvjax.pallas_kernels.targets import TARGETS
 from kvjax.train.data import Mixture
 from kvjax.train.data.sampling import Sampler
@@ -98,7 +99,7 @@ def test_a_failure_is_a_row():
     dry.compiled(row, jax.jit(lambda x: x.nothing), (jnp.ones(3),))
     assert row.status == "failed" and "nothing" in row.reason
     said = "RESOURCE_EXHAUSTED: Ran out of memory. Used 21.50G of 15.75G hbm. Exceeded"
-    assert dry.used(said) == int(21.5 * (1 << 30))
+    assert used(said) == int(21.5 * (1 << 30))
 
 
 @pytest.mark.parametrize("name", [*shapes(), *bundled_models()])

@@ -1,20 +1,11 @@
 """Compile the step of a recipe for chips that are not here, and say what it needs.
 
-The real compiler runs and nothing is executed. What it wants in its environment has to
-be set before JAX is imported, and its wheels should not be where JAX is used otherwise:
-so it runs in a process of its own, `python -m kvjax.train.run.dry_run`, which
-`dry_run` feeds.
+The compiler runs in a process of its own (`kvjax.pallas_kernels.compilers`): this
+module as a program.
 """
 
 import dataclasses
-import importlib.resources
-import importlib.util
-import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,11 +13,9 @@ from typing import Any
 import jax
 
 from kvjax.config import decode
-from kvjax.messages import nearest
 from kvjax.narrow import narrow
 from kvjax.pallas_kernels.compile import versions
-from kvjax.pallas_kernels.measured import one_line
-from kvjax.pallas_kernels.targets import TARGETS, Target
+from kvjax.pallas_kernels.compilers import answer, ask, needed, refusal, target_of
 from kvjax.train.data.sampling import Sample, Sampler, check_choices
 from kvjax.train.objectives.objective import make_objective
 from kvjax.train.recipe import TrainConfig, as_tree
@@ -40,9 +29,6 @@ from kvjax.train.run.flops import matmul_flops
 from kvjax.train.run.mesh import check_mesh, make_mesh
 from kvjax.train.run.optimizer import make_optimizer
 from kvjax.train.run.step import make_step
-
-COMPILERS = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_cuda13_plugin", "cuda13")}
-"""By family: the module that holds the compiler, and the extra that installs it."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -79,41 +65,6 @@ class CompiledStep:
     counted_flops: int | None = None
 
 
-def target_of(device: str) -> Target:
-    """The chip of a name.
-
-    Raises:
-        ValueError: it is not known; the nearest is named.
-    """
-    if device not in TARGETS:
-        raise ValueError(
-            f"Unknown device {device!r}; expected one of {[*TARGETS]}."
-            f"{nearest(device, TARGETS)}"
-        )
-    return TARGETS[device]
-
-
-def interpreter(target: Target) -> str:
-    """The Python that holds the compiler of a chip.
-
-    `KVJAX_TPU_PYTHON` or `KVJAX_CUDA_PYTHON`, else this one.
-
-    Raises:
-        ValueError: this one has no such compiler; says which extra installs it.
-    """
-    module, extra = COMPILERS[target.family]
-    variable = f"KVJAX_{target.family.upper()}_PYTHON"
-    if given := os.environ.get(variable):
-        return given
-    if importlib.util.find_spec(module) is None:
-        raise ValueError(
-            f"compiling for {target.name} needs {module}, which is not installed: "
-            f"pip install 'kvjax[{extra}]', best into an environment of its own, and "
-            f"name its Python in {variable}."
-        )
-    return sys.executable
-
-
 @narrow
 def dry_run(
     config: TrainConfig,
@@ -142,76 +93,8 @@ def dry_run(
     abstract_shape(config)
     request = {"device": device, "chips": chips, "recipe": as_tree(config)}
     result: dict[str, Any] = {"device": device, "chips": chips, "rows": []}
-    ask_compiler("kvjax.train.run.dry_run", target, request, _listener(result, told))
+    ask("kvjax.train.run.dry_run", target, request, _listener(result, told))
     return result
-
-
-def ask_compiler(
-    module: str,
-    target: Target,
-    request: dict[str, Any],
-    heard: Callable[[dict[str, Any]], None],
-) -> None:
-    """A module run in a process that holds the compiler of a chip.
-
-    Args:
-        module: reads `request` as JSON, prints records, and ends with 0, or with 1
-            behind a record `{"wrong": why}`.
-        target: the chip.
-        request: what it is asked.
-        heard: called with each record.
-
-    Raises:
-        ValueError: no compiler, what the module calls wrong, or a process that ended
-            without a word.
-    """
-    wrong: list[str] = []
-
-    def listen(record: dict[str, Any]) -> None:
-        wrong.extend([record["wrong"]] if "wrong" in record else [])
-        heard(record)
-
-    code, said = _run(interpreter(target), module, target, request, listen)
-    if wrong:
-        raise ValueError(wrong[0])
-    if code:
-        last = [line for line in said.splitlines() if line.strip()][-1:]
-        raise ValueError(
-            f"the process that compiles for {target.name} ended with code {code}: "
-            f"{last[0] if last else 'it said nothing'}"
-        )
-
-
-def _run(
-    python: str,
-    module: str,
-    target: Target,
-    request: dict[str, Any],
-    heard: Callable[[dict[str, Any]], None],
-) -> tuple[int, str]:
-    """Exit code of the process that compiles, and what it said beside its records."""
-    command = [python, "-m", module]
-    environment = {**os.environ, **target.environment, "PYTHONPATH": _path()}
-    with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as said:
-        json.dump(request, asked)
-        asked.seek(0)
-        with subprocess.Popen(
-            command,
-            stdin=asked,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            text=True,
-            env=environment,
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # a compiler's own words
-                heard(record)
-        said.seek(0)
-        return process.returncode, said.read()
 
 
 def _listener(
@@ -226,24 +109,6 @@ def _listener(
             result.update(record)
 
     return heard
-
-
-def _path() -> str:
-    """Where another interpreter finds this kvjax, and what this one was told."""
-    own = os.path.dirname(str(importlib.resources.files("kvjax")))
-    return os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
-
-
-def main() -> int:
-    """Read a request from stdin, compile, print records; 1 for a wrong request."""
-    request = json.load(sys.stdin)
-    try:
-        for record in _records(request):
-            print(json.dumps(record), flush=True)
-    except ValueError as wrong:
-        print(json.dumps({"wrong": str(wrong)}), flush=True)
-        return 1
-    return 0
 
 
 def _records(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -302,31 +167,20 @@ def compiled(row: CompiledStep, step: Any, shapes: tuple[Any, ...]) -> None:
         row.matmul_flops = matmul_flops(traced.jaxpr.jaxpr)
         program = traced.lower().compile()
     except Exception as error:  # compilers raise whatever they like
-        full = re.search(r"RESOURCE_EXHAUSTED|Ran out of memory", str(error))
-        row.status, row.reason = "too large" if full else "failed", one_line(error)
-        row.total = used(str(error)) if full else None
+        row.status, row.reason, row.total = refusal(error)
         return
     finally:
         row.compile_s = round(time.perf_counter() - began, 1)
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
-    row.arguments = arguments = memory.argument_size_in_bytes
-    row.outputs = outputs = memory.output_size_in_bytes
-    row.temporaries = extra = memory.temp_size_in_bytes
-    row.total = total = arguments + outputs - memory.alias_size_in_bytes + extra
+    row.arguments = memory.argument_size_in_bytes
+    row.outputs = memory.output_size_in_bytes
+    row.temporaries = memory.temp_size_in_bytes
+    row.total = total = needed(memory)
     if total > row.hbm:
         row.status, row.reason = "too large", "more than the chip has"
     if cost.get("flops", 0) > 0:
         row.counted_flops = int(cost["flops"])
 
 
-def used(said: str) -> int | None:
-    """Bytes that a compiler would have needed, where it says so."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", said) or re.search(
-        r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)", said
-    )
-    return int(float(found[1]) * units[found[2]]) if found else None
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(_records))
