@@ -13,16 +13,19 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
-WAYS: dict[str, tuple[int, int, bool]] = {
-    "heads": (1, 8, False),
-    "batch": (8, 1, False),
-    "both": (2, 4, False),
-    "slots": (2, 4, True),
+WAYS: dict[str, tuple[Callable[[int], int], bool]] = {
+    "heads": (lambda chips: 1, False),
+    "batch": (lambda chips: chips, False),
+    "both": (lambda chips: 2, False),
+    "slots": (lambda chips: 2, True),
 }
-"""Sizes of the axes `data` and `model`, and whether `data` splits slots, not rows."""
+"""Chips along the axis `data`, the others lie along `model`; and whether `data` splits
+slots, not rows."""
 
+KERNEL = r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*|[^"]*triton[^"]*)"'
 MOVES = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 
 
@@ -44,15 +47,15 @@ def compiled(request: dict[str, Any]) -> dict[str, Any]:
     from kvjax.pallas_kernels.targets import TARGETS
     from kvjax.types import nbytes
 
-    data, model_ways, along = WAYS[request["ways"]]
-    target, chips = TARGETS[request["device"]], data * model_ways
+    (along_data, by_slots), chips = WAYS[request["ways"]], request["chips"]
+    target, data = TARGETS[request["device"]], along_data(chips)
     devices = topologies.get_topology_desc(**target.of(chips)).devices
     # A chip of v7x is two devices, which share the rows or the slots of one.
     data *= len(devices) // chips
-    grid = np.array(devices).reshape(data, model_ways)
+    grid = np.array(devices).reshape(data, -1)
     mesh = Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     rules = {**RULES, "shared_slots": "model"}  # of adakv_snapkv, which alone asks
-    if along:
+    if by_slots:
         rules |= {"batch": None, "slots": "data"}
     where = meshes.Placement.of(mesh, rules)
     model = programs.abstract_model(shape_of(request["model"]), jnp.bfloat16)
@@ -80,8 +83,9 @@ def compiled(request: dict[str, Any]) -> dict[str, Any]:
             for group in cache.groups
         )
         rest = jax.tree.map(lambda x: lying(x, whole), rest)
-        length = lying(cache.length, whole)
-        cache = dataclasses.replace(cache, groups=groups, length=length)
+        told = {"length": cache.length, "digest": cache.digest}
+        told = {name: lying(x, whole) for name, x in told.items()}
+        cache = dataclasses.replace(cache, groups=groups, **told)
         program = program._replace(args=(graph, params, cache, front, *rest))
         began = time.perf_counter()
         done = program.trace().lower().compile()
@@ -106,7 +110,7 @@ def compiled(request: dict[str, Any]) -> dict[str, Any]:
         / _held(program.args[1:]),
         "collectives_per_layer": layer,
         "collectives_per_step_besides": step,
-        "kernels": text.count('custom_call_target="tpu_custom_call"'),
+        "kernels": len(re.findall(KERNEL, text)),
         "compile_s": round(time.perf_counter() - began, 1),
     }
 
@@ -164,6 +168,7 @@ def main() -> int:
         context=131072,
         batch=8,
         room=64,
+        chips=8,
         devices=["v5e", "v6e", "v7x"],
         ways=["heads", "both", "slots"],
         methods=["none", "adakv_snapkv", "kivi_4bit", "snapkv_kivi"],
@@ -174,6 +179,7 @@ def main() -> int:
             for name in args.methods:
                 request = {
                     "device": device,
+                    "chips": args.chips,
                     "ways": ways,
                     "compression": name,
                     "model": args.model,
@@ -181,7 +187,7 @@ def main() -> int:
                     "batch": args.batch,
                     "room": args.room,
                 }
-                if WAYS[ways][2] and name == "adakv_snapkv":
+                if WAYS[ways][1] and name == "adakv_snapkv":
                     continue  # whose bodies are not split along slots
                 rows.append(asked(request))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

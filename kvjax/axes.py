@@ -25,9 +25,14 @@ Pairs = tuple[tuple[str, MeshAxes], ...]
 """Rules that can be hashed."""
 
 LOGICAL: Mapping[str, str] = MappingProxyType(
-    # "Hx" are lists of blocks, of each head or of all; "A" slots in groups of codes.
-    {"B": "batch", "K": "kv_heads", "H": "kv_heads", "Hx": "kv_heads"}
-    | {"S": "slots", "A": "slots"}
+    {
+        "B": "batch",
+        "K": "kv_heads",
+        "H": "kv_heads",
+        "Hx": "kv_heads",  # a list of blocks for each head, or one for all
+        "S": "slots",
+        "A": "slots",  # in groups of codes
+    }
 )
 """What letters of the alphabet stand for, of those that may be split.
 

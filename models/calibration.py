@@ -14,6 +14,7 @@ import yaml
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kvjax.axes import as_numpy
 from kvjax.compress.config import Compression
 from kvjax.compress.presets import COMPONENTS
 from kvjax.config import encode
@@ -28,6 +29,7 @@ from kvjax.models.meshes import entry
 from kvjax.models.padding import PROMPT, bucket, pad_tokens
 from kvjax.pallas_kernels.dense import self_attention_with_mass
 from kvjax.pallas_kernels.partial import merge
+from kvjax.places import check_place
 from kvjax.prefills import (
     AbstractPattern,
     AbstractPrefill,
@@ -124,11 +126,12 @@ class Calibration:
 
 
 def check_target(path: str | os.PathLike[str]) -> None:
-    """The name is one of a compression's file."""
+    """The name is one of a compression's file, which can be written."""
     if pathlib.Path(path).suffix not in (".yaml", ".yml"):
         raise ValueError(
             f"the name of a compression's file ends in .yaml; got {shown(str(path))}."
         )
+    check_place(pathlib.Path(path).parent, "Write it to another file.")
 
 
 def measured(
@@ -235,7 +238,7 @@ def calibrate(
     graph, params = nnx.split(model)
     padded = pad_tokens(tokens, bucket(width, PROMPT))
     found = _measure(graph, params, padded, lengths, patterns)
-    retained, share = (np.moveaxis(np.asarray(x), 1, 2) for x in found)
+    retained, share = (np.moveaxis(as_numpy(x), 1, 2) for x in found)
     sound = np.isfinite(retained).all(axis=(1, 2))
     check_rows(model.dtype, sound, " or the attention in front of them")
     table = choice(retained, share, retain)
@@ -250,7 +253,7 @@ def choice(retained: np.ndarray, share: np.ndarray, retain: float | None) -> np.
         share: blocks computed.
         retain: see `calibrate`.
     """
-    enough = retained >= (2.0 if retain is None else retain)
+    enough = retained >= (np.inf if retain is None else retain)
     cheapest = np.where(enough, share, np.inf)
     best = np.lexsort((share, -retained), axis=-1)[..., 0]
     least = np.lexsort((-retained, cheapest), axis=-1)[..., 0]
@@ -266,6 +269,6 @@ def _called(model: Decoder, name: str) -> str:
 
 
 def _about(lengths: Lengths, retain: float | None) -> str:
-    rows = ", ".join(map(str, np.asarray(lengths)[:8])) + ", ..." * (len(lengths) > 8)
+    rows = ", ".join(map(str, as_numpy(lengths)[:8])) + ", ..." * (len(lengths) > 8)
     how = "the most mass" if retain is None else f"the least work for {retain:g} of it"
     return f"Measured on {len(lengths)} rows of {rows} tokens; chosen by {how}."

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kvjax.axes import as_numpy
 from kvjax.cache import Front, KVCache, LayerCache, spread
 from kvjax.compress import growing
 from kvjax.compress.building import Building
@@ -28,7 +28,7 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.padding import pad_tokens
 from kvjax.models.reading import in_front, marks_of, seen_before
-from kvjax.types import LayerSpec, Lengths, Tokens
+from kvjax.types import EMPTY, LayerSpec, Lengths, Tokens
 
 
 class _State(NamedTuple):
@@ -75,7 +75,7 @@ def _chunk(
     t = tokens.shape[1]
     column = held.column + jnp.arange(t, dtype=jnp.int32)
     inside = column < held.lengths[:, None]
-    positions = jnp.where(inside, column + before, -1)
+    positions = jnp.where(inside, column + before, EMPTY)
     hidden, after, _ = chunking.read(model, held, tokens, positions, front)
     at = held.lengths - 1 - held.column
     mine = jnp.clip(at, 0, t - 1)[:, None, None]
@@ -193,7 +193,7 @@ def prefill_in_chunks(
 
         state, _ = jax.lax.scan(step, state, chunks)
     else:
-        needed = -(-int(np.asarray(lengths).max()) // size)
+        needed = -(-int(as_numpy(lengths).max()) // size)
         for chunk in chunks[:needed]:
             state = _read(graph, params, *state, front, chunk, before, chunking)
     given = (*parted(state, chunking), state.last)

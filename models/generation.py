@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import axes
+from kvjax.axes import as_numpy
 from kvjax.cache import Front, KVCache
 from kvjax.compress.config import Compression
 from kvjax.fields import Range, fit
@@ -28,6 +29,9 @@ from kvjax.models.sampling import Sampling
 from kvjax.types import EMPTY, LengthsLike, TokensLike, pytree
 
 Callback = Callable[[np.ndarray, np.ndarray], None]
+
+STOPS = 4
+"""Stop tokens for which `generate` makes one program."""
 
 
 class Generation(NamedTuple):
@@ -318,8 +322,8 @@ def _loop(
     donate: bool,
 ) -> Generation:
     graph, params = nnx.split(model)
-    # -1 is no token: one program for any number of stop tokens up to four.
-    stops = [*stop_tokens, *[-1] * max(0, 4 - len(stop_tokens))]
+    # -1 is no token: one program for any number of stop tokens up to these.
+    stops = [*stop_tokens, *[-1] * max(0, STOPS - len(stop_tokens))]
     stops = jnp.asarray(stops, jnp.int32)
     pad = model.config.pad_token or 0
     state = _first(logits, cache.length, key, stops, pad, sampling, max_new_tokens)
@@ -328,7 +332,7 @@ def _loop(
     ends = range(made, max_new_tokens) if callback else [max_new_tokens]
     if callback:
         check_rows(model.dtype, state.sound)
-        callback(np.asarray(state.tokens[:, :1]), np.asarray(state.made))
+        callback(as_numpy(state.tokens[:, :1]), as_numpy(state.made))
     for end in ends:
         limit = jnp.asarray(end + 1 if callback else end, jnp.int32)
         held, state = decode(

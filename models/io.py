@@ -71,7 +71,7 @@ def load(
     Raises:
         ValueError: with the file or tensor at fault, what was expected, and a remedy.
     """
-    kind = _dtype(dtype)
+    kind = dtype_of(dtype)
     directory = checkpoint_directory(path_or_hub_id)
     config = load_config(directory)
     source = opened(directory)
@@ -174,7 +174,12 @@ def _write(
     load_config(staging)
 
 
-def _dtype(dtype: Any) -> np.dtype:
+def dtype_of(dtype: Any) -> np.dtype:
+    """A dtype that weights can be in.
+
+    Raises:
+        ValueError: it is none of them.
+    """
     kind = None
     # NumPy parses texts and mappings as structures, and raises what parsers raise.
     with contextlib.suppress(Exception):

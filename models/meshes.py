@@ -134,6 +134,6 @@ def over(model: Any, mesh: Mesh, rules: axes.Rules = RULES) -> Any:
         name = ".".join(map(str, path))
         where = parameter_sharding(name, array.shape, mesh, rules)
         leaf.set_value(place(np.asarray(array), where))
-    spread = nnx.merge(graph, state)
-    spread.placement = Placement.of(mesh, rules)
-    return spread
+    placed = nnx.merge(graph, state)
+    placed.placement = Placement.of(mesh, rules)
+    return placed

@@ -22,6 +22,12 @@ def bucket(tokens: int, least: int = 16) -> int:
     return -(-tokens // step) * step
 
 
+def widest(tokens: int) -> int:
+    """The longest prompt that programs and caches are no larger for."""
+    # Programs are as wide as one bucket, caches have the slots of the other.
+    return min(bucket(tokens), bucket(tokens, PROMPT))
+
+
 def pad_tokens(tokens: Tokens, width: int) -> Int[Array, "B W"]:
     """Right-pad with token 0."""
     return jnp.pad(tokens, [(0, 0), (0, width - tokens.shape[1])])

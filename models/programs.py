@@ -21,9 +21,6 @@ from kvjax.models.padding import PROMPT, bucket
 from kvjax.models.sampling import Sampling
 from kvjax.prefills import AbstractPrefill
 
-STOPS = 4
-"""Stop tokens for which `generate` makes one program."""
-
 
 class Program(NamedTuple):
     """A jitted function and what it is called with, arrays as shapes.
@@ -84,6 +81,19 @@ def prefill_program(
     return Program(chunked_prefill._read, (graph, arrays[0], *state, *rest), {})
 
 
+def between_chunks(
+    model: Decoder, batch: int, tokens: int, c: Compression, room: int
+) -> tuple[Any, Any]:
+    """What is held from chunk to chunk of a prompt, as shapes.
+
+    Returns:
+        What becomes the cache as it is in the end, and what one is made of.
+    """
+    chunking, state = _in_chunks(model, batch, tokens, c, room)
+    grown, rest = chunked_prefill.parted(state, chunking)
+    return grown, rest.groups
+
+
 def _in_chunks(
     model: Decoder, batch: int, tokens: int, c: Compression, room: int
 ) -> tuple[Chunking, Any]:
@@ -117,11 +127,11 @@ def decode_program(model: Decoder, logits: Any, cache: KVCache, room: int) -> Pr
     graph, params = nnx.split(model)
 
     def first(logits, lengths):
-        key, stops = jax.random.key(0), jnp.full((STOPS,), -1, jnp.int32)
+        key, stops = jax.random.key(0), jnp.full((generation.STOPS,), -1, jnp.int32)
         return generation._first(logits, lengths, key, stops, 0, Sampling(), room)
 
     state = jax.eval_shape(first, logits, cache.length)
-    ends = tuple(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((), (STOPS,)))
+    ends = tuple(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((), (generation.STOPS,)))
     args = (graph, jax.tree.map(_bare, params), *cache.apart, state, *ends)
     return Program(generation._decode_donating, args, {"sampling": Sampling()})
 
@@ -138,14 +148,14 @@ def left_by_prefill(
         blind = dataclasses.replace(c, prefill=_Unseen())
         program = prefill_program(model, batch, tokens, blind, room)
     else:
-        program = _closing(model, batch, tokens, c, room)
+        program = closing_program(model, batch, tokens, c, room)
     logits, cache = jax.tree.map(_bare, program.trace().out_info)
     # Of the tokens, which `prefill` adds.
     digest = jax.ShapeDtypeStruct((batch, 4), jnp.uint32)
     return logits, dataclasses.replace(cache, digest=digest)
 
 
-def _closing(
+def closing_program(
     model: Decoder, batch: int, tokens: int, c: Compression, room: int
 ) -> Program:
     """What `prefill` runs behind the last chunk."""

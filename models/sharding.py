@@ -1,13 +1,12 @@
 """One table from logical axes to mesh axes, for parameters and for caches."""
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kvjax.axes import MeshAxes, Rules, names_of
+from kvjax.axes import MeshAxes, Rules, names_of, ways
 from kvjax.messages import nearest, shown
 
 # Each logical axis on a mesh that decodes (data, model), and on one that trains (data,
@@ -170,8 +169,8 @@ def _check_once(path: str, axes: tuple[str | None, ...], placed: PartitionSpec) 
 
 def check_divides(logical: str, size: int, name: MeshAxes, mesh: Mesh) -> None:
     """Raise unless `size` divides over mesh axis `name` (None: not split)."""
-    ways = math.prod(mesh.shape[axis] for axis in names_of(name))
-    if size % ways:
+    count = ways(name, mesh)
+    if size % count:
         possible = [n for n in range(1, size + 1) if size % n == 0]
         other = ""
         if logical == "kv_heads":
@@ -179,7 +178,7 @@ def check_divides(logical: str, size: int, name: MeshAxes, mesh: Mesh) -> None:
             other = f" `rules=RULES | {rules}` splits the slots of caches instead."
         raise ValueError(
             f"{logical!r} of size {size} does not divide over mesh axis {name!r} of "
-            f"size {ways}. Use a smaller mesh axis, of {_few(possible)}, or pass "
+            f"size {count}. Use a smaller mesh axis, of {_few(possible)}, or pass "
             f"`rules=RULES | {{{logical!r}: None}}` to replicate it.{other}"
         )
 

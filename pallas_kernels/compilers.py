@@ -47,16 +47,19 @@ def interpreter(target: Target) -> str:
         ValueError: this one has no such compiler; says which extra installs it.
     """
     module, extra = COMPILERS[target.family]
-    variable = f"KVJAX_{target.family.upper()}_PYTHON"
-    if given := os.environ.get(variable):
+    if given := os.environ.get(_variable(target)):
         return given
     if importlib.util.find_spec(module) is None:
         raise ValueError(
             f"compiling for {target.name} needs {module}, which is not installed: "
             f"pip install 'kvjax[{extra}]', best into an environment of its own, and "
-            f"name its Python in {variable}."
+            f"name its Python in {_variable(target)}."
         )
     return sys.executable
+
+
+def _variable(target: Target) -> str:
+    return f"KVJAX_{target.family.upper()}_PYTHON"
 
 
 def ask(
@@ -91,7 +94,8 @@ def ask(
         last = [line for line in said.splitlines() if line.strip()][-1:]
         raise ValueError(
             f"the process that compiles for {target.name} ended with code {code}: "
-            f"{last[0] if last else 'it said nothing'}"
+            f"{last[0] if last else 'it said nothing'}. {_variable(target)} names "
+            "another Python, with kvjax's dependencies and the compiler."
         )
 
 
@@ -108,23 +112,41 @@ def _run(
     with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as said:
         json.dump(request, asked)
         asked.seek(0)
-        with subprocess.Popen(
-            command,
-            stdin=asked,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            text=True,
-            env=environment,
-        ) as process:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=asked,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                errors="replace",
+                env=environment,
+            )
+        except OSError as wrong:
+            raise ValueError(
+                f"{python}, the Python that compiles for {target.name}, cannot be "
+                f"started: {wrong}. {_variable(target)} names another."
+            ) from None
+        with process:
             assert process.stdout is not None
-            for line in process.stdout:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # a compiler's own words
-                heard(record)
+            try:
+                for line in process.stdout:
+                    if record := _record(line):
+                        heard(record)
+            except BaseException:
+                process.kill()  # or leaving would wait for all that is to be compiled
+                raise
         said.seek(0)
         return process.returncode, said.read()
+
+
+def _record(line: str) -> dict[str, Any]:
+    """What a line says; empty, if it is a compiler's own words."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _path() -> str:
@@ -170,7 +192,10 @@ def needed(memory: Any) -> int:
 
 
 def used(said: str) -> int | None:
-    """Bytes that a compiler would have needed, where it says so."""
+    """Bytes that a compiler would have needed, where it says so.
+
+    Arguments and results count, too, in what it calls temporaries.
+    """
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
     found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", said) or re.search(
         r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)", said

@@ -43,6 +43,7 @@ def mapped(
     found, tree = jax.tree.flatten(jax.eval_shape(plain, *args))
     back = [
         axes.spec_of(x, _expanded(letters.split(), x.ndim), among)
+        # An op may leave out the last ones: statistics that were not asked for.
         for x, letters in zip(found, gives, strict=False)
     ]
     run = jax.shard_map(
@@ -50,7 +51,7 @@ def mapped(
         mesh=mesh,
         in_specs=jax.tree.unflatten(jax.tree.structure(args), specs),
         out_specs=jax.tree.unflatten(tree, back),
-        check_vma=False,
+        check_vma=False,  # kernels say nothing of what varies over the mesh
     )
     return run(*args)
 

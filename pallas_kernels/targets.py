@@ -26,7 +26,7 @@ class Target:
         device_kind: what JAX calls the device.
         topology: arguments of `jax.experimental.topologies.get_topology_desc`.
         environment: to be set before JAX is imported.
-        slices: topologies by their number of chips; `topology` has the name of one.
+        slices: what of `topology` is another for some number of chips.
         hbm_bytes: of one device of the topology.
         usable_bytes: of it that the compiler gives to a program, in its own words where
             one does not fit; all of it where it does not say.
@@ -44,7 +44,7 @@ class Target:
     device_kind: str
     topology: Mapping[str, Any]
     environment: Mapping[str, str]
-    slices: Mapping[int, str]
+    slices: Mapping[int, Mapping[str, str]]
     hbm_bytes: int
     usable_bytes: int
     hbm_bandwidth: int
@@ -65,13 +65,14 @@ class Target:
                 f"{self.name} is known in slices of {[*self.slices]} chips; got "
                 f"{chips}. Take one of them."
             )
-        return {**self.topology, "topology_name": self.slices[chips]}
+        return {**self.topology, **self.slices[chips]}
 
 
 _GIB = 1 << 30
 _FLAT = MappingProxyType(
     {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}
 )
+_BOARD = (1, 2, 4, 8)  # GPUs of one host
 _CUBE = MappingProxyType(
     {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8"}
 )
@@ -103,10 +104,13 @@ def _tpu(
                 "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             }
         ),
-        slices=MappingProxyType({n: f"{prefix}:{s}" for n, s in shapes.items()}),
+        slices=MappingProxyType(
+            {n: {"topology_name": f"{prefix}:{s}"} for n, s in shapes.items()}
+        ),
         onchip="VMEM",
         source="jax 0.11.2, `jax._src.tpu_info`; on-chip memory is of one TensorCore; "
-        "usable bytes: what libtpu 0.0.51 said of a program of 400 GiB",
+        "usable bytes: what libtpu 0.0.51 said of a program of 400 GiB (of v5p, which "
+        "was not asked, all)",
         **known,
     )
 
@@ -119,7 +123,7 @@ gpu_device_info {
   threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
   block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
   memory_bandwidth: 4800000000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98
-  device_memory_size: 150000000000  shared_memory_per_block_optin: 232448
+  device_memory_size: 141000000000  shared_memory_per_block_optin: 232448
   cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
 }
@@ -131,7 +135,7 @@ device_description_str: "NVIDIA H200"
 # The same die (132 multiprocessors, 50 MiB of cache) with other memory: SXM5, HBM3.
 _H100 = (
     _H200.replace("4800000000000", "3350000000000")
-    .replace("150000000000", "80000000000")
+    .replace("141000000000", "80000000000")
     .replace("NVIDIA H200", "NVIDIA H100 80GB HBM3")
 )
 
@@ -153,7 +157,7 @@ def _gpu(
         device_kind=kind,
         topology=MappingProxyType({**topology, "target_config": description}),
         environment=MappingProxyType(_QUIET),
-        slices=MappingProxyType({1: name}),
+        slices=MappingProxyType({n: {"topology": f"1x1x{n}"} for n in _BOARD}),
         hbm_bytes=hbm_bytes,
         usable_bytes=hbm_bytes,
         hbm_bandwidth=hbm_bandwidth,

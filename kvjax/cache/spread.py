@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from kvjax import axes
@@ -155,6 +155,21 @@ def _placed(group: LayerCache) -> LayerCache:
     check_slots(group)
     where = specs_of(group, axes_of(group))
     return jax.tree.map(jax.lax.with_sharding_constraint, group, where)
+
+
+def share(cache: KVCache) -> KVCache:
+    """What one device of the mesh holds of `cache`, as shapes; all, without a mesh."""
+    here = axes.mesh()
+    if here is None:
+        return cache
+
+    def held(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            NamedSharding(here, spec).shard_shape(x.shape), x.dtype
+        )
+
+    groups = [jax.tree.map(held, g, specs_of(g, axes_of(g))) for g in cache.groups]
+    return dataclasses.replace(cache, groups=tuple(groups))
 
 
 def check_slots(group: LayerCache) -> None:

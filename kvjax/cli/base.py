@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
@@ -136,13 +136,13 @@ class UI:
     bars: bool
 
     @contextlib.contextmanager
-    def status(self, text: str) -> Iterator[None]:
-        """A line that is there while something goes on."""
+    def status(self, text: str) -> Iterator[Callable[[str], None]]:
+        """A line that is there while something goes on; what is given changes it."""
         if not self.bars:
-            yield
+            yield lambda _: None
             return
-        with self.err.status(text):
-            yield
+        with self.err.status(text) as line:
+            yield line.update
 
 
 CLOSED_OUTPUT = (

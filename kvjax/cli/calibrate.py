@@ -17,8 +17,10 @@ from kvjax.cli.base import (
     Dtype,
     File,
     Fraction,
+    Items,
     Model,
     Output,
+    Text,
     load_model,
 )
 from kvjax.cli.tables import print_table
@@ -58,13 +60,13 @@ class Calibrate(Command):
     model: Model = DEFAULT
     prompt_file: File = None
     """File with a prompt to measure on; left out: items of --task."""
-    task: str = "recall"
-    """Task whose items, with their answers, are measured on."""
+    task: Text = None
+    """Task whose items, with their answers, are measured on; left out: recall."""
     length: Annotated[int, Range(2, MOST)] = 4096
     """Tokens of an item, or of the prompt's beginning. As long as can be: patterns that
     differ over long prompts are alike over short ones."""
-    items: Annotated[int, Range(1, 1024)] = 1
-    """Items to measure on."""
+    items: Items = None
+    """Items to measure on; left out: one."""
     candidate: Candidates = ()
     """A pattern, as a compression's `prefill` has it; give it again for more. Left out:
     MInference's."""
@@ -77,19 +79,21 @@ class Calibrate(Command):
 
     def run(self, ui: UI) -> Mapping[str, Any]:
         """See `Command.run`."""
-        import numpy as np
-
         from kvjax.models.calibration import CANDIDATES, calibrate, check_target
+        from kvjax.models.padding import pad_rows
 
         check_target(self.out)
+        if self.prompt_file is not None and (self.task, self.items) != (None, None):
+            raise ValueError(
+                "--prompt-file is measured on by itself; leave --task and --items out."
+            )
         patterns = tuple(map(_pattern, self.candidate)) or CANDIDATES
         model, tokenizer = load_model(self.model, self.dtype, ui)
         rows = self._rows(tokenizer)
         with ui.status("measuring"):
             found = calibrate(
                 model,
-                _padded(rows),
-                np.asarray([len(row) for row in rows], np.int32),
+                *pad_rows(rows),
                 candidates=patterns,
                 retain=self.retain,
                 name=self.model,
@@ -131,8 +135,8 @@ class Calibrate(Command):
         def measure(episode: Episode) -> int:
             return len(encoded(tokenizer, whole(episode)))
 
-        task = make_task(self.task)
-        made = task.episodes(0, self.items, self.length, measure)
+        task = make_task(self.task or "recall")
+        made = task.episodes(0, self.items or 1, self.length, measure)
         return [encoded(tokenizer, whole(one)) for one in made]
 
     def show(self, result: Mapping[str, Any], console: Console) -> None:
@@ -158,13 +162,3 @@ def _pattern(text: str) -> AbstractPrefill:
     """A candidate from its YAML."""
     tree = parse_yaml(text, "--candidate")
     return decode(tree, AbstractPrefill, COMPONENTS, "candidate")
-
-
-def _padded(rows: list[list[int]]) -> Any:
-    import numpy as np
-
-    width = max(map(len, rows))
-    tokens = np.zeros((len(rows), width), np.int32)
-    for at, row in enumerate(rows):
-        tokens[at, : len(row)] = row
-    return tokens

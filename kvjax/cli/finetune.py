@@ -98,8 +98,8 @@ class Finetune(Command):
                 "exclude --distributed. "
                 "Say --dry-run --device v5e --chips 8."
             )
-        with ui.status("compiling"):
-            return dry_run(config, self.device, self.chips or 1)
+        with ui.status("compiling") as told:
+            return dry_run(config, self.device, self.chips or 1, told)
 
     def show(self, result: Mapping[str, Any], console: Console) -> None:
         """See `Command.show`."""

@@ -32,6 +32,7 @@ from kvjax.fields import Range
 from kvjax.messages import shown
 from kvjax.models.bundled import DEFAULT, shapes
 from kvjax.pallas_kernels.targets import TARGETS
+from kvjax.places import check_place
 
 NONE_FITS = 1
 """Exit code where nothing that was asked for fits."""
@@ -94,7 +95,7 @@ class PlanCommand(Command):
         from kvjax.planning import plan
 
         target = self._target()
-        with ui.status("planning") as _:
+        with ui.status("planning") as told:
             found = plan(
                 self.model,
                 self._asked(),
@@ -108,6 +109,7 @@ class PlanCommand(Command):
                 mesh=None if self.mesh is None else mesh_of(self.mesh),
                 fit=self.fit,
                 compile=self.compile,
+                told=told,
             )
             if target is not None:
                 from kvjax.eval.report.style import png, save_svg
@@ -119,9 +121,9 @@ class PlanCommand(Command):
         return found.as_tree()
 
     def _asked(self) -> dict[str, Any] | None:
-        from kvjax.planning.asked import DEFAULT
+        from kvjax.planning import asked
 
-        names = DEFAULT if self.compression is None else split(self.compression)
+        names = asked.DEFAULT if self.compression is None else split(self.compression)
         if not names:
             raise ValueError(
                 "--compression names none. Give some of the list in --help."
@@ -141,11 +143,7 @@ class PlanCommand(Command):
                 f"--plot {shown(str(self.plot))}: expected a name that ends on .png or "
                 ".svg."
             )
-        if not self.plot.parent.is_dir():
-            raise ValueError(
-                f"--plot {shown(str(self.plot))}: there is no directory "
-                f"{shown(str(self.plot.parent))}. Make it first."
-            )
+        check_place(self.plot.parent, "Give --plot another file.")
         return self.plot
 
     def code(self, result: Mapping[str, Any]) -> int:

@@ -133,6 +133,12 @@ class Compression(Checked):
         fractions = self.evict, read, self.store.keys.kept
         return any(x is not None for x in fractions)
 
+    @property
+    def reads_less(self) -> bool:
+        """Whether its budget is of what a step reads, and all of it is held."""
+        held = self.evict, self.store.keys.kept
+        return self.has_budget and all(x is None for x in held)
+
     def with_keep(self, keep: float) -> Self:
         """The same method at another budget: kept tokens, read tokens, or rank.
 

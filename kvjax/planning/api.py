@@ -3,22 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from kvjax.compress.config import Compression
 from kvjax.messages import shown
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
 from kvjax.models.decoder import Decoder
+from kvjax.models.io import dtype_of
 from kvjax.narrow import narrow
+from kvjax.pallas_kernels.compilers import interpreter
+from kvjax.pallas_kernels.targets import TARGETS
 from kvjax.planning.asked import compressions_of, mesh_of, model_of
-from kvjax.planning.chips import chip_of
+from kvjax.planning.chips import Chip, chip_of
 from kvjax.planning.fitting import mildest
 from kvjax.planning.planner import Planner
-from kvjax.planning.record import Plan
+from kvjax.planning.record import Plan, Row
 from kvjax.planning.rows import row_of
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @narrow
@@ -77,10 +76,7 @@ def plan(
     checks.count("batch", batch, 1)
     checks.count("new_tokens", new_tokens, 1)
     context = _context(config, context, new_tokens)
-    names = [device] if isinstance(device, str) else list(device)
-    found = tuple(chip_of(one, memory) for one in dict.fromkeys(names))
-    if not found:
-        raise ValueError("`device` names no chip. Give one, or 'here'.")
+    found = _chips(device, memory)
     checks.count("chips", chips, 1)
     axes = mesh_of(chips, mesh, config, batch)
     if compile and axes:
@@ -88,15 +84,22 @@ def plan(
             f"`compile` asks the compiler about one chip; got a mesh of {axes}. Leave "
             "one of them out."
         )
-    kind = _dtype(dtype, model)
+    if dtype is None:
+        dtype = model.dtype if isinstance(model, Decoder) else "bfloat16"
+    kind = dtype_of(dtype)
     planner = Planner(config, kind, new_tokens, axes)
     for label, one in asked.items():
         try:
             planner.check(one, context, batch)
         except ValueError as wrong:
             raise ValueError(f"{label}: {wrong}") from None
-    rows, versions, drawn = [], {}, asked
-    for chip in reversed(found):  # the first one's are drawn
+    for chip in found:
+        if compile and chip.name in TARGETS:
+            interpreter(TARGETS[chip.name])  # raise now what it would raise later
+    rows: list[Row] = []
+    versions: dict[str, str] = {}
+    chosen: list[dict[str, Compression]] = []
+    for chip in found:
         drawn = asked
         if fit:
             told(f"the mildest that fits {chip.name}")
@@ -111,7 +114,8 @@ def plan(
             sizes = {"context": context, "batch": batch}
             mine, said = compiled(planner, drawn, mine, chip, told, **sizes)
             versions |= said
-        rows = [*mine, *rows]
+        rows += mine
+        chosen.append(drawn)
     return Plan(
         model=name,
         context=context,
@@ -123,8 +127,20 @@ def plan(
         versions=versions,
         rows=tuple(rows),
         planner=planner,
-        drawn=drawn,
+        drawn=chosen[0],
     )
+
+
+def _chips(device: str | Sequence[str], memory: int | None) -> tuple[Chip, ...]:
+    names = [device] if isinstance(device, str) else device
+    if not isinstance(names, Sequence):
+        raise ValueError(
+            f"`device` must be a chip's name or several; got {shown(device)}."
+        )
+    found = tuple(chip_of(one, memory) for one in dict.fromkeys(names))
+    if not found:
+        raise ValueError("`device` names no chip. Give one, or 'here'.")
+    return found
 
 
 def _context(config: DecoderConfig, context: int | None, new_tokens: int) -> int:
@@ -145,12 +161,3 @@ def _context(config: DecoderConfig, context: int | None, new_tokens: int) -> int
             "prompt. Raise one or lower the other."
         )
     return context
-
-
-def _dtype(dtype: Any, model: Any) -> jnp.dtype:
-    if dtype is None:
-        return model.dtype if isinstance(model, Decoder) else jnp.dtype("bfloat16")
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
-    if name not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {list(DTYPES)}; got {shown(dtype)}.")
-    return jnp.dtype(name)

@@ -42,8 +42,8 @@ def chip_of(device: str, memory: int | None = None) -> Chip:
         memory: bytes, where only these may be used.
 
     Raises:
-        ValueError: an unknown name (the nearest is named), or more memory than the chip
-            has.
+        ValueError: an unknown name (the nearest is named), or more memory than a chip
+            of `TARGETS` gives to programs.
     """
     if not isinstance(device, str) or device not in (HERE, *TARGETS):
         raise ValueError(
@@ -57,10 +57,10 @@ def chip_of(device: str, memory: int | None = None) -> Chip:
         raise ValueError(
             f"`memory` must be a number of bytes, at least 1; got {shown(memory)}."
         )
-    if device != HERE and memory > TARGETS[device].hbm_bytes:
-        larger = [t.name for t in TARGETS.values() if t.hbm_bytes >= memory]
+    if device != HERE and memory > chip.memory:
+        larger = [t.name for t in TARGETS.values() if t.usable_bytes >= memory]
         raise ValueError(
-            f"{device} has {TARGETS[device].hbm_bytes:,} bytes of memory; got "
+            f"programs on {device} can have {chip.memory:,} bytes of memory; got "
             f"memory={memory:,}. Give at most that"
             + (f", or one of {larger}." if larger else ", or several chips.")
         )

@@ -21,6 +21,7 @@ from kvjax.models.config import DecoderConfig
 from kvjax.models.programs import (
     Program,
     abstract_model,
+    closing_program,
     decode_program,
     left_by_prefill,
     prefill_program,
@@ -84,10 +85,11 @@ def compiled(
     else:
         ask("kvjax.planning.compiling", TARGETS[chip.name], request, heard)
     said = {k: v for r in records for k, v in r.get("versions", {}).items()}
-    by_name: dict[str, dict[str, Any]] = {}
+    by_name: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in records:
         if "program" in record:
-            by_name.setdefault(record["name"], {})[record["program"]] = record
+            of = by_name.setdefault(record["name"], {})
+            of.setdefault(record["program"], []).append(record)
 
     def made(row: Row) -> Row:
         new = _over(row, by_name.get(row.compression, {}))
@@ -95,6 +97,8 @@ def compiled(
             return new
         # The formula is as far off around this context as it is there.
         memory = max(chip.memory - (new.peak - row.peak), 1)
+        if not new.fits:  # whatever the compiler's reason was
+            memory = min(memory, row.peak - 1)
         moved = dataclasses.replace(chip, memory=memory)
         c = chosen[row.compression]
         other = row_of(planner, row.compression, c, context, batch, moved)
@@ -103,18 +107,24 @@ def compiled(
     return [made(row) for row in rows], said
 
 
-def _over(row: Row, found: Mapping[str, Mapping[str, Any]]) -> Row:
-    """A row with what was compiled in place of formulas."""
+def _over(row: Row, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Row:
+    """A row with what was compiled in place of formulas.
+
+    Args:
+        row: by formulas.
+        found: what the compiler said of the programs of prefill, and of decoding.
+    """
     fields: dict[str, Any] = {}
     marks, notes, peaks = dict(row.marks), [*row.notes], []
-    held = row.weights + row.cache
+    held, fits = row.weights + row.cache, True
     for name in PROGRAMS:
-        one = found.get(name, {"status": "failed", "reason": "it said nothing"})
+        one = _worst(found.get(name, ()))
+        fits &= one["status"] == "ok"
         if one["status"] == "too large" and one["total"]:
             notes.append(f"the compiler refuses {name}, for {size(one['total'])}")
         elif one["status"] != "ok":
             notes.append(f"{name} was not compiled, {one['status']}: {one['reason']}")
-        if one.get("total") is None:
+        if one["total"] is None:
             peaks.append(held + getattr(row, f"{name}_temporaries"))
             continue
         # All that the program has beside weights and cache, padding included.
@@ -123,10 +133,20 @@ def _over(row: Row, found: Mapping[str, Mapping[str, Any]]) -> Row:
         peaks.append(one["total"])
     whole = all(marks[f"{name}_temporaries"] == "compiled" for name in PROGRAMS)
     marks["peak"] = "compiled" if whole else "formula"
-    refused = any(one["status"] == "too large" for one in found.values())
-    fits = max(peaks) <= row.memory and not refused
+    fits &= max(peaks) <= row.memory
     how = {"peak": max(peaks), "fits": fits, "marks": marks, "notes": tuple(notes)}
     return dataclasses.replace(row, **fields, **how)
+
+
+def _worst(said: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Of programs that run one after the other: one that is refused, or the largest."""
+    nothing = {"status": "failed", "reason": "it said nothing", "total": None}
+    order = ("ok", "too large", "failed")
+
+    def rank(one: Mapping[str, Any]) -> tuple[int, int]:
+        return order.index(one["status"]), one["total"] or 0
+
+    return max(said, key=rank, default=nothing)
 
 
 def _records(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -141,11 +161,12 @@ def _records(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for name, tree in request["compressions"].items():
         c = decode(tree, Compression, COMPONENTS)
         left = left_by_prefill(model, *sizes, c, request["room"])
-        programs = {
-            "prefill": prefill_program(model, *sizes, c, request["room"]),
-            "decode": decode_program(model, *left, request["room"]),
-        }
-        for kind, program in programs.items():
+        given = (model, *sizes, c, request["room"])
+        programs = [("prefill", prefill_program(*given))]
+        if c.schedule.chunk is not None:  # behind the chunks
+            programs.append(("prefill", closing_program(*given)))
+        programs.append(("decode", decode_program(model, *left, request["room"])))
+        for kind, program in programs:
             yield {"starts": f"{kind} of {name}"}
             yield {"name": name, "program": kind, **_compiled(program, mesh)}
 

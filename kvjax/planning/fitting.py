@@ -22,8 +22,8 @@ def mildest(
 ) -> dict[str, Compression]:
     """Each compression at the largest budget that fits, or with the most bits.
 
-    What has no budget and no codes stays as it is, and so does what fits with none;
-    what has both keeps its bits.
+    What has no budget and no codes stays as it is, and so does what fits with none, or
+    whose budget bounds what is read alone; what has both keeps its bits.
     """
     found = {}
     for label, c in asked.items():
@@ -55,7 +55,7 @@ def _guess(
 
 def _forms(c: Compression) -> list[tuple[str, Compression]]:
     """From the strongest to the mildest, each with what its name does not say."""
-    if c.has_budget:
+    if c.has_budget and not c.reads_less:
         return [("", c.with_keep(n / STEPS)) for n in range(1, STEPS + 1)]
     forms = []
     for bits in BITS if any(codec.coded for codec in c.store.codecs) else ():

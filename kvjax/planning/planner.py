@@ -6,17 +6,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
 
+from kvjax import axes
+from kvjax.cache import host_nbytes, spread
 from kvjax.compress.config import Compression
 from kvjax.models import checks
 from kvjax.models.config import DecoderConfig
-from kvjax.models.padding import PROMPT, bucket
-from kvjax.models.programs import abstract_model, left_by_prefill
-from kvjax.models.sharding import parameter_sharding
+from kvjax.models.padding import PROMPT, bucket, widest
+from kvjax.models.programs import abstract_model, between_chunks, left_by_prefill
+from kvjax.models.sharding import RULES, parameter_sharding
 from kvjax.models.weights import dotted
 from kvjax.planning.sizes import Held, held_of
 from kvjax.planning.temporaries import Widths
@@ -52,6 +54,15 @@ class Planner:
         dtype: of its weights.
         new_tokens: of each row's context, those that are made.
         mesh: sizes of the axes `data` and `model`, which divide; empty: one chip.
+
+    Attributes:
+        config, dtype, new_tokens, mesh: as given.
+        rows, ways: sizes of `data` and `model`.
+        model: the decoder, its arrays shapes.
+        weights: bytes of them on one chip.
+        read_weights: of these, what a decode step reads.
+        kernels: numbers in the layers' matrices, on all chips.
+        widths: what formulas know of one chip's share.
     """
 
     def __init__(
@@ -65,8 +76,8 @@ class Planner:
         self.new_tokens, self.mesh = new_tokens, dict(mesh)
         self.rows, self.ways = mesh.get("data", 1), mesh.get("model", 1)
         sizes = (self.rows, self.ways)
-        self._axes = jax.sharding.AbstractMesh(sizes, ("data", "model"))
-        model = abstract_model(config, self.dtype)
+        self._axes = AbstractMesh(sizes, ("data", "model"), (AxisType.Auto,) * 2)
+        self.model = model = abstract_model(config, self.dtype)
         flat = nnx.to_flat_state(nnx.state(model))
         found = {dotted(path): leaf.get_value() for path, leaf in flat}
         self.weights = sum(self._share_of(path, x) for path, x in found.items())
@@ -76,14 +87,11 @@ class Planner:
         # A step reads a row of the embedding per token, unless the head is it, too.
         table = 0 if config.tie_embeddings else nbytes(found["embedding"]) // self.ways
         self.read_weights = self.weights - table
-        share = _share(config, self.ways)
         self.widths = Widths(
-            config=share,
+            config=_share(config, self.ways),
             itemsize=self.dtype.itemsize,
             layer=layer // config.num_layers,
         )
-        self.model = model
-        self.share = model if self.ways == 1 else abstract_model(share, self.dtype)
         self._held = functools.lru_cache(maxsize=None)(self._traced)
 
     def _share_of(self, path: str, x: Any) -> int:
@@ -96,30 +104,36 @@ class Planner:
         Raises:
             ValueError: it is not; says which setting, and what to change.
         """
-        lengths = np.full((batch,), context - self.new_tokens, np.int32)
-        checks.compression(self.config, c, lengths)  # type: ignore[arg-type]
-        budgets = [p.evict.budget.bytes for p in c.parts if p.evict is not None]
-        if self.ways > 1 and any(given is not None for given in budgets):
-            raise ValueError(
-                "a budget in bytes is of all KV heads, and the plan of several chips "
-                "is of one chip's; got evict.budget.bytes. Give `keep` or `slots`."
-            )
+        prompt = np.array([context - self.new_tokens], np.int32)  # of all rows
+        checks.compression(self.config, c, prompt)  # type: ignore[arg-type]
 
     def held(self, c: Compression, context: int, batch: int) -> Held:
         """The cache of one chip, by the shapes that `prefill` leaves."""
         prompt = context - self.new_tokens
-        wide = max(min(bucket(prompt), bucket(prompt, PROMPT)), 1)
-        return self._held(c, wide, -(-batch // self.rows))
+        return self._held(c, max(widest(prompt), 1), batch)
 
     def _traced(self, c: Compression, prompt: int, batch: int) -> Held:
-        left = left_by_prefill(self.share, batch, prompt, c, self.new_tokens)
-        return held_of(left[1])
+        # As programs are traced for a mesh: what a device holds is by the same table.
+        with axes.split(self._axes, tuple(sorted(RULES.items()))):
+            _, cache = left_by_prefill(self.model, batch, prompt, c, self.new_tokens)
+            held = held_of(cache, spread.share(cache))
+        if c.schedule.chunk is None:
+            return held
+        given = (self.model, batch, prompt, c, self.new_tokens)
+        grown, rest = map(self._on_chip, between_chunks(*given))
+        made = max(held.total - grown, 0)  # what has grown is the cache
+        return dataclasses.replace(
+            held, between=grown + rest, closing=grown + rest + made
+        )
+
+    def _on_chip(self, tree: Any) -> int:
+        """Bytes on the device, of one chip if all of it is split."""
+        return (nbytes(tree) - host_nbytes(tree)) // (self.rows * self.ways)
 
     def needs(self, c: Compression, context: int, batch: int, kind: str) -> Needs:
         """Bytes of one chip of a kind (`cpu`, `tpu`, `gpu`)."""
         held = self.held(c, context, batch)
-        known = (held.scales, held.total)
-        decode, prefill = self._temporaries(c, context, batch, *known, kind)
+        decode, prefill = self._temporaries(c, context, batch, held, kind)
         return Needs(weights=self.weights, held=held, decode=decode, prefill=prefill)
 
     def expected(
@@ -132,24 +146,27 @@ class Planner:
         share: float,
     ) -> int:
         """About the peak, if the cache is `share` of a known one; nothing is traced."""
-        scales = int(cache.scales * share)
-        total = int(cache.total * share)
-        beside = self._temporaries(c, context, batch, scales, total, kind)
-        return self.weights + total + max(beside)
+        held = cache.times(share)
+        beside = self._temporaries(c, context, batch, held, kind)
+        return self.weights + held.total + max(beside)
 
     def _temporaries(
         self,
         c: Compression,
         context: int,
         batch: int,
-        scales: int,
-        cache: int,
+        held: Held,
         kind: str,
     ) -> tuple[int, int]:
         rows = -(-batch // self.rows)
         prompt = bucket(context - self.new_tokens, PROMPT)
-        decode = self.widths.decode(rows, scales, kind)
-        return decode, self.widths.prefill(c, rows, prompt, cache, kind)
+        decode = self.widths.decode(rows, held.scales, kind)
+        prefill = self.widths.prefill(c, rows, prompt, held.between, kind)
+        if c.schedule.chunk is not None:
+            # Beside the weights alone; what is held becomes the cache, or makes it.
+            most = max(held.between + prefill, held.closing)
+            prefill = max(most - held.total, 0)
+        return decode, prefill
 
 
 def _share(config: DecoderConfig, ways: int) -> DecoderConfig:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from kvjax.compress.config import Compression
 from kvjax.messages import shown
@@ -94,7 +94,7 @@ class Row:
     largest_batch: int
     batch_bound: str
     layers: tuple[Layers, ...]
-    marks: Mapping[str, str]
+    marks: Mapping[str, Mark]
     notes: tuple[str, ...] = ()
 
     @property
@@ -211,6 +211,8 @@ class Plan:
 
 
 def _row(tree: Mapping[str, Any]) -> Row:
+    if unknown := {*tree["marks"].values()} - {*get_args(Mark)}:
+        raise TypeError(f"unknown marks {sorted(map(str, unknown))}")
     given = {k: v for k, v in tree.items() if k not in ("cache", "free")}
     layers = tuple(Layers(**one) for one in given.pop("layers"))
     return Row(**given | {"layers": layers, "notes": tuple(given["notes"])})

@@ -6,12 +6,13 @@ from kvjax.compress.config import Compression
 from kvjax.planning.chips import Chip
 from kvjax.planning.floors import prefill_flops
 from kvjax.planning.planner import Planner
-from kvjax.planning.record import Row
+from kvjax.planning.record import Mark, Row
 from kvjax.planning.search import MOST_ROWS, last_true, widths
 from kvjax.planning.sizes import Held
 from kvjax.planning.words import size
 
-SHAPES, FORMULA = "shapes", "formula"
+SHAPES: Mark = "shapes"
+FORMULA: Mark = "formula"
 
 
 def row_of(
@@ -38,8 +39,9 @@ def row_of(
     largest = contexts[place] if place >= 0 else 0
     bound = "model" if place == len(contexts) - 1 else "memory"
     count, most = _largest_batch(planner, c, context, (batch, held), chip)
-    exact = FORMULA if planner.mesh else SHAPES
-    marks = {name: exact for name in _COUNTED} | {name: FORMULA for name in _DERIVED}
+    marks: dict[str, Mark] = {name: SHAPES for name in _COUNTED} | {
+        name: FORMULA for name in _DERIVED
+    }
     return Row(
         device=chip.name,
         compression=label,
@@ -66,7 +68,7 @@ def row_of(
         largest_batch=count,
         batch_bound="search" if count == most else "memory",
         layers=held.layers if len(held.layers) > 1 else (),
-        marks={**marks, "weights": SHAPES},
+        marks=marks,
         notes=_notes(c, held),
     )
 
@@ -102,6 +104,8 @@ def _notes(c: Compression, held: Held) -> tuple[str, ...]:
         )
     if held.upper:
         notes.append("ranks go with the data: its cache is at most this")
+    if c.reads_less:
+        notes.append("its budget is of what a step reads; held is all of it")
     if not c.prefill.causal:
         notes.append("a sparse prefill: its floor is without attention")
     return tuple(notes)

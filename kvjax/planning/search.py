@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from kvjax.models.padding import PROMPT, bucket
+from kvjax.models.padding import widest
 
 MOST_ROWS = 1 << 16
 """Rows up to which batches are looked at."""
@@ -36,7 +36,7 @@ def widths(most: int, new_tokens: int) -> tuple[int, ...]:
     """
     found, prompt = [], 1
     while prompt + new_tokens <= most:
-        wide = min(bucket(prompt), bucket(prompt, PROMPT))
+        wide = widest(prompt)
         found.append(min(wide + new_tokens, most))
         prompt = wide + 1
     return tuple(dict.fromkeys(found))

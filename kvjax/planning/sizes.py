@@ -22,6 +22,8 @@ class Held:
         host: of codes and scales, those in the host's memory.
         read: of a decode step.
         upper: whether it may be cut further, by data.
+        between: of a prompt in chunks, what is held from one to the next.
+        closing: of such a prompt, all that is held while the cache is made of it.
         layers: kinds of layers, in the order in which they come.
     """
 
@@ -34,6 +36,8 @@ class Held:
     read: int
     upper: bool
     layers: tuple[Layers, ...]
+    between: int = 0
+    closing: int = 0
 
     @property
     def total(self) -> int:
@@ -41,25 +45,39 @@ class Held:
         held = self.codes + self.scales + self.positions
         return held + self.tail + self.statistics - self.host
 
+    def times(self, share: float) -> "Held":
+        """About what a cache would have that is `share` of this one."""
+        counts = {
+            field.name: int(getattr(self, field.name) * share)
+            for field in dataclasses.fields(self)
+            if field.type is int
+        }
+        return dataclasses.replace(self, **counts)
 
-def held_of(cache: KVCache) -> Held:
-    """The bytes of a cache, whose arrays may be shapes."""
+
+def held_of(whole: KVCache, cache: KVCache) -> Held:
+    """The bytes of a cache, whose arrays may be shapes.
+
+    Args:
+        whole: the cache, of which layers say how many slots they have.
+        cache: what one chip holds of it.
+    """
     # Lengths and digests of the tokens say where one is.
     found = {"codes": 0, "scales": 0, "positions": nbytes((cache.length, cache.digest))}
     tail = statistics = read = 0
     upper, kinds = False, []
-    for group, numbers in zip(cache.groups, members(cache.loops), strict=True):
+    every = zip(whole.groups, cache.groups, members(cache.loops), strict=True)
+    for all_of_it, group, numbers in every:
         tail += nbytes(group.tail)
         statistics += nbytes(group.tracking)
         read += nbytes((group.tail, group.tracking))
-        slots = 0
         for part in group.parts:
             for name, size in _of_part(part).items():
                 found[name] += size
             upper |= any(one.settles for one in _encoded(part))
             read += part.read_bytes
-            slots += part.positions.size
-        heads, rows = group.spec.num_kv_heads, cache.length.shape[0]
+        slots = sum(part.positions.size for part in all_of_it.parts)
+        heads, rows = group.spec.num_kv_heads, whole.length.shape[0]
         kinds.append(
             Layers(
                 count=len(numbers),
@@ -86,7 +104,9 @@ def _of_part(part: AbstractPart) -> dict[str, int]:
         held: Any = getattr(part, field.name)
         if field.metadata.get("static") or held is None:
             continue
-        if isinstance(held, AbstractEncoded):
+        if isinstance(held, AbstractPart):  # in the pieces of several chips
+            found = {name: found[name] + n for name, n in _of_part(held).items()}
+        elif isinstance(held, AbstractEncoded):
             codes, side = held.apart
             found["codes"] += nbytes(codes)
             found["scales"] += nbytes(side)
@@ -99,4 +119,5 @@ def _of_part(part: AbstractPart) -> dict[str, int]:
 
 def _encoded(part: AbstractPart) -> list[AbstractEncoded]:
     held = [getattr(part, field.name) for field in dataclasses.fields(part)]  # type: ignore[arg-type]
-    return [one for one in held if isinstance(one, AbstractEncoded)]
+    within = [x for one in held if isinstance(one, AbstractPart) for x in _encoded(one)]
+    return [one for one in held if isinstance(one, AbstractEncoded)] + within

@@ -13,7 +13,7 @@ dim, `V` vocabulary, `s` bytes of a number.
       moved          B T s 2 K D                     if tokens are dropped: a layer's
       surveyed       L B T s 2 K D                   if all layers are looked at first
       logits         4 B V
-    in chunks: T is that of a chunk, and `HELD` layers' caches are moved beside it
+    in chunks: T is that of a chunk, and `HELD` times what a layer holds is moved
     decode    B (8 V + s (2 I + 3 E) + 8 H D) + 8 B K D W + one layer + laid out anew
 
 `C` is the logits that attention has at a time, three of which are alive (with their
@@ -36,7 +36,7 @@ ANEW = 2.4
 """Of libtpu 0.0.51 for v5e: 2.0 (kivi_4bit) and 2.3 (snapkv_kivi), 131,072 tokens."""
 
 HELD = 3
-"""A layer's cache as it was, with the chunk behind it, and as it is then."""
+"""What a layer holds as it was, with the chunk behind it, and as it is then."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Widths:
     layer: int
 
     def prefill(
-        self, c: Compression, batch: int, tokens: int, cache: int, kind: str
+        self, c: Compression, batch: int, tokens: int, between: int, kind: str
     ) -> int:
         """Bytes while a prompt is read; see the head of this file.
 
@@ -62,13 +62,12 @@ class Widths:
             c: what is done to the cache.
             batch: rows.
             tokens: of each.
-            cache: bytes of the cache, on the device.
+            between: bytes that are held from chunk to chunk, if it is read so.
             kind: `cpu`, `tpu` or `gpu`.
         """
-        given, s, held = self.config, self.itemsize, 0
+        given, s = self.config, self.itemsize
         if c.schedule.chunk is not None:
             tokens = min(tokens, c.schedule.chunk)
-            held = HELD * cache // given.num_layers
         e, wide = given.hidden_size, given.intermediate_size
         heads = given.num_heads * given.head_dim
         pairs = 2 * given.num_kv_heads * given.head_dim
@@ -77,7 +76,7 @@ class Widths:
         attending = rows * (s * (2 * e + heads + pairs) + 4 * heads)
         attending += 12 * self._logits(c, batch, tokens, kind)
         moved = rows * s * pairs if c.scores else 0
-        moved += held
+        moved += HELD * between // given.num_layers
         surveyed = rows * s * pairs * given.num_layers if c.surveys else 0
         logits = 4 * batch * given.vocab_size
         copied = self.layer if kind == "cpu" else 0

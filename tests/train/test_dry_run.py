@@ -100,6 +100,11 @@ def test_a_failure_is_a_row():
     assert row.status == "failed" and "nothing" in row.reason
     said = "RESOURCE_EXHAUSTED: Ran out of memory. Used 21.50G of 15.75G hbm. Exceeded"
     assert used(said) == int(21.5 * (1 << 30))
+    said = (
+        "total memory required for HLO temporaries (16.88G) exceeds available HBM "
+        "(15.75G). HLO module: jit__run."
+    )
+    assert used(said) == int(16.88 * (1 << 30))
 
 
 @pytest.mark.parametrize("name", [*shapes(), *bundled_models()])
@@ -130,7 +135,7 @@ def test_the_recipe_for_eight_chips_fits_them():
     [
         ("v5", 8, r"Unknown device 'v5'.*Did you mean"),
         ("v5e", 3, r"slices of \[1, 4, 8.*got 3"),
-        ("h200", 2, r"slices of \[1\] chips; got 2"),
+        ("h200", 3, r"slices of \[1, 2, 4, 8\] chips; got 3"),
     ],
 )
 def test_unknown_chips_are_refused(device, chips, said):
