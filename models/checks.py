@@ -204,11 +204,7 @@ def room(found: Any, cache: KVCache, new_tokens: int | np.ndarray) -> None:
 
 def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> None:
     """The compression fits the model and these prompts."""
-    if not isinstance(c, Compression):
-        raise ValueError(
-            f"`c` must be a kvjax.Compression; got {shown(c)}. Names become one by "
-            'kvjax.compression("snapkv").'
-        )
+    is_compression(c)
     suits(config, c)
     values = concrete(lengths)
     if values is None:
@@ -216,6 +212,15 @@ def compression(config: DecoderConfig, c: Compression, lengths: jax.Array) -> No
     _protected(c, config.layers, values)
     for score in c.scores:
         score.validate(int(values.max()), config.vocab_size, config.max_positions)
+
+
+def is_compression(c: Any) -> None:
+    """It is a `Compression`."""
+    if not isinstance(c, Compression):
+        raise ValueError(
+            f"`c` must be a kvjax.Compression; got {shown(c)}. Names become one by "
+            'kvjax.compression("snapkv").'
+        )
 
 
 def suits(config: DecoderConfig, c: Compression) -> None:

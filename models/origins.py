@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,14 +18,19 @@ from kvjax.rope import Rope
 
 def is_agnostic(name: str, cache: KVCache) -> None:
     """No score of a cache has seen a question, so that it can be in front of any."""
-    about = cache.provenance
-    while about is not None:
+    for about in chain(cache.provenance):
         if about.query_aware:
             raise ValueError(
                 f"`{name}` was compressed by scores that saw a question (`visibility: "
                 "query_aware`), and serves no other. Prefill it with `visibility: "
                 "query_agnostic`."
             )
+
+
+def chain(about: Provenance | None) -> Iterator[Provenance]:
+    """What made a cache, what made its prefix, and so on."""
+    while about is not None:
+        yield about
         about = about.prefix
 
 

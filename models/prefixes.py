@@ -2,10 +2,7 @@
 
 import collections
 import dataclasses
-import hashlib
-import logging
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -13,24 +10,16 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from kvjax.cache import KVCache, Provenance, restored
-from kvjax.cache.files import provenance_in
+from kvjax.cache import KVCache, Provenance, host_nbytes, restored
 from kvjax.cache.provenance import host_digests
 from kvjax.compress.config import Compression
 from kvjax.fields import Range, fit
-from kvjax.files import read_json, write_json
 from kvjax.models import checks, origins
-from kvjax.models.arrays import whole
-from kvjax.models.caches import load_cache
 from kvjax.models.decoder import Decoder
+from kvjax.models.prefix_entries import Entry, kind_of, left_in, name_of, read_by, row
 from kvjax.models.prompts import NONE
 from kvjax.places import check_place, given_path
 from kvjax.types import nbytes_once
-
-LOG = logging.getLogger("kvjax.models")
-
-TOKENS = "tokens.json"
-"""Beside each cache in the directory of a store: what it has read."""
 
 Row = Sequence[int] | Int[Array | np.ndarray, "T"]
 """Tokens of one row."""
@@ -52,28 +41,13 @@ class Prefix:
     cache: KVCache
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _Entry:
-    """A prefix, wherever it is: on the device, on the host, on the disk."""
-
-    tokens: np.ndarray
-    about: Provenance
-    device: KVCache | None = None
-    host: KVCache | None = None
-    folder: pathlib.Path | None = None
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Under which it is looked for: all that can be compared at once."""
-        return (*_kind(self.about), _name(self.tokens))
-
-
 class PrefixStore:
     """Caches of prefixes by their tokens, the ones used last nearest to the device.
 
     A bounded number of bytes on the device, of bytes on the host below it, and a
     directory below that: what was not used for longest moves down, and off the last
-    level it is gone. What is found on a lower level moves up again.
+    level it is gone. What is found on a lower level moves up again. A directory has no
+    bound; with one, a model's weights are digested when its first cache is put in.
 
     What is found is right: of the same weights, shape, RoPE, dtype and compression, and
     of the very tokens, which are compared one by one. A cache whose scores saw a
@@ -81,7 +55,7 @@ class PrefixStore:
 
     Args:
         bytes: of caches on the device, what several share counted once.
-        host_bytes: of caches in the host's memory.
+        host_bytes: of caches in the host's memory, and of bodies that lie there.
         directory: where caches go that are not held any more; what an earlier store has
             left there is found again. None: nowhere.
 
@@ -106,11 +80,12 @@ class PrefixStore:
         self._most = fit(bytes, Bytes, "bytes")
         self._most_host = fit(host_bytes, Bytes, "host_bytes")
         self._folder = None if directory is None else given_path(directory)
-        self._entries = collections.OrderedDict[tuple[Any, ...], list[_Entry]]()
+        self._entries: dict[tuple[Any, ...], list[Entry]] = {}
+        self._steps = 0
         self._lengths = collections.Counter[tuple[Any, ...]]()
         if self._folder is not None:
             check_place(self._folder, "Give the store another directory.")
-            for entry in _left_in(self._folder):
+            for entry in left_in(self._folder):
                 self._add(entry)
 
     def __len__(self) -> int:
@@ -119,12 +94,14 @@ class PrefixStore:
     @property
     def nbytes(self) -> int:
         """Bytes on the device; what several caches share counts once."""
-        return nbytes_once([entry.device for entry in self._all()])
+        held = [entry.device for entry in self._all()]
+        return nbytes_once(held) - host_nbytes(held)
 
     @property
     def host_nbytes(self) -> int:
         """Bytes in the host's memory."""
-        return nbytes_once([entry.host for entry in self._all()])
+        held = [entry.device for entry in self._all()]
+        return nbytes_once([entry.host for entry in self._all()]) + host_nbytes(held)
 
     def put(self, tokens: Row, cache: KVCache) -> None:
         """Take a cache of one row, which has read `tokens` and nothing else.
@@ -138,15 +115,15 @@ class PrefixStore:
                 what made it, whose scores saw a question, or that is larger than the
                 store.
         """
-        given = _row(tokens)
+        given = row(tokens)
         about = _usable(cache, given)
         cache = cache.closed()
-        if cache.nbytes > self._most:
-            raise ValueError(
-                f"the cache has {cache.nbytes} bytes, more than the store's `bytes`, "
-                f"{self._most}. Make the store larger, or compress the prefix."
-            )
-        entry = _Entry(tokens=given, about=about, device=cache)
+        beside = cache.host_nbytes
+        self._fits("bytes", cache.nbytes - beside, self._most)
+        self._fits("host_bytes", beside, self._most_host)
+        if self._folder is not None and about.weights is not None:
+            _ = about.weights.digest  # files have it; later the model may be gone
+        entry = Entry(tokens=given, about=about, device=cache)
         for old in self._entries.get(entry.key, []):
             if not old.about.differs(about):
                 entry.folder = old.folder
@@ -171,11 +148,12 @@ class PrefixStore:
             None where nothing is known of it.
 
         Raises:
-            ValueError: wrong shapes, or no model.
+            ValueError: wrong shapes, no model, or no compression.
         """
-        config, given = checks.model(model), _row(tokens)
+        config, given = checks.model(model), row(tokens)
+        checks.is_compression(c)
         asked = origins.provenance(config, model.dtype, c, origins.weights_of(model))
-        kind, digests = _kind(asked), None
+        kind, digests = kind_of(asked), None
         lengths = {n for (*one, n) in self._lengths if tuple(one) == kind}
         for n in sorted(lengths, reverse=True):
             if n >= len(given):
@@ -190,95 +168,71 @@ class PrefixStore:
                         return Prefix(tokens=entry.tokens, cache=cache)
         return None
 
-    def _all(self) -> Iterator[_Entry]:
+    def _fits(self, name: str, size: int, most: int) -> None:
+        if size > most:
+            where = "the host" if name == "host_bytes" else "the device"
+            raise ValueError(
+                f"the cache has {size} bytes on {where}, more than the store's "
+                f"`{name}`, {most}. Make the store larger, or compress the prefix."
+            )
+
+    def _all(self) -> Iterator[Entry]:
         """Entries, those that were not used for longest first."""
-        return (entry for some in self._entries.values() for entry in some)
+        found = [entry for some in self._entries.values() for entry in some]
+        return iter(sorted(found, key=lambda entry: entry.used))
 
-    def _add(self, entry: _Entry) -> None:
+    def _add(self, entry: Entry) -> None:
         self._entries.setdefault(entry.key, []).append(entry)
-        self._entries.move_to_end(entry.key)
-        self._lengths[(*_kind(entry.about), len(entry.tokens))] += 1
+        self._lengths[(*kind_of(entry.about), len(entry.tokens))] += 1
+        self._use(entry)
 
-    def _drop(self, entry: _Entry) -> None:
+    def _use(self, entry: Entry) -> None:
+        self._steps += 1
+        entry.used = self._steps
+
+    def _drop(self, entry: Entry) -> None:
         some = self._entries[entry.key]
         some.remove(entry)
         if not some:
             del self._entries[entry.key]
-        self._lengths[(*_kind(entry.about), len(entry.tokens))] -= 1
+        self._lengths[(*kind_of(entry.about), len(entry.tokens))] -= 1
         self._lengths += collections.Counter()  # without those that are 0
 
-    def _raised(self, entry: _Entry, model: Decoder) -> KVCache | None:
+    def _raised(self, entry: Entry, model: Decoder) -> KVCache | None:
         """An entry's cache on the device; None if its files are damaged."""
         if entry.device is None and entry.host is not None:
             entry.device, entry.host = restored(entry.host), None
         if entry.device is None:
-            assert entry.folder is not None
-            try:
-                entry.device = load_cache(entry.folder, model)
-            except ValueError as wrong:
-                LOG.warning("a prefix of the store is gone: %s", wrong)
-                self._drop(entry)
-                return None
+            entry.device = entry.read(model)
         cache = entry.device
-        self._entries.move_to_end(entry.key)
+        if cache is None:
+            self._drop(entry)
+            return None
+        self._use(entry)
         self._settle()
         return cache
 
     def _settle(self) -> None:
         """What was not used for longest moves down, until each level has room."""
-        for entry in list(self._all()):
+        for entry in self._all():
             if self.nbytes <= self._most:
                 break
-            if entry.device is None:
-                continue
-            if self._most_host:
-                entry.host = jax.device_get(entry.device)
-            else:
+            if entry.device is not None and self._most_host:
+                entry.host, entry.device = jax.device_get(entry.device), None
+            elif entry.device is not None:
                 self._to_disk(entry, entry.device)
-            entry.device = None
-        for entry in list(self._all()):
+        for entry in self._all():
             if self.host_nbytes <= self._most_host:
                 break
-            if entry.host is not None:
-                self._to_disk(entry, entry.host)
-                entry.host = None
-        for entry in list(self._all()):
-            if entry.device is None and entry.host is None and entry.folder is None:
-                self._drop(entry)
+            held = entry.host or entry.device
+            if held is not None and (entry.host or held.host_nbytes):
+                self._to_disk(entry, held)
 
-    def _to_disk(self, entry: _Entry, cache: KVCache) -> None:
-        if self._folder is None or entry.folder is not None:
-            return
-        name = hashlib.sha256(f"{entry.key} {entry.about.weights}".encode())
-        folder = self._folder / name.hexdigest()[:32]
-        cache.save(folder)
-        write_json(folder / TOKENS, {"tokens": entry.tokens.tolist()})
-        entry.folder = folder
-
-
-def _kind(about: Provenance) -> tuple[Any, ...]:
-    """What of the model and of what was done must be the same, its weights aside."""
-    done: list[str] = []
-    one: Provenance | None = about
-    while one is not None:
-        if one.compression not in done[-1:]:
-            done.append(one.compression)
-        one = one.prefix
-    return (about.shape, about.rope, about.dtype, tuple(done))
-
-
-def _name(tokens: np.ndarray) -> tuple[int, bytes]:
-    return len(tokens), host_digests(tokens)[-1].tobytes()
-
-
-def _row(tokens: Any) -> np.ndarray:
-    found = np.asarray(whole("tokens", tokens, "shape [T]"))
-    if found.ndim != 1 or not found.size:
-        raise ValueError(
-            f"`tokens` must be integers of shape [T], those of one row; got "
-            f"{found.dtype} {found.shape}."
-        )
-    return found.astype(np.int32)
+    def _to_disk(self, entry: Entry, cache: KVCache) -> None:
+        """Off the levels in memory: to the directory, or nowhere."""
+        entry.device = entry.host = None
+        if self._folder is None or not entry.written(self._folder, cache):
+            self._drop(entry)
 
 
 def _usable(cache: Any, tokens: np.ndarray) -> Provenance:
@@ -289,26 +243,17 @@ def _usable(cache: Any, tokens: np.ndarray) -> Provenance:
             f"`cache` must be of one row; got {len(cache.length)}. Prefill what rows "
             "have in common with a batch of 1."
         )
-    if cache.provenance is None or cache.digest is None:
+    made = origins.chain(cache.provenance)
+    known = all(about.weights is not None for about in made)
+    if cache.provenance is None or cache.digest is None or not known:
         raise ValueError(
             "`cache` does not say what made it, as one that was made inside of `jit`. "
             "Make it by `kvjax.prefill` outside of `jit`."
         )
     origins.is_agnostic("cache", cache)
-    if _name(tokens) != (int(cache.length[0]), np.asarray(cache.digest[0]).tobytes()):
+    if name_of(tokens) != read_by(cache):
         raise ValueError(
             f"`cache` has read other tokens than the {len(tokens)} of `tokens`: it has "
             f"seen {int(cache.length[0])}. Give all that it has seen, in their order."
         )
     return cache.provenance
-
-
-def _left_in(folder: pathlib.Path) -> Iterator[_Entry]:
-    """What an earlier store has written, the oldest first."""
-    found = [path.parent for path in folder.glob(f"*/{TOKENS}")]
-    for one in sorted(found, key=lambda path: path.stat().st_mtime_ns):
-        try:
-            tokens = _row(read_json(one / TOKENS).get("tokens"))
-            yield _Entry(tokens=tokens, about=provenance_in(one), folder=one)
-        except ValueError as wrong:
-            LOG.warning("a prefix of the store is left out: %s", wrong)

@@ -74,6 +74,12 @@ def save(cache: KVCache, directory: str | os.PathLike[str]) -> None:
             old.unlink(missing_ok=True)
 
 
+def discard(folder: pathlib.Path) -> None:
+    """Take away what `save` has written into a folder, damaged or not."""
+    for old in (folder / FILE, *folder.glob("cache-*.safetensors")):
+        old.unlink(missing_ok=True)
+
+
 def read(directory: str | os.PathLike[str]) -> KVCache:
     """A cache that `save` wrote, with what made it.
 

@@ -148,8 +148,57 @@ def test_a_damaged_entry_is_named_and_gone(tmp_path, caplog):
     (about,) = tmp_path.glob("*/cache.json")
     about.write_text("{")
     caplog.clear()
-    assert len(kvjax.PrefixStore(**how)) == 0
-    assert str(about) in caplog.text
+    again = kvjax.PrefixStore(**how)
+    assert len(again) == 0 and str(about) in caplog.text
+    for tokens in ((1,), (2,)):  # it is in nobody's way
+        again.put(np.array(tokens), cache_of(tokens))
+    assert len(kvjax.PrefixStore(**how)) == 1
+
+
+def test_tokens_of_another_text_are_not_believed(tmp_path, caplog):
+    how = {"bytes": SIZE, "directory": tmp_path}
+    store, model = kvjax.PrefixStore(**how), small_model()
+    for tokens in ((1,), (2,)):
+        store.put(np.array(tokens), cache_of(tokens))
+    (file,) = tmp_path.glob("*/tokens.json")
+    file.write_text(file.read_text().replace("1", "3"))
+    assert kvjax.PrefixStore(**how).longest(model, [3, 5]) is None
+    assert str(file) in caplog.text
+
+
+def test_a_model_that_is_gone_and_a_directory_that_is_full(tmp_path, caplog):
+    """One entry is lost at most, and what is asked for is answered."""
+    store = kvjax.PrefixStore(bytes=SIZE, directory=tmp_path)
+    gone = jax.tree.map(jnp.copy, small_model())
+    store.put([1], kvjax.prefill(gone, np.array([[1]], np.int32))[1])
+    del gone
+    gc.collect()
+    store.put([2], cache_of((2,)))
+    assert len(store) == 2 and not caplog.text
+    for folder in tmp_path.iterdir():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    tmp_path.rmdir()
+    tmp_path.touch()  # a file where the directory was
+    store.put([3], cache_of((3,)))
+    assert "is lost" in caplog.text
+    assert store.longest(small_model(), [3, 1]) is not None
+    tmp_path.unlink()
+
+
+def test_bodies_on_the_host_are_the_host_s():
+    there = cache_of((1, 2, 3), "quest").closed().placed("host")
+    beside = there.host_nbytes
+    assert beside
+    with pytest.raises(ValueError, match="`host_bytes`, 0"):
+        kvjax.PrefixStore(bytes=2**20).put([1, 2, 3], there)
+    store = kvjax.PrefixStore(bytes=2**20, host_bytes=beside)
+    store.put([1, 2, 3], there)
+    assert (store.nbytes, store.host_nbytes) == (there.nbytes - beside, beside)
+    other = cache_of((4, 5, 6), "quest").closed().placed("host")
+    store.put([4, 5, 6], other)
+    assert len(store) == 1 and store.host_nbytes == beside
 
 
 def test_other_weights_of_the_same_arrays():
@@ -183,6 +232,8 @@ def test_what_is_not_taken(tmp_path):
             kvjax.prefill(model, np.array([[1, 2]]), None, aware())[1],
         ),
     }
+    nobody_s = jax.jit(lambda m: kvjax.prefill(m, np.array([[1, 2]]))[1])(model)
+    wrong["does not say what made it"] = ([1, 2], nobody_s)
     for words, (tokens, cache) in wrong.items():
         with pytest.raises(ValueError, match=words):
             store.put(tokens, cache)  # type: ignore[arg-type]
@@ -196,6 +247,10 @@ def test_what_is_not_taken(tmp_path):
         kvjax.PrefixStore(bytes=1, directory=tmp_path / "file")
     with pytest.raises(ValueError, match="shape \\[T\\]"):
         store.longest(model, [])
+    with pytest.raises(ValueError, match="ids from 0 on; got 5 to 4294967301"):
+        store.longest(model, np.array([2**32 + 5, 5]))
+    with pytest.raises(ValueError, match="must be a kvjax.Compression; got 'snapkv'"):
+        store.longest(model, [1, 2], "snapkv")  # type: ignore[arg-type]
 
 
 def aware() -> kvjax.Compression:
