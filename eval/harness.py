@@ -232,7 +232,8 @@ class _Runner:
         read = None
         for keep, tally in one.tallies.items():
             c = method.at(keep, group.visibility)
-            if read is None or self.reader.again(c):
+            # In chunks a prompt is read to one budget.
+            if read is None or c.schedule.chunk is not None:
                 read = self.reader.read(group, c, index)
                 one.prefill_s.append(read.run_s)
                 one.compile_s += read.compile_s

@@ -43,10 +43,6 @@ class PromptReader:
         self._passes: dict[AbstractPrefill, Timed[SharedPass]] = {}
         self._dense: set[AbstractPrefill] = set()
 
-    def again(self, c: Compression) -> bool:
-        """Whether prompts are read anew for every budget."""
-        return c.schedule.chunk is not None
-
     def read(
         self, group: AbstractGroup, c: Compression, index: np.ndarray
     ) -> Timed[Prompt] | Timed[CompressedPrompt]:
@@ -56,11 +52,11 @@ class PromptReader:
             ValueError: the model gives logits that are not finite.
         """
         self._note_dense(c.prefill, [len(group.prompts[i]) for i in index])
-        if self.again(c):
+        if c.schedule.chunk is not None:
             tokens, lengths = group.read(index)
             given, room = (self.model, tokens, lengths, c), group.room
             read = timed(
-                lambda: CompressedPrompt(*prefill(*given, max_new_tokens=room))
+                lambda: CompressedPrompt(c, room, *prefill(*given, max_new_tokens=room))
             )
         elif not self.share or c.probes:  # which have a pass of their own
             tokens, lengths = group.read(index)

@@ -104,16 +104,25 @@ class CompressedPrompt(NamedTuple):
     """A prompt that was compressed while it was read, to one budget (`every_chunk`).
 
     Attributes:
+        c: to which.
+        room: later tokens that fit.
         logits: `[B, V]` of each row's last token.
         cache: what it was compressed to.
     """
 
+    c: Compression
+    room: int
     logits: Float[Array, "B V"]
     cache: KVCache
 
     def compress(self, c: Compression, *, max_new_tokens: int = 64) -> KVCache:
-        """The cache; it was read for `c`, and has room for `max_new_tokens`."""
-        del c, max_new_tokens
+        """The cache that it was compressed to, and to no other budget."""
+        if c != self.c or max_new_tokens > self.room:
+            raise ValueError(
+                "this prompt was compressed while it was read (schedule every_chunk), "
+                f"with room for {self.room} tokens. Read it again for another budget "
+                "or more tokens."
+            )
         return self.cache
 
 
