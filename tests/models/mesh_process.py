@@ -1,11 +1,11 @@
 """Run by `test_mesh.py`: caches on meshes of virtual devices, or of two processes.
 
-    python -m tests.models.mesh_process CASE...
+    python -m tests.models.mesh_process
 
-CASE is `WHAT/COMPRESSION/MESH`, MESH is `data,model`, perhaps with `,slots` for rules
-that split slots where batches are split otherwise, or `,shared` for rules by which the
-heads of a device share slots. Prints one JSON object: what each
-case found. `DEVICES` says how many devices this process has; with the variables of
+A line of stdin is a case, `WHAT/COMPRESSION/MESH`; what it found is printed as a line
+of JSON. MESH is `data,model`, perhaps with `,slots` for rules that split slots where
+batches are split otherwise, or `,shared` for rules by which the heads of a device share
+slots. `DEVICES` says how many devices this process has; with the variables of
 `kvjax.train.run.processes` it is one of several.
 """
 
@@ -16,6 +16,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import traceback
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -40,6 +41,7 @@ from kvjax.models import generation, inference, meshes  # noqa: E402
 from kvjax.models.generation import generate_from  # noqa: E402
 from kvjax.models.sampling import Sampling  # noqa: E402
 from kvjax.models.sharding import RULES, automatic  # noqa: E402
+from kvjax.planning.planner import Planner  # noqa: E402
 from kvjax.types import nbytes  # noqa: E402
 from tests.eval import tiny  # noqa: E402
 from tests.small import preset  # noqa: E402
@@ -114,14 +116,23 @@ def moved(model: Any, c: Any) -> dict[str, Any]:
         if hit and "/while/body" in line:
             found.append([hit[2], hit[1], "/while/body/while/body" in line])
     bodies = [group.parts[0] for group in cache.groups]
-    one = jax.devices()[0]
-    held = [
+    told = {"moves": found, "share": of_one(bodies) / nbytes(bodies)}
+    where = model.placement
+    if dict(where.rules) == dict(RULES):  # of which plans are
+        planner = Planner(model.config, model.dtype, NEW, where.mesh.shape)
+        planned = planner.held(c, WIDTH + NEW, ROWS).total
+        told["planned"] = planned / of_one(cache)
+    return told
+
+
+def of_one(tree: Any) -> int:
+    """Bytes that the first device has of a tree."""
+    return sum(
         shard.data.nbytes
-        for leaf in jax.tree.leaves(bodies)
+        for leaf in jax.tree.leaves(tree)
         for shard in leaf.addressable_shards
-        if shard.device == one
-    ]
-    return {"moves": found, "share": sum(held) / nbytes(bodies)}
+        if shard.device == jax.devices()[0]
+    )
 
 
 def saved(model: Any, c: Any) -> dict[str, Any]:
@@ -193,14 +204,16 @@ KINDS = {
 
 
 def main() -> None:
-    found = {}
-    for case in sys.argv[1:]:
+    for case in map(str.strip, sys.stdin):
         kind, name, mesh = case.split("/")
-        if kind == "kernel":
-            found[case] = kernel(name, mesh)
-            continue
-        found[case] = KINDS[kind](model_on(mesh), preset(name))
-    print(json.dumps(found))
+        try:
+            if kind == "kernel":
+                found = kernel(name, mesh)
+            else:
+                found = KINDS[kind](model_on(mesh), preset(name))
+        except Exception:  # of this case alone
+            found = {"wrong": traceback.format_exc()}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
