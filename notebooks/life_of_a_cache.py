@@ -125,7 +125,8 @@ note("five forks", rows)
 # ## In the host's memory
 #
 # The body moves; positions and what rows add stay. A step fetches the blocks that it
-# reads. The answers are the same.
+# reads. The answers are the same. (On a CPU both memories are one: what is shown is
+# where arrays are said to lie, and nothing is copied.)
 
 # %%
 there = document.placed("host")

@@ -22,7 +22,7 @@ class ExactTopK(AbstractBudgeted):
         join: tokens that move into the body together; newer ones are always read. Any
             codec that can append such blocks and holds each token by itself will do.
 
-    No source: the top-k that SCBench's RetrievalAttention computes (METHODS C 1.7), of
+    No source: the top-k that SCBench's RetrievalAttention computes, of
     the whole group.
     """
 
