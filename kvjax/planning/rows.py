@@ -39,9 +39,8 @@ def row_of(
     largest = contexts[place] if place >= 0 else 0
     bound = "model" if place == len(contexts) - 1 else "memory"
     count, most = _largest_batch(planner, c, context, (batch, held), chip)
-    marks: dict[str, Mark] = {name: SHAPES for name in _COUNTED} | {
-        name: FORMULA for name in _DERIVED
-    }
+    marks: dict[str, Mark] = {name: SHAPES for name in _COUNTED}
+    marks.update({name: FORMULA for name in _DERIVED})
     return Row(
         device=chip.name,
         compression=label,
