@@ -275,11 +275,11 @@ def test_callbacks_see_nothing_under_jit():
 def test_a_cache_of_another_dtype():
     model, other = small_model(), small_model("bfloat16")
     logits, cache = kvjax.prefill(other, TOKENS, max_new_tokens=2)
-    with pytest.raises(ValueError, match="in another dtype"):
+    with pytest.raises(ValueError, match="its dtype differs"):
         kvjax.extend(model, cache, [[1]])  # type: ignore
-    with pytest.raises(ValueError, match="in another dtype"):
+    with pytest.raises(ValueError, match="its dtype differs"):
         generate_from(model, cache, logits, max_new_tokens=2)
-    with pytest.raises(ValueError, match="in another dtype"):
+    with pytest.raises(ValueError, match="its dtype differs"):
         kvjax.prefill(model, TOKENS, prefix=cache)
 
 
