@@ -107,7 +107,9 @@ class Calibration:
             OSError: it cannot be written.
         """
         check_target(path)
-        write_text(pathlib.Path(path), self.text())
+        target = pathlib.Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, self.text())
 
     def text(self) -> str:
         """The file that `save` writes."""

@@ -125,8 +125,7 @@ note("five forks", rows)
 # ## In the host's memory
 #
 # The body moves; positions and what rows add stay. A step fetches the blocks that it
-# reads. The answers are the same. (On a CPU both memories are one: what is shown is
-# where arrays are said to lie, and nothing is copied.)
+# reads. The answers are the same. (On a CPU both memories are one: nothing is copied.)
 
 # %%
 there = document.placed("host")

@@ -24,7 +24,7 @@ SEED = "KVJAX_TREE"
 USED = pytest.StashKey[float]()
 LONG = 2.0
 """Recorded processor seconds from which a test's cases take turns."""
-TURNS = 4
+TURNS = 6
 """Commits, on average, in which a case of a long test is run once."""
 
 

@@ -114,6 +114,7 @@ class PlanCommand(Command):
             if target is not None:
                 from kvjax.eval.report.style import png, save_svg
 
+                target.parent.mkdir(parents=True, exist_ok=True)
                 if target.suffix == ".svg":
                     save_svg(found.plot(), target)
                 else:
