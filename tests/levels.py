@@ -24,8 +24,8 @@ SEED = "KVJAX_TREE"
 USED = pytest.StashKey[float]()
 LONG = 2.0
 """Recorded processor seconds from which a test's cases take turns."""
-TURNS = 6
-"""Commits, on average, in which a case of a long test is run once."""
+TURNS = {"fast": 10, "ci": 6}
+"""Commits, on average, in which a case of a long test is run once, by level."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,8 +80,9 @@ def drawn(items: list[pytest.Item], seed: str, level: str) -> list[pytest.Item]:
         every.sort(key=lambda item: lot(seed, item.nodeid))
         cases = swept(every, level)
         if known.get(function, 0.0) * len(cases) >= LONG:
-            first = int.from_bytes(lot(seed, function)[:4]) % TURNS
-            cases = cases[first::TURNS]
+            turns = TURNS[level]
+            first = int.from_bytes(lot(seed, function)[:4]) % turns
+            cases = cases[first::turns]
         chosen.update(cases)
     return [item for item in items if item in chosen]
 
