@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from kvjax.compress import compression, compressions
 from kvjax.compress.config import Compression
@@ -141,8 +142,9 @@ class UI:
         if not self.bars:
             yield lambda _: None
             return
-        with self.err.status(text) as line:
-            yield line.update
+        # A path may look like markup, which a status reads whatever its console does.
+        with self.err.status(escape(text)) as line:
+            yield lambda text: line.update(escape(text))
 
 
 CLOSED_OUTPUT = (

@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -82,7 +83,7 @@ class Bench(Command):
         with Progress(console=ui.err, disable=not ui.bars, transient=True) as bar:
             task = bar.add_task("", total=len(chosen))
             for name, c in chosen.items():
-                bar.update(task, description=name)
+                bar.update(task, description=escape(name))
                 rows.append({"compression": name, **self._measure(model, c)})
                 bar.advance(task)
         shape = {"length": self.length, "batch": self.batch}

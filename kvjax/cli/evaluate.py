@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, final
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from kvjax.cli.base import (
@@ -287,7 +288,10 @@ def evaluate(
             nonlocal resumed
             resumed += state.resumed
             bar.update(
-                task, completed=state.done, total=state.total, description=state.cell
+                task,
+                completed=state.done,
+                total=state.total,
+                description=escape(state.cell),
             )
             if interrupted():
                 raise KeyboardInterrupt

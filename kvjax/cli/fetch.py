@@ -51,9 +51,7 @@ class Fetch(Command):
                 origin=self.origin,
                 out=self.out,
                 accept_terms=self.accept_terms,
-                say=lambda text: ui.err.print(
-                    text, markup=False, highlight=False, soft_wrap=True
-                ),
+                say=lambda text: ui.err.print(text, highlight=False, soft_wrap=True),
             )
         return {
             "name": self.name,

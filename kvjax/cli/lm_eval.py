@@ -201,7 +201,7 @@ class LmEval(Command):
             try:
                 write_json(pathlib.Path(self.out) / RESULTS, found)
             except OSError:  # what was computed is not lost
-                self.show({**result, "out": None}, Console(stderr=True))
+                self.show({**result, "out": None}, Console(stderr=True, markup=False))
                 raise
         return result
 

@@ -194,7 +194,9 @@ def execute(command: Command) -> int:
     """Run a parsed command; returns the exit code."""
     # Nobody here needs PyTorch: keep the tokenizers' library from saying so.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    err = Console(stderr=True, force_terminal=command.output.progress or None)
+    # A path or a model's words may look like markup, which nothing here uses.
+    forced = command.output.progress or None
+    err = Console(stderr=True, force_terminal=forced, markup=False)
     bars = command.output.progress or (err.is_terminal and not command.output.json)
     ui = UI(err=err, json=command.output.json, bars=bars)
     try:
@@ -207,7 +209,7 @@ def execute(command: Command) -> int:
         if command.output.json:
             print(json.dumps(result, allow_nan=False))
         else:
-            command.show(result, Console())
+            command.show(result, Console(markup=False))
     except KeyboardInterrupt:
         kept = "What is finished is kept; the same command goes on."
         if not command.resumes:

@@ -163,7 +163,7 @@ class PlanCommand(Command):
             print_table(console, table)
         console.print()
         for line in remarks(found):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            console.print(line, soft_wrap=True, highlight=False)
 
 
 def bytes_of(text: str) -> int:

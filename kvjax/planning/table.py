@@ -119,7 +119,7 @@ def remarks(plan: Plan) -> list[str]:
 def as_text(plan: Plan) -> str:
     """The tables and remarks, as wide as they need."""
     out = io.StringIO()
-    console = Console(file=out, width=400)
+    console = Console(file=out, width=400, markup=False)
     for table in tables(plan):
         console.print(table)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]

@@ -185,7 +185,7 @@ def test_bench(kvjax, checkpoint):
 
 def test_calibrate(kvjax, checkpoint, tmp_path):
     """What it writes is a compression of that model."""
-    out, small = tmp_path / "table.yaml", "block: 16"
+    out, small = tmp_path / "tables" / "table.yaml", "block: 16"
     words = ["calibrate", out, "--model", checkpoint, "--length", 200]
     for pattern in ("{type: a_shape, first: 16, local: 16, ", "{type: tri_shape, "):
         words += ["--candidate", pattern + small + "}"]

@@ -11,12 +11,21 @@ WORDS = ("plan", "--context", "512", "--compression", "none,snapkv")
 
 
 def test_it_fits(kvjax, checkpoint, tmp_path):
-    file = tmp_path / "plan.png"
+    file = tmp_path / "figures" / "plan.png"
     code, out, _ = kvjax(*WORDS, "--model", str(checkpoint), "--plot", str(file))
     assert code == 0 and file.read_bytes().startswith(b"\x89PNG")
     first, *_ = out.splitlines()
     assert first.startswith("model, 512 tokens, batch 1 on here (") and "fits" in first
     assert "snapkv keep 0.25" in out and "~ formula" in out
+
+
+def test_a_path_is_no_markup(kvjax, checkpoint, tmp_path):
+    file = tmp_path / "[" / "bold].yaml"
+    file.parent.mkdir()
+    file.write_text("store: {residual: 16}\n")
+    words = ("plan", "--context", "512", "--compression", str(file), "--progress")
+    code, out, err = kvjax(*words, "--model", str(checkpoint))
+    assert code == 0 and "[/bold].yaml" in out, err
 
 
 def test_nothing_fits(kvjax, checkpoint):
